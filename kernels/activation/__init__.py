@@ -1,0 +1,1 @@
+"""Elementwise activation functions with first and second derivatives."""

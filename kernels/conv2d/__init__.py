@@ -1,0 +1,1 @@
+"""conv2d: reference, native CPU and Triton kernels."""

@@ -1,0 +1,245 @@
+"""conv2d: schemas, checks, autograd, and the public function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnarch import library
+from nnarch.kernels.activation import kinds
+from nnarch.kernels.conv2d import reference
+from nnarch.kernels.conv2d.geometry import check_conv, output_size, padding_of
+from nnarch.kernels.epilogue import check_epilogue, epilogue_backward, must_split
+
+_EPILOGUE = "Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual"
+_GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation, int groups"
+_GPU = "nnarch.kernels.conv2d.triton_kernel"
+
+# --------------------------------------------------------------------------------- the operation
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    packed: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    activation: int,
+    alpha: float,
+) -> None:
+    size = check_conv("conv2d", x, weight, stride, padding, dilation, groups)
+    check_epilogue("conv2d", x, size, size[1], residual, bias=bias, scale=scale, shift=shift)
+
+
+def _fake(x, weight, bias, scale, shift, residual, packed, stride, padding, dilation, *_):
+    return library.new_output(x, output_size(x.shape, weight.shape, stride, padding, dilation))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, scale, _, _, _, *ctx.geometry, ctx.activation, ctx.alpha = inputs
+    ctx.save_for_backward(x, weight, scale, output if ctx.activation else None)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, scale, y = ctx.saved_tensors
+    need_x, need_weight, *needs = ctx.needs_input_grad[:6]
+    need_bias, _, need_shift, need_residual = needs
+    g = epilogue_backward(
+        grad, y, scale, ctx.activation, ctx.alpha, (need_bias, need_shift, need_residual)
+    )
+    dx = input_grad(g.accumulator, weight, x.shape, *ctx.geometry) if need_x else None
+    dw = weight_grad(g.accumulator, x, weight.shape, *ctx.geometry) if need_weight else None
+    return dx, dw, g.bias, None, g.shift, g.residual, *[None] * 7
+
+
+conv2d_op = library.declare(
+    f"conv2d(Tensor x, Tensor weight, {_EPILOGUE}, Tensor? packed, {_GEOMETRY}, "
+    "int activation, float alpha) -> Tensor",
+    reference=reference.conv2d,
+    fake=_fake,
+    check=_check,
+    gpu=f"{_GPU}:conv2d",
+    setup_context=_setup,
+    backward=_backward,
+)
+
+# ------------------------------------------------- its gradients: bilinear maps, closed under theirs
+
+
+def _check_input_grad(grad, weight, input_size, stride, padding, dilation, groups) -> None:
+    x = grad.new_empty(0).expand(*input_size) if 0 in input_size else grad.new_empty(1).expand(*input_size)
+    _check_grad("conv2d_input_grad", grad, x, weight, stride, padding, dilation, groups)
+
+
+def _check_weight_grad(grad, x, weight_size, stride, padding, dilation, groups) -> None:
+    weight = grad.new_empty(1).expand(*weight_size)
+    _check_grad("conv2d_weight_grad", grad, x, weight, stride, padding, dilation, groups)
+
+
+def _check_grad(op, grad, x, weight, stride, padding, dilation, groups) -> None:
+    size = check_conv(op, x, weight, stride, padding, dilation, groups)
+    if tuple(grad.shape) != size:
+        raise ValueError(f"{op}: grad must have the shape {size}, got {tuple(grad.shape)}")
+    if grad.dtype != x.dtype:
+        raise TypeError(f"{op}: grad must be {x.dtype}, got {grad.dtype}")
+
+
+def _setup_bilinear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, b, ctx.size, *ctx.geometry = inputs
+    ctx.save_for_backward(a, b)
+
+
+def _input_grad_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
+    grad, weight = ctx.saved_tensors
+    need_grad, need_weight = ctx.needs_input_grad[:2]
+    d_grad = _plain(gg, weight, ctx.geometry) if need_grad else None
+    d_weight = weight_grad(grad, gg, weight.shape, *ctx.geometry) if need_weight else None
+    return d_grad, d_weight, *[None] * 5
+
+
+def _weight_grad_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
+    grad, x = ctx.saved_tensors
+    need_grad, need_x = ctx.needs_input_grad[:2]
+    d_grad = _plain(x, gg, ctx.geometry) if need_grad else None
+    d_x = input_grad(grad, gg, x.shape, *ctx.geometry) if need_x else None
+    return d_grad, d_x, *[None] * 5
+
+
+def _plain(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> Tensor:
+    return conv2d_op(x, weight, None, None, None, None, None, *geometry, 0, 0.0)
+
+
+input_grad = library.declare(
+    f"conv2d_input_grad(Tensor grad, Tensor weight, int[] input_size, {_GEOMETRY}) -> Tensor",
+    reference=reference.conv2d_input_grad,
+    fake=lambda grad, weight, input_size, *_: library.new_output(grad, input_size),
+    check=_check_input_grad,
+    gpu=f"{_GPU}:conv2d_input_grad",
+    setup_context=_setup_bilinear,
+    backward=_input_grad_backward,
+)
+
+weight_grad = library.declare(
+    f"conv2d_weight_grad(Tensor grad, Tensor x, int[] weight_size, {_GEOMETRY}) -> Tensor",
+    reference=reference.conv2d_weight_grad,
+    fake=lambda grad, x, weight_size, *_: grad.new_empty(weight_size),
+    check=_check_weight_grad,
+    gpu=f"{_GPU}:conv2d_weight_grad",
+    setup_context=_setup_bilinear,
+    backward=_weight_grad_backward,
+)
+
+
+def _fake_pack(weight: Tensor, groups: int) -> Tensor:
+    size = torch.library.get_ctx().new_dynamic_size()
+    return weight.new_empty(size)
+
+
+pack = library.declare(
+    "conv2d_pack(Tensor weight, int groups) -> Tensor",
+    reference=reference.conv2d_pack,
+    fake=_fake_pack,
+    gpu=f"{_GPU}:conv2d_pack",
+)
+
+# ------------------------------------------------------------------------------- public functions
+
+
+@library.public
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: kinds.Activation = None,
+    packed: Tensor | None = None,
+) -> Tensor:
+    """2-D convolution with a fused epilogue: act(scale·(conv(x, weight) + bias) + shift + residual).
+
+    The first seven arguments are those of :func:`torch.nn.functional.conv2d`.
+
+    Args:
+        x: [N, C, H, W] or [C, H, W].
+        weight: [K, C / groups, R, S].
+        bias, scale, shift: [K] or None.
+        stride, dilation: one number, or (vertical, horizontal), in pixels.
+        padding: one number, (vertical, horizontal), (top, left, bottom, right), "valid" or "same"
+            (stride 1 only).
+        groups: input and output channels are cut into this many independent parts. Where it is C,
+            the depthwise kernels run.
+        residual: of the output's shape, added before the activation; or None.
+        activation: None, a name ("relu", "silu", …) or ("leaky_relu", slope).
+        packed: what :func:`pack_conv2d_weight` made of `weight`; or None.
+
+    Returns:
+        [N, K, H', W'] in the memory format of `x`, H' = (H + top + bottom − dilation·(R − 1) − 1)
+        // stride + 1.
+
+    Raises:
+        ValueError, TypeError: arguments that do not fit together; the message names them.
+    """
+    code, alpha = kinds.encode(activation, "conv2d")
+    if x.dim() == 3:
+        y = conv2d(
+            x.unsqueeze(0), weight, bias, stride, padding, dilation, groups, scale=scale,
+            shift=shift, residual=None if residual is None else residual.unsqueeze(0),
+            activation=activation, packed=packed,
+        )  # fmt: skip
+        return y.squeeze(0)
+    if type(stride) is int:
+        stride = (stride, stride)
+    if type(dilation) is int:
+        dilation = (dilation, dilation)
+    pads = (padding,) * 4 if type(padding) is int else padding_of(padding, weight, stride, dilation)
+    if groups != 1 and is_depthwise(x, weight, groups):
+        from nnarch.kernels.depthwise.op import depthwise_op
+
+        run, geometry = depthwise_op, (stride, pads, dilation)
+    else:
+        run, geometry = conv2d_op, (stride, pads, dilation, groups)
+    if (code or scale is not None) and must_split(code, x, weight, bias, scale, shift, residual):
+        from nnarch.kernels.normalization.op import affine
+
+        z = run(x, weight, bias, None, None, None, packed, *geometry, 0, 0.0)
+        return affine(z, scale, shift, residual, code, alpha)
+    return run(x, weight, bias, scale, shift, residual, packed, *geometry, code, alpha)
+
+
+def is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
+    """Whether every input channel is a group of its own."""
+    return x.dim() == 4 and groups == x.shape[1] and weight.dim() == 4 and weight.shape[1] == 1
+
+
+def pack_conv2d_weight(weight: Tensor, groups: int = 1) -> Tensor | None:
+    """The weight in the order that the native kernels read, to pass as `packed=` again and again.
+
+    Args:
+        weight: [K, C / groups, R, S] on the CPU; its values must not change afterwards.
+        groups: as in :func:`conv2d`.
+
+    Returns:
+        An opaque tensor; None where no native kernel runs (another device).
+    """
+    if weight.device.type != "cpu" or library.native is None:
+        return None
+    if groups > 1 and weight.shape[1] == 1:
+        from nnarch.kernels.depthwise.op import pack as pack_depthwise
+
+        return pack_depthwise(weight.detach())
+    return pack(weight.detach(), groups)

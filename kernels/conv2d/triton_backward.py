@@ -1,0 +1,403 @@
+"""The gradients of the convolution on the GPU, by input and by weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from nnarch import library
+from nnarch.kernels.conv2d.triton_gather import gather_dot, takes_flat
+from nnarch.kernels.gpu.launch import (
+    cdiv,
+    check_dtype,
+    device_guard,
+    dot_precision,
+    flat_grid,
+    launch,
+    needs_int64,
+)
+from nnarch.kernels.gpu.matmul import (
+    MATMUL,
+    grouped_order,
+    named_strides,
+    precision_of,
+    split_count,
+)
+from nnarch.kernels.gpu.tiles import Problem, Tile, pick
+
+# ------------------------------------------------------------------------------ by the input
+
+
+@triton.jit
+def _first_tap(phase, TAPS: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr):
+    """Least tap r with r·DILATION ≡ phase (mod STRIDE), or TAPS where none is."""
+    first = phase * 0 + TAPS
+    for i in tl.static_range(min(TAPS, STRIDE)):
+        r = min(TAPS, STRIDE) - 1 - i
+        first = tl.where(r * DILATION % STRIDE == phase, r, first)
+    return first
+
+
+@triton.jit
+def _conv2d_bwd_dx_kernel(
+    dy_ptr,  # [N, K, OH, OW], any strides
+    w_ptr,  # [K, C / groups, R, S], any strides
+    dx_ptr,  # [N, C, H, W], any strides
+    M,  # pixels of the largest phase: N·⌈H / STRIDE_H⌉·⌈W / STRIDE_W⌉
+    N,
+    H,
+    W,
+    OH,
+    OW,
+    C_GROUP,
+    K_GROUP,
+    groups,
+    stride_dyn,
+    stride_dyk,
+    stride_dyh,
+    stride_dyw,
+    stride_wk,
+    stride_wc,
+    stride_wr,
+    stride_ws,
+    stride_dxn,
+    stride_dxc,
+    stride_dxh,
+    stride_dxw,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    TAP_STEP_H: tl.constexpr,  # STRIDE / gcd(STRIDE, DILATION)
+    TAP_STEP_W: tl.constexpr,
+    FLAT: tl.constexpr,
+    INT64: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # A pixel h meets tap r where h + PAD_H - r·DILATION_H is a multiple of STRIDE_H. The pixels of
+    # one phase (h + PAD_H) mod STRIDE_H share their taps: every TAP_STEP_H-th from the first.
+    # One program: BLOCK_M pixels of one phase by BLOCK_N input channels of one group.
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(C_GROUP, BLOCK_N)
+    pid = tl.program_id(0)
+    tile_m, tile_n = grouped_order(pid % (tiles_m * tiles_n), tiles_m, tiles_n, 8)
+    group = pid // (tiles_m * tiles_n) % groups
+    phase = pid // (tiles_m * tiles_n) // groups
+    phase_h, phase_w = phase // STRIDE_W, phase % STRIDE_W
+
+    first_r = _first_tap(phase_h, R, STRIDE_H, DILATION_H)
+    first_s = _first_tap(phase_w, S, STRIDE_W, DILATION_W)
+    taps_h = (R - first_r + TAP_STEP_H - 1) // TAP_STEP_H
+    taps_w = (S - first_s + TAP_STEP_W - 1) // TAP_STEP_W
+
+    first_h = (phase_h - PAD_H % STRIDE_H + STRIDE_H) % STRIDE_H
+    first_w = (phase_w - PAD_W % STRIDE_W + STRIDE_W) % STRIDE_W
+    rows = (H - first_h + STRIDE_H - 1) // STRIDE_H
+    columns = tl.maximum((W - first_w + STRIDE_W - 1) // STRIDE_W, 1)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = m // columns // tl.maximum(rows, 1)
+    h = m // columns % tl.maximum(rows, 1) * STRIDE_H + first_h
+    w = m % columns * STRIDE_W + first_w
+    m_inside = (n < N) & (h < H) & (w < W)
+    c = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    c_inside = c < C_GROUP
+    if INT64:
+        n, h, c, group = n.to(tl.int64), h.to(tl.int64), c.to(tl.int64), group.to(tl.int64)
+
+    if FLAT:
+        steps = tl.cdiv(taps_h * taps_w * K_GROUP, BLOCK_K)
+    else:
+        steps = taps_h * taps_w * tl.cdiv(K_GROUP, BLOCK_K)
+    acc = gather_dot(
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
+        dy_ptr + group * K_GROUP * stride_dyk,
+        w_ptr + group * K_GROUP * stride_wk + first_r * stride_wr + first_s * stride_ws,
+        n * stride_dyn,
+        # An exact division of what may be negative: shifted up by a multiple of the stride.
+        (h + PAD_H - first_r * DILATION_H + R * DILATION_H * STRIDE_H) // STRIDE_H - R * DILATION_H,
+        (w + PAD_W - first_s * DILATION_W + S * DILATION_W * STRIDE_W) // STRIDE_W - S * DILATION_W,
+        m_inside,
+        c * stride_wc,
+        c_inside,
+        OH,
+        OW,
+        K_GROUP,
+        taps_h,
+        tl.maximum(taps_w, 1),
+        -(TAP_STEP_H * DILATION_H // STRIDE_H),
+        -(TAP_STEP_W * DILATION_W // STRIDE_W),
+        0,
+        steps,
+        stride_dyk,
+        stride_dyh,
+        stride_dyw,
+        stride_wk,
+        stride_wr * TAP_STEP_H,
+        stride_ws * TAP_STEP_W,
+        FLAT,
+        INT64,
+        PRECISION,
+        BLOCK_K,
+    )
+    row = n * stride_dxn + h * stride_dxh + w * stride_dxw
+    column = (group * C_GROUP + c) * stride_dxc
+    dx = acc.to(dx_ptr.dtype.element_ty)
+    inside = m_inside[:, None] & c_inside[None, :]
+    tl.store(dx_ptr + row[:, None] + column[None, :], dx, mask=inside)
+
+
+def conv2d_input_grad(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    """nnarch::conv2d_input_grad on a GPU."""
+    check_dtype("conv2d_input_grad", grad, weight)
+    n, c, h, w = input_size
+    k, c_group, r, s = weight.shape
+    dx = library.new_output(grad, input_size)
+    if dx.numel() == 0:
+        return dx
+    if grad.numel() == 0:
+        return dx.zero_()
+    weight = _reduced_channels_innermost(weight)
+    precision = dot_precision("conv")
+    m = n * cdiv(h, stride[0]) * cdiv(w, stride[1])
+    reduction = cdiv(r, stride[0]) * cdiv(s, stride[1]) * (k // groups)
+    problem = Problem(m, c_group, reduction, precision_of(grad.dtype, precision))
+    arguments = {
+        **{"dy_ptr": grad, "w_ptr": weight, "dx_ptr": dx},
+        **{"M": m, "N": n, "H": h, "W": w, "OH": grad.shape[2], "OW": grad.shape[3]},
+        **{"C_GROUP": c_group, "K_GROUP": k // groups, "groups": groups},
+        **named_strides("dy", "nkhw", grad),
+        **named_strides("w", "kcrs", weight),
+        **named_strides("dx", "nchw", dx),
+        **_geometry(r, s, stride, padding, dilation),
+        "TAP_STEP_H": stride[0] // math.gcd(stride[0], dilation[0]),
+        "TAP_STEP_W": stride[1] // math.gcd(stride[1], dilation[1]),
+        "INT64": needs_int64(grad, weight, dx),
+        "PRECISION": precision,
+    }
+
+    def run(tile: Tile) -> None:
+        tiles = cdiv(m, tile["BLOCK_M"]) * cdiv(c_group, tile["BLOCK_N"])
+        grid = flat_grid(tiles * groups * stride[0] * stride[1])
+        flat = {"FLAT": takes_flat(k // groups, tile["BLOCK_K"])}
+        launch(_conv2d_bwd_dx_kernel, grid, arguments | flat, tile)
+
+    with device_guard(grad):
+        run(pick(MATMUL, problem, run))
+    return dx
+
+
+def _reduced_channels_innermost(weight: torch.Tensor) -> torch.Tensor:
+    """`weight` with K at stride 1, which the input gradient sums over."""
+    return weight.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2)
+
+
+def _geometry(r, s, stride, padding, dilation) -> dict[str, int]:
+    return {
+        **{"R": r, "S": s, "PAD_H": padding[0], "PAD_W": padding[1]},
+        **{"STRIDE_H": stride[0], "STRIDE_W": stride[1]},
+        **{"DILATION_H": dilation[0], "DILATION_W": dilation[1]},
+    }
+
+
+# ----------------------------------------------------------------------------- by the weight
+
+
+@triton.jit
+def _conv2d_bwd_dw_kernel(
+    dy_ptr,  # [N, K, OH, OW], any strides
+    x_ptr,  # [N, C, H, W], any strides
+    partial_ptr,  # [splits, K, R·S, C / groups] float32
+    P,  # pixels N·OH·OW, the reduction
+    H,
+    W,
+    OH,
+    OW,
+    K,
+    C_GROUP,
+    K_GROUP,
+    groups,
+    pixels_per_split,
+    stride_dyn,
+    stride_dyk,
+    stride_dyh,
+    stride_dyw,
+    stride_xn,
+    stride_xc,
+    stride_xh,
+    stride_xw,
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    FLAT: tl.constexpr,
+    INT64: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # One program: BLOCK_M output channels of one group by BLOCK_N input channels of one tap (with
+    # FLAT: BLOCK_N consecutive (tap, channel) pairs), summed over one part of the pixels.
+    chunks = tl.cdiv(C_GROUP, BLOCK_N)
+    tiles_m = tl.cdiv(K_GROUP, BLOCK_M)
+    tiles_n = tl.cdiv(R * S * C_GROUP, BLOCK_N) if FLAT else R * S * chunks
+    pid = tl.program_id(0)
+    tile_m, tile_n = grouped_order(pid % (tiles_m * tiles_n), tiles_m, tiles_n, 8)
+    group = pid // (tiles_m * tiles_n) % groups
+    split = pid // (tiles_m * tiles_n) // groups
+
+    k = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    k_inside = k < K_GROUP
+    k += group * K_GROUP
+    lane = tl.arange(0, BLOCK_N)
+    if FLAT:
+        tap = (tile_n * BLOCK_N + lane) // C_GROUP
+        c = (tile_n * BLOCK_N + lane) % C_GROUP
+        c_inside = tap < R * S
+    else:
+        tap = tile_n // chunks
+        c = tile_n % chunks * BLOCK_N + lane
+        c_inside = c < C_GROUP
+    tap_h = tap // S * DILATION_H - PAD_H
+    tap_w = tap % S * DILATION_W - PAD_W
+    last = tl.minimum((split + 1) * pixels_per_split, P)
+    pixel = tl.arange(0, BLOCK_K)
+    if INT64:
+        k, group, pixel = k.to(tl.int64), group.to(tl.int64), pixel.to(tl.int64)
+    column = (group * C_GROUP + c) * stride_xc
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(split * pixels_per_split, last, BLOCK_K):
+        p = start + pixel
+        p_inside = p < last
+        n, oh, ow = p // (OH * OW), p // OW % OH, p % OW
+        dy_offset = (n * stride_dyn + oh * stride_dyh + ow * stride_dyw)[None, :]
+        dy_offset = dy_offset + (k * stride_dyk)[:, None]
+        dy = tl.load(dy_ptr + dy_offset, mask=k_inside[:, None] & p_inside[None, :], other=0.0)
+        if FLAT:
+            h = (oh * STRIDE_H)[:, None] + tap_h[None, :]
+            w = (ow * STRIDE_W)[:, None] + tap_w[None, :]
+            x_offset = (n * stride_xn)[:, None] + h * stride_xh + w * stride_xw
+            inside = (h >= 0) & (h < H) & (w >= 0) & (w < W) & p_inside[:, None]
+        else:
+            h = oh * STRIDE_H + tap_h
+            w = ow * STRIDE_W + tap_w
+            x_offset = (n * stride_xn + h * stride_xh + w * stride_xw)[:, None]
+            inside = ((h >= 0) & (h < H) & (w >= 0) & (w < W) & p_inside)[:, None]
+        x_offset = x_offset + column[None, :]
+        x = tl.load(x_ptr + x_offset, mask=inside & c_inside[None, :], other=0.0)
+        acc = tl.dot(dy, x, acc, input_precision=PRECISION)
+
+    row = (split.to(tl.int64) * K + k) * (R * S * C_GROUP)
+    out = partial_ptr + row[:, None] + (tap * C_GROUP + c)[None, :]
+    tl.store(out, acc, mask=k_inside[:, None] & c_inside[None, :])
+
+
+@triton.jit
+def _sum_parts_kernel(
+    partial_ptr,  # [splits, K, R·S, C / groups] float32
+    dw_ptr,  # [K, C / groups, R·S] contiguous
+    numel,
+    C_GROUP,
+    TAPS,
+    splits,
+    INT64: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dw = the sum of the parts, added in their order, in the layout of the weight."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if not INT64:
+        i = i.to(tl.int32)
+    inside = i < numel
+    tap, c, k = i % TAPS, i // TAPS % C_GROUP, i // TAPS // C_GROUP
+    part_ptr = partial_ptr + (k * TAPS + tap) * C_GROUP + c
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(splits):
+        acc += tl.load(part_ptr, mask=inside, other=0.0)
+        part_ptr += numel
+    tl.store(dw_ptr + i, acc.to(dw_ptr.dtype.element_ty), mask=inside)
+
+
+def conv2d_weight_grad(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> torch.Tensor:
+    """nnarch::conv2d_weight_grad on a GPU; the same bits in every run."""
+    check_dtype("conv2d_weight_grad", grad, x)
+    dw = grad.new_empty(list(weight_size))
+    if dw.numel() == 0 or grad.numel() == 0 or x.numel() == 0:
+        return dw.zero_()
+    k, c_group, r, s = weight_size
+    pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
+    precision = dot_precision("conv")
+    problem = Problem(k // groups, r * s * c_group, pixels, precision_of(x.dtype, precision))
+    arguments = {
+        **{"dy_ptr": grad, "x_ptr": x, "P": pixels, "H": x.shape[2], "W": x.shape[3]},
+        **{"OH": grad.shape[2], "OW": grad.shape[3], "K": k},
+        **{"C_GROUP": c_group, "K_GROUP": k // groups, "groups": groups},
+        **named_strides("dy", "nkhw", grad),
+        **named_strides("x", "nchw", x),
+        **_geometry(r, s, stride, padding, dilation),
+        "INT64": needs_int64(grad, x, dw),
+        "PRECISION": precision,
+    }
+
+    def run(tile: Tile) -> None:
+        _launch_weight_grad(arguments, dw, groups, tile)
+
+    with device_guard(grad):
+        run(pick(MATMUL, problem, run))
+    return dw
+
+
+def _launch_weight_grad(arguments, dw, groups: int, tile: Tile) -> None:
+    """Parts of the pixels, each to its own slice of a float32 buffer, then their sum."""
+    k, c_group, r, s = dw.shape
+    flat = takes_flat(c_group, tile["BLOCK_N"])
+    columns = cdiv(r * s * c_group, tile["BLOCK_N"])
+    if not flat:
+        columns = r * s * cdiv(c_group, tile["BLOCK_N"])
+    tiles = groups * cdiv(k // groups, tile["BLOCK_M"]) * columns
+    steps = cdiv(arguments["P"], tile["BLOCK_K"])
+    splits = split_count(tiles, steps)
+    partial = dw.new_empty((splits, k, r * s, c_group), dtype=torch.float32)
+    split = {
+        "partial_ptr": partial,
+        "pixels_per_split": cdiv(steps, splits) * tile["BLOCK_K"],
+        "FLAT": flat,
+    }
+    launch(_conv2d_bwd_dw_kernel, flat_grid(tiles * splits), arguments | split, tile)
+    block = 512
+    summed = {
+        **{"partial_ptr": partial, "dw_ptr": dw, "numel": dw.numel(), "splits": splits},
+        **{"C_GROUP": c_group, "TAPS": r * s},
+        **{"INT64": needs_int64(dw), "BLOCK": block},
+    }
+    launch(_sum_parts_kernel, flat_grid(cdiv(dw.numel(), block)), summed)

@@ -1,0 +1,69 @@
+// Convolution by implicit GEMM: for a block of output positions, row pointers into the image take
+// the place of an unfolded input.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/grid_image.h"
+#include "cpu/gemm.h"
+#include "cpu/parallel.h"
+#include "cpu/tensor.h"
+
+namespace nnarch {
+
+// Where a grid position is written: c + image * image_step + gy * row_step + gx * column_step.
+struct OutputGrid {
+  int64_t image_step, row_step, column_step;
+};
+
+struct Blocking {
+  int64_t rows, columns;
+};
+
+// Blocks of output positions and channels: large enough to reuse what they load, small enough to
+// stay in L2, and enough of them to keep several threads busy. Depends on the shape only.
+inline Blocking choose_blocking(int64_t positions, int64_t columns, int64_t mr, int64_t nr) {
+  static int64_t target_rows = getenv("MC") ? atoi(getenv("MC")) : 96, target_columns = getenv("NC") ? atoi(getenv("NC")) : 256; constexpr int64_t wanted_tasks = 8;
+  const int64_t row_blocks = ceil_div(positions, target_rows);
+  Blocking b;
+  b.rows = round_up(ceil_div(positions, row_blocks), mr);
+  int64_t column_blocks = ceil_div(columns, target_columns);
+  while (row_blocks * column_blocks < wanted_tasks && columns / (column_blocks + 1) >= 4 * nr)
+    ++column_blocks;
+  b.columns = round_up(ceil_div(columns, column_blocks), nr);
+  return b;
+}
+
+// c[position][column] = epilogue(Σ_tap image[position at tap] · b). The epilogue's vectors are
+// padded to whole panels.
+template <class T>
+void gather_gemm(const GridImage<T>& image, const T* b, int64_t columns, T* c,
+                 const OutputGrid& out, const Epilogue<T>& epilogue) {
+  const GemmTable<T>& table = gemm<T>();
+  const int64_t positions = image.positions();
+  const int64_t taps = static_cast<int64_t>(image.taps.size());
+  if (positions == 0 || columns == 0) return;
+  const Blocking block = choose_blocking(positions, columns, table.mr, table.nr);
+  const int64_t column_blocks = ceil_div(columns, block.columns);
+  const int64_t tasks = ceil_div(positions, block.rows) * column_blocks;
+  parallel_tasks(tasks, [&](int64_t task) {
+    const int64_t first = task / column_blocks * block.rows;
+    const int64_t column = task % column_blocks * block.columns;
+    const int64_t count = std::min(block.rows, positions - first);
+    TapRows<T> rows(image, block.rows);
+    rows.build(first, count);
+    Scratch<int64_t> offsets(count);
+    const int64_t plane = image.grid_h * image.grid_w;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t at = first + i;
+      offsets[i] = at / plane * out.image_step + at % plane / image.grid_w * out.row_step +
+                   at % image.grid_w * out.column_step;
+    }
+    table.run({rows.get(), rows.stride(), taps, image.depth,
+               b + column * taps * image.depth, c + column, offsets.get(), count,
+               std::min(block.columns, columns - column), false, epilogue.from_channel(column)});
+  });
+}
+
+}  // namespace nnarch

@@ -1,0 +1,57 @@
+// The one matrix product under convolution, linear and their gradients: C = A·B by rows of A that
+// are reached through pointers.
+//
+// A convolution is a sum over kernel taps of small matrix products whose A rows are input pixels:
+//     C[m, n] = Σ_tap Σ_k rows[tap][m][k] · B[tap·depth + k, n]
+// With one tap this is a plain matrix product. Nothing is gathered or unfolded: a pixel in the
+// padding is a pointer to zeros.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/epilogue.h"
+#include "cpu/isa.h"
+
+namespace nnarch {
+
+template <class T>
+struct GemmBlock {
+  // rows[tap * row_stride + m] points to `depth` values of A.
+  const T* const* rows;
+  int64_t row_stride;
+  int64_t taps;
+  int64_t depth;
+  // Packed B: panels of `nr` columns; panel j starts at b + j * taps * depth * nr.
+  const T* b;
+  // Row m of the output starts at c + c_offset[m]; columns are dense.
+  T* c;
+  const int64_t* c_offset;
+  int64_t m;  // rows
+  int64_t n;  // columns; the last panel may be partial
+  bool accumulate;  // add to what C holds; then the epilogue is applied to the sum
+  Epilogue<T> epilogue;
+};
+
+template <class T>
+struct GemmTable {
+  int64_t mr;  // rows of the register tile
+  int64_t nr;  // columns of a packed panel
+  void (*run)(const GemmBlock<T>& block);
+  // One panel of packed B: dst[k * nr + j] = src[k * stride_k + j * stride_n] for k < depth,
+  // j < n; the columns from n to nr are zero.
+  void (*pack_panel)(const T* src, int64_t stride_k, int64_t stride_n, int64_t depth, int64_t n,
+                     T* dst);
+  // y[r * y_stride + j] = epilogue(Σ_k x[r * x_stride + k] · w[j * w_stride + k]) for r < m,
+  // j < n: few rows against unpacked weights, at the bandwidth of reading them.
+  void (*few_rows)(const T* x, int64_t x_stride, int64_t m, const T* w, int64_t w_stride,
+                   int64_t depth, int64_t n, T* y, int64_t y_stride, const Epilogue<T>& epilogue);
+};
+
+NNARCH_PER_ISA(template <class T> const GemmTable<T>& gemm_table();)
+
+template <class T>
+const GemmTable<T>& gemm() {
+  return NNARCH_SELECT(gemm_table<T>());
+}
+
+}  // namespace nnarch

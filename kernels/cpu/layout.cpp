@@ -1,0 +1,107 @@
+// Tensors of any strides copied into dense order.
+#include "cpu/layout.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/parallel.h"
+#include "cpu/tensor.h"
+
+namespace nnarch {
+namespace {
+
+// dst[h][w][c] = src, in tasks of image rows or, where the image is dense, of pixel ranges.
+template <class T>
+void pack_channels_last(const Tensor& t, T* dst) {
+  const T* src = data<T>(t);
+  const int64_t n = t.size(0), c = t.size(1), h = t.size(2), w = t.size(3);
+  const int64_t sn = t.stride(0), sc = t.stride(1), sh = t.stride(2), sw = t.stride(3);
+  const auto transpose = transpose_fn<T>();
+  const bool dense_image = sw == 1 && (sh == w || h == 1);
+  // A task takes whole rows, or a run of pixels where rows follow each other.
+  const int64_t run = dense_image ? 256 : w;
+  const int64_t runs = dense_image ? ceil_div(h * w, run) : h;
+  parallel_tasks(n * runs, [&](int64_t task) {
+    const int64_t image = task / runs, first = task % runs * run;
+    const int64_t pixels = std::min(run, h * w - first);
+    const T* from = src + image * sn + (dense_image ? first : task % runs * sh);
+    T* to = dst + (image * h * w + first) * c;
+    if (sw == 1) {
+      transpose(from, sc, to, c, c, pixels);
+    } else {
+      for (int64_t p = 0; p < pixels; ++p)
+        for (int64_t k = 0; k < c; ++k) to[p * c + k] = from[p * sw + k * sc];
+    }
+  });
+}
+
+template <class T>
+void unpack_channels_last(const T* src, T* dst, int64_t n, int64_t c, int64_t pixels) {
+  const auto transpose = transpose_fn<T>();
+  const int64_t run = 64, runs = ceil_div(c, run);
+  parallel_tasks(n * runs, [&](int64_t task) {
+    const int64_t image = task / runs, first = task % runs * run;
+    transpose(src + image * pixels * c + first, c, dst + (image * c + first) * pixels, pixels,
+              pixels, std::min(run, c - first));
+  });
+}
+
+// Copies dimension by dimension; the innermost is vectorised where both sides are dense.
+template <class T>
+void copy_strided(const T* src, const int64_t* strides, T*& dst, const IntList& sizes, size_t d) {
+  if (d == sizes.size()) {
+    *dst++ = *src;
+    return;
+  }
+  if (d + 1 == sizes.size()) {
+    for (int64_t i = 0; i < sizes[d]; ++i) dst[i] = src[i * strides[d]];
+    dst += sizes[d];
+    return;
+  }
+  for (int64_t i = 0; i < sizes[d]; ++i) copy_strided(src + i * strides[d], strides, dst, sizes, d + 1);
+}
+
+}  // namespace
+
+Tensor as_channels_last(const Tensor& t) {
+  if (is_channels_last(t)) return t;
+  Tensor result = new_channels_last(sizes_of(t), t.scalar_type());
+  if (t.numel() == 0) return result;
+  with_scalar_type(t.scalar_type(), "as_channels_last", [&](auto scalar) {
+    using T = decltype(scalar);
+    pack_channels_last<T>(t, mutable_data<T>(result));
+  });
+  return result;
+}
+
+Tensor as_contiguous(const Tensor& t) {
+  if (t.is_contiguous()) return t;
+  const IntList sizes = sizes_of(t);
+  Tensor result = new_contiguous(sizes, t.scalar_type());
+  if (t.numel() == 0) return result;
+  with_scalar_type(t.scalar_type(), "as_contiguous", [&](auto scalar) {
+    using T = decltype(scalar);
+    T* dst = mutable_data<T>(result);
+    if (t.dim() == 4 && is_channels_last(t)) {
+      unpack_channels_last<T>(data<T>(t), dst, sizes[0], sizes[1], sizes[2] * sizes[3]);
+    } else if (t.dim() == 2 && t.stride(0) == 1 && t.stride(1) >= sizes[0]) {
+      const auto transpose = transpose_fn<T>();
+      const int64_t run = 64;
+      parallel_tasks(ceil_div(sizes[0], run), [&](int64_t task) {
+        const int64_t first = task * run;
+        transpose(data<T>(t) + first, t.stride(1), dst + first * sizes[1], sizes[1], sizes[1],
+                  std::min(run, sizes[0] - first));
+      });
+    } else {
+      const auto strides = t.strides();
+      copy_strided<T>(data<T>(t), strides.data(), dst, sizes, 0);
+    }
+  });
+  return result;
+}
+
+Tensor in_format_of(const Tensor& result, const Tensor& like) {
+  return follows_channels_last(like) ? result : as_contiguous(result);
+}
+
+}  // namespace nnarch

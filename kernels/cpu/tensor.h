@@ -1,0 +1,141 @@
+// What native entry points do with tensors: checks, dtypes, memory formats. Stable ABI only.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace nnarch {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptTensor = std::optional<Tensor>;
+using IntList = std::vector<int64_t>;
+
+// Python's check functions turn this into the precise ValueError or TypeError.
+template <class... Parts>
+void require(bool holds, const char* message) {
+  if (!holds) [[unlikely]]
+    throw std::runtime_error(message);
+}
+
+// a*b where both are sizes; throws where the product leaves int64.
+inline int64_t checked_product(int64_t a, int64_t b) {
+  int64_t product;
+  if (__builtin_mul_overflow(a, b, &product)) throw std::runtime_error("size overflows int64");
+  return product;
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+inline bool is_half(ScalarType type) {
+  return type == ScalarType::Half || type == ScalarType::BFloat16;
+}
+
+// Calls f with a float or a double (its value means nothing); half types compute as float.
+template <class F>
+auto with_scalar_type(ScalarType type, const char* op, const F& f) {
+  if (type == ScalarType::Float || is_half(type)) return f(float{});
+  if (type == ScalarType::Double) return f(double{});
+  throw std::runtime_error(std::string(op) + ": dtype must be floating point");
+}
+
+inline Tensor new_strided(const IntList& sizes, const IntList& strides, ScalarType type) {
+  AtenTensorHandle handle;
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
+      aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline IntList contiguous_strides(const IntList& sizes) {
+  IntList strides(sizes.size());
+  int64_t step = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = step;
+    step = checked_product(step, sizes[d] > 1 ? sizes[d] : 1);
+  }
+  return strides;
+}
+
+inline IntList channels_last_strides(const IntList& s) {
+  int64_t step = 1;
+  IntList strides(4);
+  for (int d : {1, 3, 2, 0}) {
+    strides[d] = step;
+    step = checked_product(step, s[d] > 1 ? s[d] : 1);
+  }
+  return strides;
+}
+
+inline IntList sizes_of(const Tensor& t) {
+  const auto s = t.sizes();
+  return IntList(s.begin(), s.end());
+}
+
+// Whether a 4-D tensor lies dense in memory in the order n, h, w, c.
+inline bool is_channels_last(const Tensor& t) {
+  if (t.dim() != 4) return false;
+  int64_t expected = 1;
+  for (int d : {1, 3, 2, 0}) {
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
+// The memory format of an output that follows `t` (the rule of nnarch.library.output_format).
+inline bool follows_channels_last(const Tensor& t) {
+  return t.dim() == 4 && !t.is_contiguous() && is_channels_last(t);
+}
+
+inline Tensor new_contiguous(const IntList& sizes, ScalarType type) {
+  return new_strided(sizes, contiguous_strides(sizes), type);
+}
+inline Tensor new_channels_last(const IntList& sizes, ScalarType type) {
+  return new_strided(sizes, channels_last_strides(sizes), type);
+}
+
+// `t` in the type that kernels compute in: half types become float, others stay.
+inline Tensor to_compute_type(const Tensor& t) {
+  return is_half(t.scalar_type()) ? torch::stable::to(t, ScalarType::Float) : t;
+}
+inline OptTensor to_compute_type(const OptTensor& t) {
+  return t ? OptTensor(to_compute_type(*t)) : t;
+}
+// Back to the type of the caller's input.
+inline Tensor to_type(const Tensor& t, ScalarType type) {
+  return t.scalar_type() == type ? t : torch::stable::to(t, type);
+}
+
+// Copies of any strides into the two dense orders; a tensor that already has the order is returned
+// as it is. (layout.cpp)
+Tensor as_channels_last(const Tensor& t);
+Tensor as_contiguous(const Tensor& t);
+// The result of a channels_last computation in the memory format of `like`.
+Tensor in_format_of(const Tensor& result, const Tensor& like);
+
+// A vector of `count` elements, dense. (layout.cpp)
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.data_ptr());
+}
+template <class T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+// The algorithm that ran last on this thread, for nnarch.trace(): a string literal.
+void set_algorithm(const char* name);
+
+}  // namespace nnarch

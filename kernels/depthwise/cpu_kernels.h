@@ -1,0 +1,104 @@
+// What the depthwise kernels compute, and the table of those compiled for this CPU.
+//
+// A task copies the input rows that it needs, a block of channels wide, into a small tile: pixels
+// follow each other there, columns in the padding are zero, the last vector of channels is full,
+// and every output channel has its input channel beside it. The arithmetic then runs on the tile
+// alone, in the first-level cache, with no border, tail, layout or multiplier to look after. In
+// the image itself the pixels of a block would be C·4 bytes apart: with C = 512 they all fall into
+// two sets of that cache and push each other out.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/epilogue.h"
+#include "cpu/isa.h"
+
+namespace nnarch {
+
+// Packed weights are [ceil(channels / 16)][taps][16]: a row is a cache line of floats and the
+// widest vector of any instruction set; the taps of a vector of channels follow each other.
+inline constexpr int64_t kDepthwiseBlock = 16;
+
+// One set of taps and the outputs that it produces. The forward pass has one; the input gradient
+// of a strided convolution has one for every remainder of the position by the stride.
+template <class T>
+struct DepthwisePass {
+  const T* weight;  // packed
+  int64_t r, s;
+  int64_t row, column;  // the input position of the first tap of output (0, 0); may be negative
+  int64_t oh, ow;
+  int64_t y_offset;  // of output (0, 0)
+};
+
+// One image. Strides are in elements.
+//   y[oy, ox, k] = epilogue(Σ_r,s w[k, r, s] · x[oy·stride_h + row + r·dilation_h,
+//                                              ox·stride_w + column + s·dilation_w, source(k)])
+// where taps outside the image count as zero.
+template <class T>
+struct DepthwiseConv {
+  const T* x;
+  int64_t h, w, x_channels;
+  int64_t x_row, x_pixel, x_channel;
+  // The input channel of every output channel, relative to that of the first of its vector, and
+  // the latter. Null: each channel reads its own.
+  const int32_t* lane_source;
+  const int32_t* vector_source;
+  T* y;
+  int64_t channels;
+  int64_t y_row, y_pixel, y_channel;
+  int64_t group;  // so many successive channels are summed into one channel of y
+  int64_t stride_h, stride_w, dilation_h, dilation_w;
+  const DepthwisePass<T>* passes;
+  int64_t pass_count;
+  Epilogue<T> epilogue;  // the residual is laid out as y
+};
+
+// How the work is cut, by shape only.
+struct DepthwisePlan {
+  int64_t block;         // channels of a task: a multiple of kDepthwiseBlock, or all
+  int64_t columns;       // output columns of a tile
+  int64_t rows;          // output rows of a task
+  int64_t first_row, first_column;  // the least of all passes
+  int64_t tile_rows, tile_columns;  // input rows and columns that a tile holds
+  int64_t kernel_rows;              // of the tallest pass
+  bool direct;  // strips read the image itself; the tile is for those at other edges
+  bool ring;    // the tile keeps input rows from one output row to the next
+
+  int64_t tile_size() const { return tile_rows * tile_columns * block; }
+  int64_t stage_size() const { return columns * block; }
+};
+
+struct DepthwiseTask {
+  int64_t channel, channels;  // first and number
+  int64_t first, last;        // output rows, of all passes
+};
+
+template <class T>
+struct DepthwiseWork {
+  T* tile;         // plan.tile_size()
+  T* stage;        // plan.stage_size(), for outputs that are not channels_last, or null
+  T* residual;     // the same, for such a residual, or null
+  const T** rows;  // 2 · plan.kernel_rows
+};
+
+// The weight gradient: partial[k, r, s] += Σ_oy,ox g[oy, ox, k] · x[...], in packed order, for the
+// channels and output rows of a task. `conv.passes` has one pass, whose `weight` is not used.
+template <class T>
+struct DepthwiseWeightGrad {
+  DepthwiseConv<T> conv;
+  const T* g;  // laid out as conv.y
+  T* partial;
+};
+
+template <class T>
+using DepthwiseRun = void (*)(const DepthwiseConv<T>&, const DepthwisePlan&, const DepthwiseTask&,
+                              const DepthwiseWork<T>&);
+// `work.stage` takes a row of g.
+template <class T>
+using DepthwiseWeightGradRun = void (*)(const DepthwiseWeightGrad<T>&, const DepthwisePlan&,
+                                        const DepthwiseTask&, const DepthwiseWork<T>&);
+
+NNARCH_PER_ISA(template <class T> DepthwiseRun<T> depthwise_run();
+               template <class T> DepthwiseWeightGradRun<T> depthwise_weight_grad_run();)
+
+}  // namespace nnarch

@@ -1,0 +1,127 @@
+// How a depthwise convolution is cut into tiles and tasks: by its shape, never by the threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+
+#include "cpu/tensor.h"
+#include "depthwise/cpu_kernels.h"
+
+namespace nnarch {
+
+#ifndef DW_TILE
+#define DW_TILE 16384
+#define DW_MINBLOCK 32
+#define DW_DIRECTMOD 512
+#endif
+// Half of a 32 KB first-level cache; the other half is for weights and the lines being written.
+inline constexpr int64_t kTileBytes = DW_TILE;
+// Channels of a pixel that are copied at a time, at least: two cache lines of floats.
+inline constexpr int64_t kNarrowBlock = DW_MINBLOCK;
+// A ring of more rows than this many times those used at once is not worth its memory.
+inline constexpr int64_t kRingWaste = 4;
+// Tasks to aim at where the layer has so much work, and the multiply-adds of the smallest.
+inline constexpr int64_t kTasks = 16;
+inline constexpr int64_t kTaskWork = 1 << 18;
+
+template <class T>
+class DepthwisePlanner {
+ public:
+  DepthwisePlanner(const DepthwiseConv<T>& c, int64_t images) : c_(c) {
+    scan_passes();
+    if (can_read_directly())
+      plan_direct();
+    else
+      choose_columns(), choose_block();
+    choose_rows(images);
+  }
+
+  const DepthwisePlan& plan() const { return plan_; }
+  int64_t channel_tasks() const { return ceil_div(c_.channels, plan_.block); }
+  int64_t row_tasks() const { return ceil_div(oh_, plan_.rows); }
+    int64_t tasks() const { return channel_tasks() * row_tasks(); }
+
+  DepthwiseTask task(int64_t i) const {
+    const int64_t channel = i / row_tasks() * plan_.block, first = i % row_tasks() * plan_.rows;
+    return {channel, std::min(plan_.block, c_.channels - channel), first,
+            std::min(first + plan_.rows, oh_)};
+  }
+
+ private:
+  void scan_passes() {
+    int64_t last_row = 0;
+    bool any = false;
+    for (int64_t i = 0; i < c_.pass_count; ++i) {
+      const DepthwisePass<T>& p = c_.passes[i];
+      oh_ = std::max(oh_, p.oh), ow_ = std::max(ow_, p.ow), r_ = std::max(r_, p.r);
+      taps_ += p.r * p.s;
+      if (p.r * p.s == 0) continue;
+      const int64_t row_end = p.row + (p.r - 1) * c_.dilation_h + 1;
+      const int64_t column_end = p.column + (p.s - 1) * c_.dilation_w + 1;
+      plan_.first_row = any ? std::min(plan_.first_row, p.row) : p.row;
+      plan_.first_column = any ? std::min(plan_.first_column, p.column) : p.column;
+      last_row = any ? std::max(last_row, row_end) : row_end;
+      last_column_ = any ? std::max(last_column_, column_end) : column_end;
+      any = true;
+    }
+    plan_.kernel_rows = r_;
+    plan_.tile_rows = last_row - plan_.first_row;
+    plan_.ring = plan_.tile_rows <= kRingWaste * r_;
+    if (!plan_.ring) plan_.tile_rows = r_;
+  }
+
+  bool can_read_directly() const {
+    return c_.x_channel == 1 && c_.lane_source == nullptr && c_.group == 1 && c_.dilation_w == 1 &&
+           c_.channels % DW_DIRECTMOD != 0;
+  }
+
+  void plan_direct() {
+    plan_.direct = true;
+    plan_.ring = false;
+    plan_.block = round_up(c_.channels, kDepthwiseBlock);
+    plan_.columns = std::min<int64_t>(ow_, getenv("COLS") ? atoi(getenv("COLS")) : ow_);
+    plan_.tile_rows = r_;
+    plan_.tile_columns = 8 * c_.stride_w + (last_column_ - plan_.first_column);
+  }
+
+  int64_t tile_columns(int64_t columns) const {
+    return (columns - 1) * c_.stride_w + last_column_ - plan_.first_column;
+  }
+  int64_t tile_bytes(int64_t columns, int64_t channels) const {
+    return plan_.tile_rows * tile_columns(columns) * channels * static_cast<int64_t>(sizeof(T));
+  }
+
+  void choose_columns() {
+    const int64_t block = std::min(round_up(c_.channels, kDepthwiseBlock), kNarrowBlock);
+    int64_t tiles = 1;
+    while (tile_bytes(ceil_div(ow_, tiles), block) > kTileBytes && ceil_div(ow_, tiles) > 16) ++tiles;
+    plan_.columns = ceil_div(ow_, tiles);
+    if (ow_ % tiles != 0) plan_.columns = std::min(ow_, round_up(plan_.columns, 8));
+    plan_.tile_columns = tile_columns(plan_.columns);
+  }
+
+  void choose_block() {
+    // A block holds whole groups of channels that are summed.
+    const int64_t unit = std::lcm(kDepthwiseBlock, c_.group);
+    const int64_t fit = kTileBytes / std::max<int64_t>(1, tile_bytes(plan_.columns, 1));
+    const int64_t least = std::min(kNarrowBlock, round_up(c_.channels, unit));
+    const int64_t block = round_up(std::max(least, fit / unit * unit), unit);
+    const int64_t blocks = ceil_div(c_.channels, block);
+    plan_.block = round_up(ceil_div(c_.channels, blocks), unit);
+  }
+
+  void choose_rows(int64_t images) {
+    const int64_t channels = std::min(plan_.block, c_.channels);
+    const int64_t work = oh_ * ow_ * taps_ * channels;  // of an image's block
+    const int64_t wanted = ceil_div(kTasks, std::max<int64_t>(1, images * channel_tasks()));
+    const int64_t most = std::max<int64_t>(1, std::min(work / kTaskWork, oh_ / (2 * r_ + 2)));
+    plan_.rows = getenv("ROWS")?atoi(getenv("ROWS")):std::max<int64_t>(1, ceil_div(oh_, std::min(wanted, most)));
+  }
+
+  const DepthwiseConv<T>& c_;
+  DepthwisePlan plan_{};
+  int64_t oh_ = 0, ow_ = 0, r_ = 0, taps_ = 0, last_column_ = 0;
+};
+
+}  // namespace nnarch

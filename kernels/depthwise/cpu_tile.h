@@ -1,0 +1,162 @@
+// The input tile of a task: rows of the image, a block of channels wide, dense.
+#pragma once
+
+#include "cpu/layout.h"
+#include "cpu/simd.h"
+#include "depthwise/cpu_kernels.h"
+
+namespace nnarch::NNARCH_ISA {
+
+NNARCH_INLINE int64_t floor_div(int64_t a, int64_t b) {
+  return a >= 0 ? a / b : -((b - 1 - a) / b);
+}
+NNARCH_INLINE int64_t limit(int64_t v, int64_t low, int64_t high) {
+  return v < low ? low : v > high ? high : v;
+}
+NNARCH_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+NNARCH_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+NNARCH_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+template <class T>
+NNARCH_INLINE void clear(T* p, int64_t n) {
+  if (n > 0) __builtin_memset(p, 0, static_cast<size_t>(n) * sizeof(T));
+}
+
+// The compiler may not derive this pointer from others: it must advance it step by step.
+template <class P>
+NNARCH_INLINE void keep_pointer(P& p) {
+#if defined(__GNUC__)
+  asm("" : "+r"(p));
+#endif
+}
+
+// v[i] = p[lane[i]]; `n` values are readable at p, and no lane[i] reaches past them.
+NNARCH_INLINE Vec<float> gather_lanes(const float* p, const int32_t* lane, int64_t n) {
+#if defined(NNARCH_ISA_avx512)
+  return (Vec<float>)_mm512_permutexvar_ps(_mm512_loadu_si512(lane), (__m512)load_n(p, n));
+#elif defined(NNARCH_ISA_avx2)
+  const __m256i index = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lane));
+  return (Vec<float>)_mm256_permutevar8x32_ps((__m256)load_n(p, n), index);
+#else
+  (void)n;
+  return Vec<float>{p[lane[0]], p[lane[1]], p[lane[2]], p[lane[3]]};
+#endif
+}
+NNARCH_INLINE Vec<double> gather_lanes(const double* p, const int32_t* lane, int64_t) {
+  Vec<double> v;
+  for (int i = 0; i < kLanes<double>; ++i) v[i] = p[lane[i]];
+  return v;
+}
+
+// Copies `pixels` pixels of `n` channels; the rest of the last vector becomes zero.
+template <class T>
+NNARCH_INLINE void copy_pixels(const T* src, int64_t src_pixel, T* dst, int64_t pitch,
+                               int64_t pixels, int64_t n) {
+  constexpr int w = kLanes<T>;
+  if (src_pixel == pitch && n == pitch) n *= pixels, pixels = 1;  // one run
+  const int64_t full = n / w * w;
+  for (int64_t p = 0; p < pixels; ++p, src += src_pixel, dst += pitch) {
+    int64_t k = 0;
+    for (; k + 4 * w <= full; k += 4 * w) {
+      const Vec<T> v0 = load(src + k), v1 = load(src + k + w);
+      const Vec<T> v2 = load(src + k + 2 * w), v3 = load(src + k + 3 * w);
+      store(dst + k, v0), store(dst + k + w, v1);
+      store(dst + k + 2 * w, v2), store(dst + k + 3 * w, v3);
+    }
+    for (; k < full; k += w) store(dst + k, load(src + k));
+    if (k < n) store(dst + k, load_n(src + k, n - k));
+  }
+}
+
+// The same where output channels share input channels.
+template <class T>
+NNARCH_INLINE void spread_pixels(const DepthwiseConv<T>& c, const T* src, int64_t channel, T* dst,
+                                 int64_t pitch, int64_t pixels) {
+  for (int64_t p = 0; p < pixels; ++p, src += c.x_pixel, dst += pitch)
+    for (int64_t k = 0; k < pitch; k += kLanes<T>) {
+      const int64_t from = c.vector_source[(channel + k) / kLanes<T>];
+      store(dst + k, gather_lanes(src + from, c.lane_source + channel + k, c.x_channels - from));
+    }
+}
+
+// Where the strips of a task find their input: in a tile, or in the image itself.
+template <class T>
+class Tile {
+ public:
+  // For the output columns from x_first on.
+  Tile(const DepthwiseConv<T>& c, const DepthwisePlan& plan, const DepthwiseTask& task, T* memory,
+       int64_t x_first)
+      : c_(c), plan_(plan), task_(task), memory_(memory),
+        pitch_(round_up(task.channels, kLanes<T>)),
+        column_(x_first * c.stride_w + plan.first_column),
+        first_(limit(-column_, 0, plan.tile_columns)),
+        last_(limit(c.w - column_, first_, plan.tile_columns)) {
+    if (!plan.direct) clear_padding();
+  }
+
+  // Makes the input rows of output row oy present, where rows are kept.
+  void load(int64_t oy) {
+    if (!plan_.ring) return;
+    const int64_t iy = oy * c_.stride_h + plan_.first_row;
+    const int64_t last = smaller(iy + plan_.tile_rows, c_.h);
+    for (int64_t i = larger(larger(iy, 0), next_); i < last; ++i) load_row(i, slot(i));
+    next_ = larger(next_, last);
+  }
+
+  // Input row iy, the r-th that the kernel reads.
+  const T* row(int64_t iy, int64_t r) {
+    if (plan_.direct) return c_.x + iy * c_.x_row + task_.channel;
+    if (plan_.ring) return slot(iy);
+    load_row(iy, slot(r));
+    return slot(r);
+  }
+
+  // Distance of neighbouring pixels in a row, and the place of input column `column`.
+  int64_t pixel() const { return plan_.direct ? c_.x_pixel : pitch_; }
+  int64_t offset(int64_t column) const {
+    return plan_.direct ? column * c_.x_pixel : (column - column_) * pitch_;
+  }
+  // How many columns from `first` on, or up to `last`, are outside the image and not in a tile.
+  int64_t missing_left(int64_t first) const {
+    return plan_.direct && first < 0 ? -first : 0;
+  }
+  int64_t missing_right(int64_t last) const {
+    return plan_.direct && last > c_.w ? last - c_.w : 0;
+  }
+
+ private:
+  T* slot(int64_t i) const {
+    return memory_ + i % plan_.tile_rows * (plan_.tile_columns * pitch_);
+  }
+
+  void clear_padding() const {
+    // Transposing leaves the lanes beyond the last channel alone.
+    const bool all = c_.x_channel != 1 && pitch_ != task_.channels;
+    for (int64_t r = 0; r < plan_.tile_rows; ++r) {
+      clear(slot(r), (all ? plan_.tile_columns : first_) * pitch_);
+      clear(slot(r) + last_ * pitch_, (plan_.tile_columns - last_) * pitch_);
+    }
+  }
+
+  void load_row(int64_t iy, T* row) const {
+    T* dst = row + first_ * pitch_;
+    const T* src = c_.x + iy * c_.x_row + (column_ + first_) * c_.x_pixel;
+    const int64_t pixels = last_ - first_;
+    if (c_.lane_source)
+      spread_pixels(c_, src, task_.channel, dst, pitch_, pixels);
+    else if (c_.x_channel == 1)
+      copy_pixels(src + task_.channel, c_.x_pixel, dst, pitch_, pixels, task_.channels);
+    else
+      transpose_kernel<T>()(src + task_.channel * c_.x_channel, c_.x_channel, dst, pitch_,
+                            task_.channels, pixels);
+  }
+
+  const DepthwiseConv<T>& c_;
+  const DepthwisePlan& plan_;
+  const DepthwiseTask& task_;
+  T* memory_;
+  int64_t pitch_, column_, first_, last_;  // columns [first_, last_) of the tile are in the image
+  int64_t next_ = 0;                       // rows up to here have been loaded
+};
+
+}  // namespace nnarch::NNARCH_ISA

@@ -1,0 +1,252 @@
+// A task of a depthwise convolution: its output rows, cut into strips, from a tile of the input.
+#include "depthwise/cpu_kernels.h"
+#include "depthwise/cpu_strip.h"
+#include "depthwise/cpu_tile.h"
+
+namespace nnarch::NNARCH_ISA {
+namespace {
+
+template <class T>
+using StripFn = void (*)(const Strip<T>&);
+
+// The code for strips of one length, for those that lie within the image and for those that reach
+// half a kernel beyond its left or right edge, as strips under 'same' padding do.
+template <class T>
+struct StripCode {
+  int64_t pixels;
+  StripFn<T> run[2][2];
+};
+// Several lengths, longest first; the last is 1.
+template <class T>
+struct StripSet {
+  int64_t reach;  // how far beyond an edge; 0: no code for such strips
+  int count;
+  StripCode<T> lengths[4];
+};
+
+template <class T, int S, int STRIDE, int P>
+inline constexpr StripCode<T> kCode = {
+    P,
+    {{strip_fixed<T, S, STRIDE, P, 0, 0>, strip_fixed<T, S, STRIDE, P, 0, S / 2>},
+     {strip_fixed<T, S, STRIDE, P, S / 2, 0>, strip_fixed<T, S, STRIDE, P, S / 2, S / 2>}}};
+template <class T, int S, int STRIDE>
+inline constexpr StripSet<T> kFixed = {S / 2,
+                                       4,
+                                       {kCode<T, S, STRIDE, 8>, kCode<T, S, STRIDE, 7>,
+                                        kCode<T, S, STRIDE, 4>, kCode<T, S, STRIDE, 1>}};
+// Seven weights, seven sums and a pixel fill the sixteen registers of AVX2.
+template <class T, int STRIDE>
+inline constexpr StripSet<T> kFixed<T, 7, STRIDE> = {
+    3, 3, {kCode<T, 7, STRIDE, 7>, kCode<T, 7, STRIDE, 4>, kCode<T, 7, STRIDE, 1>}};
+template <class T>
+inline constexpr StripSet<T> kGeneral = {0,
+                                         4,
+                                         {{8, {{strip_general<T, 8>}}},
+                                          {7, {{strip_general<T, 7>}}},
+                                          {4, {{strip_general<T, 4>}}},
+                                          {1, {{strip_general<T, 1>}}}}};
+
+// The widths with code of their own: 3, 5 and 7, and 1, 2 and 4, into which these fall apart in the
+// input gradient at stride 2.
+template <class T>
+const StripSet<T>& strip_set(int64_t s, int64_t stride, int64_t dilation) {
+  if (dilation != 1 && s != 1) return kGeneral<T>;
+  if (stride == 1) {
+    if (s == 1) return kFixed<T, 1, 1>;
+    if (s == 2) return kFixed<T, 2, 1>;
+    if (s == 3) return kFixed<T, 3, 1>;
+    if (s == 4) return kFixed<T, 4, 1>;
+    if (s == 5) return kFixed<T, 5, 1>;
+    if (s == 7) return kFixed<T, 7, 1>;
+  }
+  if (stride == 2) {
+    if (s == 3) return kFixed<T, 3, 2>;
+    if (s == 5) return kFixed<T, 5, 2>;
+    if (s == 7) return kFixed<T, 7, 2>;
+  }
+  return kGeneral<T>;
+}
+
+// The length that covers n pixels with the least work: the last strip is moved back to end with
+// the row, and computes some pixels twice.
+template <class T>
+const StripCode<T>& strip_code(const StripSet<T>& set, int64_t n) {
+  const StripCode<T>* best = &set.lengths[set.count - 1];
+  int64_t least = INT64_MAX;
+  for (int i = 0; i < set.count; ++i) {
+    const int64_t p = set.lengths[i].pixels;
+    const int64_t work = (n + p - 1) / p * (p + 1);  // 1: what a strip costs besides its pixels
+    if (p <= n && work < least) least = work, best = &set.lengths[i];
+  }
+  return *best;
+}
+
+template <class T>
+NNARCH_NOINLINE void activate_values(T* y, int64_t pixels, int64_t pixel, int64_t n,
+                                     const Epilogue<T>& e) {
+  for (int64_t p = 0; p < pixels; ++p, y += pixel)
+    for (int64_t k = 0; k < n; k += kLanes<T>) {
+      const Vec<T> v = load_n(y + k, n - k);
+      store_n(y + k, activate<T>(v, e.activation, e.alpha), n - k);
+    }
+}
+
+template <class T>
+class Runner {
+ public:
+  Runner(const DepthwiseConv<T>& c, const DepthwisePlan& plan, const DepthwiseTask& task,
+         const DepthwiseWork<T>& work)
+      : c_(c), plan_(plan), task_(task), work_(work),
+        epilogue_(c.epilogue.from_channel(task.channel)) {}
+
+  void run() const {
+    int64_t ow = 0;
+    for (int64_t i = 0; i < c_.pass_count; ++i)
+      if (c_.passes[i].ow > ow) ow = c_.passes[i].ow;
+    for (int64_t x = 0; x < ow; x += plan_.columns) run_columns(x);
+  }
+
+ private:
+  void run_columns(int64_t x_first) const {
+    Tile<T> tile(c_, plan_, task_, work_.tile, x_first);
+    for (int64_t oy = task_.first; oy < task_.last; ++oy) {
+      tile.load(oy);
+      for (int64_t i = 0; i < c_.pass_count; ++i) {
+        const DepthwisePass<T>& pass = c_.passes[i];
+        const int64_t n = smaller(plan_.columns, pass.ow - x_first);
+        if (oy < pass.oh && n > 0) run_row(tile, pass, oy, x_first, n);
+      }
+    }
+  }
+
+  // `n` pixels of an output row.
+  void run_row(Tile<T>& tile, const DepthwisePass<T>& pass, int64_t oy, int64_t x_first,
+               int64_t n) const {
+    Strip<T> a;
+    find_rows(tile, pass, oy, &a);
+    a.rows = work_.rows;
+    a.pixel = tile.pixel();
+    a.s = pass.s, a.stride_w = c_.stride_w, a.dilation_w = c_.dilation_w;
+    a.channels = task_.channels;
+    a.epilogue = &epilogue_;
+    const int64_t offset = pass.y_offset + oy * c_.y_row + x_first * c_.y_pixel;
+    T* y = c_.y + offset + task_.channel / c_.group * c_.y_channel;
+    const T* residual = epilogue_.residual ? residual_row(offset, n) : nullptr;
+    T* out = work_.stage ? work_.stage : y;
+    a.y_pixel = work_.stage ? pitch() : c_.y_pixel;
+    run_strips(tile, a, pass, x_first, n, out, residual);
+    if (!is_clamp(epilogue_.activation))
+      activate_values(out, n, a.y_pixel, task_.channels, epilogue_);
+    if (work_.stage) unstage(n, y);
+  }
+
+  // The kernel rows of an output row that lie in the image.
+  void find_rows(Tile<T>& tile, const DepthwisePass<T>& pass, int64_t oy, Strip<T>* a) const {
+    const int64_t iy = oy * c_.stride_h + pass.row, dilation = c_.dilation_h;
+    const int64_t first = limit(-floor_div(iy, dilation), 0, pass.r);
+    const int64_t last = limit(floor_div(c_.h - 1 - iy, dilation) + 1, first, pass.r);
+    for (int64_t r = first; r < last; ++r)
+      work_.rows[r - first] = tile.row(iy + r * dilation, r);
+    a->row_count = last - first;
+    a->weight_block = pass.r * pass.s * kDepthwiseBlock;
+    a->weight = pass.weight + first * pass.s * kDepthwiseBlock +
+                task_.channel / kDepthwiseBlock * a->weight_block;
+  }
+
+  void run_strips(const Tile<T>& tile, Strip<T>& a, const DepthwisePass<T>& pass, int64_t x_first,
+                  int64_t n, T* y, const T* residual) const {
+    const StripSet<T>& set = strip_set<T>(pass.s, c_.stride_w, c_.dilation_w);
+    if (n != last_n_) code_ = &strip_code(set, n), last_n_ = n;
+    const StripCode<T>& code = *code_;
+    static const int pf = getenv("PF") ? atoi(getenv("PF")) : 0;
+    a.ahead = nullptr; a.y_ahead = nullptr;
+    const int64_t span = (code.pixels - 1) * c_.stride_w + (pass.s - 1) * c_.dilation_w + 1;
+    for (int64_t x = 0; x < n; x += code.pixels) {
+      const int64_t at = smaller(x, n - code.pixels);
+      const int64_t column = (x_first + at) * c_.stride_w + pass.column;
+      a.y = y + at * a.y_pixel;
+      a.residual = residual ? residual + at * a.y_pixel : nullptr;
+      const int64_t left = tile.missing_left(column), right = tile.missing_right(column + span);
+      a.x = tile.offset(column + left);
+      if ((pf & 1) && a.row_count > 0 && plan_.direct) a.ahead = a.rows[a.row_count - 1] + c_.x_row + a.x, a.ahead_pixel = c_.x_row;
+      if ((pf & 2)) a.y_ahead = a.y + ((pf & 4) ? c_.y_row : code.pixels * a.y_pixel);
+      if ((left == 0 || left == set.reach) && (right == 0 || right == set.reach))
+        code.run[left != 0][right != 0](a);
+      else
+        run_window(a, code, column, span, left, right);
+    }
+  }
+
+  // A strip that reaches beyond the image in another way, from a copy of its input.
+  void run_window(Strip<T>& a, const StripCode<T>& code, int64_t column, int64_t span,
+                  int64_t left, int64_t right) const {
+    const T* const* rows = a.rows;
+    const T** copies = work_.rows + plan_.kernel_rows;
+    const int64_t x = a.x, pixel = a.pixel, pitch_ = pitch();
+    (void)column;
+    for (int64_t r = 0; r < a.row_count; ++r) {
+      T* copy = work_.tile + r * span * pitch_;
+      copies[r] = copy;
+      clear(copy, smaller(left, span) * pitch_);
+      if (left + right < span) copy_pixels(rows[r] + x, pixel, copy + left * pitch_, pitch_, span - left - right, task_.channels);
+      const int64_t kept = smaller(right, span);
+      clear(copy + (span - kept) * pitch_, kept * pitch_);
+    }
+    a.rows = copies, a.x = 0, a.pixel = pitch_;
+    code.run[0][0](a);
+    a.rows = rows, a.pixel = pixel;
+  }
+
+  // Residual values in the layout that the strips write.
+  const T* residual_row(int64_t offset, int64_t n) const {
+    const T* from = c_.epilogue.residual + offset + task_.channel * c_.y_channel;
+    if (!work_.stage) return from;
+    transpose_kernel<T>()(from, c_.y_channel, work_.residual, pitch(), task_.channels, n);
+    return work_.residual;
+  }
+
+  // A staged row to where it belongs.
+  void unstage(int64_t n, T* y) const {
+    if (c_.group == 1 && c_.y_pixel == 1)
+      return transpose_kernel<T>()(work_.stage, pitch(), y, c_.y_channel, n, task_.channels);
+    for (int64_t x = 0; x < n; ++x) {
+      const T* from = work_.stage + x * pitch();
+      T* to = y + x * c_.y_pixel;
+      for (int64_t k = 0; k < task_.channels; k += c_.group, to += c_.y_channel) {
+        T sum = from[k];
+        for (int64_t j = 1; j < c_.group; ++j) sum += from[k + j];
+        *to = sum;
+      }
+    }
+  }
+
+  // Distance of neighbouring pixels in scratch memory: whole vectors.
+  int64_t pitch() const { return round_up(task_.channels, kLanes<T>); }
+
+  const DepthwiseConv<T>& c_;
+  const DepthwisePlan& plan_;
+  const DepthwiseTask& task_;
+  const DepthwiseWork<T>& work_;
+  const Epilogue<T> epilogue_;
+  mutable const StripCode<T>* code_ = nullptr;
+  mutable int64_t last_n_ = -1;
+};
+
+template <class T>
+void run(const DepthwiseConv<T>& c, const DepthwisePlan& plan, const DepthwiseTask& task,
+         const DepthwiseWork<T>& work) {
+  Runner<T>(c, plan, task, work).run();
+}
+
+}  // namespace
+
+template <>
+DepthwiseRun<float> depthwise_run<float>() {
+  return run<float>;
+}
+template <>
+DepthwiseRun<double> depthwise_run<double>() {
+  return run<double>;
+}
+
+}  // namespace nnarch::NNARCH_ISA

@@ -1,0 +1,226 @@
+"""Compile the launches of the Triton kernels ahead of time and read what came out.
+
+A case calls a launcher with meta tensors while :func:`nnarch.kernels.gpu.launch.record` collects
+its launches, so what is compiled here is what a GPU would be sent: same arguments, same
+specialisation, same options. No driver is needed. Everything this reports is *compiled* or
+*predicted*, nothing is measured.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from nnarch.kernels.gpu import tiles
+from nnarch.kernels.gpu.launch import Launch, record
+from nnarch.kernels.gpu.targets import Target
+from nnarch.kernels.gpu.tiles import Problem, Tile, TileTable
+
+FAMILIES = ("conv2d", "depthwise", "linear", "pooling", "normalization", "activation")
+
+_TYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+    torch.uint8: "u8",
+}
+
+
+@dataclass(frozen=True)
+class StaticCase:
+    """An operation at the shape that its kernels are meant for.
+
+    Attributes:
+        name: operation and shape, such as "conv2d 3×3 C64 H56 N8".
+        run: calls the launcher on meta tensors of the given dtype.
+        flops: of the operation, two for a multiply-add.
+        elements: tensor elements that must be read or written once.
+        matrix: whether its first kernel multiplies matrices.
+    """
+
+    name: str
+    run: Callable[[torch.dtype], Any]
+    flops: float
+    elements: float
+    matrix: bool = False
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel became on one target.
+
+    Attributes:
+        case, kernel, target, dtype, tile: which; dtype names the dot precision for float32.
+        registers: 32-bit vector registers of a thread.
+        spills: bytes of a thread's local memory (stack), where spilled registers go.
+        shared: bytes of shared memory of a program.
+        matrix_instructions: in the code.
+        roofline: predicted time at the roofline over predicted time, 0 to 1; None for the
+            second-stage kernels, whose work the case does not count.
+    """
+
+    case: str
+    kernel: str
+    target: str
+    dtype: str
+    tile: str
+    registers: int
+    spills: int
+    shared: int
+    matrix_instructions: int
+    roofline: float | None
+
+
+# -------------------------------------------------------------------------- cases and launches
+
+
+def family_cases() -> dict[str, list[StaticCase]]:
+    """The `STATIC_CASES` of every family's triton_kernel.py."""
+    return {
+        family: list(importlib.import_module(f"nnarch.kernels.{family}.triton_kernel").STATIC_CASES)
+        for family in FAMILIES
+    }
+
+
+def meta(*size: int, dtype: torch.dtype, channels_last: bool = True) -> torch.Tensor:
+    """An input for a case: no storage; 4-D tensors channels_last."""
+    last = channels_last and len(size) == 4
+    format = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(size, dtype=dtype, device="meta", memory_format=format)
+
+
+def precisions(case: StaticCase, target: Target) -> tuple[str, ...]:
+    """What to compile a case for: "float16", and float32 by each dot precision of the target."""
+    if not case.matrix:
+        return ("float16", "float32")
+    return ("float16", *target.dot_precisions)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The launches of a case with one tile; `table` and `problem` say where the tile came from."""
+
+    launches: tuple[Launch, ...]
+    tile: Tile | None
+    problem: Problem | None
+
+
+def variants(case: StaticCase, target: Target, precision: str) -> Iterator[Variant]:
+    """A case's launches with the default tile first, then with every other that fits."""
+    launches, asked = _record(case, target, precision, {})
+    if not asked:
+        yield Variant(launches, None, None)
+        return
+    table, problem = asked[0]
+    for candidate in table.candidates(problem, target):
+        launches, _ = _record(case, target, precision, {table.name: candidate})
+        yield Variant(launches, candidate, problem)
+
+
+def _record(
+    case: StaticCase, target: Target, precision: str, forced: dict[str, Tile]
+) -> tuple[tuple[Launch, ...], list[tuple[TileTable, Problem]]]:
+    dtype = torch.float16 if precision == "float16" else torch.float32
+    dots = "tf32" if precision == "tf32" else "ieee"
+    with tiles.force(**forced), tiles.asked() as asked, record(target, dots) as launches:
+        case.run(dtype)
+    return tuple(launches), asked
+
+
+# ---------------------------------------------------------------------------------- compiling
+
+
+@dataclass(frozen=True)
+class Binary:
+    """Resources and code of a compiled kernel."""
+
+    registers: int
+    spills: int
+    shared: int
+    matrix_instructions: int
+
+
+def compile_launch(launch: Launch, target: Target) -> Binary:
+    """Compile a recorded launch for a target and read its binary."""
+    source = ASTSource(launch.kernel, *_specialise(launch))
+    gpu = GPUTarget(target.backend, target.arch, target.warp_size)
+    compiled = triton.compile(source, target=gpu, options=launch.options)
+    shared = int(compiled.metadata.shared)
+    if target.backend == "hip":
+        return _read_amdgcn(compiled.asm["amdgcn"], shared, target)
+    return _read_cubin(compiled.asm["cubin"], shared, target)
+
+
+def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """Signature, constants and attributes, as Triton derives them from a launch's arguments."""
+    signature, constants, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        name = parameter.name
+        value = launch.arguments[name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = _type_name(value)
+        aligned = isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0)
+        if aligned:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def _type_name(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return "*" + _TYPE_NAMES[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _read_cubin(cubin: bytes, shared: int, target: Target) -> Binary:
+    usage = _cuobjdump(cubin, "-res-usage")
+    fields = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    code = _cuobjdump(cubin, "-sass")
+    return Binary(
+        registers=fields["REG"],
+        spills=fields["STACK"] + fields["LOCAL"],
+        shared=shared,
+        matrix_instructions=_count(target, code),
+    )
+
+
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _read_amdgcn(assembly: str, shared: int, target: Target) -> Binary:
+    def field(name: str) -> int:
+        return max((int(n) for n in re.findall(rf"\.{name}:\s*(\d+)", assembly)), default=0)
+
+    return Binary(
+        registers=field("vgpr_count"),
+        spills=field("private_segment_fixed_size"),
+        shared=shared,
+        matrix_instructions=_count(target, assembly),
+    )
+
+
+def _count(target: Target, code: str) -> int:
+    return len(re.findall(rf"\b{target.matrix}\w*", code))

@@ -1,0 +1,1 @@
+"""linear: reference, native CPU and Triton kernels."""

@@ -1,0 +1,151 @@
+// linear on the CPU: y = act((x·wᵀ + bias)·scale + shift + residual).
+#include <algorithm>
+
+#include "cpu/epilogue_fold.h"
+#include "cpu/gather_gemm.h"
+#include "cpu/pack_weight.h"
+#include "cpu/registry.h"
+#include "cpu/tensor.h"
+
+namespace nnarch {
+namespace {
+
+// x as rows: `m` of them, `depth` long, dense, `stride` apart.
+struct Rows {
+  Tensor tensor;
+  int64_t m, depth, stride;
+};
+
+Rows as_rows(const Tensor& x) {
+  const int64_t depth = x.size(x.dim() - 1);
+  if (x.dim() == 2 && x.stride(1) == 1 && x.stride(0) >= depth)
+    return {x, x.size(0), depth, x.stride(0)};
+  int64_t m = 1;
+  for (int64_t d = 0; d + 1 < x.dim(); ++d) m = checked_product(m, x.size(d));
+  return {as_contiguous(x), m, depth, depth};
+}
+
+template <class T>
+WeightView<T> weight_view(const Tensor& w) {
+  return {data<T>(w), w.size(0), w.size(1), w.stride(0), w.stride(1), {0}};
+}
+
+// Few rows: every weight is read once, in place.
+template <class T>
+void few_rows(const Rows& x, const Tensor& w, T* y, const Epilogue<T>& epilogue) {
+  set_algorithm("gemv");
+  constexpr int64_t run = 64;
+  const int64_t n = w.size(0);
+  parallel_tasks(ceil_div(n, run), [&](int64_t task) {
+    const int64_t first = task * run;
+    gemm<T>().few_rows(data<T>(x.tensor), x.stride, x.m, data<T>(w) + first * w.stride(0),
+                       w.stride(0), x.depth, std::min(run, n - first), y + first, n,
+                       epilogue.from_channel(first));
+  });
+}
+
+template <class T>
+GridImage<T> row_image(const Rows& x) {
+  return {data<T>(x.tensor), 1, x.m, x.stride, 1, 1, x.m, 0, 1, {{0, 0}}, x.depth};
+}
+
+template <class T>
+void packed_gemm(const Rows& x, const T* packed, int64_t n, T* y, const Epilogue<T>& epilogue) {
+  set_algorithm("gemm_packed");
+  gather_gemm<T>(row_image<T>(x), packed, n, y, {0, 0, n}, epilogue);
+}
+
+// Unpacked weights, used for too few rows to pay for a packed copy in memory: each task packs a few
+// panels into cache and takes all rows past them.
+template <class T>
+void pack_and_multiply(const Rows& x, const Tensor& w, T* y, const Epilogue<T>& epilogue) {
+  set_algorithm("gemm");
+  const GemmTable<T>& table = gemm<T>();
+  const WeightView<T> view = weight_view<T>(w);
+  constexpr int64_t cache = int64_t{192} << 10;
+  const int64_t panel_bytes = std::max<int64_t>(1, view.depth * table.nr * int64_t{sizeof(T)});
+  const int64_t columns = table.nr * std::clamp<int64_t>(cache / panel_bytes, 1, 8);
+  parallel_tasks(ceil_div(view.columns, columns), [&](int64_t task) {
+    const int64_t first = task * columns, n = std::min(columns, view.columns - first);
+    Scratch<T> packed(packed_size<T>(n, 1, view.depth));
+    for (int64_t j = 0; j < n; j += table.nr)
+      table.pack_panel(view.data + (first + j) * view.column_stride, view.depth_stride,
+                       view.column_stride, view.depth, std::min(table.nr, n - j),
+                       packed.get() + j * view.depth);
+    Scratch<const T*> rows(x.m);
+    Scratch<int64_t> offsets(x.m);
+    for (int64_t i = 0; i < x.m; ++i) {
+      rows[i] = data<T>(x.tensor) + i * x.stride;
+      offsets[i] = i * view.columns;
+    }
+    table.run({rows.get(), 0, 1, view.depth, packed.get(), y + first, offsets.get(), x.m, n, false,
+               epilogue.from_channel(first)});
+  });
+}
+
+Tensor linear_pack(const Tensor& weight_in) {
+  const Tensor weight = to_compute_type(weight_in);
+  require(weight.dim() == 2, "linear_pack: weight must be 2-D");
+  return with_scalar_type(weight.scalar_type(), "linear_pack", [&](auto scalar) {
+    using T = decltype(scalar);
+    const WeightView<T> view = weight_view<T>(weight);
+    Tensor packed = new_contiguous({packed_size<T>(view.columns, 1, view.depth)},
+                                   weight.scalar_type());
+    pack_weight(view, mutable_data<T>(packed));
+    return packed;
+  });
+}
+
+template <class T>
+void run_linear(const Rows& x, const Tensor& weight, const OptTensor& packed, T* y,
+                const Epilogue<T>& epilogue) {
+  constexpr int64_t few = 4, many = 512;
+  const int64_t n = weight.size(0);
+  if (x.m == 0 || n == 0) return;
+  if (x.m <= few && weight.stride(1) == 1 && x.depth > 0)
+    return few_rows<T>(x, weight, y, epilogue);
+  if (packed) {
+    require(packed->numel() == packed_size<T>(n, 1, x.depth) && packed->is_contiguous() &&
+                packed->scalar_type() == weight.scalar_type(),
+            "linear: packed does not belong to this weight");
+    return packed_gemm<T>(x, data<T>(*packed), n, y, epilogue);
+  }
+  if (x.m > many) return packed_gemm<T>(x, data<T>(linear_pack(weight)), n, y, epilogue);
+  pack_and_multiply<T>(x, weight, y, epilogue);
+}
+
+Tensor linear(const Tensor& x_in, const Tensor& weight_in, const OptTensor& bias,
+              const OptTensor& scale, const OptTensor& shift, const OptTensor& residual,
+              const OptTensor& packed, int64_t activation, double alpha) {
+  const ScalarType type = x_in.scalar_type();
+  require(x_in.dim() >= 1 && weight_in.dim() == 2, "linear: x must have a dimension, weight two");
+  require(weight_in.scalar_type() == type, "linear: x and weight must have one dtype");
+  require(x_in.size(x_in.dim() - 1) == weight_in.size(1), "linear: sizes do not match");
+  IntList out = sizes_of(x_in);
+  out.back() = weight_in.size(0);
+  if (residual)
+    require(sizes_of(*residual) == out && residual->scalar_type() == type,
+            "linear: residual must have the shape and dtype of the output");
+  check_epilogue({bias, scale, shift, residual, activation, alpha}, out.back(), type);
+  const Tensor weight = to_compute_type(weight_in);
+  const Rows x = as_rows(to_compute_type(x_in));
+  const OptTensor b = to_compute_type(bias), sc = to_compute_type(scale),
+                  sh = to_compute_type(shift);
+  const OptTensor res =
+      residual ? OptTensor(as_contiguous(to_compute_type(*residual))) : std::nullopt;
+  const Tensor y = new_contiguous(out, weight.scalar_type());
+  with_scalar_type(weight.scalar_type(), "linear", [&](auto scalar) {
+    using T = decltype(scalar);
+    const FoldedEpilogue<T> epilogue({b, sc, sh, res, activation, alpha}, out.back());
+    run_linear<T>(x, weight, packed, mutable_data<T>(y), epilogue.get());
+  });
+  return to_type(y, type);
+}
+
+}  // namespace
+}  // namespace nnarch
+
+NNARCH_OPS(linear, ops) {
+  ops.impl("linear", TORCH_BOX(&nnarch::linear));
+  ops.impl("linear_pack", TORCH_BOX(&nnarch::linear_pack));
+}

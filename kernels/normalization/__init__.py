@@ -1,0 +1,1 @@
+"""Batch normalization, and the per-channel sums and affine maps that it is made of."""

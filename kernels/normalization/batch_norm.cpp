@@ -1,0 +1,239 @@
+// Batch normalization by the statistics of the batch, on the CPU: forward, backward and the
+// backward of the backward.
+#include <cmath>
+#include <tuple>
+
+#include "cpu/epilogue.h"
+#include "cpu/registry.h"
+#include "normalization/cpu_channels.h"
+
+namespace nnarch {
+namespace {
+
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+
+struct Statistics {
+  std::vector<double> mean, sum_of_squares;  // of the deviations from the mean
+};
+
+// Mean and M2 of every part by two passes over cached memory, then combined pairwise (Chan, Golub
+// and LeVeque, 1979) in the order of the parts.
+template <class T>
+Statistics statistics(const T* x, const Channels& shape) {
+  const int64_t channels = shape.channels;
+  const auto& table = NNARCH_SELECT(norm_table<T>());
+  const Parts parts(shape);
+  Scratch<double> partial(checked_product(parts.count(), 2 * channels));
+  parts.for_each([&](int64_t part, int64_t from, int64_t to) {
+    double* mean = partial.get() + part * 2 * channels;
+    double* m2 = mean + channels;
+    Scratch<T> rounded(channels);
+    NormOperands<T> o;
+    o.x = x;
+    std::fill(mean + from, mean + to, 0.0);
+    parts.reduce(table, Reduction::sum, o, part, from, to, mean);
+    const double n = static_cast<double>(parts.positions(part));
+    for (int64_t c = from; c < to; ++c) rounded[c] = static_cast<T>(mean[c] / n);
+    o.mean = rounded.get();
+    std::fill(mean + from, mean + to, 0.0);
+    std::fill(m2 + from, m2 + to, 0.0);
+    parts.reduce(table, Reduction::centered, o, part, from, to, mean);
+    for (int64_t c = from; c < to; ++c) {
+      m2[c] -= mean[c] * mean[c] / n;
+      mean[c] = static_cast<double>(rounded[c]) + mean[c] / n;
+    }
+  });
+
+  Statistics s{std::vector<double>(channels, 0.0), std::vector<double>(channels, 0.0)};
+  double before = 0;
+  for (int64_t part = 0; part < parts.count(); ++part) {
+    const double* mean = partial.get() + part * 2 * channels;
+    const double n = static_cast<double>(parts.positions(part)), all = before + n;
+    for (int64_t c = 0; c < channels; ++c) {
+      const double delta = mean[c] - s.mean[c];
+      s.mean[c] += delta * (n / all);
+      s.sum_of_squares[c] += mean[channels + c] + delta * delta * (before * n / all);
+    }
+    before = all;
+  }
+  return s;
+}
+
+Three batch_norm_train(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                       const OptTensor& residual, double eps, int64_t activation, double alpha) {
+  check_channels(x);
+  require(activation >= 0 && activation < kActivationCount, "batch_norm: unknown activation");
+  if (residual) check_like(x, *residual);
+  const Channels shape(x);
+  require(shape.positions() > 0, "batch_norm: no values to take statistics of");
+  const Tensor input = in_order_of(x, to_compute_type(x));
+  const OptTensor added =
+      residual ? OptTensor(in_order_of(x, to_compute_type(*residual))) : OptTensor();
+  const ScalarType type = input.scalar_type();
+  const int64_t channels = shape.channels;
+  const Tensor y = new_like(x, type);
+  const Tensor mean = new_contiguous({channels}, type), invstd = new_contiguous({channels}, type);
+  with_scalar_type(type, "batch_norm", [&](auto scalar) {
+    using T = decltype(scalar);
+    const ChannelVector<T> w(weight, type, channels, T{1}), b(bias, type, channels, T{0});
+    const Statistics s = statistics<T>(data<T>(input), shape);
+    Scratch<T> scale(channels), shift(channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      const double inverse =
+          1.0 / std::sqrt(s.sum_of_squares[c] / static_cast<double>(shape.positions()) + eps);
+      mutable_data<T>(mean)[c] = static_cast<T>(s.mean[c]);
+      mutable_data<T>(invstd)[c] = static_cast<T>(inverse);
+      scale[c] = static_cast<T>(w[c] * inverse);
+      shift[c] = static_cast<T>(b[c] - s.mean[c] * scale[c]);
+    }
+    NormOperands<T> o;
+    o.x = data<T>(input);
+    o.residual = added ? data<T>(*added) : nullptr;
+    o.activation = activation;
+    o.alpha = static_cast<T>(alpha);
+    NormFactors<T> f;
+    f.scale = scale.get();
+    f.shift = shift.get();
+    T* out = mutable_data<T>(y);
+    const auto& table = NNARCH_SELECT(norm_table<T>());
+    for_each_block(
+        shape,
+        [&](int64_t first, int64_t pixels) { table.affine_rows(o, f, out, first, pixels, channels); },
+        [&](int64_t first, int64_t count, int64_t channel) {
+          table.affine_plane(o, f, out, first, count, channel);
+        });
+  });
+  return {to_type(y, x.scalar_type()), mean, invstd};
+}
+
+// Per-channel factors of the linear combinations that gradients are.
+template <class T>
+struct Combination {
+  Scratch<T> of_gradgrad, of_grad, of_x, constant;
+  explicit Combination(int64_t channels)
+      : of_gradgrad(channels), of_grad(channels), of_x(channels), constant(channels) {}
+
+  void run(const NormOperands<T>& o, const Channels& shape, const Tensor& out) const {
+    NormFactors<T> f;
+    f.of_gradgrad = of_gradgrad.get();
+    f.of_grad = of_grad.get();
+    f.of_x = of_x.get();
+    f.constant = constant.get();
+    T* to = mutable_data<T>(out);
+    const auto& table = NNARCH_SELECT(norm_table<T>());
+    for_each_block(
+        shape,
+        [&](int64_t first, int64_t pixels) {
+          table.combine_rows(o, f, to, first, pixels, shape.channels);
+        },
+        [&](int64_t first, int64_t count, int64_t channel) {
+          table.combine_plane(o, f, to, first, count, channel);
+        });
+  }
+};
+
+Three batch_norm_backward(const Tensor& grad, const Tensor& x, const OptTensor& weight,
+                          const Tensor& mean, const Tensor& invstd, const OptTensor& y,
+                          int64_t activation, double alpha) {
+  check_channels(x);
+  check_like(x, grad);
+  if (y) check_like(x, *y);
+  require(activation >= 0 && activation < kActivationCount, "batch_norm: unknown activation");
+  require(y || activation == kNone, "batch_norm_backward: an activation needs y");
+  const Channels shape(x);
+  const int64_t channels = shape.channels;
+  const Tensor input = in_order_of(x, to_compute_type(x));
+  const Tensor incoming = in_order_of(x, to_compute_type(grad));
+  const OptTensor output = y ? OptTensor(in_order_of(x, to_compute_type(*y))) : OptTensor();
+  const ScalarType type = input.scalar_type();
+  const Tensor dx = new_like(x, type);
+  const Tensor dweight = new_contiguous({channels}, type), dbias = new_contiguous({channels}, type);
+  with_scalar_type(type, "batch_norm_backward", [&](auto scalar) {
+    using T = decltype(scalar);
+    const ChannelVector<T> w(weight, type, channels, T{1}), m(mean, type, channels, T{}),
+        sigma(invstd, type, channels, T{});
+    NormOperands<T> o;
+    o.x = data<T>(input);
+    o.grad = data<T>(incoming);
+    o.y = output ? data<T>(*output) : nullptr;
+    o.mean = m.get();
+    o.activation = activation;
+    o.alpha = static_cast<T>(alpha);
+    const auto sums = channel_sums<T>(Reduction::backward, o, shape);
+    const double n = static_cast<double>(shape.positions());
+    Combination<T> factors(channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      const double s = sigma[c], slope = w[c] * s, g = sums[c], gd = sums[channels + c];
+      mutable_data<T>(dbias)[c] = static_cast<T>(g);
+      mutable_data<T>(dweight)[c] = static_cast<T>(gd * s);
+      factors.of_grad[c] = static_cast<T>(slope);
+      factors.of_x[c] = static_cast<T>(-slope * s * s * gd / n);
+      factors.constant[c] = static_cast<T>(-slope * g / n);
+    }
+    factors.run(o, shape, dx);
+  });
+  return {to_type(dx, x.scalar_type()), dweight, dbias};
+}
+
+// With a = gg_x, g = grad, x̂ = (x - mean)·σ, P(v) = v - E[v] - x̂·E[v·x̂]: the gradients of
+// <a, w·σ·P(g)> + gg_weight·Σ g·x̂ + gg_bias·Σ g, where mean and σ are functions of x.
+Three batch_norm_backward_backward(const Tensor& gg_x, const Tensor& gg_weight,
+                                   const Tensor& gg_bias, const Tensor& grad, const Tensor& x,
+                                   const OptTensor& weight, const Tensor& mean,
+                                   const Tensor& invstd) {
+  check_channels(x);
+  check_like(x, grad);
+  check_like(x, gg_x);
+  const Channels shape(x);
+  const int64_t channels = shape.channels;
+  const Tensor input = in_order_of(x, to_compute_type(x));
+  const Tensor incoming = in_order_of(x, to_compute_type(grad));
+  const Tensor second = in_order_of(x, to_compute_type(gg_x));
+  const ScalarType type = input.scalar_type();
+  const Tensor d_grad = new_like(x, type), d_x = new_like(x, type);
+  const Tensor d_weight = new_contiguous({channels}, type);
+  with_scalar_type(type, "batch_norm_backward_backward", [&](auto scalar) {
+    using T = decltype(scalar);
+    const ChannelVector<T> w(weight, type, channels, T{1}), m(mean, type, channels, T{}),
+        sigma(invstd, type, channels, T{}), ggw(gg_weight, type, channels, T{}),
+        ggb(gg_bias, type, channels, T{});
+    NormOperands<T> o;
+    o.x = data<T>(input);
+    o.grad = data<T>(incoming);
+    o.gradgrad = data<T>(second);
+    o.mean = m.get();
+    const auto sums = channel_sums<T>(Reduction::double_backward, o, shape);
+    const double n = static_cast<double>(shape.positions());
+    Combination<T> to_grad(channels), to_x(channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      const double s = sigma[c], ws = w[c] * s;
+      const double a = sums[c] / n, g = sums[channels + c] / n;
+      const double ax = sums[2 * channels + c] * s / n, gx = sums[3 * channels + c] * s / n;
+      const double q = sums[4 * channels + c] / n - a * g - ax * gx;
+      const double of_pa = -ws * s * gx, of_pg = s * (ggw[c] - ws * ax);
+      mutable_data<T>(d_weight)[c] = static_cast<T>(s * n * q);
+      to_grad.of_gradgrad[c] = static_cast<T>(ws);
+      to_grad.of_grad[c] = T{0};
+      to_grad.of_x[c] = static_cast<T>(s * (ggw[c] - ws * ax));
+      to_grad.constant[c] = static_cast<T>(ggb[c] - ws * a);
+      to_x.of_gradgrad[c] = static_cast<T>(of_pa);
+      to_x.of_grad[c] = static_cast<T>(of_pg);
+      to_x.of_x[c] = static_cast<T>(-s * (ws * s * q + of_pa * ax + of_pg * gx));
+      to_x.constant[c] = static_cast<T>(-of_pa * a - of_pg * g);
+    }
+    to_x.run(o, shape, d_x);
+    o.grad = nullptr;
+    to_grad.run(o, shape, d_grad);
+  });
+  return {to_type(d_grad, x.scalar_type()), to_type(d_x, x.scalar_type()), d_weight};
+}
+
+}  // namespace
+
+NNARCH_OPS(batch_norm, ops) {
+  ops.impl("batch_norm_train", TORCH_BOX(&batch_norm_train));
+  ops.impl("batch_norm_backward", TORCH_BOX(&batch_norm_backward));
+  ops.impl("batch_norm_backward_backward", TORCH_BOX(&batch_norm_backward_backward));
+}
+
+}  // namespace nnarch

@@ -1,0 +1,159 @@
+"""What the normalization operations require of their arguments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nnarch.kernels.activation import kinds
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def affine(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+    alpha: float,
+) -> None:
+    """Per-channel scale and shift; a residual of x's shape; a known activation."""
+    has_channels("affine", "x", x)
+    per_channel("affine", "scale", scale, x)
+    per_channel("affine", "shift", shift, x)
+    alike("affine", "residual", residual, x)
+    _known("affine", activation)
+
+
+def channel_sum(x: Tensor) -> None:
+    """At least two dimensions, floating point."""
+    has_channels("channel_sum", "x", x)
+
+
+def channel_dot(a: Tensor, b: Tensor) -> None:
+    """The same shape and dtype."""
+    has_channels("channel_dot", "a", a)
+    alike("channel_dot", "b", b, a, of="a")
+
+
+def batch_norm_train(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: int,
+    alpha: float,
+) -> None:
+    """Per-channel weight and bias; a residual of x's shape; a known activation."""
+    has_channels("batch_norm", "input", x)
+    per_channel("batch_norm", "weight", weight, x)
+    per_channel("batch_norm", "bias", bias, x)
+    alike("batch_norm", "residual", residual, x, of="input")
+    _known("batch_norm", activation)
+    if x.numel() == 0 and x.shape[1] > 0:
+        raise ValueError(f"batch_norm: input must not be empty in training, got {tuple(x.shape)}")
+
+
+def batch_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    y: Tensor | None,
+    activation: int,
+    alpha: float,
+) -> None:
+    """grad and y of x's shape; y where an activation is undone, which must be invertible."""
+    op = "batch_norm_backward"
+    has_channels(op, "x", x)
+    alike(op, "grad", grad, x)
+    alike(op, "y", y, x)
+    for name, value in (("weight", weight), ("mean", mean), ("invstd", invstd)):
+        per_channel(op, name, value, x)
+    _known(op, activation)
+    if activation != kinds.NONE and (y is None or activation not in kinds.INVERTIBLE):
+        raise ValueError(
+            f"{op}: activation {kinds.NAMES[activation]!r} needs "
+            + ("its output y" if activation in kinds.INVERTIBLE else "its input: apply it apart")
+        )
+
+
+def batch_norm_backward_backward(
+    gg_x: Tensor,
+    gg_weight: Tensor,
+    gg_bias: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+) -> None:
+    """Gradients of the shapes of what they belong to."""
+    op = "batch_norm_backward_backward"
+    has_channels(op, "x", x)
+    alike(op, "grad", grad, x)
+    alike(op, "gg_x", gg_x, x)
+    vectors = {"gg_weight": gg_weight, "gg_bias": gg_bias, "weight": weight, "mean": mean}
+    for name, value in (*vectors.items(), ("invstd", invstd)):
+        per_channel(op, name, value, x)
+
+
+def has_channels(op: str, name: str, x: Tensor) -> None:
+    """A floating-point tensor with a dimension 1."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{op}: {name} must be floating point, got {x.dtype}")
+    if x.dim() < 2:
+        raise ValueError(f"{op}: {name} must be [N, C, ...], got shape {tuple(x.shape)}")
+
+
+def per_channel(op: str, name: str, value: Tensor | None, x: Tensor) -> None:
+    """[C], in x's dtype or, beside a half type, in float32."""
+    if value is None:
+        return
+    if value.shape != x.shape[1:2]:
+        raise ValueError(
+            f"{op}: {name} must have shape {tuple(x.shape[1:2])}, one number per channel, "
+            f"got {tuple(value.shape)}"
+        )
+    if value.dtype != x.dtype and not (x.dtype in _HALF and value.dtype == torch.float32):
+        raise TypeError(f"{op}: {name} must be {x.dtype} as the input, got {value.dtype}")
+
+
+def alike(op: str, name: str, value: Tensor | None, x: Tensor, of: str = "x") -> None:
+    """The shape and dtype of x."""
+    if value is None:
+        return
+    if value.shape != x.shape:
+        raise ValueError(
+            f"{op}: {name} must have the shape of {of}, {tuple(x.shape)}, "
+            f"got {tuple(value.shape)}"
+        )
+    if value.dtype != x.dtype:
+        raise TypeError(f"{op}: {name} must be {x.dtype} as {of}, got {value.dtype}")
+
+
+def enough_values(x: Tensor) -> None:
+    """More than one value per channel: a single one has no variance."""
+    has_channels("batch_norm", "input", x)
+    if x.numel() == x.shape[1]:
+        raise ValueError(
+            "batch_norm: expected more than 1 value per channel when training, "
+            f"got input shape {tuple(x.shape)}"
+        )
+
+
+def running_statistics(x: Tensor, mean: Tensor | None, var: Tensor | None) -> None:
+    """[C] each, where given."""
+    has_channels("batch_norm", "input", x)
+    per_channel("batch_norm", "running_mean", mean, x)
+    per_channel("batch_norm", "running_var", var, x)
+
+
+def _known(op: str, code: int) -> None:
+    if code not in kinds.NAMES:
+        raise ValueError(f"{op}: activation must be a code from 0 to 10, got {code}")

@@ -1,0 +1,75 @@
+// affine, channel_sum and channel_dot on the CPU.
+#include "cpu/epilogue.h"
+#include "cpu/registry.h"
+#include "normalization/cpu_channels.h"
+
+namespace nnarch {
+namespace {
+
+Tensor affine(const Tensor& x, const OptTensor& scale, const OptTensor& shift,
+              const OptTensor& residual, int64_t activation, double alpha) {
+  check_channels(x);
+  require(activation >= 0 && activation < kActivationCount, "affine: unknown activation");
+  if (residual) check_like(x, *residual);
+  const Channels shape(x);
+  const Tensor input = in_order_of(x, to_compute_type(x));
+  const OptTensor added =
+      residual ? OptTensor(in_order_of(x, to_compute_type(*residual))) : OptTensor();
+  const ScalarType type = input.scalar_type();
+  const Tensor y = new_like(x, type);
+  with_scalar_type(type, "affine", [&](auto scalar) {
+    using T = decltype(scalar);
+    const ChannelVector<T> a(scale, type, shape.channels, T{1}), b(shift, type, shape.channels, T{0});
+    NormOperands<T> o;
+    o.x = data<T>(input);
+    o.residual = added ? data<T>(*added) : nullptr;
+    o.activation = activation;
+    o.alpha = static_cast<T>(alpha);
+    NormFactors<T> f;
+    f.scale = a.get();
+    f.shift = b.get();
+    T* out = mutable_data<T>(y);
+    const auto& table = NNARCH_SELECT(norm_table<T>());
+    for_each_block(
+        shape,
+        [&](int64_t first, int64_t pixels) {
+          table.affine_rows(o, f, out, first, pixels, shape.channels);
+        },
+        [&](int64_t first, int64_t count, int64_t channel) {
+          table.affine_plane(o, f, out, first, count, channel);
+        });
+  });
+  return to_type(y, x.scalar_type());
+}
+
+// The sum of a, or of a·b, over all dimensions but 1.
+Tensor channel_total(const Tensor& a, const Tensor* b) {
+  check_channels(a);
+  if (b) check_like(a, *b);
+  const Channels shape(a);
+  const Tensor left = in_order_of(a, to_compute_type(a));
+  const Tensor right = b ? in_order_of(a, to_compute_type(*b)) : left;
+  const Tensor sum = new_contiguous({shape.channels}, left.scalar_type());
+  with_scalar_type(left.scalar_type(), "channel_sum", [&](auto scalar) {
+    using T = decltype(scalar);
+    NormOperands<T> o;
+    o.x = data<T>(left);
+    o.grad = data<T>(right);
+    const auto totals = channel_sums<T>(b ? Reduction::dot : Reduction::sum, o, shape);
+    std::copy(totals.begin(), totals.end(), mutable_data<T>(sum));
+  });
+  return to_type(sum, a.scalar_type());
+}
+
+Tensor channel_sum(const Tensor& x) { return channel_total(x, nullptr); }
+Tensor channel_dot(const Tensor& a, const Tensor& b) { return channel_total(a, &b); }
+
+}  // namespace
+
+NNARCH_OPS(affine, ops) {
+  ops.impl("affine", TORCH_BOX(&affine));
+  ops.impl("channel_sum", TORCH_BOX(&channel_sum));
+  ops.impl("channel_dot", TORCH_BOX(&channel_dot));
+}
+
+}  // namespace nnarch

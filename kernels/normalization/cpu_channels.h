@@ -1,0 +1,166 @@
+// How a tensor [N, C, …] is cut into blocks for per-channel work, and reduced over all but C.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/arena.h"
+#include "cpu/dense.h"
+#include "cpu/parallel.h"
+#include "cpu/tensor.h"
+#include "normalization/cpu_kernels.h"
+
+namespace nnarch {
+
+// A dense tensor: either pixels of C channels each ("rows"), or planes of one channel each.
+struct Channels {
+  int64_t images, channels, plane;
+  bool rows;
+
+  explicit Channels(const Tensor& x) : images(x.size(0)), channels(x.size(1)), plane(1) {
+    for (int64_t d = 2; d < x.dim(); ++d) plane = checked_product(plane, x.size(d));
+    rows = plane == 1 || follows_channels_last(x);
+  }
+  int64_t positions() const { return images * plane; }
+};
+
+// Calls on_rows(first, pixels) or on_plane(first, count, channel) for blocks that cover the tensor;
+// `first` is the offset of an element.
+template <class OnRows, class OnPlane>
+void for_each_block(const Channels& x, const OnRows& on_rows, const OnPlane& on_plane) {
+  constexpr int64_t block = 16384;  // elements: enough to hide the hand-over, small enough for L2
+  if (x.positions() == 0 || x.channels == 0) return;
+  if (x.rows) {
+    const int64_t run = std::max<int64_t>(1, block / x.channels);
+    parallel_tasks(ceil_div(x.positions(), run), [&](int64_t task) {
+      on_rows(task * run * x.channels, std::min(run, x.positions() - task * run));
+    });
+    return;
+  }
+  const int64_t planes = x.images * x.channels;
+  const int64_t runs = ceil_div(x.plane, block);              // of one plane
+  const int64_t together = std::max<int64_t>(1, block / x.plane);  // planes in one task
+  parallel_tasks(ceil_div(planes, together) * runs, [&](int64_t task) {
+    const int64_t from = task / runs * together, to = std::min(planes, from + together);
+    const int64_t start = task % runs * block;
+    for (int64_t p = from; p < to; ++p)
+      on_plane(p * x.plane + start, std::min(block, x.plane - start), p % x.channels);
+  });
+}
+
+// Sums over all positions are first taken over parts, fixed by the tensor's shape and small enough
+// to stay in the L2 cache for a second pass.
+class Parts {
+ public:
+  explicit Parts(const Channels& x) : x_(x) {
+    constexpr int64_t cached = 49152;
+    if (x.rows) {
+      pixels_ = std::max<int64_t>(32, cached / std::max<int64_t>(1, x.channels));
+      count_ = ceil_div(x.positions(), pixels_);
+      group_ = std::max<int64_t>(1, x.channels);
+      return;
+    }
+    run_ = std::min<int64_t>(x.plane, cached);
+    images_ = std::clamp<int64_t>(8192 / x.plane, 1, x.images);
+    runs_ = ceil_div(x.plane, run_);
+    count_ = ceil_div(x.images, images_) * runs_;
+    group_ = std::clamp<int64_t>(cached / (images_ * run_), 1, std::max<int64_t>(1, x.channels));
+  }
+
+  int64_t count() const { return count_; }
+
+  // How many positions of a channel lie in a part.
+  int64_t positions(int64_t part) const {
+    if (x_.rows) return std::min(pixels_, x_.positions() - part * pixels_);
+    return images_in(part) * run_length(part);
+  }
+
+  // Calls f(part, first channel, last channel + 1) for every part and group of channels.
+  template <class F>
+  void for_each(const F& f) const {
+    const int64_t groups = ceil_div(x_.channels, group_);
+    parallel_tasks(count_ * groups, [&](int64_t task) {
+      const int64_t from = task % groups * group_;
+      f(task / groups, from, std::min(x_.channels, from + group_));
+    });
+  }
+
+  // Adds the terms of `kind` for channels [from, to) of a part to sums[term * channels + c].
+  template <class T>
+  void reduce(const NormTable<T>& table, Reduction kind, const NormOperands<T>& o, int64_t part,
+              int64_t from, int64_t to, double* sums) const {
+    if (x_.rows) {
+      table.reduce_rows(kind, o, part * pixels_ * x_.channels, positions(part), x_.channels, sums);
+      return;
+    }
+    const int64_t first_image = part / runs_ * images_, start = part % runs_ * run_;
+    for (int64_t c = from; c < to; ++c)
+      for (int64_t i = first_image; i < first_image + images_in(part); ++i)
+        table.reduce_plane(kind, o, (i * x_.channels + c) * x_.plane + start, run_length(part), c,
+                           x_.channels, sums);
+  }
+
+ private:
+  int64_t images_in(int64_t part) const {
+    return std::min(images_, x_.images - part / runs_ * images_);
+  }
+  int64_t run_length(int64_t part) const { return std::min(run_, x_.plane - part % runs_ * run_); }
+
+  const Channels x_;
+  int64_t count_ = 0, group_ = 1;
+  int64_t pixels_ = 1;                        // of a part of rows
+  int64_t images_ = 1, run_ = 1, runs_ = 1;  // of a part of planes: run of each of some images
+};
+
+// The terms of `kind` summed over all positions: totals[term * channels + c].
+template <class T>
+std::vector<double> channel_sums(Reduction kind, const NormOperands<T>& o, const Channels& x) {
+  const int64_t size = terms_of(kind) * x.channels;
+  std::vector<double> totals(static_cast<size_t>(size), 0.0);
+  if (x.positions() == 0 || x.channels == 0) return totals;
+  const auto& table = NNARCH_SELECT(norm_table<T>());
+  const Parts parts(x);
+  Scratch<double> partial(checked_product(parts.count(), size));
+  parts.for_each([&](int64_t part, int64_t from, int64_t to) {
+    double* sums = partial.get() + part * size;
+    for (int t = 0; t < terms_of(kind); ++t)
+      std::fill(sums + t * x.channels + from, sums + t * x.channels + to, 0.0);
+    parts.reduce(table, kind, o, part, from, to, sums);
+  });
+  for (int64_t part = 0; part < parts.count(); ++part)
+    for (int64_t i = 0; i < size; ++i) totals[i] += partial[part * size + i];
+  return totals;
+}
+
+// A per-channel vector in T, dense; `fallback` where there is none.
+template <class T>
+class ChannelVector {
+ public:
+  ChannelVector(const OptTensor& t, ScalarType type, int64_t channels, T fallback)
+      : copy_(channels) {
+    if (t) {
+      require(t->dim() == 1 && t->size(0) == channels, "per-channel tensor must have size [C]");
+      tensor_ = as_contiguous(to_type(to_compute_type(*t), type));
+    } else {
+      std::fill(copy_.get(), copy_.get() + channels, fallback);
+    }
+  }
+  const T* get() const { return tensor_ ? data<T>(*tensor_) : copy_.get(); }
+  T operator[](int64_t c) const { return get()[c]; }
+
+ private:
+  OptTensor tensor_;
+  Scratch<T> copy_;
+};
+
+inline void check_channels(const Tensor& x) {
+  require(x.dim() >= 2, "input must have at least 2 dimensions");
+  with_scalar_type(x.scalar_type(), "normalization", [](auto) {});
+}
+
+inline void check_like(const Tensor& x, const Tensor& t) {
+  require(t.scalar_type() == x.scalar_type(), "dtypes differ");
+  require(same_sizes(x, t), "shapes differ");
+}
+
+}  // namespace nnarch

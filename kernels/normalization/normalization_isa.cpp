@@ -1,0 +1,114 @@
+// The elementwise steps of normalization, and the table of its kernels.
+#include "cpu/activation.h"
+#include "cpu/simd.h"
+#include "normalization/cpu_kernels.h"
+#include "normalization/reduce_isa.h"
+
+namespace nnarch::NNARCH_ISA {
+namespace {
+
+// Factors of the channels in the lanes: loaded where channels are innermost, else one for all.
+struct PerLane {
+  int64_t channel, n;
+  template <class T>
+  NNARCH_INLINE Vec<T> operator()(const T* p) const {
+    return p ? load_n(p + channel, n) : Vec<T>{};
+  }
+};
+struct OneChannel {
+  int64_t channel;
+  template <class T>
+  NNARCH_INLINE Vec<T> operator()(const T* p) const {
+    return p ? broadcast<T>(p[channel]) : Vec<T>{};
+  }
+};
+
+// out = act(x·scale + shift + residual)
+template <class T, int64_t code>
+struct Affine {
+  struct Factors {
+    Vec<T> scale, shift;
+    template <class Get>
+    NNARCH_INLINE Factors(const NormOperands<T>&, const NormFactors<T>& f, const Get& get)
+        : scale(get(f.scale)), shift(get(f.shift)) {}
+  };
+  static NNARCH_INLINE Vec<T> apply(const NormOperands<T>& o, const Factors& f, int64_t i,
+                                    int64_t n) {
+    Vec<T> z = load_n(o.x + i, n) * f.scale + f.shift;
+    if (o.residual) z += load_n(o.residual + i, n);
+    return activate_as<T, code>(z, o.alpha);
+  }
+};
+
+// out = gradgrad·of_gradgrad + grad·act'(y)·of_grad + (x - mean)·of_x + constant
+template <class T, int64_t code>
+struct Combine {
+  struct Factors {
+    Vec<T> of_gradgrad, of_grad, of_x, constant, mean;
+    template <class Get>
+    NNARCH_INLINE Factors(const NormOperands<T>& o, const NormFactors<T>& f, const Get& get)
+        : of_gradgrad(get(f.of_gradgrad)),
+          of_grad(get(f.of_grad)),
+          of_x(get(f.of_x)),
+          constant(get(f.constant)),
+          mean(get(o.mean)) {}
+  };
+  static NNARCH_INLINE Vec<T> apply(const NormOperands<T>& o, const Factors& f, int64_t i,
+                                    int64_t n) {
+    Vec<T> sum = (load_n(o.x + i, n) - f.mean) * f.of_x + f.constant;
+    if (o.grad) {
+      Vec<T> g = load_n(o.grad + i, n);
+      if constexpr (code != kNone) g *= activate_grad_as<T, code>(load_n(o.y + i, n), o.alpha);
+      sum += g * f.of_grad;
+    }
+    if (o.gradgrad) sum += load_n(o.gradgrad + i, n) * f.of_gradgrad;
+    return sum;
+  }
+};
+
+template <class T, template <class, int64_t> class Step>
+void over_rows(const NormOperands<T>& o, const NormFactors<T>& f, T* out, int64_t first,
+               int64_t count, int64_t channels) {
+  with_activation(o.activation, [&](auto c) {
+    using S = Step<T, c.code>;
+    constexpr int64_t w = kLanes<T>;
+    const int64_t whole = channels / w * w;
+    for (int64_t row = 0; row < count; ++row) {
+      const int64_t at = first + row * channels;
+      for (int64_t k = 0; k < whole; k += w)
+        store(out + at + k, S::apply(o, typename S::Factors(o, f, PerLane{k, w}), at + k, w));
+      if (const int64_t n = channels - whole; n > 0)
+        store_n(out + at + whole,
+                S::apply(o, typename S::Factors(o, f, PerLane{whole, n}), at + whole, n), n);
+    }
+  });
+}
+
+template <class T, template <class, int64_t> class Step>
+void over_plane(const NormOperands<T>& o, const NormFactors<T>& f, T* out, int64_t first,
+                int64_t count, int64_t channel) {
+  with_activation(o.activation, [&](auto c) {
+    using S = Step<T, c.code>;
+    const typename S::Factors factors(o, f, OneChannel{channel});
+    for (int64_t i = 0; i < count; i += kLanes<T>)
+      store_n(out + first + i, S::apply(o, factors, first + i, count - i), count - i);
+  });
+}
+
+template <class T>
+constexpr NormTable<T> kTable = {reduce_rows<T>,         reduce_plane<T>,
+                                 over_rows<T, Affine>,   over_plane<T, Affine>,
+                                 over_rows<T, Combine>,  over_plane<T, Combine>};
+
+}  // namespace
+
+template <>
+const NormTable<float>& norm_table<float>() {
+  return kTable<float>;
+}
+template <>
+const NormTable<double>& norm_table<double>() {
+  return kTable<double>;
+}
+
+}  // namespace nnarch::NNARCH_ISA

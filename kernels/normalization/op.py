@@ -1,0 +1,326 @@
+"""The normalization operations: schemas, checks, autograd, and the public function."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnarch import library
+from nnarch.kernels.activation import kinds
+from nnarch.kernels.activation.op import activation_grad, activation_op
+
+from . import checks, reference
+
+_GPU = "nnarch.kernels.normalization.triton_kernel"
+
+# ------------------------------------------------------------------ affine and channel reductions
+
+
+def _fake_affine(x: Tensor, *_: Any) -> Tensor:
+    return library.new_output(x, x.shape)
+
+
+def _fake_channels(x: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[1])
+
+
+def _setup_affine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, scale, shift, residual, ctx.code, ctx.alpha = inputs
+    # A gradient that needs the activation's input computes it once more: that costs one pass over
+    # memory, and keeping it would cost the same in memory for the whole forward pass.
+    again = ctx.code not in kinds.INVERTIBLE
+    ctx.save_for_backward(
+        x,
+        scale,
+        shift if again else None,
+        residual if again else None,
+        output if ctx.code != kinds.NONE and not again else None,
+    )
+
+
+def _affine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, scale, shift, residual, y = ctx.saved_tensors
+    need_x, need_scale, need_shift, need_residual = ctx.needs_input_grad[:4]
+    if ctx.code not in kinds.INVERTIBLE:
+        z = affine(x, scale, shift, residual, kinds.NONE, 0.0)
+        grad = activation_grad(grad, z, ctx.code, ctx.alpha)
+    elif ctx.code != kinds.NONE:
+        grad = activation_grad(grad, y, ctx.code, ctx.alpha)
+    dx = grad
+    if need_x and scale is not None:
+        dx = affine(grad, scale, None, None, kinds.NONE, 0.0)
+    return (
+        dx if need_x else None,
+        channel_dot(grad, x) if need_scale else None,
+        channel_sum(grad) if need_shift else None,
+        grad if need_residual else None,
+        None,
+        None,
+    )
+
+
+def _setup_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.shape = inputs[0].shape
+
+
+def _sum_backward(ctx: Any, grad: Tensor) -> Tensor:
+    return _to_channels(grad, len(ctx.shape)).expand(ctx.shape)
+
+
+def _setup_dot(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _dot_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    a, b = ctx.saved_tensors
+    need_a, need_b = ctx.needs_input_grad
+    return (
+        affine(b, grad, None, None, kinds.NONE, 0.0) if need_a else None,
+        affine(a, grad, None, None, kinds.NONE, 0.0) if need_b else None,
+    )
+
+
+def _to_channels(v: Tensor, dims: int) -> Tensor:
+    return v.view(1, -1, *[1] * (dims - 2))
+
+
+affine = library.declare(
+    "affine(Tensor x, Tensor? scale, Tensor? shift, Tensor? residual, "
+    "int activation, float alpha) -> Tensor",
+    reference=reference.affine,
+    fake=_fake_affine,
+    check=checks.affine,
+    gpu=f"{_GPU}:affine",
+    setup_context=_setup_affine,
+    backward=_affine_backward,
+)
+
+channel_sum = library.declare(
+    "channel_sum(Tensor x) -> Tensor",
+    reference=reference.channel_sum,
+    fake=_fake_channels,
+    check=checks.channel_sum,
+    gpu=f"{_GPU}:channel_sum",
+    setup_context=_setup_sum,
+    backward=_sum_backward,
+)
+
+channel_dot = library.declare(
+    "channel_dot(Tensor a, Tensor b) -> Tensor",
+    reference=reference.channel_dot,
+    fake=_fake_channels,
+    check=checks.channel_dot,
+    gpu=f"{_GPU}:channel_dot",
+    setup_context=_setup_dot,
+    backward=_dot_backward,
+)
+
+# -------------------------------------------------------------------------- batch normalization
+
+
+def _statistic(x: Tensor) -> Tensor:
+    """A tensor for one number per channel, in the dtype that statistics have."""
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return x.new_empty(x.shape[1], dtype=torch.float32 if half else x.dtype)
+
+
+def _fake_train(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return library.new_output(x, x.shape), _statistic(x), _statistic(x)
+
+
+def _setup_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _, _, _, ctx.code, ctx.alpha = inputs
+    y, mean, invstd = output
+    if ctx.code not in kinds.INVERTIBLE:
+        raise NotImplementedError(
+            f"nnarch::batch_norm_train with {kinds.NAMES[ctx.code]} has no gradient: "
+            "its input would have to be kept; run the activation apart, as batch_norm() does"
+        )
+    ctx.mark_non_differentiable(mean, invstd)
+    ctx.save_for_backward(x, weight, mean, invstd, y if ctx.code != kinds.NONE else None)
+
+
+def _train_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    x, weight, mean, invstd, y = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
+    code, alpha = ctx.code, ctx.alpha
+    # One kernel multiplies by act'(y) on the way, unless that product is wanted itself: as the
+    # residual's gradient, or as a node of the graph for second derivatives.
+    if code != kinds.NONE and (need_residual or torch.is_grad_enabled()):
+        grad, y, code = activation_grad(grad, y, code, alpha), None, kinds.NONE
+    dx = dweight = dbias = None
+    if need_x or need_weight or need_bias:
+        dx, dweight, dbias = batch_norm_backward(
+            grad, x, weight, mean, invstd, y, code, alpha
+        )
+    return (
+        dx if need_x else None,
+        dweight if need_weight else None,
+        dbias if need_bias else None,
+        grad if need_residual else None,
+        None,
+        None,
+        None,
+    )
+
+
+def _fake_backward(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return library.new_output(x, x.shape), _statistic(x), _statistic(x)
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad, x, weight, mean, invstd, y, code, _ = inputs
+    if code != kinds.NONE:
+        raise NotImplementedError(
+            "nnarch::batch_norm_backward with an activation is not differentiable "
+            "(once_differentiable): apply activation_grad first"
+        )
+    ctx.save_for_backward(grad, x, weight, mean, invstd)
+
+
+def _backward_backward(
+    ctx: Any, gg_x: Tensor, gg_weight: Tensor, gg_bias: Tensor
+) -> tuple[Tensor | None, ...]:
+    grad, x, weight, mean, invstd = ctx.saved_tensors
+    d_grad, d_x, d_weight = batch_norm_backward_backward(
+        gg_x, gg_weight, gg_bias, grad, x, weight, mean, invstd
+    )
+    # d_x holds the way through mean and invstd, which are functions of x.
+    return d_grad, d_x, d_weight if weight is not None else None, *[None] * 5
+
+
+def _fake_backward_backward(
+    gg_x: Tensor, gg_weight: Tensor, gg_bias: Tensor, grad: Tensor, x: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    return library.new_output(x, x.shape), library.new_output(x, x.shape), _statistic(x)
+
+
+batch_norm_train = library.declare(
+    "batch_norm_train(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
+    "int activation, float alpha) -> (Tensor y, Tensor mean, Tensor invstd)",
+    reference=reference.batch_norm_train,
+    fake=_fake_train,
+    check=checks.batch_norm_train,
+    gpu=f"{_GPU}:batch_norm_train",
+    setup_context=_setup_train,
+    backward=_train_backward,
+)
+
+batch_norm_backward = library.declare(
+    "batch_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor invstd, "
+    "Tensor? y, int activation, float alpha) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    reference=reference.batch_norm_backward,
+    fake=_fake_backward,
+    check=checks.batch_norm_backward,
+    gpu=f"{_GPU}:batch_norm_backward",
+    setup_context=_setup_backward,
+    backward=_backward_backward,
+)
+
+batch_norm_backward_backward = library.declare(
+    "batch_norm_backward_backward(Tensor gg_x, Tensor gg_weight, Tensor gg_bias, Tensor grad, "
+    "Tensor x, Tensor? weight, Tensor mean, Tensor invstd) "
+    "-> (Tensor d_grad, Tensor d_x, Tensor d_weight)",
+    reference=reference.batch_norm_backward_backward,
+    fake=_fake_backward_backward,
+    check=checks.batch_norm_backward_backward,
+    gpu=f"{_GPU}:batch_norm_backward_backward",
+)
+
+# ------------------------------------------------------------------------------ public function
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: kinds.Activation = None,
+) -> Tensor:
+    """act(batch_norm(input) + residual), with torch.nn.functional.batch_norm's arguments.
+
+    Args:
+        input: ``[N, C, ...]``, at least two dimensions.
+        running_mean, running_var: ``[C]``. Updated in place in training, where they may be None;
+            used instead of the batch's statistics otherwise.
+        weight, bias: ``[C]``, scale and shift of the normalised input.
+        training: whether to normalise by the batch's own mean and (biased) variance.
+        momentum: weight of this batch in the running statistics.
+        eps: added to the variance before the square root.
+        residual: added before the activation, shape of `input`.
+        activation: None, a name or (name, alpha); see :func:`nnarch.functional.activation`.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of `input`.
+
+    Raises:
+        ValueError: shapes that do not fit, one value per channel in training, or no running
+            statistics in evaluation.
+        TypeError: dtypes that do not fit.
+
+    Source: Ioffe and Szegedy, 2015, Batch Normalization.
+    """
+    code, alpha = kinds.encode(activation, "batch_norm")
+    if not training:
+        scale, shift = _folded(running_mean, running_var, weight, bias, eps, input)
+        return affine(input, scale, shift, residual, code, alpha)
+    checks.enough_values(input)
+    checks.running_statistics(input, running_mean, running_var)
+    split = kinds.needs_split(code, input, weight, bias, residual)
+    y, mean, invstd = batch_norm_train(
+        input, weight, bias, residual, eps, kinds.NONE if split else code, alpha
+    )
+    if running_mean is not None or running_var is not None:
+        count = input.numel() // input.shape[1]
+        _update_running(running_mean, running_var, mean, invstd, momentum, eps, count)
+    return activation_op(y, code, alpha) if split else y
+
+
+def _folded(
+    mean: Tensor | None,
+    var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    input: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The scale and shift that evaluation amounts to, differentiable in weight and bias."""
+    if mean is None or var is None:
+        raise ValueError(
+            "batch_norm: running_mean and running_var must be given when training is False"
+        )
+    checks.running_statistics(input, mean, var)
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        checks.per_channel("batch_norm", "weight", weight, input)
+        scale = scale * weight
+    if bias is None:
+        return scale, mean * -scale
+    checks.per_channel("batch_norm", "bias", bias, input)
+    return scale, torch.addcmul(bias, mean, scale, value=-1)
+
+
+@torch.no_grad()
+def _update_running(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    momentum: float,
+    eps: float,
+    count: int,
+) -> None:
+    if running_mean is not None:
+        running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+    if running_var is not None:
+        biased = (invstd.double().pow(-2) - eps).clamp_min(0)
+        unbiased = (biased * (count / (count - 1))).to(running_var.dtype)
+        running_var.mul_(1 - momentum).add_(unbiased, alpha=momentum)

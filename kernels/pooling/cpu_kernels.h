@@ -1,0 +1,70 @@
+// The pooling kernels of one instruction set, and the windows they run over.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace nnarch {
+
+// The windows of one axis. Output i takes the inputs start[i], start[i] + step, … below end[i], all
+// of them inside the input; none where start[i] >= end[i].
+struct Axis {
+  int64_t inputs, outputs;
+  const int64_t* start;
+  const int64_t* end;
+  const int64_t* count;  // an average divides by the product of both axes' counts
+  int64_t step;
+  // Windows at regular distances: output i begins at i·stride - padding, `kernel` taps long.
+  // kernel is 0 where windows are irregular (adaptive pooling, gradients).
+  int64_t kernel, stride, padding;
+};
+
+// Positions in a plane while they are compared: lanes as wide as those of the values.
+template <class T>
+struct LaneIndex;
+template <>
+struct LaneIndex<float> {
+  typedef int32_t Type;
+};
+template <>
+struct LaneIndex<double> {
+  typedef int64_t Type;
+};
+
+// A row of a plane, padded on both sides and readable past its end by whole vectors.
+inline int64_t row_buffer_size(const Axis& w) {
+  const int64_t row = w.padding + w.inputs;
+  const int64_t windows =
+      w.kernel == 0 ? 0 : (w.outputs - 1) * w.stride + (w.kernel - 1) * w.step + 1;
+  return (row > windows ? row : windows) + 128;
+}
+
+template <class T>
+struct RowBuffer {
+  T* values;                         // row_buffer_size elements
+  typename LaneIndex<T>::Type* positions;  // as many, or null where no indices are wanted
+};
+
+template <class T>
+struct PoolTable {
+  // Output rows [from, to) of an image [H][W][channels]. y and indices point to its output image;
+  // indices may be null. Index -1 marks a window without any input.
+  void (*max_rows)(const T* image, int64_t channels, const Axis& h, const Axis& w, int64_t from,
+                   int64_t to, T* y, int64_t* indices);
+  void (*average_rows)(const T* image, int64_t channels, const Axis& h, const Axis& w,
+                       int64_t from, int64_t to, T* y);
+  // The same for a plane [H][W].
+  void (*max_plane)(const T* plane, const Axis& h, const Axis& w, int64_t from, int64_t to, T* y,
+                    int64_t* indices, const RowBuffer<T>& buffer);
+  void (*average_plane)(const T* plane, const Axis& h, const Axis& w, int64_t from, int64_t to,
+                        T* y, const RowBuffer<T>& buffer);
+  // Means over everything: of channels [from, to) of an image, and of a plane.
+  void (*mean_pixels)(const T* image, int64_t pixels, int64_t channels, int64_t from, int64_t to,
+                      double* sums, T* y);
+  T (*mean_plane)(const T* plane, int64_t pixels);
+};
+
+NNARCH_PER_ISA(template <class T> const PoolTable<T>& pool_table();)
+
+}  // namespace nnarch

@@ -1,0 +1,107 @@
+// Maximum pooling of planes with the positions of the maxima: as plane_isa.h, in pairs.
+#pragma once
+
+#include "pooling/plane_isa.h"
+
+namespace nnarch::NNARCH_ISA {
+
+template <class T>
+NNARCH_INLINE Lanes<T> load_positions(const typename LaneIndex<T>::Type* p) {
+  return *reinterpret_cast<const typename LaneVectors<T>::Unaligned*>(p);
+}
+template <class T>
+NNARCH_INLINE void store_positions(typename LaneIndex<T>::Type* p, Lanes<T> v, int64_t n) {
+  if (n >= kLanes<T>)
+    *reinterpret_cast<typename LaneVectors<T>::Unaligned*>(p) = v;
+  else
+    for (int64_t i = 0; i < n; ++i) p[i] = v[i];
+}
+
+template <class T>
+NNARCH_INLINE Lanes<T> counting() {
+  Lanes<T> v;
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = i;
+  return v;
+}
+
+template <class T>
+NNARCH_INLINE void best_of_rows(const T* plane, const Axis& h, int64_t out_row, int64_t width,
+                                T* values, typename LaneIndex<T>::Type* positions) {
+  for (int64_t j = 0; j < width; j += kLanes<T>) {
+    const int64_t n = width - j;
+    Best<T> best;
+    for (int64_t i = h.start[out_row]; i < h.end[out_row]; i += h.step)
+      best.take_later(load_n(plane + i * width + j, n),
+                      counting<T>() + lanes<T>(i * width + j));
+    store_n(values + j, best.value, n);
+    store_positions<T>(positions + j, best.position, n);
+  }
+}
+
+template <class T, int kernel>
+NNARCH_INLINE Best<T> best_along(const RowBuffer<T>& row, int64_t at, const Axis& w) {
+  Best<T> best;
+  best.value = load(row.values + at);
+  best.position = load_positions<T>(row.positions + at);
+  const int64_t taps = kernel ? kernel : w.kernel;
+  for (int64_t t = 1; t < taps; ++t)
+    best.take(load(row.values + at + t * w.step),
+              load_positions<T>(row.positions + at + t * w.step));
+  return best;
+}
+
+template <class T>
+NNARCH_INLINE void best_of_window(const RowBuffer<T>& row, const Axis& w, int64_t j, T* y,
+                                  int64_t* index) {
+  T value = -static_cast<T>(__builtin_huge_val());
+  int64_t position = nowhere<T>();
+  for (int64_t i = w.start[j]; i < w.end[j]; i += w.step) {
+    const T v = row.values[w.padding + i];
+    const int64_t where = row.positions[w.padding + i];
+    if (v > value || (v == value && where < position) ||
+        (v != v && (value == value || where > position))) {
+      value = v;
+      position = where;
+    }
+  }
+  *y = value;
+  *index = position == nowhere<T>() ? -1 : position;
+}
+
+template <class T, int kernel>
+NNARCH_INLINE void best_of_row(const RowBuffer<T>& row, const Axis& w, T* y, int64_t* indices) {
+  constexpr int64_t lane = kLanes<T>;
+  constexpr MakeIndices<kLanes<T>> all{};
+  if (w.kernel && w.stride <= 2) {
+    for (int64_t j = 0; j < w.outputs; j += lane) {
+      Best<T> best = best_along<T, kernel>(row, w.stride * j, w);
+      if (w.stride == 2) {
+        const Best<T> next = best_along<T, kernel>(row, 2 * j + lane, w);
+        best.value = even_elements(best.value, next.value, all);
+        best.position = even_elements(best.position, next.position, all);
+      }
+      store_n(y + j, best.value, w.outputs - j);
+      store_indices<T>(indices + j, best.position, w.outputs - j);
+    }
+  } else {
+    for (int64_t j = 0; j < w.outputs; ++j) best_of_window<T>(row, w, j, y + j, indices + j);
+  }
+}
+
+template <class T>
+void max_plane(const T* plane, const Axis& h, const Axis& w, int64_t from, int64_t to, T* y,
+               int64_t* indices, const RowBuffer<T>& buffer) {
+  if (!indices) return pool_plane<T, Maximum<T>>(plane, h, w, from, to, y, buffer.values);
+  fill_identity<T, Maximum<T>>(w, buffer.values);
+  for (int64_t i = 0; i < row_buffer_size(w); ++i)
+    buffer.positions[i] = static_cast<typename LaneIndex<T>::Type>(nowhere<T>());
+  with_taps(w, [&](auto k) {
+    for (int64_t i = from; i < to; ++i) {
+      best_of_rows<T>(plane, h, i, w.inputs, buffer.values + w.padding,
+                      buffer.positions + w.padding);
+      best_of_row<T, decltype(k)::taps>(buffer, w, y + i * w.outputs, indices + i * w.outputs);
+    }
+  });
+}
+
+}  // namespace nnarch::NNARCH_ISA

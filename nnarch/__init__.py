@@ -1,0 +1,23 @@
+"""nnarch: hand-written kernels for PyTorch under drop-in modules and classic architectures."""
+
+__version__ = "0.1.0"
+
+from nnarch import functional, nn
+from nnarch.accelerate import accelerate
+from nnarch.backends import backends, trace, use_backend
+from nnarch.library import FallbackWarning
+from nnarch.models import create_model, list_models, model_info, summary
+
+__all__ = [
+    "FallbackWarning",
+    "accelerate",
+    "backends",
+    "create_model",
+    "functional",
+    "list_models",
+    "model_info",
+    "nn",
+    "summary",
+    "trace",
+    "use_backend",
+]

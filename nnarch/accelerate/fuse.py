@@ -1,0 +1,144 @@
+"""Activations and residual adds moved into the epilogue of the layer that computes their input.
+
+The epilogue computes ``activation(layer(x) + residual)``, so an add can follow a layer without
+activation, and an activation can follow a layer or its add.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from nnarch import nn as layers
+from nnarch.accelerate.activations import activation_of
+from nnarch.accelerate.graph import argument, first_input, layer_of, may_write, only_user, place
+from nnarch.accelerate.layers import FusedBatchNorm2d, ResidualConv2d, ResidualLinear
+from nnarch.accelerate.swap import has_kernel_dtype
+from nnarch.accelerate.trace import is_customized
+
+# What a layer becomes when it takes over an activation, and when it takes over an add.
+_FUSED: dict[type, tuple[Any, Any]] = {
+    nn.Conv2d: (layers.FusedConv2d, ResidualConv2d),
+    nn.Linear: (layers.FusedLinear, ResidualLinear),
+    layers.Conv2d: (layers.FusedConv2d, ResidualConv2d),
+    layers.Linear: (layers.FusedLinear, ResidualLinear),
+    layers.FusedConv2d: (layers.FusedConv2d, ResidualConv2d),
+    layers.FusedLinear: (layers.FusedLinear, ResidualLinear),
+    ResidualConv2d: (ResidualConv2d, ResidualConv2d),
+    ResidualLinear: (ResidualLinear, ResidualLinear),
+    nn.BatchNorm2d: (FusedBatchNorm2d, None),
+    layers.BatchNorm2d: (FusedBatchNorm2d, None),
+}
+
+
+def fuse_epilogues(graph_module: GraphModule) -> None:
+    """Fuse activations, then adds, then the activations behind these adds."""
+    _fuse_activations(graph_module)
+    for node in list(graph_module.graph.nodes):
+        _fuse_add(graph_module, node)
+    _fuse_activations(graph_module)
+
+
+def _fuse_activations(graph_module: GraphModule) -> None:
+    for node in list(graph_module.graph.nodes):
+        activation = activation_of(graph_module, node)
+        producer = first_input(node)
+        if activation is None or not _has_free_epilogue(graph_module, producer):
+            continue
+        if only_user(producer) is not node:
+            continue
+        layer = layer_of(graph_module, producer)
+        fused, _ = _FUSED[type(layer)]
+        place(graph_module, producer, fused(layer, *activation).eval())
+        node.replace_all_uses_with(producer)
+        graph_module.graph.erase_node(node)
+
+
+def _has_free_epilogue(graph_module: GraphModule, node: object) -> bool:
+    """Whether `node` calls a layer that can take over an activation."""
+    layer = layer_of(graph_module, node)
+    return (
+        layer is not None
+        and type(layer) in _FUSED
+        and getattr(layer, "activation", None) is None
+        and not is_customized(layer)
+        and has_kernel_dtype(layer)
+        and getattr(layer, "running_mean", layer) is not None  # BatchNorm by the batch's statistics
+    )
+
+
+def _fuse_add(graph_module: GraphModule, node: Node) -> None:
+    producer, residual = _producer_and_residual(graph_module, node)
+    if producer is None or not isinstance(residual, Node) or _is_constant(residual):
+        return  # the addend is a number, or made of parameters, and broadcasts
+    layer = layer_of(graph_module, producer)
+    _, with_residual = _FUSED[type(layer)]
+    graph = graph_module.graph
+    with graph.inserting_before(node):  # where both operands are known
+        call = graph.call_module(str(producer.target), (first_input(producer), residual))
+    node.replace_all_uses_with(call)
+    graph.erase_node(node)
+    graph.erase_node(producer)
+    place(graph_module, call, with_residual(layer).eval())
+
+
+def _producer_and_residual(
+    graph_module: GraphModule, node: Node
+) -> tuple[Node | None, Node | None]:
+    """The operand of the add `node` whose layer can take it over, and the other operand."""
+    inplace = _adds_in_place(node)
+    if inplace is None or node.kwargs.get("alpha", 1) != 1 or "out" in node.kwargs:
+        return None, None
+    first, second = first_input(node), argument(node, 1, "other", None)
+    if first is second:
+        return None, None
+    # An add in place writes into its first operand, which others may read: the layer behind the
+    # second operand must not take it over.
+    takes_second = not inplace and _can_take_add(graph_module, second, node)
+    takes_first = _can_take_add(graph_module, first, node)
+    if takes_first and takes_second:
+        takes_first = not _comes_before(first, second)  # the later one has the shorter way
+    if takes_first:
+        return first, second
+    return (second, first) if takes_second else (None, None)
+
+
+def _adds_in_place(node: Node) -> bool | None:
+    """Whether the add `node` writes into its first operand; None where it is no add."""
+    if node.op == "call_function" and node.target in (torch.add, operator.add, operator.iadd):
+        return node.target is operator.iadd
+    if node.op == "call_method" and node.target in ("add", "__add__", "add_", "__iadd__"):
+        return node.target in ("add_", "__iadd__")
+    return None
+
+
+def _is_constant(node: Node) -> bool:
+    """Whether `node` depends on parameters only."""
+    sources = node.all_input_nodes
+    return all(map(_is_constant, sources)) if sources else node.op == "get_attr"
+
+
+def _comes_before(a: Node, b: Node) -> bool:
+    while a is not b and a.op != "output":
+        a = a.next
+    return a is b
+
+
+def _can_take_add(graph_module: GraphModule, producer: object, add: Node) -> bool:
+    if not isinstance(producer, Node) or not _has_free_epilogue(graph_module, producer):
+        return False
+    _, with_residual = _FUSED[type(layer_of(graph_module, producer))]
+    has_residual = len(producer.args) > 1
+    if with_residual is None or has_residual or list(producer.users) != [add]:
+        return False
+    # The layer moves to the add: nothing on the way may write what it reads.
+    between = producer.next
+    while between is not add:
+        if may_write(graph_module, between):
+            return False
+        between = between.next
+    return True

@@ -1,0 +1,85 @@
+"""Layers that only a rewritten graph calls."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from nnarch import functional as F
+from nnarch.accelerate.fold import scale_and_shift
+from nnarch.kernels.activation import kinds
+from nnarch.kernels.normalization.op import affine
+from nnarch.nn import FusedConv2d, FusedLinear
+
+
+class ResidualConv2d(FusedConv2d):
+    """``activation(conv(x) + residual)`` with the meaning of torch's add for every residual.
+
+    The kernel takes a residual of the output's shape and dtype. Whether an addend is one is not in
+    the graph; where it broadcasts, or promotes the dtype, the add runs by itself.
+    """
+
+    def forward(self, input: Tensor, residual: Any = None) -> Tensor:
+        """Convolve ``input [N, C, H, W]``, add `residual`, activate."""
+        try:
+            return self._convolve(input, residual, self._epilogue)
+        except Exception:
+            y = self._convolve(input)
+            if _is_like(residual, y):
+                raise
+            return _activate(y + residual, self._epilogue)
+
+
+class ResidualLinear(FusedLinear):
+    """``activation(linear(x) + residual)`` with the meaning of torch's add for every residual."""
+
+    def forward(self, input: Tensor, residual: Any = None) -> Tensor:
+        """Map ``input [..., in_features]``, add `residual`, activate."""
+        try:
+            return self._multiply(input, residual, self._epilogue)
+        except Exception:
+            y = self._multiply(input)
+            if _is_like(residual, y):
+                raise
+            return _activate(y + residual, self._epilogue)
+
+
+class FusedBatchNorm2d(nn.Module):
+    """``activation(norm(x))`` in one pass over ``[N, C, H, W]``.
+
+    Args:
+        norm: BatchNorm2d with running statistics, which become one scale and one shift per channel.
+        activation: a name that nnarch.functional.activation takes.
+        alpha: slope of "leaky_relu"; other activations have no parameter.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, norm: nn.BatchNorm2d, activation: str, alpha: float = 0.0) -> None:
+        super().__init__()
+        for name, values in zip(("scale", "shift"), scale_and_shift(norm), strict=True):
+            self.register_buffer(name, values.to(norm.running_var.dtype))  # type: ignore[union-attr]
+        self.activation = activation
+        pair = (activation, alpha) if activation == "leaky_relu" else activation
+        self._code, self._alpha = kinds.encode(pair)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Scale, shift and activate."""
+        return affine(input, self.scale, self.shift, None, self._code, self._alpha)
+
+    def extra_repr(self) -> str:
+        """The arguments, for repr()."""
+        return f"{self.scale.numel()}, activation={self.activation}"
+
+
+def _is_like(residual: Any, y: Tensor) -> bool:
+    return isinstance(residual, Tensor) and residual.shape == y.shape and residual.dtype == y.dtype
+
+
+def _activate(y: Tensor, epilogue: str | tuple[str, float] | None) -> Tensor:
+    if epilogue is None:
+        return y
+    kind, alpha = (epilogue, None) if isinstance(epilogue, str) else epilogue
+    return F.activation(y, kind, alpha=alpha)

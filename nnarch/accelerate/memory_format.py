@@ -1,0 +1,125 @@
+"""Activations that stay channels_last from the entry of the graph to its end.
+
+The kernels run fastest on channels_last and give their output the format of their input, so one
+conversion at the entry serves the whole graph. What loses the format on the way (a permutation, a
+slice of channels) is noticed here, and the next convolution gets its input converted.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from nnarch import functional
+from nnarch.accelerate.accelerated import channels_last
+from nnarch.accelerate.activations import activation_of
+from nnarch.accelerate.graph import first_input, layer_of, may_write
+from nnarch.accelerate.layers import FusedBatchNorm2d
+from nnarch.accelerate.trace import is_layer
+
+# A graph that asks for strides gets the ones that its author saw.
+_READS_STRIDES = {"stride", "as_strided", "is_contiguous", "storage_offset", "data_ptr"}
+_KEEPING_FUNCTIONS = {
+    operator.add,
+    operator.iadd,
+    operator.sub,
+    operator.mul,
+    operator.imul,
+    operator.truediv,
+    torch.add,
+    torch.sub,
+    torch.mul,
+    torch.div,
+    torch.cat,
+    torch.concat,
+    functional.max_pool2d,
+    functional.avg_pool2d,
+    functional.adaptive_avg_pool2d,
+    functional.batch_norm,
+}
+_KEEPING_METHODS = {"add", "add_", "sub", "mul", "mul_", "div"}
+_KEEPING_LAYERS = (
+    FusedBatchNorm2d,
+    nn.BatchNorm2d,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.AdaptiveMaxPool2d,
+)
+
+
+def keep_channels_last(graph_module: GraphModule) -> bool:
+    """Make the graph right and fast for channels_last inputs.
+
+    Returns:
+        Whether inputs are to be converted; False for a graph that depends on strides.
+    """
+    graph = graph_module.graph
+    if any(_reads_strides(node) for node in graph.nodes):
+        return False
+    known: set[Node] = set()  # channels_last if they are 4-D
+    for node in list(graph.nodes):
+        if _is_view(graph_module, node):
+            node.target = "reshape"  # a view of channels_last memory does not always exist
+        elif _is_opaque(graph_module, node):
+            for source in node.all_input_nodes:
+                _convert(node, source, contiguous)  # its code may ask for views
+        elif _is_convolution(graph_module, node):
+            if first_input(node) not in known:
+                _convert(node, first_input(node), channels_last)
+            known.add(node)
+        elif _keeps_format(graph_module, node) and known.issuperset(node.all_input_nodes):
+            known.add(node)
+    return True
+
+
+def contiguous(x: Any) -> Any:
+    """A tensor in torch's default format, everything else as it is."""
+    return x.contiguous() if isinstance(x, Tensor) else x
+
+
+def _reads_strides(node: Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op in ("call_method", "call_function") and name in _READS_STRIDES
+
+
+def _is_view(graph_module: GraphModule, node: Node) -> bool:
+    """Whether `node` is x.view(sizes) that nobody writes through."""
+    return (
+        node.op == "call_method"
+        and node.target == "view"
+        and not any(isinstance(size, torch.dtype) for size in node.args)
+        and not any(may_write(graph_module, user) for user in node.users)
+    )
+
+
+def _is_opaque(graph_module: GraphModule, node: Node) -> bool:
+    layer = layer_of(graph_module, node)
+    return layer is not None and not is_layer(layer)
+
+
+def _is_convolution(graph_module: GraphModule, node: Node) -> bool:
+    return isinstance(layer_of(graph_module, node), nn.Conv2d) or node.target is functional.conv2d
+
+
+def _keeps_format(graph_module: GraphModule, node: Node) -> bool:
+    if node.op == "placeholder" or activation_of(graph_module, node) is not None:
+        return True
+    layer = layer_of(graph_module, node)
+    if layer is not None:
+        return isinstance(layer, _KEEPING_LAYERS)
+    if node.op == "call_method":
+        return node.target in _KEEPING_METHODS
+    return node.op == "call_function" and node.target in _KEEPING_FUNCTIONS
+
+
+def _convert(node: Node, source: Node, conversion: Callable[[Any], Any]) -> None:
+    with node.graph.inserting_before(node):
+        converted = node.graph.call_function(conversion, (source,))
+    converted.meta["is_wrapped"] = True  # unpickling traces the code again, not into `conversion`
+    node.replace_input_with(source, converted)

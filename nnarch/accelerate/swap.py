@@ -1,0 +1,84 @@
+"""Layers and functions that have kernels of ours, put in the place of torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+from torch.nn import functional as F
+
+from nnarch import functional
+from nnarch import nn as layers
+from nnarch.accelerate.trace import is_customized
+from nnarch.nn.packing import PackedWeightMixin
+
+_SWAPPED = (
+    "Conv2d",
+    "Linear",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "MaxPool2d",
+    "AvgPool2d",
+    "AdaptiveAvgPool2d",
+    "AdaptiveMaxPool2d",
+    "ReLU",
+    "ReLU6",
+    "LeakyReLU",
+    "Hardswish",
+    "Hardsigmoid",
+    "SiLU",
+    "GELU",
+    "Tanh",
+    "Sigmoid",
+)
+_TWINS: dict[type, type] = {getattr(nn, name): getattr(layers, name) for name in _SWAPPED}
+_TWIN_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    F.conv2d: functional.conv2d,
+    F.linear: functional.linear,
+    F.max_pool2d: functional.max_pool2d,
+    F.avg_pool2d: functional.avg_pool2d,
+    F.adaptive_avg_pool2d: functional.adaptive_avg_pool2d,
+    F.batch_norm: functional.batch_norm,
+    torch.conv2d: functional.conv2d,
+    torch.max_pool2d: functional.max_pool2d,
+}
+_KERNEL_DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
+
+
+def swap_layers(body: nn.Module) -> None:
+    """Turn every torch.nn layer in `body` that has a twin in nnarch.nn into that twin, in place.
+
+    The twins are subclasses without state of their own, so exchanging the class is enough; a layer
+    that several modules share stays shared.
+    """
+    for module in body.modules():
+        twin = _TWINS.get(type(module))
+        if twin is not None and has_kernel_dtype(module) and not is_customized(module):
+            module.__class__ = twin
+
+
+def swap_functions(graph_module: GraphModule) -> None:
+    """Let the graph call nnarch.functional where the model called torch.nn.functional."""
+    for node in graph_module.graph.nodes:
+        if node.op != "call_function" or "input" in node.kwargs:  # ours names it differently
+            continue
+        twin = _TWIN_FUNCTIONS.get(node.target)
+        if twin is not None:
+            node.target = twin
+            node.meta["is_wrapped"] = True  # unpickling traces the code again, not into `twin`
+
+
+def has_kernel_dtype(module: nn.Module) -> bool:
+    """Whether the kernels take the parameters of `module`."""
+    return all(parameter.dtype in _KERNEL_DTYPES for parameter in module.parameters(recurse=False))
+
+
+def pack_weights(body: nn.Module) -> None:
+    """Pack every weight now instead of in the first call."""
+    for module in body.modules():
+        if isinstance(module, PackedWeightMixin):
+            module._packed_weight(module.weight, None)  # type: ignore[arg-type]

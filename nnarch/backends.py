@@ -1,0 +1,169 @@
+"""Which backend runs an operation: see them, force one, or record what ran."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from nnarch import library
+
+BACKENDS = ("cpu", "triton", "numba", "reference")
+
+
+def backends() -> dict[str, str]:
+    """Every backend with "usable" or the reason why it is not."""
+    return {
+        "cpu": f"usable ({isa()})" if library.native is not None else library.native_error,
+        "triton": _gpu_status("triton", "TRITON_INTERPRET"),
+        "numba": _gpu_status("numba_cuda", "NUMBA_ENABLE_CUDASIM", package="numba-cuda"),
+        "reference": "usable",
+    }
+
+
+def isa() -> str:
+    """The instruction set that the native kernels run on: generic, avx2, avx512 (or "")."""
+    return library.native_string("nnarch_isa")
+
+
+def _gpu_status(module: str, interpreter: str, package: str = "") -> str:
+    if importlib.util.find_spec(module) is None:
+        return f"not installed (pip install {package or module})"
+    if os.environ.get(interpreter) == "1":
+        return f"usable on CPU tensors, interpreted ({interpreter}=1)"
+    if not torch.cuda.is_available():
+        return f"no GPU ({interpreter}=1 interprets its kernels on the CPU)"
+    return f"usable on {torch.cuda.get_device_name()}"
+
+
+@dataclass(frozen=True)
+class TraceEntry:
+    """One operation that ran."""
+
+    op: str
+    backend: str
+    algorithm: str
+    shapes: tuple[tuple[int, ...], ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        shapes = " ".join("×".join(map(str, s)) or "scalar" for s in self.shapes)
+        via = f"{self.backend}/{self.algorithm}" if self.algorithm else self.backend
+        return f"{self.op:<28} {via:<28} {self.seconds * 1e6:>10.1f} µs  {shapes}"
+
+
+@dataclass(eq=False)
+class Trace:
+    """What :func:`trace` recorded, in order."""
+
+    entries: list[TraceEntry] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[TraceEntry]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.entries)) or "(no nnarch operation ran)"
+
+    @property
+    def ops(self) -> list[str]:
+        """The names of the operations, in order."""
+        return [entry.op for entry in self.entries]
+
+
+class _State(threading.local):
+    def __init__(self) -> None:
+        self.forced: list[str] = []
+        self.traces: list[Trace] = []
+
+
+_state = _State()
+
+
+class _Interceptor(TorchDispatchMode):
+    """Sees every nnarch operation while a backend is forced or a trace is open."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace != library.NAMESPACE:
+            return func(*args, **(kwargs or {}))
+        with _disable_current_modes():  # nested interceptors share one state: run each op once
+            return _run(func, args, kwargs or {})
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    op = library.OPS[func._opname]
+    args = _positional(func, args, kwargs)
+    backend = _state.forced[-1] if _state.forced else _automatic(op, args)
+    implementation = func if not _state.forced else op.implementation(backend)
+    started = time.perf_counter()
+    with torch._C._AutoDispatchBelowAutograd():
+        result = implementation(*args)
+    seconds = time.perf_counter() - started
+    algorithm = library.native_string("nnarch_last_algorithm") if backend == "cpu" else ""
+    shapes = tuple(tuple(a.shape) for a in args if isinstance(a, torch.Tensor))
+    for record in _state.traces:
+        record.entries.append(TraceEntry(op.name, backend, algorithm, shapes, seconds))
+    return result
+
+
+def _automatic(op: library.Op, args: tuple[Any, ...]) -> str:
+    tensor = next(a for a in args if isinstance(a, torch.Tensor))
+    if tensor.device.type == "cpu":
+        return "cpu" if op.has_native else "reference"
+    if tensor.device.type == "cuda" and op.gpu is not None:
+        return op.gpu_backend
+    return "reference"
+
+
+def _positional(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """All arguments by position, defaults filled in, sizes expanded, as launchers expect them."""
+    values = list(args)
+    for argument in func._schema.arguments[len(args) :]:
+        values.append(kwargs.get(argument.name, argument.default_value))
+    for i, argument in enumerate(func._schema.arguments):
+        if isinstance(values[i], int) and argument.type.kind() == "ListType":
+            values[i] = [values[i]] * argument.N
+    return tuple(values)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force every nnarch operation in the block onto one backend.
+
+    Args:
+        name: "cpu", "triton", "numba" or "reference".
+
+    Raises:
+        ValueError: unknown name.
+        NotImplementedError: from the operation that the backend lacks.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
+    _state.forced.append(name)
+    try:
+        with _Interceptor():
+            yield
+    finally:
+        _state.forced.pop()
+
+
+@contextmanager
+def trace() -> Iterator[Trace]:
+    """Record every nnarch operation in the block: op, backend, algorithm, shapes, seconds."""
+    record = Trace()
+    _state.traces.append(record)
+    try:
+        with _Interceptor():
+            yield record
+    finally:
+        _state.traces.remove(record)

@@ -1,0 +1,310 @@
+"""What is measured. To benchmark a new operation, add an entry here; nothing else has to change.
+
+An entry says what the layer is, through the namespace it is given (``torch.nn`` and ``nnarch.nn``
+in turn), and the shape of its input:
+
+    Case("layer_norm_4096x768", "normalization", lambda nn: nn.LayerNorm(768), (4096, 768))
+
+Where nnarch has a fused form of several layers, or torch has no twin, `ours=` says how nnarch runs
+it. See :class:`nnarch.benchmarking.case.Case` for the rest.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnarch.benchmarking.case import Case, Target
+from nnarch.benchmarking.peers import torchvision
+
+BATCHES = (1, 8)
+
+TARGETS: dict[str, Target] = {
+    "conv1x1": Target(1.1, 1.3),
+    "conv3x3": Target(2.3, 3.3),
+    "conv3x3 stride 2": Target(1.1, 1.3),
+    "stem": Target(1.1, 1.3),
+    "conv large kernel": Target(1.1, 1.3),
+    "depthwise": Target(1.5, 3.0),
+    "linear": Target(1.1, 1.2),
+    "linear + GELU": Target(1.3, 1.6),
+    "pooling": Target(1.5, 3.0),
+    "batch_norm": Target(1.0, 1.5),
+    "conv3x3 fwd+bwd": Target(1.7, 2.5),
+    "conv1x1 fwd+bwd": Target(1.1, 1.3),
+    "depthwise fwd+bwd": Target(1.5, 2.5),
+    "models": Target(1.0, 1.3),
+    "training": Target(1.5, 2.1),
+}
+
+
+def target(case: Case) -> Target:
+    """The ratios that `case` is held to: its own, or its group's; level with the best peer where
+    neither says."""
+    return case.target or TARGETS.get(case.group) or Target(1.0, 1.0)
+
+
+def select(only: str | None = None, *, quick: bool = False, models: bool = True) -> list[Case]:
+    """The cases to run, in the order listed.
+
+    Args:
+        only: part of a name or group, or a shell pattern such as "conv1x1*_n8".
+        quick: only those that stand for their group.
+        models: whether whole models are included.
+
+    Raises:
+        ValueError: nothing matches.
+    """
+
+    def wanted(case: Case) -> bool:
+        if (quick and not case.quick) or (case.model and not models):
+            return False
+        if only is None:
+            return True
+        pattern = only.lower() if any(c in only for c in "*?[") else f"*{only.lower()}*"
+        return any(fnmatch.fnmatch(text.lower(), pattern) for text in (case.name, case.group))
+
+    chosen = [case for case in CASES if wanted(case)]
+    if not chosen:
+        raise ValueError(f"only: expected part of a case's name or group; {only!r} matches none")
+    return chosen
+
+
+# --------------------------------------------------------------------------- entries by family
+
+
+def conv(
+    group: str,
+    channels: int,
+    filters: int,
+    kernel: int,
+    size: int,
+    batch: int,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    **options: Any,
+) -> Case:
+    """A convolution of `channels` x `size` x `size` with bias, padded to keep the size."""
+    depthwise = groups == channels > 1
+    step = f"s{stride}" if stride > 1 else ""
+    window = f"{kernel}×{kernel} {step}".strip()
+    backward = options.get("backward", False)
+    widths = f"{channels}" if depthwise and channels == filters else f"{channels}→{filters}"
+    kind = "dw" if depthwise else "conv"
+    return Case(
+        name=f"{kind}{kernel}x{kernel}{step}_{channels}_{filters}_h{size}_n{batch}"
+        + "_fb" * backward,
+        group=group,
+        layer=lambda nn: nn.Conv2d(
+            channels, filters, kernel, stride=stride, padding=kernel // 2, groups=groups
+        ),
+        shape=(batch, channels, size, size),
+        label="dw " * depthwise + f"{window} {widths} @{size} N{batch}" + " fwd+bwd" * backward,
+        **options,
+    )
+
+
+# (channels, filters, size): ResNet-50's bottlenecks, then MobileNet's pointwise layers.
+_POINTWISE = (
+    (64, 64, 56), (64, 256, 56), (256, 64, 56), (1024, 256, 14), (512, 2048, 7),
+    (32, 64, 112), (64, 128, 56), (128, 256, 28), (256, 512, 14), (512, 1024, 7), (1024, 1024, 7),
+)  # fmt: skip
+
+
+def convolutions() -> Iterable[Case]:
+    """Forward convolutions of ResNet, MobileNet, GoogLeNet and AlexNet."""
+    small = Target(1.7, 2.6)  # 512 channels at 7x7: the weights outgrow the caches
+    for n in BATCHES:
+        for c, k, size in _POINTWISE:
+            yield conv("conv1x1", c, k, 1, size, n, quick=(c, k, n) == (256, 64, 8))
+        yield conv("conv1x1", 256, 512, 1, 56, n, stride=2)
+        for c, size in ((64, 56), (128, 28), (256, 14), (512, 7)):
+            goal = small if c == 512 else None
+            yield conv("conv3x3", c, c, 3, size, n, target=goal, quick=(c, n) == (64, 8))
+        for c, k, size in ((64, 128, 56), (128, 128, 56), (256, 256, 28)):
+            short = (c, n) == (64, 8)
+            yield conv("conv3x3 stride 2", c, k, 3, size, n, stride=2, quick=short)
+        yield conv("stem", 3, 64, 7, 224, n, stride=2, quick=n == 8)
+        yield conv("stem", 3, 32, 3, 224, n, stride=2)
+        yield conv("conv large kernel", 64, 192, 5, 27, n)
+        yield conv("conv large kernel", 32, 96, 5, 28, n)
+        yield conv("conv large kernel", 3, 64, 11, 224, n, stride=4)
+
+
+def depthwise(
+    channels: int, size: int, batch: int, *, kernel: int = 3, multiplier: int = 1, **options: Any
+) -> Case:
+    """A depthwise convolution, each channel giving `multiplier` outputs."""
+    group = options.pop("group", "depthwise")
+    filters = channels * multiplier
+    return conv(group, channels, filters, kernel, size, batch, groups=channels, **options)
+
+
+def depthwise_convolutions() -> Iterable[Case]:
+    """Depthwise layers of MobileNet (3x3), EfficientNet (5x5) and ConvNeXt (7x7)."""
+    for n in BATCHES:
+        yield depthwise(32, 112, n)
+        yield depthwise(64, 112, n, stride=2)
+        for c, size in ((128, 56), (256, 28), (512, 14), (1024, 7)):
+            yield depthwise(c, size, n, quick=(c, n) == (128, 8))
+        yield depthwise(120, 28, n, kernel=5)
+        yield depthwise(96, 56, n, kernel=7)
+        yield depthwise(64, 56, n, multiplier=2)
+
+
+def linear(rows: int, inputs: int, outputs: int, **options: Any) -> Case:
+    """A fully connected layer with bias."""
+    return Case(
+        f"linear_{rows}x{inputs}x{outputs}",
+        "linear",
+        lambda nn: nn.Linear(inputs, outputs),
+        (rows, inputs),
+        label=f"linear {rows}×{inputs}→{outputs}",
+        **options,
+    )
+
+
+def _accelerated(module: nn.Module) -> nn.Module:
+    import nnarch
+
+    return nnarch.accelerate(module)
+
+
+def linears() -> Iterable[Case]:
+    """Transformer and classifier layers; one row is a matrix-vector product."""
+    yield linear(128, 768, 3072, quick=True)
+    yield linear(1, 768, 50257)
+    yield linear(1, 2048, 1000)
+    yield linear(1, 1280, 1000)
+    yield Case(
+        "linear_gelu_4096x768x3072",
+        "linear + GELU",
+        lambda nn: nn.Sequential(nn.Linear(768, 3072), nn.GELU()),
+        (4096, 768),
+        label="linear + GELU 4096×768→3072",
+        ours=_accelerated,
+    )
+
+
+def pool(
+    name: str, label: str, shape: tuple[int, int, int], taps: int, layer: Any, **options: Any
+) -> Case:
+    """A pooling layer on (batch, channels, size); every output sees `taps` inputs, one operation
+    each."""
+    batch, channels, size = shape
+    images = (batch, channels, size, size)
+    return Case(
+        f"{name}_{channels}_h{size}_n{batch}",
+        "pooling",
+        layer,
+        images,
+        label=f"{label} {channels} @{size} N{batch}",
+        flops=taps * layer(nn)(torch.empty(images, device="meta")).numel(),
+        **options,
+    )
+
+
+def pools() -> Iterable[Case]:
+    """Overlapping, average and global pooling."""
+    for n in (*BATCHES, 16):
+        shape = (n, 64, 112)
+        yield pool("maxpool3x3s2", "max 3×3 s2", shape, 9, _overlapping_pool, quick=n == 8)
+    for n in BATCHES:
+        yield pool("avgpool3x3", "avg 3×3", (n, 192, 28), 9, lambda nn: nn.AvgPool2d(3, 1, 1))
+        yield pool("avgpool2x2s2", "avg 2×2 s2", (n, 256, 56), 4, lambda nn: nn.AvgPool2d(2))
+        yield pool("adaptive6", "adaptive 6×6", (n, 256, 13), 9, lambda nn: nn.AdaptiveAvgPool2d(6))
+        yield pool("globalpool", "global", (n, 2048, 7), 49, lambda nn: nn.AdaptiveAvgPool2d(1))
+
+
+def _overlapping_pool(nn: Any) -> Any:
+    return nn.MaxPool2d(3, 2, 1)
+
+
+def _fused_batch_norm(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    from nnarch.functional import batch_norm
+
+    norm: Any = module.get_submodule("0")
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        mean, var, weight, bias = norm.running_mean, norm.running_var, norm.weight, norm.bias
+        return batch_norm(
+            x, mean, var, weight, bias, True, norm.momentum, norm.eps, activation="relu"
+        )
+
+    return run
+
+
+def batch_norms() -> Iterable[Case]:
+    """BatchNorm in training mode with its activation fused, forward and backward."""
+    for n in BATCHES:
+        for c, size in ((64, 56), (256, 14)):
+            yield Case(
+                f"batch_norm_relu_{c}_h{size}_n{n}_fb",
+                "batch_norm",
+                lambda nn, c=c: nn.Sequential(nn.BatchNorm2d(c), nn.ReLU()),
+                (n, c, size, size),
+                label=f"BatchNorm + ReLU {c} @{size} N{n} fwd+bwd",
+                ours=_fused_batch_norm,
+                backward=True,
+                flops=4 * n * c * size * size,
+                quick=(c, n) == (64, 8),
+            )
+
+
+def training_convolutions() -> Iterable[Case]:
+    """Convolutions forward and backward, with the gradients of input, weight and bias."""
+    for n in BATCHES:
+        for c, size in ((64, 56), (128, 28), (256, 14), (512, 7)):
+            yield conv("conv3x3 fwd+bwd", c, c, 3, size, n, backward=True, quick=(c, n) == (64, 8))
+        for c, k, size in ((256, 64, 56), (1024, 256, 14)):
+            yield conv("conv1x1 fwd+bwd", c, k, 1, size, n, backward=True)
+        for c, size in ((128, 56), (512, 14)):
+            yield depthwise(c, size, n, group="depthwise fwd+bwd", backward=True)
+
+
+def model(name: str, batch: int, *, group: str = "models", **options: Any) -> Case:
+    """A whole torchvision model at 224 x 224, made faster by :func:`nnarch.accelerate`."""
+    training = group == "training"
+    return Case(
+        name=f"{name}_n{batch}" + ("_train" if training else ""),
+        group=group,
+        layer=lambda nn: getattr(torchvision().models, name)(weights=None),
+        shape=(batch, 3, 224, 224),
+        label=f"{name} N{batch}" + (" training step" if training else ""),
+        ours=None if training else _accelerated,
+        backward=training,
+        input_grad=not training,
+        # In float32 a few activations near 0 change sign, and with them whole rows of gradients.
+        tolerance=5e-2 if training else 1e-4,
+        model=name,
+        **options,
+    )
+
+
+def models() -> Iterable[Case]:
+    """Whole models, inference, and a training step."""
+    goals = {
+        "mobilenet_v2": Target(1.1, 1.3),
+        "resnet50": Target(1.25, 1.45),
+        "resnet18": Target(1.0, 1.3),
+    }
+    for name, goal in goals.items():
+        for n in BATCHES:
+            yield model(name, n, target=goal, quick=name != "resnet18" and n == 1)
+    yield model("resnet18", 8, group="training")
+
+
+CASES: tuple[Case, ...] = (
+    *convolutions(),
+    *depthwise_convolutions(),
+    *linears(),
+    *pools(),
+    *batch_norms(),
+    *training_convolutions(),
+    *models(),
+)

@@ -1,0 +1,25 @@
+"""Every operation's public function, with the signatures of `torch.nn.functional` first."""
+
+from nnarch.kernels.activation.op import activation
+from nnarch.kernels.conv2d.op import conv2d, pack_conv2d_weight
+from nnarch.kernels.linear.op import linear, pack_linear_weight
+from nnarch.kernels.normalization.op import batch_norm
+from nnarch.kernels.pooling.op import (
+    adaptive_avg_pool2d,
+    adaptive_max_pool2d,
+    avg_pool2d,
+    max_pool2d,
+)
+
+__all__ = [
+    "activation",
+    "adaptive_avg_pool2d",
+    "adaptive_max_pool2d",
+    "avg_pool2d",
+    "batch_norm",
+    "conv2d",
+    "linear",
+    "max_pool2d",
+    "pack_conv2d_weight",
+    "pack_linear_weight",
+]

@@ -1,0 +1,318 @@
+"""How an operation is declared: schema, backends, fake function and autograd, in one place.
+
+`kernels/<family>/op.py` calls :func:`declare` once per operation. PyTorch's own dispatcher does the
+rest: CPU tensors reach the native library, CUDA tensors a Triton or Numba launcher that is imported
+at first use, meta tensors the fake function. No dispatcher of our own stands beside it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NAMESPACE = "nnarch"
+
+_definitions = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+class FallbackWarning(UserWarning):
+    """An operation ran on its reference implementation, because no kernel serves its input."""
+
+
+# --------------------------------------------------------------------------- the native library
+
+
+def _load_native() -> tuple[ctypes.CDLL | None, str]:
+    """Load the native library; return (handle, "") or (None, why not)."""
+    override = os.environ.get("NNARCH_LIBRARY")
+    candidates = [Path(override)] if override else _installed_libraries()
+    for path in candidates:
+        if path.exists():
+            try:
+                torch.ops.load_library(path)
+                return ctypes.CDLL(os.fspath(path)), ""
+            except OSError as error:
+                return None, f"{path.name} does not load: {error}"
+    return None, "the native library is not built (pip install . builds it)"
+
+
+def _installed_libraries() -> list[Path]:
+    """Where an installed or editable nnarch has its native library."""
+    import nnarch
+
+    return [Path(folder) / "_native.so" for folder in nnarch.__path__]
+
+
+native, native_error = _load_native()
+
+
+def native_string(symbol: str) -> str:
+    """Call the native `const char* symbol()`; "" without the native library."""
+    if native is None:
+        return ""
+    function = getattr(native, symbol)
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+# --------------------------------------------------------------------------------- declaration
+
+
+@dataclass
+class Op:
+    """A declared operation and its implementations by backend name."""
+
+    name: str
+    overload: Any
+    reference: Callable[..., Any]
+    check: Callable[..., None] | None
+    gpu: str | None  # "module:function" of the Triton or Numba launcher
+    gpu_backend: str
+    _launcher: Callable[..., Any] | None = field(default=None, repr=False)
+
+    @property
+    def has_native(self) -> bool:
+        """Whether the loaded native library registers this operation."""
+        return native is not None and self.name in _native_ops()
+
+    def launcher(self) -> Callable[..., Any]:
+        """The GPU launcher, imported at first use; ImportError where its package is missing."""
+        if self._launcher is None:
+            if self.gpu is None:
+                raise NotImplementedError(f"{NAMESPACE}::{self.name} has no GPU kernel")
+            module, function = self.gpu.split(":")
+            self._launcher = getattr(importlib.import_module(module), function)
+        return self._launcher
+
+    def implementation(self, backend: str) -> Callable[..., Any]:
+        """The Python callable that runs this operation on a forced backend."""
+        if backend == "reference":
+            return self.checked(self.reference)
+        if backend == "cpu":
+            if not self.has_native:
+                raise NotImplementedError(
+                    f"backend 'cpu' lacks {NAMESPACE}::{self.name}: "
+                    + (native_error or "no native kernel")
+                )
+            return self.overload
+        if backend == self.gpu_backend and self.gpu is not None:
+            return self.checked(self.launcher())
+        raise NotImplementedError(f"backend {backend!r} lacks {NAMESPACE}::{self.name}")
+
+    def checked(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` behind this operation's argument checks."""
+        if self.check is None:
+            return function
+        check = self.check
+
+        @functools.wraps(function)
+        def run(*args: Any) -> Any:
+            check(*args)
+            return function(*args)
+
+        return run
+
+
+OPS: dict[str, Op] = {}
+
+
+@functools.cache
+def _native_ops() -> frozenset[str]:
+    return frozenset(native_string("nnarch_native_ops").split())
+
+
+def declare(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    check: Callable[..., None] | None = None,
+    gpu: str | None = None,
+    gpu_backend: str = "triton",
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
+) -> Callable[..., Any]:
+    """Declare ``nnarch::<schema>`` once and return the callable that runs it cheaply.
+
+    Args:
+        schema: in PyTorch's schema language, without the namespace.
+        reference: pure torch definition with the same arguments; any dtype, any device.
+        fake: shape, dtype and strides of the outputs; runs on meta tensors.
+        check: raises ValueError or TypeError for bad arguments. It explains what the native code
+            rejected, and guards the backends written in Python.
+        gpu: "module:function" of the GPU launcher, imported at first use.
+        gpu_backend: "triton" or "numba".
+        backward, setup_context: as in :func:`torch.library.register_autograd`. Without them a
+            backward through the operation raises.
+
+    Returns:
+        A callable with the operation's positional arguments.
+    """
+    name = schema.split("(", 1)[0]
+    _definitions.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    overload = getattr(torch.ops.nnarch, name).default
+    op = OPS[name] = Op(name, overload, reference, check, gpu, gpu_backend)
+
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.register_fake(qualified, op.checked(fake), lib=_definitions)
+    torch.library.register_autograd(
+        qualified,
+        backward or _no_backward(name),
+        setup_context=setup_context,
+        lib=_definitions,
+    )
+    if not op.has_native:
+        _definitions.impl(name, _with_fallback(op, None), "CPU")
+    _definitions.impl(name, _with_fallback(op, op.gpu), "CUDA")
+    return _cheap_call(op)
+
+
+def _no_backward(name: str) -> Callable[..., Any]:
+    def backward(*_: Any) -> None:
+        raise NotImplementedError(
+            f"{NAMESPACE}::{name} is not differentiable (once_differentiable)"
+        )
+
+    return backward
+
+
+def _with_fallback(op: Op, gpu: str | None) -> Callable[..., Any]:
+    """The automatic implementation where no native kernel is registered."""
+
+    def run(*args: Any) -> Any:
+        if gpu is not None:
+            try:
+                launch = op.checked(op.launcher())
+            except ImportError as error:
+                _warn_fallback(op.name, str(error))
+            else:
+                return launch(*args)
+        else:
+            _warn_fallback(op.name, native_error or "no kernel for this device")
+        return op.checked(op.reference)(*args)
+
+    return run
+
+
+@functools.cache
+def _warn_fallback(name: str, why: str) -> None:
+    warnings.warn(
+        f"{NAMESPACE}::{name} runs on its reference implementation: {why}",
+        FallbackWarning,
+        stacklevel=4,
+    )
+
+
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+
+
+def _cheap_call(op: Op) -> Callable[..., Any]:
+    """The call path of ADR 2: below autograd where no gradient is wanted, through it otherwise."""
+    overload = op.overload
+    is_grad_enabled = torch.is_grad_enabled
+    is_compiling = torch.compiler.is_compiling
+    Tensor = torch.Tensor
+
+    def call(*args: Any) -> Any:
+        try:
+            if is_compiling():
+                return overload(*args)
+            if is_grad_enabled():
+                for a in args:
+                    if isinstance(a, Tensor) and a.requires_grad:
+                        return overload(*args)
+            with _BelowAutograd():
+                return overload(*args)
+        except RuntimeError:
+            if op.check is not None:
+                op.check(*args)  # says precisely what the native code refused
+            raise
+
+    call.__name__ = op.name
+    call.overload = overload
+    return call
+
+
+# ----------------------------------------------------------------------- public functions' arrays
+
+
+def public(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a function of tensors also take NumPy, CuPy and other DLPack arrays, without copies.
+
+    The result comes back as the kind of array that the first argument is. Anything that overrides
+    ``__torch_function__`` (an fx Proxy, say) sees the call as PyTorch's own functions show theirs.
+    """
+
+    @functools.wraps(function)
+    def wrapper(x: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return function(x, *args, **kwargs)
+        if hasattr(x, "__torch_function__"):
+            return torch.overrides.handle_torch_function(wrapper, (x,), x, *args, **kwargs)
+        return _on_arrays(function, x, args, kwargs)
+
+    return wrapper
+
+
+def _on_arrays(function: Callable[..., Any], x: Any, args: tuple, kwargs: dict) -> Any:
+    if not hasattr(x, "__dlpack__"):
+        raise TypeError(
+            f"{function.__name__}: expected a tensor or an array with DLPack, got {type(x).__name__}"
+        )
+    with torch.no_grad():
+        result = function(
+            _to_tensor(x),
+            *(_to_tensor(a) for a in args),
+            **{name: _to_tensor(a) for name, a in kwargs.items()},
+        )
+    back = _array_converter(x)
+    return tuple(map(back, result)) if isinstance(result, tuple) else back(result)
+
+
+def _to_tensor(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) or not hasattr(value, "__dlpack__"):
+        return value
+    flags = getattr(value, "flags", None)
+    if flags is not None and getattr(flags, "writeable", True) is False:
+        value = value.view()
+        with warnings.catch_warnings():  # read-only NumPy memory: no kernel writes to its inputs
+            warnings.simplefilter("ignore")
+            return torch.from_numpy(value)
+    return torch.from_dlpack(value)
+
+
+def _array_converter(like: Any) -> Callable[[torch.Tensor], Any]:
+    module = importlib.import_module(type(like).__module__.split(".", 1)[0])
+    return module.from_dlpack
+
+
+# ------------------------------------------------------------------------------- shared helpers
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """An int twice, or the two numbers given."""
+    return (value, value) if isinstance(value, int) else tuple(value)
+
+
+def output_format(x: torch.Tensor) -> torch.memory_format:
+    """The memory format of a 4-D output that follows `x` (the native code has the same rule)."""
+    if x.dim() != 4 or x.is_contiguous():
+        return torch.contiguous_format
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def new_output(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """An uninitialised tensor of `size` in the dtype, device and memory format of `x`."""
+    format = output_format(x) if len(size) == 4 else torch.contiguous_format
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=format)

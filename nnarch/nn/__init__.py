@@ -1,0 +1,40 @@
+"""Drop-in layers: ``import nnarch.nn as nn`` is enough to write a network.
+
+Layers with kernels of ours are subclasses of their torch.nn twins: same constructor, same
+parameters, same state_dict. Every other name (containers, losses, dropout, shapes, whatever has no
+kernel here yet) is torch.nn's own class, so any file written for torch.nn works unchanged.
+"""
+
+# ruff: noqa: F401 (a namespace: names are here to be imported)
+
+from torch.nn import *  # noqa: F403  (ours, below, replace their twins)
+from torch.nn import Module, Parameter, init, parallel, utils
+
+import nnarch.nn.functional as functional  # the star import has bound torch's: replace it
+from nnarch.nn.activation import (
+    GELU,
+    Hardsigmoid,
+    Hardswish,
+    LeakyReLU,
+    LeCunTanh,
+    Maxout,
+    ReLU,
+    ReLU6,
+    Sigmoid,
+    SiLU,
+    Step,
+    Tanh,
+)
+from nnarch.nn.conv import Conv2d, LazyConv2d
+from nnarch.nn.fused import FusedConv2d, FusedLinear
+from nnarch.nn.linear import LazyLinear, Linear
+from nnarch.nn.normalization import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    LazyBatchNorm1d,
+    LazyBatchNorm2d,
+    LazyBatchNorm3d,
+)
+from nnarch.nn.packing import drop_packed_weights
+from nnarch.nn.pooling import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, MaxPool2d

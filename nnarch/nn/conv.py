@@ -1,0 +1,69 @@
+"""Convolution modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnarch import functional as F
+from nnarch.kernels.activation.kinds import Activation
+from nnarch.nn.checks import check_dtype
+from nnarch.nn.packing import PackedWeightMixin
+
+
+class Conv2d(PackedWeightMixin, torch.nn.Conv2d):
+    """2-D convolution with the constructor, parameters and state_dict of torch.nn.Conv2d.
+
+    Args:
+        in_channels, out_channels: channels of the input and the output.
+        kernel_size: int or (height, width), in pixels.
+        stride, dilation: int or (height, width).
+        padding: int, (height, width), "same" or "valid".
+        groups: divides both channel counts; ``groups == in_channels`` is a depthwise convolution.
+        bias: whether to add a learned bias per output channel.
+        padding_mode: "zeros", "reflect", "replicate" or "circular".
+        device, dtype: of the parameters; float16, bfloat16, float32 or float64.
+
+    Raises:
+        ValueError: an argument that torch.nn.Conv2d refuses, or a dtype without kernels.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_dtype("Conv2d", self.weight.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve ``input [N, C, H, W]`` (or ``[C, H, W]``)."""
+        return self._convolve(input)
+
+    def _convolve(
+        self, x: Tensor, residual: Tensor | None = None, activation: Activation = None
+    ) -> Tensor:
+        weight, padding = self.weight, self.padding
+        if self.padding_mode != "zeros":
+            pads = self._reversed_padding_repeated_twice
+            x = torch.nn.functional.pad(x, pads, mode=self.padding_mode)
+            padding = 0
+        return F.conv2d(
+            x,
+            weight,
+            self.bias,
+            self.stride,
+            padding,
+            self.dilation,
+            self.groups,
+            residual=residual,
+            activation=activation,
+            packed=self._packed_weight(weight, x),
+        )
+
+    def _pack(self, weight: Tensor) -> Tensor | None:
+        return F.pack_conv2d_weight(weight, self.groups)
+
+
+class LazyConv2d(torch.nn.LazyConv2d):
+    """A :class:`Conv2d` that takes ``in_channels`` from its first input."""
+
+    cls_to_become = Conv2d

@@ -1,0 +1,16 @@
+"""torch.nn.functional, with nnarch's own functions in place of those that it has kernels for."""
+
+# ruff: noqa: F401 (a namespace: names are here to be imported)
+
+from torch.nn.functional import *  # noqa: F403
+
+from nnarch.functional import (
+    activation,
+    adaptive_avg_pool2d,
+    adaptive_max_pool2d,
+    avg_pool2d,
+    batch_norm,
+    conv2d,
+    linear,
+    max_pool2d,
+)

@@ -1,0 +1,56 @@
+"""Fully connected modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnarch import functional as F
+from nnarch.kernels.activation.kinds import Activation
+from nnarch.nn.checks import check_dtype
+from nnarch.nn.packing import PackedWeightMixin
+
+
+class Linear(PackedWeightMixin, torch.nn.Linear):
+    """Affine map ``x W^T + b`` with the constructor and state_dict of torch.nn.Linear.
+
+    Args:
+        in_features, out_features: sizes of the last dimension of the input and the output.
+        bias: whether to add a learned bias.
+        device, dtype: of the parameters; float16, bfloat16, float32 or float64.
+
+    Raises:
+        ValueError: a dtype without kernels.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_dtype("Linear", self.weight.dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map the last dimension of ``input [..., in_features]``."""
+        return self._multiply(input)
+
+    def _multiply(
+        self, x: Tensor, residual: Tensor | None = None, activation: Activation = None
+    ) -> Tensor:
+        weight = self.weight
+        return F.linear(
+            x,
+            weight,
+            self.bias,
+            residual=residual,
+            activation=activation,
+            packed=self._packed_weight(weight, x),
+        )
+
+    def _pack(self, weight: Tensor) -> Tensor | None:
+        return F.pack_linear_weight(weight)
+
+
+class LazyLinear(torch.nn.LazyLinear):
+    """A :class:`Linear` that takes ``in_features`` from its first input."""
+
+    cls_to_become = Linear

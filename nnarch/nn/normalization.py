@@ -1,0 +1,85 @@
+"""Batch normalization modules."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nnarch import functional as F
+
+
+class _KernelBatchNorm(_BatchNorm):
+    """The forward pass shared by every rank: torch.nn's bookkeeping around our kernel."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise ``input [N, C, ...]`` per channel."""
+        self._check_input_dim(input)
+        mean, var = self.running_mean, self.running_var
+        use_batch = self.training or (mean is None and var is None)
+        update = self.training and self.track_running_stats
+        return F.batch_norm(
+            input,
+            mean if update or not use_batch else None,
+            var if update or not use_batch else None,
+            self.weight,
+            self.bias,
+            use_batch,
+            self._step(update),
+            self.eps,
+        )
+
+    def _step(self, update: bool) -> float:
+        """Count this batch and return the weight of its statistics in the running ones."""
+        if update and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # a cumulative average over all batches so far
+                return 1.0 / float(self.num_batches_tracked)
+        return 0.0 if self.momentum is None else self.momentum
+
+
+class BatchNorm1d(_KernelBatchNorm, torch.nn.BatchNorm1d):
+    """Batch normalization of ``[N, C]`` or ``[N, C, L]``, as torch.nn.BatchNorm1d.
+
+    Source: Ioffe and Szegedy, 2015, Batch Normalization.
+    """
+
+
+class BatchNorm2d(_KernelBatchNorm, torch.nn.BatchNorm2d):
+    """Batch normalization of ``[N, C, H, W]``, as torch.nn.BatchNorm2d.
+
+    Args:
+        num_features: C.
+        eps: added to the variance before the square root.
+        momentum: weight of a new batch in the running statistics; None averages all batches.
+        affine: whether to learn a scale and a shift per channel.
+        track_running_stats: whether eval mode uses running statistics instead of the batch's.
+        device, dtype: of the parameters and statistics.
+
+    Source: Ioffe and Szegedy, 2015, Batch Normalization.
+    """
+
+
+class BatchNorm3d(_KernelBatchNorm, torch.nn.BatchNorm3d):
+    """Batch normalization of ``[N, C, D, H, W]``, as torch.nn.BatchNorm3d.
+
+    Source: Ioffe and Szegedy, 2015, Batch Normalization.
+    """
+
+
+class LazyBatchNorm1d(torch.nn.LazyBatchNorm1d):
+    """A :class:`BatchNorm1d` that takes ``num_features`` from its first input."""
+
+    cls_to_become = BatchNorm1d
+
+
+class LazyBatchNorm2d(torch.nn.LazyBatchNorm2d):
+    """A :class:`BatchNorm2d` that takes ``num_features`` from its first input."""
+
+    cls_to_become = BatchNorm2d
+
+
+class LazyBatchNorm3d(torch.nn.LazyBatchNorm3d):
+    """A :class:`BatchNorm3d` that takes ``num_features`` from its first input."""
+
+    cls_to_become = BatchNorm3d

@@ -1,0 +1,147 @@
+"""Packed weights: a module in eval mode keeps its weight in the layout that the kernel reads.
+
+Packing costs about as much as reading the weight twice, which a batch of one feels. The packed
+copy is a cache and nothing else: it is absent from the state_dict, from pickles and from deep
+copies, and it is rebuilt when the weight changes. A change is noticed through the parameter's
+identity, its data pointer and strides and its version counter. Writes that PyTorch does not count
+(`weight.data.mul_(2)`, a NumPy view) are noticed through a few probed elements, so they are caught
+when they touch the whole weight; after such a write to single elements, call
+:func:`drop_packed_weights`. A weight in shared memory, which another process may write, is never
+packed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Module, Parameter
+from torch.utils._python_dispatch import _disable_current_modes
+
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+
+# What a probe reads: the bits of one element, so that NaN equals itself.
+_PROBE_TYPES = {2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
+_PROBES = 3
+
+
+class _PackedWeight:
+    """A packed weight and what its source looked like when it was packed."""
+
+    __slots__ = ("packed", "pointer", "probes", "source", "strides", "version", "witness")
+
+    def __init__(self, source: Parameter, packed: Tensor | None) -> None:
+        self.packed = packed
+        self.source = source
+        # Keeps the storage alive, so that no later weight can have its address.
+        self.witness = source.detach()
+        self.pointer = source.data_ptr()
+        self.strides = source.stride()
+        self.version = source._version
+        self.probes = _probes(source) if packed is not None else ()
+
+    def is_current(self, weight: Tensor) -> bool:
+        """Whether `weight` is still what was packed."""
+        if (
+            weight is not self.source
+            or weight._version != self.version
+            or weight.data_ptr() != self.pointer
+            or weight.stride() != self.strides
+        ):
+            return False
+        # Only now: the addresses are valid as long as the storage has not moved.
+        for probe, bits in self.probes:  # noqa: SIM110 (three times faster than all())
+            if probe.value != bits:
+                return False
+        return True
+
+
+def _probes(weight: Tensor) -> tuple[tuple[Any, int], ...]:
+    """Cells that read a few elements of `weight` in place, each with its present bits."""
+    kind = _PROBE_TYPES.get(weight.element_size())
+    if kind is None or weight.numel() == 0:
+        return ()
+    # The largest elements of three rows: a bulk update is least likely to leave these alone.
+    rows = weight.detach().flatten(1)
+    cells = []
+    for row in sorted({0, len(rows) // 2, len(rows) - 1})[:_PROBES]:
+        column = int(rows[row].abs().argmax())
+        cell = kind.from_address(rows[row, column].data_ptr())
+        cells.append((cell, cell.value))
+    return tuple(cells)
+
+
+class PackedWeightMixin(Module):
+    """Gives a module with a `weight` the cache; subclasses say how to pack.
+
+    The cache needs no place in `__init__`: a torch.nn twin whose `__class__` is exchanged has it.
+    """
+
+    _packed: _PackedWeight | None = None
+
+    def _pack(self, weight: Tensor) -> Tensor | None:
+        """The packed form of `weight`, or None where no kernel of its device takes one."""
+        raise NotImplementedError
+
+    def _packed_weight(self, weight: Tensor, x: Any) -> Tensor | None:
+        """The packed weight for this call, or None in training or where a gradient is wanted."""
+        if self.training or _is_compiling() or type(weight) is not Parameter:
+            return None
+        if _is_grad_enabled() and (
+            weight.requires_grad or (isinstance(x, Tensor) and x.requires_grad)
+        ):
+            return None
+        cache = self._packed
+        if cache is None or not cache.is_current(weight):
+            cache = self._refresh(weight)
+        return None if cache is None else cache.packed
+
+    def _refresh(self, weight: Parameter) -> _PackedWeight | None:
+        self._drop_packed()
+        if weight.device.type != "cpu" or weight.is_inference():  # which has no version counter
+            return None
+        packed = None
+        if not weight.is_shared():
+            with _disable_current_modes():  # a forced backend would pack for itself
+                packed = self._pack(weight.detach())
+        cache = _PackedWeight(weight, packed)
+        self.__dict__["_packed"] = cache
+        return cache
+
+    def _drop_packed(self) -> None:
+        self.__dict__.pop("_packed", None)
+
+    def train(self, mode: bool = True):
+        """As in torch.nn; training mode gives the packed weight's memory back."""
+        if mode:
+            self._drop_packed()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True):
+        self._drop_packed()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._drop_packed()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_packed", None)
+        return state
+
+
+def drop_packed_weights(module: Module) -> None:
+    """Forget the packed weights of `module` and its submodules; the next call packs anew.
+
+    Args:
+        module: any module. Needed only after a write that PyTorch does not count and that changes
+            single elements, such as ``weight.data[3, 2] = 0``.
+    """
+    for part in module.modules():
+        if isinstance(part, PackedWeightMixin):
+            part._drop_packed()

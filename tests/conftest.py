@@ -1,0 +1,42 @@
+"""Shared test set-up."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+
+def _import_torchvision() -> None:
+    """Import torchvision beside a torch for which its compiled operators were not built.
+
+    It registers fake functions for two of those operators while it is imported, and fails where
+    they do not exist. Declared first, they satisfy it; nothing here calls them. timm and parts of
+    transformers import torchvision and need the same.
+    """
+    try:
+        import torchvision
+    except ImportError:
+        return
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        global _torchvision_operators  # the registration ends with the object
+        _torchvision_operators = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            _torchvision_operators.define(
+                f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )
+        import torchvision  # noqa: F401
+
+
+_import_torchvision()
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test draws the same random numbers, alone or in a full run."""
+    torch.manual_seed(0)
