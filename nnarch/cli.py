@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -69,7 +70,7 @@ def demo(
     picture: Annotated[Path, typer.Option(help="Where the ratio bars go.")] = Path("out/demo.png"),
     timing: Annotated[bool, typer.Option(help="Time the models after classifying.")] = True,
 ) -> None:
-    """Classify real photos with real weights, beside torch, then time both."""
+    """Classify real photos beside torch, then time both."""
     from nnarch import demo as job
     from nnarch.classify import InputError
 
@@ -118,7 +119,7 @@ def classify(
 
 
 def _print_classes(image: Path, classes: Sequence[tuple[str, float]]) -> None:
-    table = Table(show_header=False, title=str(image), title_justify="left", title_style="bold")
+    table = Table(show_header=False, box=box.SIMPLE, title=str(image), title_justify="left", title_style="bold")
     for label, share in classes:
         table.add_row(label, f"{share:.4f}")
     console.print(table)
@@ -126,7 +127,7 @@ def _print_classes(image: Path, classes: Sequence[tuple[str, float]]) -> None:
 
 @app.command()
 def doctor() -> None:
-    """Show the machine, the backends that are usable, and why others are not.
+    """Show what runs on this machine, and why the rest does not.
 
     Ends with code 1 where the native CPU kernels are missing.
     """
@@ -155,7 +156,7 @@ def models(
         known = nnarch.list_models()
         hint = next((n for n in known if fnmatch.fnmatch(n, f"*{pattern}*")), known[0])
         raise UsageError(f"no model matches {pattern!r}; {len(known)} are known, such as {hint}")
-    table = Table()
+    table = Table(box=box.SIMPLE_HEAD)
     table.add_column("model", no_wrap=True)
     for column in ("parameters", "GFLOP", "input"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -178,7 +179,10 @@ def bench(
     html: Annotated[Path | None, typer.Option(help="Write one self-contained page.")] = None,
     csv: Annotated[Path | None, typer.Option(help="Append the rows to this file.")] = None,
 ) -> None:
-    """Measure nnarch against torch (and ONNX Runtime, OpenVINO) on this machine."""
+    """Measure nnarch against torch and other runtimes.
+
+    ONNX Runtime and OpenVINO take part in whole models, where they are installed.
+    """
     from nnarch import benchmarking
 
     try:

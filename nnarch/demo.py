@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,15 +153,15 @@ def _race_one(name: str, roof: machine.Roof, host: machine.Machine, step: Step) 
         layer=lambda nn: create_model(name, nn=nn),
         shape=(1, 3, 224, 224),
         ours=accelerate,
+        tolerance=AGREEMENT,
     )
     plan = timing.Plan()
     part = _EXPECTED_SECONDS["timing"] / plan.blocks
 
-    def measure(calls: Mapping[str, timing.Call], plan: timing.Plan) -> dict[str, timing.Timing]:
-        return timing.measure(calls, plan, on_round=lambda: step(f"{RACED[name]}: timing", part))
-
     rivals = [_announced(rival, RACED[name], step) for rival in select(RIVALS)]
-    rows = run_case(case, rivals, plan, roof, host, measure=measure)
+    rows = run_case(
+        case, rivals, plan, roof, host, on_round=lambda: step(f"{RACED[name]}: timing", part)
+    )
     if not rows[0].timed:
         raise Disagreement(f"{name}: {rows[0].note}")
     return rows

@@ -175,6 +175,39 @@ Tensor conv2d_input_grad(const Tensor& grad_in, const Tensor& weight_in, const I
   return to_type(in_format_of(dx, grad_in), type);
 }
 
+// sums[k][tap][c] of one group to dw[k][c][tap].
+template <class T>
+void unpack_weight_grad(const T* sums, const ConvShape& p, T* dw) {
+  const int64_t taps = p.taps(), c = p.group_c();
+  parallel_tasks(p.group_k(), [&](int64_t k) {
+    const T* from = sums + k * taps * c;
+    T* to = dw + k * taps * c;
+    for (int64_t i = 0; i < c; ++i)
+      for (int64_t tap = 0; tap < taps; ++tap) to[i * taps + tap] = from[tap * c + i];
+  });
+}
+
+template <class T>
+void weight_grad_groups(const Tensor& grad, const Tensor& x_in, const ConvShape& p, T* dw) {
+  const int64_t each = p.group_k() * p.taps() * p.group_c(), positions = p.n * p.oh * p.ow;
+  Scratch<T> sums(each);
+  if (stem_serves(p)) {
+    set_algorithm("stem_weight_grad");
+    weight_grad<T>({data<T>(grad), p.k, positions, p.k}, p.r, p.s * p.c,
+                   [&] { return StemRows<T>(x_in, p, WeightGradPlan::positions); }, sums.get());
+    return unpack_weight_grad(sums.get(), p, dw);
+  }
+  set_algorithm("weight_grad_gemm");
+  const Tensor x = as_channels_last(x_in);
+  for (int64_t g = 0; g < p.groups; ++g) {
+    const GridImage<T> image = forward_image<T>(data<T>(x), p, g);
+    weight_grad<T>({data<T>(grad) + g * p.group_k(), p.k, positions, p.group_k()}, p.taps(),
+                   p.group_c(), [&] { return TapRows<T>(image, WeightGradPlan::positions); },
+                   sums.get());
+    unpack_weight_grad(sums.get(), p, dw + g * each);
+  }
+}
+
 Tensor conv2d_weight_grad(const Tensor& grad_in, const Tensor& x_in, const IntList& weight_size,
                           const IntList& stride, const IntList& padding, const IntList& dilation,
                           int64_t groups) {
@@ -184,15 +217,10 @@ Tensor conv2d_weight_grad(const Tensor& grad_in, const Tensor& x_in, const IntLi
   require(sizes_of(grad_in) == p.output_size(),
           "conv2d_weight_grad: grad must have the shape of the output");
   const Tensor grad = as_channels_last(to_compute_type(grad_in));
-  const Tensor x = as_channels_last(to_compute_type(x_in));
   const Tensor dw = new_contiguous(weight_size, grad.scalar_type());
-  set_algorithm("weight_grad_gemm");
   with_scalar_type(grad.scalar_type(), "conv2d_weight_grad", [&](auto scalar) {
     using T = decltype(scalar);
-    for (int64_t g = 0; g < p.groups; ++g)
-      weight_grad<T>(data<T>(grad) + g * p.group_k(), p.k,
-                     forward_image<T>(data<T>(x), p, g), p.group_k(),
-                     mutable_data<T>(dw) + g * p.group_k() * p.group_c() * p.taps());
+    weight_grad_groups<T>(grad, to_compute_type(x_in), p, mutable_data<T>(dw));
   });
   return to_type(dw, type);
 }

@@ -45,30 +45,75 @@ void copy_padded_rows(const Tensor& x, int64_t image, int64_t y, int64_t rows, c
   }
 }
 
+// The row pointers of consecutive output positions, as TapRows gives them for other convolutions,
+// with a kernel row for a tap.
+template <class T>
+class StemRows {
+ public:
+  StemRows(const Tensor& x, const ConvShape& p, int64_t capacity)
+      : x_(x),
+        p_(p),
+        capacity_(capacity),
+        width_((p.ow - 1) * p.stride_w + p.s),
+        pointers_(p.r * capacity),
+        image_(rows_of(most_lines(capacity)) * width_ * p.c) {}
+
+  int64_t stride() const { return capacity_; }
+  const T* const* get() const { return pointers_.get(); }
+
+  void build(int64_t first, int64_t count) {
+    const int64_t plane = p_.oh * p_.ow;
+    T* scratch = image_.get();
+    for (int64_t done = 0; done < count;) {  // the part of one image
+      const int64_t at = first + done, image = at / plane, inside = at % plane;
+      const int64_t run = std::min(plane - inside, count - done);
+      const int64_t top = inside / p_.ow, bottom = (inside + run - 1) / p_.ow;
+      const int64_t rows = rows_of(bottom - top + 1);
+      copy_padded_rows<T>(x_, image, top * p_.stride_h - p_.top, rows, p_, width_, scratch);
+      for (int64_t i = 0; i < run; ++i) {
+        const int64_t gy = (inside + i) / p_.ow - top, gx = (inside + i) % p_.ow;
+        const T* pixel = scratch + (gy * p_.stride_h * width_ + gx * p_.stride_w) * p_.c;
+        for (int64_t r = 0; r < p_.r; ++r)
+          pointers_[r * capacity_ + done + i] = pixel + r * p_.dilation_h * width_ * p_.c;
+      }
+      scratch += rows * width_ * p_.c;
+      done += run;
+    }
+  }
+
+ private:
+  // Input rows under that many output rows.
+  int64_t rows_of(int64_t lines) const {
+    return (lines - 1) * p_.stride_h + (p_.r - 1) * p_.dilation_h + 1;
+  }
+  // Output rows that `count` positions can touch, images that they leave half done counted whole.
+  int64_t most_lines(int64_t count) const {
+    const int64_t images = count / (p_.oh * p_.ow) + 2;
+    return count / p_.ow + 2 + images * (p_.r * p_.dilation_h / p_.stride_h + 2);
+  }
+
+  const Tensor& x_;
+  const ConvShape& p_;
+  int64_t capacity_, width_;
+  Scratch<const T*> pointers_;
+  Scratch<T> image_;
+};
+
 template <class T>
 void stem_forward(const Tensor& x, const T* packed, T* y, const ConvShape& p,
                   const Epilogue<T>& epilogue) {
-  const GemmTable<T>& table = gemm<T>();
-  const int64_t width = (p.ow - 1) * p.stride_w + p.s;  // of a padded row, as far as it is read
-  const int64_t block = std::min(p.oh, std::max<int64_t>(1, 384 / p.ow));  // output rows
-  const int64_t blocks = ceil_div(p.oh, block);
+  const int64_t plane = p.oh * p.ow;
+  const int64_t block = std::min(plane, round_up(384, p.ow));
+  const int64_t blocks = ceil_div(plane, block);
   parallel_tasks(p.n * blocks, [&](int64_t task) {
-    const int64_t image = task / blocks, first = task % blocks * block;
-    const int64_t rows = std::min(block, p.oh - first), count = rows * p.ow;
-    const int64_t input_rows = (rows - 1) * p.stride_h + (p.r - 1) * p.dilation_h + 1;
-    Scratch<T> scratch(input_rows * width * p.c);
-    copy_padded_rows<T>(x, image, first * p.stride_h - p.top, input_rows, p, width, scratch.get());
-    Scratch<const T*> pointers(p.r * count);
+    const int64_t first = task / blocks * plane + task % blocks * block;
+    const int64_t count = std::min(block, plane - task % blocks * block);
+    StemRows<T> rows(x, p, block);
+    rows.build(first, count);
     Scratch<int64_t> offsets(count);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t gy = i / p.ow, gx = i % p.ow;
-      offsets[i] = ((image * p.oh + first) * p.ow + i) * p.k;
-      for (int64_t r = 0; r < p.r; ++r)
-        pointers[r * count + i] =
-            scratch.get() + ((gy * p.stride_h + r * p.dilation_h) * width + gx * p.stride_w) * p.c;
-    }
-    table.run({pointers.get(), count, p.r, p.s * p.c, packed, y, offsets.get(), count, p.k, false,
-               epilogue});
+    for (int64_t i = 0; i < count; ++i) offsets[i] = (first + i) * p.k;
+    gemm<T>().run({rows.get(), rows.stride(), p.r, p.s * p.c, packed, y, offsets.get(), count, p.k,
+                   false, epilogue});
   });
 }
 

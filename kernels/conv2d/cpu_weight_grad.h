@@ -6,9 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <numeric>
 
-#include "cpu/grid_image.h"
 #include "cpu/arena.h"
 #include "cpu/gemm.h"
 #include "cpu/layout.h"
@@ -31,66 +29,72 @@ struct WeightGradPlan {
   }
 };
 
-// Adds the block of `count` positions to sums[k][tap][c].
+// Output channels [grad, grad + k) at positions `stride` elements apart.
 template <class T>
-void add_position_block(const T* grad, int64_t grad_stride, const GridImage<T>& image,
-                        TapRows<T>& rows, int64_t first, int64_t count, int64_t k, T* sums) {
+struct GradView {
+  const T* data;
+  int64_t stride, positions, k;
+};
+
+// Adds the block of `count` positions from `first` on to sums[k][tap][c]; `rows` points to the image
+// at every position and tap, `depth` values each.
+template <class T, class Rows>
+void add_position_block(const GradView<T>& grad, Rows& rows, int64_t taps, int64_t depth,
+                        int64_t first, int64_t count, T* sums) {
   const GemmTable<T>& table = gemm<T>();
-  const int64_t taps = static_cast<int64_t>(image.taps.size()), nr = table.nr;
-  const int64_t lda = WeightGradPlan::positions;
-  Scratch<T> grad_t(k * lda);
-  transpose_fn<T>()(grad + first * grad_stride, grad_stride, grad_t.get(), lda, count, k);
-  Scratch<const T*> a(k);
-  Scratch<int64_t> offsets(k);
-  for (int64_t i = 0; i < k; ++i) {
+  const int64_t lda = WeightGradPlan::positions, nr = table.nr;
+  Scratch<T> grad_t(grad.k * lda);
+  transpose_fn<T>()(grad.data + first * grad.stride, grad.stride, grad_t.get(), lda, count, grad.k);
+  Scratch<const T*> a(grad.k);
+  Scratch<int64_t> offsets(grad.k);
+  for (int64_t i = 0; i < grad.k; ++i) {
     a[i] = grad_t.get() + i * lda;
-    offsets[i] = i * taps * image.depth;
+    offsets[i] = i * taps * depth;
   }
   rows.build(first, count);
   constexpr int64_t c_block = 128;
-  Scratch<T> panel(count * round_up(std::min(c_block, image.depth), nr));
-  for (int64_t c = 0; c < image.depth; c += c_block) {
-    const int64_t columns = std::min(c_block, image.depth - c);
+  Scratch<T> panels(count * round_up(std::min(c_block, depth), nr));
+  for (int64_t c = 0; c < depth; c += c_block) {
+    const int64_t columns = std::min(c_block, depth - c);
     for (int64_t tap = 0; tap < taps; ++tap) {
-      const T* const* from = rows.get() + tap * rows.stride();
       for (int64_t j = 0; j < columns; j += nr)
-        for (int64_t i = 0; i < count; ++i)
-          table.pack_panel(from[i] + c + j, 0, 1, 1, std::min(nr, columns - j),
-                           panel.get() + (j * count + i * nr));
-      table.run({a.get(), 0, 1, count, panel.get(), sums + tap * image.depth + c, offsets.get(), k,
+        table.pack_rows(rows.get() + tap * rows.stride(), c + j, count, std::min(nr, columns - j),
+                        panels.get() + j * count);
+      table.run({a.get(), 0, 1, count, panels.get(), sums + tap * depth + c, offsets.get(), grad.k,
                  columns, true, {}});
     }
   }
 }
 
-// dw is [k][c][tap], dense; grad has `grad_stride` elements from one position to the next.
-template <class T>
-void weight_grad(const T* grad, int64_t grad_stride, const GridImage<T>& image, int64_t k, T* dw) {
-  const int64_t taps = static_cast<int64_t>(image.taps.size()), c = image.depth;
-  const int64_t each = taps * c, positions = image.positions();
-  const int64_t blocks = ceil_div(positions, WeightGradPlan::positions);
-  const WeightGradPlan plan(k, each, std::max<int64_t>(blocks, 1));
-  const int64_t k_blocks = ceil_div(k, plan.k_block);
-  Scratch<T> partial(plan.splits * k * each);
+// sums[k][tap][depth]; make_rows() gives the row pointers of one task, as TapRows and StemRows do.
+template <class T, class MakeRows>
+void weight_grad(const GradView<T>& grad, int64_t taps, int64_t depth, const MakeRows& make_rows,
+                 T* sums) {
+  const int64_t each = taps * depth;
+  const int64_t blocks = ceil_div(grad.positions, WeightGradPlan::positions);
+  const WeightGradPlan plan(grad.k, each, std::max<int64_t>(blocks, 1));
+  const int64_t k_blocks = ceil_div(grad.k, plan.k_block);
+  Scratch<T> partial(plan.splits * grad.k * each);
   parallel_tasks(k_blocks * plan.splits, [&](int64_t task) {
     const int64_t split = task / k_blocks, first_k = task % k_blocks * plan.k_block;
-    const int64_t count_k = std::min(plan.k_block, k - first_k);
-    T* sums = partial.get() + (split * k + first_k) * each;
-    std::memset(sums, 0, static_cast<size_t>(count_k * each) * sizeof(T));
-    TapRows<T> rows(image, WeightGradPlan::positions);
+    const GradView<T> part{grad.data + first_k, grad.stride, grad.positions,
+                           std::min(plan.k_block, grad.k - first_k)};
+    T* own = partial.get() + (split * grad.k + first_k) * each;
+    std::memset(own, 0, static_cast<size_t>(part.k * each) * sizeof(T));
+    auto rows = make_rows();
     for (int64_t b = blocks * split / plan.splits; b < blocks * (split + 1) / plan.splits; ++b) {
       const int64_t first = b * WeightGradPlan::positions;
-      add_position_block<T>(grad + first_k, grad_stride, image, rows, first,
-                            std::min(WeightGradPlan::positions, positions - first), count_k, sums);
+      add_position_block<T>(part, rows, taps, depth, first,
+                            std::min(WeightGradPlan::positions, grad.positions - first), own);
     }
   });
-  parallel_tasks(k, [&](int64_t row) {
-    T* out = dw + row * each;
-    T* sums = partial.get() + row * each;
-    for (int64_t split = 1; split < plan.splits; ++split)
-      for (int64_t i = 0; i < each; ++i) sums[i] += sums[split * k * each + i];
-    for (int64_t i = 0; i < c; ++i)
-      for (int64_t tap = 0; tap < taps; ++tap) out[i * taps + tap] = sums[tap * c + i];
+  parallel_tasks(grad.k, [&](int64_t k) {
+    T* out = sums + k * each;
+    std::memcpy(out, partial.get() + k * each, static_cast<size_t>(each) * sizeof(T));
+    for (int64_t split = 1; split < plan.splits; ++split) {
+      const T* own = partial.get() + (split * grad.k + k) * each;
+      for (int64_t i = 0; i < each; ++i) out[i] += own[i];
+    }
   });
 }
 

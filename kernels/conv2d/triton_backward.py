@@ -22,7 +22,9 @@ from nnarch.kernels.gpu.launch import (
 )
 from nnarch.kernels.gpu.matmul import (
     MATMUL,
+    channels_innermost,
     grouped_order,
+    loads_channel_vectors,
     named_strides,
     precision_of,
     split_count,
@@ -174,11 +176,18 @@ def conv2d_input_grad(
         return dx
     if grad.numel() == 0:
         return dx.zero_()
+    grad = channels_innermost(grad, k // groups)
     weight = _reduced_channels_innermost(weight)
     precision = dot_precision("conv")
     m = n * cdiv(h, stride[0]) * cdiv(w, stride[1])
     reduction = cdiv(r, stride[0]) * cdiv(s, stride[1]) * (k // groups)
-    problem = Problem(m, c_group, reduction, precision_of(grad.dtype, precision))
+    problem = Problem(
+        m=m,
+        n=c_group,
+        k=reduction,
+        precision=precision_of(grad.dtype, precision),
+        vectors=loads_channel_vectors(grad, k // groups),
+    )
     arguments = {
         **{"dy_ptr": grad, "w_ptr": weight, "dx_ptr": dx},
         **{"M": m, "N": n, "H": h, "W": w, "OH": grad.shape[2], "OW": grad.shape[3]},
@@ -357,7 +366,14 @@ def conv2d_weight_grad(
     k, c_group, r, s = weight_size
     pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
     precision = dot_precision("conv")
-    problem = Problem(k // groups, r * s * c_group, pixels, precision_of(x.dtype, precision))
+    grad, x = channels_innermost(grad, k // groups), channels_innermost(x, c_group)
+    problem = Problem(
+        m=k // groups,
+        n=r * s * c_group,
+        k=pixels,
+        precision=precision_of(x.dtype, precision),
+        vectors=loads_channel_vectors(grad, k // groups) and loads_channel_vectors(x, c_group),
+    )
     arguments = {
         **{"dy_ptr": grad, "x_ptr": x, "P": pixels, "H": x.shape[2], "W": x.shape[3]},
         **{"OH": grad.shape[2], "OW": grad.shape[3], "K": k},

@@ -23,8 +23,10 @@ from nnarch.kernels.gpu.launch import (
 )
 from nnarch.kernels.gpu.matmul import (
     MATMUL,
+    channels_innermost,
     finish_split,
     grouped_order,
+    loads_channel_vectors,
     named_strides,
     precision_of,
     split_count,
@@ -182,7 +184,7 @@ def conv2d(
     y = library.new_output(x, (n, k, oh, ow))
     if y.numel() == 0:
         return y
-    # Reduced channels next to each other, as the matrix units read them.
+    x = channels_innermost(x, c_group)
     weight = weight.contiguous(memory_format=torch.channels_last)
     epilogue = {
         "bias_ptr": vector(bias),
@@ -198,7 +200,13 @@ def conv2d(
         **{"DILATION_H": dilation[0], "DILATION_W": dilation[1]},
     }
     precision = dot_precision("conv")
-    problem = Problem(n * oh * ow, k // groups, r * s * c_group, precision_of(x.dtype, precision))
+    problem = Problem(
+        m=n * oh * ow,
+        n=k // groups,
+        k=r * s * c_group,
+        precision=precision_of(x.dtype, precision),
+        vectors=loads_channel_vectors(x, c_group),
+    )
 
     def run(tile: Tile) -> None:
         _launch_forward(x, weight, y, groups, epilogue, geometry, precision, tile)

@@ -21,18 +21,20 @@ struct Blocking {
   int64_t rows, columns;
 };
 
-// Blocks of output positions and channels: large enough to reuse what they load, small enough to
-// stay in L2, and enough of them to keep several threads busy. Depends on the shape only.
-inline Blocking choose_blocking(int64_t positions, int64_t columns, int64_t mr, int64_t nr) {
-  static int64_t target_rows = getenv("MC") ? atoi(getenv("MC")) : 96, target_columns = getenv("NC") ? atoi(getenv("NC")) : 256; constexpr int64_t wanted_tasks = 8;
-  const int64_t row_blocks = ceil_div(positions, target_rows);
-  Blocking b;
-  b.rows = round_up(ceil_div(positions, row_blocks), mr);
-  int64_t column_blocks = ceil_div(columns, target_columns);
+// Blocks of output positions and channels: the rows of A stay in L2 while panels of B pass by, and
+// there are enough blocks to keep several threads busy. Depends on the shape only.
+template <class T>
+Blocking choose_blocking(int64_t positions, int64_t columns, int64_t depth) {
+  constexpr int64_t row_cache = int64_t{160} << 10, most_columns = 256, wanted_tasks = 8;
+  const int64_t mr = gemm<T>().mr, nr = gemm<T>().nr;
+  const int64_t row_bytes = std::clamp<int64_t>(depth, 1, 1024) * int64_t{sizeof(T)};
+  const int64_t row_blocks =
+      ceil_div(positions, std::clamp<int64_t>(row_cache / row_bytes, 48, 96));
+  int64_t column_blocks = ceil_div(columns, most_columns);
   while (row_blocks * column_blocks < wanted_tasks && columns / (column_blocks + 1) >= 4 * nr)
     ++column_blocks;
-  b.columns = round_up(ceil_div(columns, column_blocks), nr);
-  return b;
+  return {round_up(ceil_div(positions, row_blocks), mr),
+          round_up(ceil_div(columns, column_blocks), nr)};
 }
 
 // c[position][column] = epilogue(Σ_tap image[position at tap] · b). The epilogue's vectors are
@@ -44,7 +46,7 @@ void gather_gemm(const GridImage<T>& image, const T* b, int64_t columns, T* c,
   const int64_t positions = image.positions();
   const int64_t taps = static_cast<int64_t>(image.taps.size());
   if (positions == 0 || columns == 0) return;
-  const Blocking block = choose_blocking(positions, columns, table.mr, table.nr);
+  const Blocking block = choose_blocking<T>(positions, columns, image.depth);
   const int64_t column_blocks = ceil_div(columns, block.columns);
   const int64_t tasks = ceil_div(positions, block.rows) * column_blocks;
   parallel_tasks(tasks, [&](int64_t task) {

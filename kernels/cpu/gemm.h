@@ -41,6 +41,8 @@ struct GemmTable {
   // j < n; the columns from n to nr are zero.
   void (*pack_panel)(const T* src, int64_t stride_k, int64_t stride_n, int64_t depth, int64_t n,
                      T* dst);
+  // One panel of B whose rows lie anywhere: dst[k * nr + j] = rows[k][offset + j] for k < depth, j < n.
+  void (*pack_rows)(const T* const* rows, int64_t offset, int64_t depth, int64_t n, T* dst);
   // y[r * y_stride + j] = epilogue(Σ_k x[r * x_stride + k] · w[j * w_stride + k]) for r < m,
   // j < n: few rows against unpacked weights, at the bandwidth of reading them.
   void (*few_rows)(const T* x, int64_t x_stride, int64_t m, const T* w, int64_t w_stride,

@@ -164,6 +164,17 @@ void pack_panel(const T* src, int64_t stride_k, int64_t stride_n, int64_t depth,
       dst[k * nr + j] = j < n ? src[k * stride_k + j * stride_n] : T{0};
 }
 
+template <class T>
+void pack_rows(const T* const* rows, int64_t offset, int64_t depth, int64_t n, T* dst) {
+  constexpr int64_t w = kLanes<T>;
+  const int64_t n0 = n < w ? n : w, n1 = n > w ? n - w : 0;
+  for (int64_t k = 0; k < depth; ++k, dst += 2 * w) {
+    const T* from = rows[k] + offset;
+    store(dst, n0 == w ? load(from) : load_n(from, n0));
+    store(dst + w, n1 == w ? load(from + w) : load_n(from + w, n1));
+  }
+}
+
 template <class T, int... J>
 NNARCH_INLINE void dot_columns(Indices<J...>, const T* x, const T* w, int64_t w_stride,
                                int64_t depth, T* sums) {
@@ -207,7 +218,8 @@ void few_rows(const T* x, int64_t x_stride, int64_t m, const T* w, int64_t w_str
 
 template <class T>
 const GemmTable<T>& table() {
-  static constexpr GemmTable<T> entries = {kRows, kColumns<T>, run<T>, pack_panel<T>, few_rows<T>};
+  static constexpr GemmTable<T> entries = {kRows, kColumns<T>, run<T>, pack_panel<T>, pack_rows<T>,
+                                           few_rows<T>};
   return entries;
 }
 

@@ -62,6 +62,7 @@ struct DepthwisePlan {
   int64_t tile_rows, tile_columns;  // input rows and columns that a tile holds
   int64_t kernel_rows;              // of the tallest pass
   bool direct;  // strips read the image itself; the tile is for those at other edges
+  bool far;     // input and output are too large for the caches
   bool ring;    // the tile keeps input rows from one output row to the next
 
   int64_t tile_size() const { return tile_rows * tile_columns * block; }

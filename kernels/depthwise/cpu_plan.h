@@ -10,17 +10,21 @@
 
 namespace nnarch {
 
-#ifndef DW_TILE
-#define DW_TILE 16384
-#define DW_MINBLOCK 32
-#define DW_DIRECTMOD 512
-#endif
 // Half of a 32 KB first-level cache; the other half is for weights and the lines being written.
-inline constexpr int64_t kTileBytes = DW_TILE;
+inline constexpr int64_t kTileBytes = 16384;
 // Channels of a pixel that are copied at a time, at least: two cache lines of floats.
-inline constexpr int64_t kNarrowBlock = DW_MINBLOCK;
+inline constexpr int64_t kNarrowBlock = 32;
+// Pixels a multiple of this apart share so few sets of that cache that they push each other out.
+inline constexpr int64_t kSetBytes = 2048;
+// Direct reading takes whole vectors of every instruction set.
+inline constexpr int64_t kLanesMost = 16;
+// Input rows of a tile that is read in place stay in this much of the first-level cache.
+inline constexpr int64_t kDirectBytes = 24576;
+// Input and output of this size together are taken to come from memory.
+inline constexpr int64_t kFarBytes = 16 << 20;
 // A ring of more rows than this many times those used at once is not worth its memory.
 inline constexpr int64_t kRingWaste = 4;
+inline constexpr int64_t kLongestStrip = 8;
 // Tasks to aim at where the layer has so much work, and the multiply-adds of the smallest.
 inline constexpr int64_t kTasks = 16;
 inline constexpr int64_t kTaskWork = 1 << 18;
@@ -31,7 +35,7 @@ class DepthwisePlanner {
   DepthwisePlanner(const DepthwiseConv<T>& c, int64_t images) : c_(c) {
     scan_passes();
     if (can_read_directly())
-      plan_direct();
+      plan_direct(images);
     else
       choose_columns(), choose_block();
     choose_rows(images);
@@ -73,16 +77,20 @@ class DepthwisePlanner {
 
   bool can_read_directly() const {
     return c_.x_channel == 1 && c_.lane_source == nullptr && c_.group == 1 && c_.dilation_w == 1 &&
-           c_.channels % DW_DIRECTMOD != 0;
+           c_.channels % kLanesMost == 0 && c_.channels * static_cast<int64_t>(sizeof(T)) % kSetBytes != 0;
   }
 
-  void plan_direct() {
+  void plan_direct(int64_t images) {
     plan_.direct = true;
     plan_.ring = false;
     plan_.block = round_up(c_.channels, kDepthwiseBlock);
-    plan_.columns = std::min<int64_t>(ow_, getenv("COLS") ? atoi(getenv("COLS")) : ow_);
     plan_.tile_rows = r_;
-    plan_.tile_columns = 8 * c_.stride_w + (last_column_ - plan_.first_column);
+    const int64_t size = sizeof(T);
+    const int64_t fit = kDirectBytes / (r_ * c_.stride_w * c_.channels * size);
+    plan_.columns = std::min(ow_, std::max<int64_t>(16, fit / 16 * 16));
+    plan_.tile_columns = tile_columns(kLongestStrip);  // for one strip at an edge
+    const int64_t bytes = images * size * c_.channels * (c_.h * c_.w + oh_ * ow_);
+    plan_.far = bytes >= kFarBytes;
   }
 
   int64_t tile_columns(int64_t columns) const {
@@ -116,7 +124,7 @@ class DepthwisePlanner {
     const int64_t work = oh_ * ow_ * taps_ * channels;  // of an image's block
     const int64_t wanted = ceil_div(kTasks, std::max<int64_t>(1, images * channel_tasks()));
     const int64_t most = std::max<int64_t>(1, std::min(work / kTaskWork, oh_ / (2 * r_ + 2)));
-    plan_.rows = getenv("ROWS")?atoi(getenv("ROWS")):std::max<int64_t>(1, ceil_div(oh_, std::min(wanted, most)));
+    plan_.rows = std::max<int64_t>(1, ceil_div(oh_, std::min(wanted, most)));
   }
 
   const DepthwiseConv<T>& c_;

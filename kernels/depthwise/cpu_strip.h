@@ -13,9 +13,6 @@
 
 namespace nnarch::NNARCH_ISA {
 
-#ifndef DW_LOC
-#define DW_LOC 3
-#endif
 template <class T>
 struct Strip {
   const T* const* rows;  // the kernel rows that lie in the image; vectors may be read whole
@@ -27,13 +24,37 @@ struct Strip {
   int64_t weight_block;            // from one block of channels to the next
   T* y;
   int64_t y_pixel;
-  const T* residual;  // laid out as y, or null
+  const T* residual;  // or null
+  int64_t residual_pixel;
   int64_t channels;
-  const T* ahead;   // the input that the strip below will be the first to read, or null
-  int64_t ahead_pixel;
-  const T* y_ahead;
+  const T* ahead;        // input that the strip below will be the first to read, or null
+  int64_t ahead_row;     // from its first to its second row, where a stride brings two
+  const T* y_ahead;      // where the strip below will write
   const Epilogue<T>* epilogue;  // scale and shift are read in whole vectors
 };
+
+template <class T>
+inline constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));  // of a cache
+
+// Distances of 1, 2 and 3 pixels: with these, a pointer that moves every fourth pixel reaches all.
+struct Steps {
+  int64_t one, two, three;
+  explicit Steps(int64_t pixel) : one(pixel), two(2 * pixel), three(3 * pixel) {}
+};
+
+// Where pixel I is, for I = 0, 1, 2 … in order. The compiler would otherwise want a register for
+// every multiple of the distance, and spill them.
+template <int I, class T>
+NNARCH_INLINE T* step(T*& p, const Steps& pixel) {
+  if constexpr (I > 0 && I % 4 == 0) {
+    p += 2 * pixel.two;
+    keep_pointer(p);
+  }
+  if constexpr (I % 4 == 0) return p;
+  if constexpr (I % 4 == 1) return p + pixel.one;
+  if constexpr (I % 4 == 2) return p + pixel.two;
+  return p + pixel.three;
+}
 
 template <class T>
 NNARCH_INLINE const T* weight_of(const Strip<T>& a, int64_t k) {
@@ -48,30 +69,18 @@ NNARCH_INLINE void start(const Epilogue<T>& e, int64_t k, Vec<T> (&acc)[P]) {
   for (int p = 0; p < P; ++p) acc[p] = value;
 }
 
-template <class T>
-NNARCH_INLINE void add_pixel(Vec<T>& sum, const T*& p, int64_t pixel, int64_t n) {
-  sum += load_n(p, n);
-  p += pixel;
-  keep_pointer(p);
-}
 template <class T, int... I>
-NNARCH_INLINE void add_residual(const T* p, int64_t pixel, int64_t n, Vec<T>* acc,
+NNARCH_INLINE void add_residual(const T* p, const Steps& pixel, int64_t n, Vec<T>* acc,
                                 Indices<I...>) {
-  (add_pixel<T>(acc[I], p, pixel, n), ...);
+  ((acc[I] += load_n(step<I>(p, pixel), n)), ...);
 }
 
-template <class T>
-NNARCH_INLINE void write_pixel(T*& p, Vec<T> value, int64_t pixel, int64_t n) {
-  store_n(p, value, n);
-  p += pixel;
-  keep_pointer(p);
-}
 template <class T, int... I>
-NNARCH_INLINE void write(T* p, int64_t pixel, int64_t n, const Vec<T>* acc, Indices<I...>) {
+NNARCH_INLINE void write(T* p, const Steps& pixel, int64_t n, const Vec<T>* acc, Indices<I...>) {
   if (n >= kLanes<T>)
-    (write_pixel<T>(p, acc[I], pixel, kLanes<T>), ...);
+    (store(step<I>(p, pixel), acc[I]), ...);
   else
-    (write_pixel<T>(p, acc[I], pixel, n), ...);
+    (store_n(step<I>(p, pixel), acc[I], n), ...);
 }
 
 // Scale, shift, residual and the activations that are a clamp; the others run over stored values.
@@ -79,16 +88,19 @@ template <class T, int... I>
 NNARCH_INLINE void finish(const Strip<T>& a, int64_t k, Vec<T>* acc, Indices<I...> indices) {
   const Epilogue<T>& e = *a.epilogue;
   const int64_t n = a.channels - k;
+  const Steps y_pixel(a.y_pixel);
   if (e.scale) {
     const Vec<T> scale = load(e.scale + k), shift = e.shift ? load(e.shift + k) : Vec<T>{};
     ((acc[I] = acc[I] * scale + shift), ...);
   }
-  if (a.residual) add_residual(a.residual + k, a.y_pixel, n, acc, indices);
-  if (e.activation == kRelu || e.activation == kRelu6) {
+  if (a.residual) add_residual(a.residual + k, Steps(a.residual_pixel), n, acc, indices);
+  if (e.activation == kRelu) {
+    ((acc[I] = Vec<T>{} > acc[I] ? Vec<T>{} : acc[I]), ...);  // NaN stays
+  } else if (e.activation == kRelu6) {
     const ClampBounds<T> bounds(e.activation);
     ((acc[I] = clamp<T>(acc[I], bounds.low, bounds.high)), ...);
   }
-  write(a.y + k, a.y_pixel, n, acc, indices);
+  write(a.y + k, y_pixel, n, acc, indices);
 }
 
 template <bool DO, class V>
@@ -104,79 +116,70 @@ NNARCH_INLINE void use_pixel(Vec<T> x, const Vec<T>* weight, Vec<T>* acc, Indice
    ...);
 }
 
-template <class T, int S, int STRIDE, int P, bool PRESENT, int I>
-NNARCH_INLINE void use_column(const T*& x, int64_t pixel, const Vec<T>* weight, Vec<T>* acc) {
+template <class T, int S, int STRIDE, int P, bool PRESENT, int LEFT, int I>
+NNARCH_INLINE void use_column(const T*& x, const Steps& pixel, const Vec<T>* weight, Vec<T>* acc) {
   if constexpr (PRESENT) {
-    Vec<T> value = load(x);
+    Vec<T> value = load(step<I - LEFT>(x, pixel));
     keep_in_register(value);  // one load, not one in each multiply-add
     use_pixel<T, S, STRIDE, P, I>(value, weight, acc, MakeIndices<S>{});
-    x += pixel;
-    keep_pointer(x);  // one running pointer, not a register for every multiple of `pixel`
   }
 }
 
 // The columns of the strip but the LEFT first and RIGHT last, which lie outside the image.
 template <class T, int S, int STRIDE, int P, int LEFT, int RIGHT, int... I>
-NNARCH_INLINE void kernel_row(const T* x, int64_t pixel, const Vec<T>* weight, Vec<T>* acc,
+NNARCH_INLINE void kernel_row(const T* x, const Steps& pixel, const Vec<T>* weight, Vec<T>* acc,
                               Indices<I...>) {
   constexpr int columns = sizeof...(I);
-  (use_column<T, S, STRIDE, P, (I >= LEFT && I < columns - RIGHT), I>(x, pixel, weight, acc), ...);
+  (use_column<T, S, STRIDE, P, (I >= LEFT && I < columns - RIGHT), LEFT, I>(x, pixel, weight, acc),
+   ...);
 }
 
 template <class T, int... I>
-NNARCH_INLINE void prefetch_pixels(const T* x, int64_t pixel, Indices<I...>) {
-  ((__builtin_prefetch(x, 0, DW_LOC), (void)I, x += pixel), ...);
-}
-template <class T, int... I>
-NNARCH_INLINE void prefetchw_pixels(const T* x, int64_t pixel, Indices<I...>) {
-  ((__builtin_prefetch(x, 1, DW_LOC), (void)I, x += pixel), ...);
+NNARCH_INLINE void prefetch_pixels(const T* x, const Steps& pixel, Indices<I...>) {
+  (__builtin_prefetch(step<I>(x, pixel)), ...);
 }
 
 // Kernels of width S without dilation.
 template <class T, int S, int STRIDE, int P, int LEFT, int RIGHT>
 void strip_fixed(const Strip<T>& a) {
+  const Steps pixel(a.pixel);
   for (int64_t k = 0; k < a.channels; k += kLanes<T>) {
     const T* w = weight_of(a, k);
     Vec<T> acc[P];
     start<T, P>(*a.epilogue, k, acc);
-    if (a.ahead && k % (64 / sizeof(T)) == 0) {
-      prefetch_pixels(a.ahead + k, a.pixel, MakeIndices<P * STRIDE>{});
-      if (STRIDE == 2) prefetch_pixels(a.ahead + a.ahead_pixel + k, a.pixel, MakeIndices<P * STRIDE>{});
+    if (a.ahead && k % kLine<T> == 0) {
+      prefetch_pixels(a.ahead + k, pixel, MakeIndices<P * STRIDE>{});
+      if (STRIDE > 1) prefetch_pixels(a.ahead + a.ahead_row + k, pixel, MakeIndices<P * STRIDE>{});
+      prefetch_pixels(a.y_ahead + k, Steps(a.y_pixel), MakeIndices<P>{});
     }
-    if (a.y_ahead && k % (64 / sizeof(T)) == 0) prefetchw_pixels(a.y_ahead + k, a.y_pixel, MakeIndices<P>{});
     for (int64_t r = 0; r < a.row_count; ++r, w += S * kDepthwiseBlock) {
       Vec<T> weight[S];
       for (int s = 0; s < S; ++s) weight[s] = load(w + s * kDepthwiseBlock);
-      kernel_row<T, S, STRIDE, P, LEFT, RIGHT>(a.rows[r] + a.x + k, a.pixel, weight, acc,
+      kernel_row<T, S, STRIDE, P, LEFT, RIGHT>(a.rows[r] + a.x + k, pixel, weight, acc,
                                                MakeIndices<(P - 1) * STRIDE + S>{});
     }
     finish(a, k, acc, MakeIndices<P>{});
   }
 }
 
-template <class T>
-NNARCH_INLINE void use_tap(Vec<T>& sum, const T*& x, int64_t step, Vec<T> weight) {
-  sum += load(x) * weight;
-  x += step;
-  keep_pointer(x);
-}
 template <class T, int... I>
-NNARCH_INLINE void kernel_tap(const T* x, int64_t step, Vec<T> weight, Vec<T>* acc,
+NNARCH_INLINE void kernel_tap(const T* x, const Steps& pixel, Vec<T> weight, Vec<T>* acc,
                               Indices<I...>) {
-  (use_tap<T>(acc[I], x, step, weight), ...);
+  ((acc[I] += load(step<I>(x, pixel)) * weight), ...);
 }
 
 // Kernels of any width, stride and dilation: a load for every multiply-add.
 template <class T, int P>
 void strip_general(const Strip<T>& a) {
-  const int64_t step = a.stride_w * a.pixel, tap = a.dilation_w * a.pixel;
+  const Steps pixel(a.stride_w * a.pixel);
+  const int64_t tap = a.dilation_w * a.pixel;
   for (int64_t k = 0; k < a.channels; k += kLanes<T>) {
     const T* w = weight_of(a, k);
     Vec<T> acc[P];
     start<T, P>(*a.epilogue, k, acc);
     for (int64_t r = 0; r < a.row_count; ++r)
       for (int64_t s = 0; s < a.s; ++s, w += kDepthwiseBlock)
-        kernel_tap<T>(a.rows[r] + a.x + k + s * tap, step, load(w), acc, MakeIndices<P>{});
+        kernel_tap<T>(a.rows[r] + a.x + k + s * tap, pixel, load(w), acc, MakeIndices<P>{});
     finish(a, k, acc, MakeIndices<P>{});
   }
 }

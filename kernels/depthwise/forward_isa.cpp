@@ -99,7 +99,7 @@ class Runner {
       : c_(c), plan_(plan), task_(task), work_(work),
         epilogue_(c.epilogue.from_channel(task.channel)) {}
 
-  void run() const {
+  void run() {
     int64_t ow = 0;
     for (int64_t i = 0; i < c_.pass_count; ++i)
       if (c_.passes[i].ow > ow) ow = c_.passes[i].ow;
@@ -107,7 +107,7 @@ class Runner {
   }
 
  private:
-  void run_columns(int64_t x_first) const {
+  void run_columns(int64_t x_first) {
     Tile<T> tile(c_, plan_, task_, work_.tile, x_first);
     for (int64_t oy = task_.first; oy < task_.last; ++oy) {
       tile.load(oy);
@@ -121,7 +121,7 @@ class Runner {
 
   // `n` pixels of an output row.
   void run_row(Tile<T>& tile, const DepthwisePass<T>& pass, int64_t oy, int64_t x_first,
-               int64_t n) const {
+               int64_t n) {
     Strip<T> a;
     find_rows(tile, pass, oy, &a);
     a.rows = work_.rows;
@@ -134,6 +134,7 @@ class Runner {
     const T* residual = epilogue_.residual ? residual_row(offset, n) : nullptr;
     T* out = work_.stage ? work_.stage : y;
     a.y_pixel = work_.stage ? pitch() : c_.y_pixel;
+    a.residual_pixel = c_.y_channel == 1 ? c_.y_pixel : pitch();
     run_strips(tile, a, pass, x_first, n, out, residual);
     if (!is_clamp(epilogue_.activation))
       activate_values(out, n, a.y_pixel, task_.channels, epilogue_);
@@ -153,54 +154,61 @@ class Runner {
                 task_.channel / kDepthwiseBlock * a->weight_block;
   }
 
+  void choose_code(int64_t s, int64_t n) {
+    set_ = &strip_set<T>(s, c_.stride_w, c_.dilation_w);
+    code_ = &strip_code(*set_, n);
+    chosen_s_ = s, chosen_n_ = n;
+  }
+
   void run_strips(const Tile<T>& tile, Strip<T>& a, const DepthwisePass<T>& pass, int64_t x_first,
-                  int64_t n, T* y, const T* residual) const {
-    const StripSet<T>& set = strip_set<T>(pass.s, c_.stride_w, c_.dilation_w);
-    if (n != last_n_) code_ = &strip_code(set, n), last_n_ = n;
+                  int64_t n, T* y, const T* residual) {
+    if (pass.s != chosen_s_ || n != chosen_n_) choose_code(pass.s, n);
     const StripCode<T>& code = *code_;
-    static const int pf = getenv("PF") ? atoi(getenv("PF")) : 0;
-    a.ahead = nullptr; a.y_ahead = nullptr;
+    const int64_t reach = set_->reach;
+    // What lies in memory is asked for a row ahead; from the caches it comes soon enough.
+    const T* ahead = plan_.far && plan_.direct && a.row_count > 0
+                         ? a.rows[a.row_count - 1] + c_.x_row
+                         : nullptr;
+    a.ahead_row = c_.x_row;
     const int64_t span = (code.pixels - 1) * c_.stride_w + (pass.s - 1) * c_.dilation_w + 1;
     for (int64_t x = 0; x < n; x += code.pixels) {
       const int64_t at = smaller(x, n - code.pixels);
       const int64_t column = (x_first + at) * c_.stride_w + pass.column;
       a.y = y + at * a.y_pixel;
-      a.residual = residual ? residual + at * a.y_pixel : nullptr;
+      a.residual = residual ? residual + at * a.residual_pixel : nullptr;
       const int64_t left = tile.missing_left(column), right = tile.missing_right(column + span);
       a.x = tile.offset(column + left);
-      if ((pf & 1) && a.row_count > 0 && plan_.direct) a.ahead = a.rows[a.row_count - 1] + c_.x_row + a.x, a.ahead_pixel = c_.x_row;
-      if ((pf & 2)) a.y_ahead = a.y + ((pf & 4) ? c_.y_row : code.pixels * a.y_pixel);
-      if ((left == 0 || left == set.reach) && (right == 0 || right == set.reach))
+      a.ahead = ahead ? ahead + a.x : nullptr;
+      a.y_ahead = a.y + c_.y_row;
+      if ((left == 0 || left == reach) && (right == 0 || right == reach))
         code.run[left != 0][right != 0](a);
       else
-        run_window(a, code, column, span, left, right);
+        run_window(a, code, span, left, right);
     }
   }
 
   // A strip that reaches beyond the image in another way, from a copy of its input.
-  void run_window(Strip<T>& a, const StripCode<T>& code, int64_t column, int64_t span,
-                  int64_t left, int64_t right) const {
-    const T* const* rows = a.rows;
+  void run_window(Strip<T> a, const StripCode<T>& code, int64_t span, int64_t left,
+                  int64_t right) const {
     const T** copies = work_.rows + plan_.kernel_rows;
-    const int64_t x = a.x, pixel = a.pixel, pitch_ = pitch();
-    (void)column;
+    left = smaller(left, span), right = smaller(right, span);
     for (int64_t r = 0; r < a.row_count; ++r) {
-      T* copy = work_.tile + r * span * pitch_;
+      T* copy = work_.tile + r * span * pitch();
       copies[r] = copy;
-      clear(copy, smaller(left, span) * pitch_);
-      if (left + right < span) copy_pixels(rows[r] + x, pixel, copy + left * pitch_, pitch_, span - left - right, task_.channels);
-      const int64_t kept = smaller(right, span);
-      clear(copy + (span - kept) * pitch_, kept * pitch_);
+      clear(copy, left * pitch());
+      clear(copy + (span - right) * pitch(), right * pitch());
+      if (left + right < span)
+        copy_pixels(a.rows[r] + a.x, a.pixel, copy + left * pitch(), pitch(), span - left - right,
+                    task_.channels);
     }
-    a.rows = copies, a.x = 0, a.pixel = pitch_;
+    a.rows = copies, a.x = 0, a.pixel = pitch(), a.ahead = nullptr;
     code.run[0][0](a);
-    a.rows = rows, a.pixel = pixel;
   }
 
   // Residual values in the layout that the strips write.
   const T* residual_row(int64_t offset, int64_t n) const {
     const T* from = c_.epilogue.residual + offset + task_.channel * c_.y_channel;
-    if (!work_.stage) return from;
+    if (c_.y_channel == 1) return from;
     transpose_kernel<T>()(from, c_.y_channel, work_.residual, pitch(), task_.channels, n);
     return work_.residual;
   }
@@ -228,8 +236,9 @@ class Runner {
   const DepthwiseTask& task_;
   const DepthwiseWork<T>& work_;
   const Epilogue<T> epilogue_;
-  mutable const StripCode<T>* code_ = nullptr;
-  mutable int64_t last_n_ = -1;
+  const StripSet<T>* set_ = nullptr;
+  const StripCode<T>* code_ = nullptr;
+  int64_t chosen_s_ = -1, chosen_n_ = -1;
 };
 
 template <class T>

@@ -171,11 +171,11 @@ def write_tile(
     WIDTH: tl.constexpr,
     INT64: tl.constexpr,
 ):
-    """Store act(scale·(acc + bias) + shift + residual), at most 64 channels at a time.
+    """Store act(scale·(acc + bias) + shift + residual), at most 32 channels at a time.
 
     The addresses and the residual of a wide tile, all at once, would spill registers.
     """
-    if WIDTH > 64:
+    if WIDTH > 32:
         halves = tl.permute(tl.reshape(acc, (acc.shape[0], 2, WIDTH // 2)), (0, 2, 1))
         low, high = tl.split(halves)
         # fmt: off

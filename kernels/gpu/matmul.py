@@ -16,12 +16,13 @@ from nnarch.kernels.gpu.tiles import Tile, TileTable, matmul_cost, matmul_fits, 
 
 def _tiles(*rows: tuple[int, int, int, int, int]) -> tuple[Tile, ...]:
     return tuple(
-        tile(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, num_warps=warps, num_stages=stages)
+        tile(warps, stages, all_registers=True, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k)
         for m, n, k, warps, stages in rows
     )
 
 
-# BLOCK_M ≥ 64 throughout: HGMMA and tcgen05 multiply at least 64 rows.
+# BLOCK_M ≥ 64 throughout: HGMMA and tcgen05 multiply at least 64 rows. The last tiles of a list
+# serve operands whose elements have an address each (few or oddly many channels).
 MATMUL_TILES = {
     "half": _tiles(
         (128, 256, 64, 8, 3),
@@ -30,12 +31,16 @@ MATMUL_TILES = {
         (128, 64, 64, 4, 3),
         (64, 64, 64, 4, 3),
         (128, 32, 64, 4, 3),
+        (64, 64, 32, 4, 2),
+        (64, 32, 32, 4, 2),
     ),
     "tf32": _tiles(
         (128, 128, 32, 8, 3),
         (128, 64, 32, 4, 3),
         (64, 64, 32, 4, 3),
         (128, 32, 32, 4, 3),
+        (64, 64, 16, 4, 2),
+        (64, 32, 16, 4, 2),
     ),
     "ieee": _tiles(
         (64, 64, 16, 4, 2),
@@ -44,6 +49,29 @@ MATMUL_TILES = {
     ),
 }
 MATMUL = TileTable("matmul", MATMUL_TILES, matmul_cost, matmul_fits)
+
+
+def loads_vectors(*extents: int) -> bool:
+    """Whether Triton reads operands with these row lengths and strides 16 bytes at a time.
+
+    It specialises a kernel on every integer argument that 16 divides, and proves it from that.
+    """
+    return all(extent % 16 == 0 for extent in extents)
+
+
+def loads_channel_vectors(x: torch.Tensor, channels: int) -> bool:
+    """:func:`loads_vectors` for blocks of channels of an image [N, C, H, W]."""
+    return x.stride(1) == 1 and loads_vectors(channels, x.stride(0), x.stride(2), x.stride(3))
+
+
+def channels_innermost(x: torch.Tensor, channels: int) -> torch.Tensor:
+    """[N, C, H, W] with C at stride 1, copied to it unless a group has only a few channels.
+
+    The copy moves the tensor twice; without it every element of an operand has its own address.
+    """
+    if x.stride(1) == 1 or channels < 16:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def precision_of(dtype: torch.dtype, float32: str) -> str:

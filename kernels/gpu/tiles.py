@@ -34,11 +34,14 @@ class Tile:
     Attributes:
         block: constexpr arguments by name, such as BLOCK_M.
         num_warps, num_stages: Triton's launch options.
+        all_registers: let ptxas use every register that a thread may have. Left to itself it
+            sometimes spills a few to raise the occupancy of a kernel that gains nothing from it.
     """
 
     block: tuple[tuple[str, int], ...]
     num_warps: int = 4
     num_stages: int = 2
+    all_registers: bool = False
 
     def __getitem__(self, name: str) -> int:
         return dict(self.block)[name]
@@ -48,9 +51,11 @@ class Tile:
         return f"{shape} w{self.num_warps} s{self.num_stages}"
 
 
-def tile(num_warps: int = 4, num_stages: int = 2, **block: int) -> Tile:
+def tile(
+    num_warps: int = 4, num_stages: int = 2, all_registers: bool = False, **block: int
+) -> Tile:
     """A :class:`Tile` from keyword arguments."""
-    return Tile(tuple(block.items()), num_warps, num_stages)
+    return Tile(tuple(block.items()), num_warps, num_stages, all_registers)
 
 
 @dataclass(frozen=True)
@@ -61,12 +66,14 @@ class Problem:
         m, n, k: rows and columns of the output and the length of the reduction. Kernels that do
             not multiply matrices use m and n as their two tiled extents and k = 1.
         precision: "half" (float16, bfloat16), "tf32" or "ieee".
+        vectors: whether operands load 16 bytes at a time; if not, every element has its address.
     """
 
     m: int
     n: int
     k: int = 1
     precision: str = "half"
+    vectors: bool = True
 
     @property
     def itemsize(self) -> int:
@@ -111,8 +118,10 @@ def matmul_fits(problem: Problem, tile: Tile, target: Target) -> bool:
     stages = max(1, tile.num_stages - 1) if target.backend == "hip" else tile.num_stages
     shared = stages * (m + n) * k * problem.itemsize
     threads = tile.num_warps * target.warp_size
-    vector_loads = (m + n) * k * problem.itemsize // (16 * threads)
-    registers = m * n // threads + 3 * vector_loads + _OTHER_REGISTERS[target.operands]
+    loads = (m + n) * k // threads
+    if problem.vectors:
+        loads = loads * problem.itemsize // 16
+    registers = m * n // threads + 3 * loads + _OTHER_REGISTERS[target.operands]
     return (
         shared <= target.shared_bytes and registers <= target.max_registers and threads <= 1024
     )

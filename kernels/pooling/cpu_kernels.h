@@ -57,8 +57,9 @@ struct PoolTable {
   // The same for a plane [H][W].
   void (*max_plane)(const T* plane, const Axis& h, const Axis& w, int64_t from, int64_t to, T* y,
                     int64_t* indices, const RowBuffer<T>& buffer);
+  // column_counts are w.count; row has row_buffer_size elements.
   void (*average_plane)(const T* plane, const Axis& h, const Axis& w, int64_t from, int64_t to,
-                        T* y, const RowBuffer<T>& buffer);
+                        T* y, const T* column_counts, T* row);
   // Means over everything: of channels [from, to) of an image, and of a plane.
   void (*mean_pixels)(const T* image, int64_t pixels, int64_t channels, int64_t from, int64_t to,
                       double* sums, T* y);

@@ -108,12 +108,15 @@ NNARCH_INLINE void pool_plane(const T* plane, const Axis& h, const Axis& w, int6
 
 template <class T>
 void average_plane(const T* plane, const Axis& h, const Axis& w, int64_t from, int64_t to, T* y,
-                   const RowBuffer<T>& buffer) {
-  pool_plane<T, Sum<T>>(plane, h, w, from, to, y, buffer.values);
+                   const T* column_counts, T* row) {
+  pool_plane<T, Sum<T>>(plane, h, w, from, to, y, row);
   for (int64_t i = from; i < to; ++i) {
     const T rows = static_cast<T>(h.count[i]);
     T* out = y + i * w.outputs;
-    for (int64_t j = 0; j < w.outputs; ++j) out[j] /= rows * static_cast<T>(w.count[j]);
+    for (int64_t j = 0; j < w.outputs; j += kLanes<T>) {
+      const int64_t n = w.outputs - j;
+      store_n(out + j, load_n(out + j, n) / (load_n(column_counts + j, n) * rows), n);
+    }
   }
 }
 

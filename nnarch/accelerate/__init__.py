@@ -64,7 +64,8 @@ def accelerate(model: nn.Module, example_input: Any = None) -> Accelerated:
         TypeError: `model` is not a module, is scripted, is wrapped for data parallelism, or cannot
             be copied.
         RuntimeError: the outputs for `example_input` differ, which says that tracing missed
-            something; ``train()`` on the result.
+            something. The result raises it on ``train()``, and AssertionError for an optional
+            argument that is fixed at another value.
     """
     _check_model(model)
     # An inference tensor counts no versions, so a weight made here under inference_mode could not

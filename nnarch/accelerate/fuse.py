@@ -38,8 +38,9 @@ _FUSED: dict[type, tuple[Any, Any]] = {
 def fuse_epilogues(graph_module: GraphModule) -> None:
     """Fuse activations, then adds, then the activations behind these adds."""
     _fuse_activations(graph_module)
+    constants = _constants(graph_module)
     for node in list(graph_module.graph.nodes):
-        _fuse_add(graph_module, node)
+        _fuse_add(graph_module, node, constants)
     _fuse_activations(graph_module)
 
 
@@ -71,9 +72,9 @@ def _has_free_epilogue(graph_module: GraphModule, node: object) -> bool:
     )
 
 
-def _fuse_add(graph_module: GraphModule, node: Node) -> None:
+def _fuse_add(graph_module: GraphModule, node: Node, constants: set[Node]) -> None:
     producer, residual = _producer_and_residual(graph_module, node)
-    if producer is None or not isinstance(residual, Node) or _is_constant(residual):
+    if producer is None or not isinstance(residual, Node) or residual in constants:
         return  # the addend is a number, or made of parameters, and broadcasts
     layer = layer_of(graph_module, producer)
     _, with_residual = _FUSED[type(layer)]
@@ -116,10 +117,14 @@ def _adds_in_place(node: Node) -> bool | None:
     return None
 
 
-def _is_constant(node: Node) -> bool:
-    """Whether `node` depends on parameters only."""
-    sources = node.all_input_nodes
-    return all(map(_is_constant, sources)) if sources else node.op == "get_attr"
+def _constants(graph_module: GraphModule) -> set[Node]:
+    """The nodes that depend on parameters only."""
+    constants: set[Node] = set()
+    for node in graph_module.graph.nodes:
+        sources = node.all_input_nodes
+        if constants.issuperset(sources) if sources else node.op == "get_attr":
+            constants.add(node)
+    return constants
 
 
 def _comes_before(a: Node, b: Node) -> bool:

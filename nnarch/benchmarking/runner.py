@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -163,7 +164,7 @@ def run_case(
     roof: machine.Roof,
     host: machine.Machine,
     *,
-    measure: Callable[..., Mapping[str, timing.Timing]] = timing.measure,
+    measure: Callable[[Mapping[str, timing.Call], Plan], Mapping[str, timing.Timing]] | None = None,
     on_round: Callable[[], object] = lambda: None,
 ) -> list[Row]:
     """Check and time every provider that takes a case.
@@ -174,7 +175,7 @@ def run_case(
         plan: how to measure.
         roof: the machine's limits for `roof.threads`, the number of threads used.
         host: the machine.
-        measure: times the right ones against each other (see :func:`timing.measure`).
+        measure: times the right ones against each other; :func:`timing.measure` by default.
         on_round: called after every round of blocks.
 
     Returns:
@@ -194,7 +195,8 @@ def run_case(
             if contender is not None:
                 ready[provider.name] = contender
         calls = {name: contender.call for name, contender in ready.items()}
-        timings = measure(calls, plan, on_round=on_round)
+        measure = measure or functools.partial(timing.measure, on_round=on_round)
+        timings = measure(calls, plan)
         for name, result in timings.items():
             _fill(rows[name], result)
             if rows[name].ours and not case.backward:

@@ -112,6 +112,12 @@ def roof_text(roof: Roof) -> str:
     return f"peak {roof.peak / 1e9:.0f} GFLOP/s; reading, GB/s: {reads}"
 
 
+def print_rows(rows: Sequence[Row], console: Console) -> None:
+    """All tables of a run."""
+    print_groups(rows, console)
+    print_summary(rows, console)
+
+
 def print_groups(rows: Iterable[Row], console: Console) -> None:
     """One table per group."""
     for group, cases in cases_of(rows):

@@ -40,7 +40,7 @@ def crashing(problem: Problem, threads: int) -> Contender:
     raise NotImplementedError("no such layer\nand a long traceback")
 
 
-def constant_times(calls, plan, on_round):
+def constant_times(calls, plan):
     """Every call takes one second; remembers who was timed."""
     constant_times.seen = list(calls)
     return {name: Timing((1.0, 1.0)) for name in calls}

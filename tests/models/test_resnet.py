@@ -46,7 +46,7 @@ def test_initialisation_is_torchvisions(name):
         (44, 658_586),
         (56, 853_018),
         (110, 1_727_962),
-        (1202, 19_421_274),
+        pytest.param(1202, 19_421_274, marks=pytest.mark.slow),
     ],
 )
 def test_cifar_parameter_counts(depth, option_a, shortcut):

@@ -1,0 +1,1 @@
+"""Maximum and average pooling over windows of images, also adaptive and global."""

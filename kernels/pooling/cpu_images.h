@@ -1,0 +1,64 @@
+// How pooling cuts its work into tasks.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/dense.h"
+#include "cpu/parallel.h"
+#include "cpu/tensor.h"
+#include "pooling/cpu_kernels.h"
+
+namespace nnarch {
+
+// Whether tasks flush denormals (parallel.h). A maximum keeps them: it returns its inputs as they
+// are.
+enum class Denormals { keep, flush };
+
+template <Denormals denormals, class F>
+void pooling_tasks(int64_t tasks, const F& f) {
+  if constexpr (denormals == Denormals::flush) return parallel_tasks(tasks, f);
+  if (tasks == 1) return f(int64_t{0});
+  if (tasks > 1)
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) f(task);
+    });
+}
+
+// Calls f(unit, from, to): output rows [from, to) of a unit, which is an image or a plane. Tasks
+// take some rows of a large unit or all rows of some small ones.
+template <Denormals denormals, class F>
+void over_rows(int64_t units, int64_t rows, int64_t elements_per_row, const F& f) {
+  constexpr int64_t task_elements = 65536;
+  if (units == 0 || rows == 0) return;
+  const int64_t row = std::max<int64_t>(1, elements_per_row);
+  const int64_t rows_per_task = std::clamp<int64_t>(task_elements / row, 1, rows);
+  const int64_t cuts = ceil_div(rows, rows_per_task);
+  const int64_t together = cuts > 1 ? 1 : std::max<int64_t>(1, task_elements / (rows * row));
+  pooling_tasks<denormals>(ceil_div(units, together) * cuts, [&](int64_t task) {
+    const int64_t from = task % cuts * rows_per_task, to = std::min(rows, from + rows_per_task);
+    const int64_t first = task / cuts * together, last = std::min(units, first + together);
+    for (int64_t unit = first; unit < last; ++unit) f(unit, from, to);
+  });
+}
+
+inline void check_images(const Tensor& x) {
+  require(x.dim() == 4, "pooling: input must be [N, C, H, W]");
+  require(x.size(1) > 0 && x.size(2) > 0 && x.size(3) > 0, "pooling: only N may be 0");
+  with_scalar_type(x.scalar_type(), "pooling", [](auto) {});
+}
+
+// An output of the given height and width in the memory format of `like`.
+inline Tensor new_images(const Tensor& like, int64_t height, int64_t width, ScalarType type) {
+  const IntList sizes{like.size(0), like.size(1), height, width};
+  return follows_channels_last(like) ? new_channels_last(sizes, type)
+                                     : new_contiguous(sizes, type);
+}
+
+// Copies of integers: as_channels_last and as_contiguous serve floating point only.
+inline Tensor indices_in_order_of(const Tensor& like, const Tensor& indices) {
+  using torch::headeronly::MemoryFormat;
+  return torch::stable::contiguous(
+      indices, follows_channels_last(like) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+}  // namespace nnarch

@@ -1,0 +1,107 @@
+"""The definitions of the pooling operations, by torch's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Pair = Sequence[int]
+
+
+def max_pool2d(
+    x: Tensor,
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    ceil_mode: bool,
+    return_indices: bool,
+) -> tuple[Tensor, Tensor]:
+    """The maximum of every window and, where asked for, its flat position in the plane."""
+    y, indices = F.max_pool2d(
+        x, list(kernel), list(stride), list(padding), list(dilation), ceil_mode, True
+    )
+    return y, indices if return_indices else indices.new_empty(0)
+
+
+def adaptive_max_pool2d(
+    x: Tensor, output_size: Pair, return_indices: bool
+) -> tuple[Tensor, Tensor]:
+    """The maximum of windows that divide the plane evenly, and its position."""
+    y, indices = F.adaptive_max_pool2d(x, list(output_size), True)
+    return y, indices if return_indices else indices.new_empty(0)
+
+
+def max_pool2d_input_grad(grad: Tensor, indices: Tensor, input_size: Sequence[int]) -> Tensor:
+    """Every gradient added where its maximum was; index -1 drops it."""
+    n, c, h, w = input_size
+    flat = indices.flatten(2)
+    values = grad.flatten(2).masked_fill(flat < 0, 0)
+    dx = grad.new_zeros(n, c, h * w).scatter_add_(2, flat.clamp_min(0), values)
+    return dx.view(n, c, h, w)
+
+
+def max_pool2d_gather(x: Tensor, indices: Tensor) -> Tensor:
+    """x at the indices; 0 at index -1."""
+    flat = indices.flatten(2)
+    y = x.flatten(2).gather(2, flat.clamp_min(0)).masked_fill(flat < 0, 0)
+    return y.view(indices.shape)
+
+
+def avg_pool2d(
+    x: Tensor,
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Tensor:
+    """The sum of every window over its size."""
+    return F.avg_pool2d(
+        x,
+        list(kernel),
+        list(stride),
+        list(padding),
+        ceil_mode,
+        count_include_pad,
+        divisor_override,
+    )
+
+
+def avg_pool2d_input_grad(
+    grad: Tensor,
+    input_size: Sequence[int],
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Tensor:
+    """Every gradient over its window's size, added to the inputs of the window."""
+    return torch.ops.aten.avg_pool2d_backward(
+        grad.contiguous(),
+        grad.new_empty(input_size),
+        list(kernel),
+        list(stride),
+        list(padding),
+        ceil_mode,
+        count_include_pad,
+        divisor_override,
+    )
+
+
+def adaptive_avg_pool2d(x: Tensor, output_size: Pair) -> Tensor:
+    """The mean of windows that divide the plane evenly."""
+    return F.adaptive_avg_pool2d(x, list(output_size))
+
+
+def adaptive_avg_pool2d_input_grad(grad: Tensor, input_size: Sequence[int]) -> Tensor:
+    """Every gradient over its window's size, added to the inputs of the window."""
+    return torch.ops.aten._adaptive_avg_pool2d_backward(
+        grad.contiguous(), grad.new_empty(input_size)
+    )
