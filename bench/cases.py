@@ -21,7 +21,9 @@ def main(
     ] = None,
 ) -> None:
     """List the cases."""
-    table = Table("case", "group", "input", "GFLOP", "MB", "must", "aim", "quick")
+    table = Table()
+    for heading in ("case", "group", "input", "GFLOP", "MB", "must", "aim", "quick"):
+        table.add_column(heading, no_wrap=True)
     for case in cases.select(only):
         goal = cases.target(case)
         try:

@@ -52,6 +52,7 @@ def check_epilogue(
     for name, vector in vectors.items():
         if vector is None:
             continue
+        check_tensor(op, name, vector)
         if tuple(vector.shape) != (channels,):
             raise ValueError(
                 f"{op}: {name} must have shape ({channels},), one value an output channel, "
@@ -59,6 +60,7 @@ def check_epilogue(
             )
         check_same(op, name, vector, like)
     if residual is not None:
+        check_tensor(op, "residual", residual)
         if tuple(residual.shape) != tuple(output_size):
             raise ValueError(
                 f"{op}: residual must have the shape of the output, {tuple(output_size)}, "
@@ -81,6 +83,8 @@ def check_tensor(op: str, name: str, tensor: Any) -> None:
         raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be dense, got layout {tensor.layout}")
 
 
 # ------------------------------------------------------------------------------------- gradients
@@ -100,7 +104,7 @@ def must_split(
     The derivative of a kind that is not invertible needs its input; the gradient of `scale` needs
     what it multiplies. The epilogue then runs as an operation of its own.
     """
-    if scale is not None and scale.requires_grad and torch.is_grad_enabled():
+    if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
         return True
     return kinds.needs_split(code, x, weight, bias, scale, shift, residual)
 

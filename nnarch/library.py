@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -227,6 +228,7 @@ def _cheap_call(op: Op, backward: Any, setup_context: Any) -> Callable[..., Any]
     is_compiling = torch.compiler.is_compiling
     in_functorch = torch._C._are_functorch_transforms_active
     Tensor = torch.Tensor
+    family = f"{op.name}: "
     apply = _autograd_function(op, backward, setup_context).apply if setup_context else overload
 
     def call(*args: Any) -> Any:
@@ -239,9 +241,12 @@ def _cheap_call(op: Op, backward: Any, setup_context: Any) -> Callable[..., Any]
                         return overload(*args) if in_functorch() else apply(*args)
             with _BelowAutograd():
                 return overload(*args)
-        except RuntimeError:
+        except RuntimeError as error:
             if op.check is not None:
                 op.check(*args)  # says precisely what the native code refused
+            refusal = str(error).partition("\n")[0]
+            if refusal.startswith(family):  # only the native code can tell
+                raise ValueError(refusal) from None
             raise
 
     call.__name__ = op.name
@@ -275,28 +280,62 @@ def public(function: Callable[..., Any]) -> Callable[..., Any]:
     The result comes back as the kind of array that the first argument is. Anything that overrides
     ``__torch_function__`` (an fx Proxy, say) sees the call as PyTorch's own functions show theirs.
     """
+    return _public(function, lower_precision=False)
+
+
+def public_lower_precision(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As :func:`public`, for a function whose inputs `torch.autocast` rounds to its dtype."""
+    return _public(function, lower_precision=True)
+
+
+def _public(function: Callable[..., Any], lower_precision: bool) -> Callable[..., Any]:
+    name = next(iter(inspect.signature(function).parameters))
+    in_autocast = torch._C._is_any_autocast_enabled if lower_precision else bool  # bool() is False
 
     @functools.wraps(function)
-    def wrapper(x: Any, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs.get(name)
         if isinstance(x, torch.Tensor):
-            return function(x, *args, **kwargs)
+            if in_autocast():
+                args, kwargs = _autocast(x.device.type, args, kwargs)
+            return function(*args, **kwargs)
         if hasattr(x, "__torch_function__"):
-            return torch.overrides.handle_torch_function(wrapper, (x,), x, *args, **kwargs)
-        return _on_arrays(function, x, args, kwargs)
+            return torch.overrides.handle_torch_function(wrapper, (x,), *args, **kwargs)
+        return _on_arrays(function, name, x, args, kwargs)
 
     return wrapper
 
 
-def _on_arrays(function: Callable[..., Any], x: Any, args: tuple, kwargs: dict) -> Any:
+def _autocast(device: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The arguments as torch.autocast gives them to torch's own function."""
+    if not torch.is_autocast_enabled(device):
+        return args, kwargs
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(value: Any) -> Any:
+        eligible = (
+            isinstance(value, torch.Tensor)
+            and value.is_floating_point()
+            and value.dtype != torch.float64
+        )
+        return value.to(dtype) if eligible else value
+
+    # Packed weights stay: they are kept in the dtype that kernels compute in.
+    named = {name: a if name == "packed" else cast(a) for name, a in kwargs.items()}
+    return tuple(map(cast, args)), named
+
+
+def _on_arrays(
+    function: Callable[..., Any], first: str, x: Any, args: tuple, kwargs: dict
+) -> Any:
     if not hasattr(x, "__dlpack__"):
         raise TypeError(
-            f"{function.__name__}: expected a tensor or an array with DLPack, got {type(x).__name__}"
+            f"{function.__name__}: {first} must be a tensor or an array with DLPack, "
+            f"got {type(x).__name__}"
         )
     with torch.no_grad():
         result = function(
-            _to_tensor(x),
-            *(_to_tensor(a) for a in args),
-            **{name: _to_tensor(a) for name, a in kwargs.items()},
+            *map(_to_tensor, args), **{name: _to_tensor(a) for name, a in kwargs.items()}
         )
     back = _array_converter(x)
     return tuple(map(back, result)) if isinstance(result, tuple) else back(result)

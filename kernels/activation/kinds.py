@@ -81,4 +81,4 @@ def needs_split(code: int, *tensors: torch.Tensor | None) -> bool:
     """Whether a fused call must run its activation apart, because a gradient needs its input."""
     if code in INVERTIBLE or not torch.is_grad_enabled():
         return False
-    return any(t is not None and t.requires_grad for t in tensors)
+    return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)

@@ -40,6 +40,10 @@ void pack_groups(const Tensor& weight, const ConvShape& p, T* dst) {
 // The image of a forward convolution as seen by one group.
 template <class T>
 GridImage<T> forward_image(const T* x, const ConvShape& p, int64_t group) {
+  if (p.pointwise()) {  // every pixel for itself: one long row
+    const int64_t pixels = p.n * p.h * p.w;
+    return {x + group * p.group_c(), 1, pixels, p.c, 1, 1, pixels, 1, 1, {{0, 0}}, p.group_c()};
+  }
   return {x + group * p.group_c(), p.h, p.w, p.c, p.n, p.oh, p.ow, p.stride_h, p.stride_w,
           forward_taps(p), p.group_c()};
 }

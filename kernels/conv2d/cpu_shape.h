@@ -29,7 +29,7 @@ struct ConvShape {
 
 inline int64_t conv_output_size(int64_t in, int64_t pad, int64_t kernel, int64_t stride,
                                 int64_t dilation) {
-  const int64_t span = in + pad - dilation * (kernel - 1) - 1;
+  const int64_t span = in + pad - checked_product(dilation, kernel - 1) - 1;
   return span < 0 ? 0 : span / stride + 1;
 }
 
@@ -45,6 +45,9 @@ inline ConvShape conv_shape(const IntList& input, const IntList& weight, const I
           "conv2d: stride and dilation must be positive");
   require(p.top >= 0 && p.left >= 0 && p.bottom >= 0 && p.right >= 0,
           "conv2d: padding must not be negative");
+  for (int64_t number : {p.stride_h, p.stride_w, p.dilation_h, p.dilation_w, p.top, p.left,
+                         p.bottom, p.right})
+    require(number < int64_t{1} << 31, "conv2d: stride, padding or dilation is too large");
   require(groups > 0 && p.c % groups == 0 && p.k % groups == 0 && weight[1] == p.c / groups,
           "conv2d: channels and groups do not match the weight");
   require(p.r > 0 && p.s > 0, "conv2d: kernel size must be positive");

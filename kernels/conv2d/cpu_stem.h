@@ -16,8 +16,10 @@
 
 namespace nnarch {
 
+// Strides past the kernel and dilated rows would copy lines that nothing reads.
 inline bool stem_serves(const ConvShape& p) {
-  return p.groups == 1 && p.c <= 8 && p.s > 1 && p.dilation_w == 1;
+  return p.groups == 1 && p.c <= 8 && p.s > 1 && p.dilation_h == 1 && p.dilation_w == 1 &&
+         p.stride_h <= p.r && p.stride_w <= p.s;
 }
 
 // Input rows from `y` on, as [row][padded x][c]: zeros outside the image.

@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nnarch.kernels.epilogue import check_same, check_tensor
+
+_INT = (int, torch.SymInt)
+_LIMIT = 2**31  # of strides, paddings and dilations: their products with sizes fit int64
 
 
 def output_size(
@@ -43,10 +47,12 @@ def padding_of(
         total = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True)]
         before = [t // 2 for t in total]
         return (*before, total[0] - before[0], total[1] - before[1])
-    pads = (padding,) if isinstance(padding, int) else tuple(padding)
+    pads = (padding,) if isinstance(padding, int) else padding
+    if not isinstance(pads, Sequence):
+        raise TypeError(f"{op}: padding must be a string, a number or numbers, got {padding!r}")
     if len(pads) not in (1, 2, 4):
         raise ValueError(f"{op}: padding must be 1, 2 or 4 numbers, got {padding!r}")
-    return pads * (4 // len(pads))
+    return tuple(pads) * (4 // len(pads))
 
 
 def check_conv(
@@ -65,6 +71,8 @@ def check_conv(
             raise ValueError(f"{op}: {name} must be 4-D, got shape {tuple(tensor.shape)}")
     check_same(op, "weight", weight, x)
     _check_numbers(op, stride=stride, dilation=dilation, padding=padding)
+    if not isinstance(groups, _INT):
+        raise TypeError(f"{op}: groups must be an int, got {groups!r}")
     if groups < 1:
         raise ValueError(f"{op}: groups must be positive, got {groups}")
     channels, (k, per_group, r, s) = x.shape[1], weight.shape
@@ -93,7 +101,11 @@ def _check_numbers(op: str, **arguments: Sequence[int]) -> None:
     for name, values in arguments.items():
         least = 0 if name == "padding" else 1
         count = 4 if name == "padding" else 2
+        if not isinstance(values, Sequence) or not all(isinstance(v, _INT) for v in values):
+            raise TypeError(f"{op}: {name} must be an int or ints, got {values!r}")
         if len(values) != count:
             raise ValueError(f"{op}: {name} must be {count} numbers, got {tuple(values)}")
-        if any(value < least for value in values):
-            raise ValueError(f"{op}: {name} must be at least {least}, got {tuple(values)}")
+        if any(value < least or value >= _LIMIT for value in values):
+            raise ValueError(
+                f"{op}: {name} must be at least {least} and below 2**31, got {tuple(values)}"
+            )

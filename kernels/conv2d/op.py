@@ -154,7 +154,7 @@ pack = library.declare(
 # ------------------------------------------------------------------------------- public functions
 
 
-@library.public
+@library.public_lower_precision
 def conv2d(
     x: Tensor,
     weight: Tensor,

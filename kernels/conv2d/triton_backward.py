@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +17,7 @@ from nnarch.kernels.gpu.launch import (
     dot_precision,
     flat_grid,
     launch,
+    named_strides,
     needs_int64,
 )
 from nnarch.kernels.gpu.matmul import (
@@ -25,23 +25,13 @@ from nnarch.kernels.gpu.matmul import (
     channels_innermost,
     grouped_order,
     loads_channel_vectors,
-    named_strides,
     precision_of,
-    split_count,
 )
+from nnarch.kernels.gpu.phases import first_tap, output_under, phase_start, pixels_in, tap_steps
+from nnarch.kernels.gpu.split import split_count, sum_parts
 from nnarch.kernels.gpu.tiles import Problem, Tile, pick
 
 # ------------------------------------------------------------------------------ by the input
-
-
-@triton.jit
-def _first_tap(phase, TAPS: tl.constexpr, STRIDE: tl.constexpr, DILATION: tl.constexpr):
-    """Least tap r with r·DILATION ≡ phase (mod STRIDE), or TAPS where none is."""
-    first = phase * 0 + TAPS
-    for i in tl.static_range(min(TAPS, STRIDE)):
-        r = min(TAPS, STRIDE) - 1 - i
-        first = tl.where(r * DILATION % STRIDE == phase, r, first)
-    return first
 
 
 @triton.jit
@@ -87,9 +77,7 @@ def _conv2d_bwd_dx_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # A pixel h meets tap r where h + PAD_H - r·DILATION_H is a multiple of STRIDE_H. The pixels of
-    # one phase (h + PAD_H) mod STRIDE_H share their taps: every TAP_STEP_H-th from the first.
-    # One program: BLOCK_M pixels of one phase by BLOCK_N input channels of one group.
+    # One program: BLOCK_M pixels of one phase (see phases.py) by BLOCK_N channels of one group.
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(C_GROUP, BLOCK_N)
     pid = tl.program_id(0)
     tile_m, tile_n = grouped_order(pid % (tiles_m * tiles_n), tiles_m, tiles_n, 8)
@@ -97,18 +85,18 @@ def _conv2d_bwd_dx_kernel(
     phase = pid // (tiles_m * tiles_n) // groups
     phase_h, phase_w = phase // STRIDE_W, phase % STRIDE_W
 
-    first_r = _first_tap(phase_h, R, STRIDE_H, DILATION_H)
-    first_s = _first_tap(phase_w, S, STRIDE_W, DILATION_W)
+    first_r = first_tap(phase_h, R, STRIDE_H, DILATION_H)
+    first_s = first_tap(phase_w, S, STRIDE_W, DILATION_W)
     taps_h = (R - first_r + TAP_STEP_H - 1) // TAP_STEP_H
     taps_w = (S - first_s + TAP_STEP_W - 1) // TAP_STEP_W
 
-    first_h = (phase_h - PAD_H % STRIDE_H + STRIDE_H) % STRIDE_H
-    first_w = (phase_w - PAD_W % STRIDE_W + STRIDE_W) % STRIDE_W
-    rows = (H - first_h + STRIDE_H - 1) // STRIDE_H
-    columns = tl.maximum((W - first_w + STRIDE_W - 1) // STRIDE_W, 1)
+    first_h = phase_start(phase_h, PAD_H, STRIDE_H)
+    first_w = phase_start(phase_w, PAD_W, STRIDE_W)
+    rows = tl.maximum(pixels_in(first_h, H, STRIDE_H), 1)
+    columns = tl.maximum(pixels_in(first_w, W, STRIDE_W), 1)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = m // columns // tl.maximum(rows, 1)
-    h = m // columns % tl.maximum(rows, 1) * STRIDE_H + first_h
+    n = m // columns // rows
+    h = m // columns % rows * STRIDE_H + first_h
     w = m % columns * STRIDE_W + first_w
     m_inside = (n < N) & (h < H) & (w < W)
     c = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -125,9 +113,8 @@ def _conv2d_bwd_dx_kernel(
         dy_ptr + group * K_GROUP * stride_dyk,
         w_ptr + group * K_GROUP * stride_wk + first_r * stride_wr + first_s * stride_ws,
         n * stride_dyn,
-        # An exact division of what may be negative: shifted up by a multiple of the stride.
-        (h + PAD_H - first_r * DILATION_H + R * DILATION_H * STRIDE_H) // STRIDE_H - R * DILATION_H,
-        (w + PAD_W - first_s * DILATION_W + S * DILATION_W * STRIDE_W) // STRIDE_W - S * DILATION_W,
+        output_under(h, first_r, PAD_H, STRIDE_H, DILATION_H, R),
+        output_under(w, first_s, PAD_W, STRIDE_W, DILATION_W, S),
         m_inside,
         c * stride_wc,
         c_inside,
@@ -196,8 +183,7 @@ def conv2d_input_grad(
         **named_strides("w", "kcrs", weight),
         **named_strides("dx", "nchw", dx),
         **_geometry(r, s, stride, padding, dilation),
-        "TAP_STEP_H": stride[0] // math.gcd(stride[0], dilation[0]),
-        "TAP_STEP_W": stride[1] // math.gcd(stride[1], dilation[1]),
+        **tap_steps(stride, dilation),
         "INT64": needs_int64(grad, weight, dx),
         "PRECISION": precision,
     }
@@ -324,31 +310,6 @@ def _conv2d_bwd_dw_kernel(
     tl.store(out, acc, mask=k_inside[:, None] & c_inside[None, :])
 
 
-@triton.jit
-def _sum_parts_kernel(
-    partial_ptr,  # [splits, K, R·S, C / groups] float32
-    dw_ptr,  # [K, C / groups, R·S] contiguous
-    numel,
-    C_GROUP,
-    TAPS,
-    splits,
-    INT64: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """dw = the sum of the parts, added in their order, in the layout of the weight."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    if not INT64:
-        i = i.to(tl.int32)
-    inside = i < numel
-    tap, c, k = i % TAPS, i // TAPS % C_GROUP, i // TAPS // C_GROUP
-    part_ptr = partial_ptr + (k * TAPS + tap) * C_GROUP + c
-    acc = tl.zeros((BLOCK,), tl.float32)
-    for _ in range(splits):
-        acc += tl.load(part_ptr, mask=inside, other=0.0)
-        part_ptr += numel
-    tl.store(dw_ptr + i, acc.to(dw_ptr.dtype.element_ty), mask=inside)
-
-
 def conv2d_weight_grad(
     grad: torch.Tensor,
     x: torch.Tensor,
@@ -410,10 +371,4 @@ def _launch_weight_grad(arguments, dw, groups: int, tile: Tile) -> None:
         "FLAT": flat,
     }
     launch(_conv2d_bwd_dw_kernel, flat_grid(tiles * splits), arguments | split, tile)
-    block = 512
-    summed = {
-        **{"partial_ptr": partial, "dw_ptr": dw, "numel": dw.numel(), "splits": splits},
-        **{"C_GROUP": c_group, "TAPS": r * s},
-        **{"INT64": needs_int64(dw), "BLOCK": block},
-    }
-    launch(_sum_parts_kernel, flat_grid(cdiv(dw.numel(), block)), summed)
+    sum_parts(partial, dw)

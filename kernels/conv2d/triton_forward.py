@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from nnarch import library
+from nnarch.kernels.conv2d.geometry import output_size
 from nnarch.kernels.conv2d.triton_gather import gather_dot, reduction_steps, takes_flat
 from nnarch.kernels.gpu.epilogue import write_tile
 from nnarch.kernels.gpu.launch import (
@@ -18,19 +19,18 @@ from nnarch.kernels.gpu.launch import (
     dot_precision,
     flat_grid,
     launch,
+    named_strides,
     needs_int64,
     vector,
 )
 from nnarch.kernels.gpu.matmul import (
     MATMUL,
     channels_innermost,
-    finish_split,
     grouped_order,
     loads_channel_vectors,
-    named_strides,
     precision_of,
-    split_count,
 )
+from nnarch.kernels.gpu.split import finish_split, split_count
 from nnarch.kernels.gpu.tiles import Problem, Tile, pick
 
 
@@ -177,11 +177,10 @@ def conv2d(
 ) -> torch.Tensor:
     """nnarch::conv2d on a GPU; `packed` is a CPU matter and not read."""
     check_dtype("conv2d", x, weight, residual)
-    n, c, h, w = x.shape
+    n = x.shape[0]
     k, c_group, r, s = weight.shape
-    oh = (h + padding[0] + padding[2] - dilation[0] * (r - 1) - 1) // stride[0] + 1
-    ow = (w + padding[1] + padding[3] - dilation[1] * (s - 1) - 1) // stride[1] + 1
-    y = library.new_output(x, (n, k, oh, ow))
+    _, _, oh, ow = size = output_size(x.shape, weight.shape, stride, padding, dilation)
+    y = library.new_output(x, size)
     if y.numel() == 0:
         return y
     x = channels_innermost(x, c_group)

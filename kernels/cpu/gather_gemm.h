@@ -56,12 +56,10 @@ void gather_gemm(const GridImage<T>& image, const T* b, int64_t columns, T* c,
     TapRows<T> rows(image, block.rows);
     rows.build(first, count);
     Scratch<int64_t> offsets(count);
-    const int64_t plane = image.grid_h * image.grid_w;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t at = first + i;
-      offsets[i] = at / plane * out.image_step + at % plane / image.grid_w * out.row_step +
-                   at % image.grid_w * out.column_step;
-    }
+    for_each_run(first, count, image, [&](int64_t n, int64_t gy, int64_t gx, int64_t run, int64_t i) {
+      int64_t offset = n * out.image_step + gy * out.row_step + gx * out.column_step;
+      for (int64_t end = i + run; i < end; ++i, offset += out.column_step) offsets[i] = offset;
+    });
     table.run({rows.get(), rows.stride(), taps, image.depth,
                b + column * taps * image.depth, c + column, offsets.get(), count,
                std::min(block.columns, columns - column), false, epilogue.from_channel(column)});

@@ -28,29 +28,53 @@ struct Chunk {
   bool first, last;
 };
 
-// left[I], right[I] += the chunk's part of row I times the panel's two vectors.
-template <class T, int... I>
-NNARCH_INLINE void accumulate(Indices<I...>, const T* const* rows, int64_t row_stride,
-                              const Chunk& chunk, const T* b, Vec<T>* left, Vec<T>* right) {
+// left[I], right[I] += `count` products of row I with the panel's two vectors; with `Half`, with the
+// left one only.
+template <class T, bool Half, int... I>
+NNARCH_INLINE void multiply(Indices<I...>, const T* const* a, int64_t from, int64_t count,
+                            const T*& b, Vec<T>* left, Vec<T>* right) {
   constexpr int w = kLanes<T>;
+#pragma GCC unroll 4
+  for (int64_t k = from; k < from + count; ++k) {
+    Vec<T> b0 = load(b);
+    keep_in_register(b0);
+    if constexpr (Half) {
+      ((left[I] += broadcast(a[I][k]) * b0), ...);
+    } else {
+      Vec<T> b1 = load(b + w);
+      keep_in_register(b1);
+      Vec<T> x;
+      ((x = broadcast(a[I][k]), left[I] += x * b0, right[I] += x * b1), ...);
+    }
+    b += 2 * w;
+  }
+}
+
+// The chunk's part of the sum. With `Ahead`, the rows of the next tile come into cache meanwhile:
+// a matrix product meets each row of A first in its first panel, and straight from memory.
+template <class T, bool Half, bool Ahead, int... I>
+NNARCH_INLINE void accumulate(Indices<I...> each, const T* const* rows, int64_t row_stride,
+                              const Chunk& chunk, const T* b, Vec<T>* left, Vec<T>* right) {
   for (int64_t tap = chunk.first_tap; tap < chunk.last_tap; ++tap) {
     const T* const* at = rows + tap * row_stride;
     const T* a[sizeof...(I)] = {(at[I] + chunk.from)...};
-#pragma GCC unroll 4
-    for (int64_t k = 0; k < chunk.count; ++k) {
-      Vec<T> b0 = load(b), b1 = load(b + w);
-      keep_in_register(b0);
-      keep_in_register(b1);
-      b += 2 * w;
-      Vec<T> x;
-      ((x = broadcast(a[I][k]), left[I] += x * b0, right[I] += x * b1), ...);
+    if constexpr (Ahead) {
+      constexpr int64_t line = 64 / sizeof(T);
+      int64_t k = 0;
+      for (; k + line <= chunk.count; k += line) {
+        (__builtin_prefetch(at[sizeof...(I) + I] + chunk.from + k), ...);
+        multiply<T, Half>(each, a, k, line, b, left, right);
+      }
+      multiply<T, Half>(each, a, k, chunk.count - k, b, left, right);
+    } else {
+      multiply<T, Half>(each, a, 0, chunk.count, b, left, right);
     }
   }
 }
 
 // One register tile of C: a row of it for every index, one panel of columns. Every access to an
 // accumulator has a constant index, or GCC would keep them in memory.
-template <class T, int... I>
+template <class T, bool Half, int... I>
 NNARCH_INLINE void tile(Indices<I...> each, const GemmBlock<T>& g, const Chunk& chunk, int64_t m,
                         const T* b, int64_t column) {
   constexpr int w = kLanes<T>;
@@ -65,10 +89,17 @@ NNARCH_INLINE void tile(Indices<I...> each, const GemmBlock<T>& g, const Chunk& 
     ((left[I] = load(c + offset[I]), right[I] = load(c + offset[I] + w)), ...);
   } else if (whole) {  // the lines to be written come into cache while the sum is formed
     ((__builtin_prefetch(c + offset[I], 1), __builtin_prefetch(c + offset[I] + 2 * w - 1, 1)), ...);
+    if (const T* r = g.epilogue.residual)
+      ((__builtin_prefetch(r + column + offset[I]),
+        __builtin_prefetch(r + column + offset[I] + 2 * w - 1)),
+       ...);
   } else if (add) {
     ((left[I] = load_n(c + offset[I], n0), right[I] = load_n(c + offset[I] + w, n1)), ...);
   }
-  accumulate<T>(each, g.rows + m, g.row_stride, chunk, b, left, right);
+  if (column == 0 && g.taps == 1 && m + 2 * int64_t{sizeof...(I)} <= g.m)
+    accumulate<T, Half, true>(each, g.rows + m, g.row_stride, chunk, b, left, right);
+  else
+    accumulate<T, Half, false>(each, g.rows + m, g.row_stride, chunk, b, left, right);
   if (chunk.last) apply_epilogue<T>(each, g.epilogue.from_channel(column), offset, columns, left, right);
   if (whole) {
     ((store(c + offset[I], left[I]), store(c + offset[I] + w, right[I])), ...);
@@ -79,18 +110,19 @@ NNARCH_INLINE void tile(Indices<I...> each, const GemmBlock<T>& g, const Chunk& 
     activate_tile<T>(g.epilogue, c, offset, sizeof...(I), columns < 2 * w ? columns : 2 * w);
 }
 
-template <class T, int MR>
+template <class T, bool Half, int MR>
 NNARCH_NOINLINE void tile_of(const GemmBlock<T>& g, const Chunk& chunk, int64_t m, const T* b,
                              int64_t column) {
-  tile<T>(MakeIndices<MR>{}, g, chunk, m, b, column);
+  tile<T, Half>(MakeIndices<MR>{}, g, chunk, m, b, column);
 }
 
 template <class T>
 using TileFn = void (*)(const GemmBlock<T>&, const Chunk&, int64_t, const T*, int64_t);
 template <class T, int... I>
-NNARCH_INLINE TileFn<T> tile_with(Indices<I...>, int64_t rows) {
-  static constexpr TileFn<T> by_height[] = {tile_of<T, I + 1>...};
-  return by_height[rows - 1];
+NNARCH_INLINE TileFn<T> tile_with(Indices<I...>, int64_t rows, int64_t columns) {
+  static constexpr TileFn<T> whole[] = {tile_of<T, false, I + 1>...};
+  static constexpr TileFn<T> half[] = {tile_of<T, true, I + 1>...};
+  return columns > kLanes<T> ? whole[rows - 1] : half[rows - 1];
 }
 
 // A strip of rows is cut into tiles of nearly equal height: 13 rows are 4 + 4 + 5, not 6 + 6 + 1.
@@ -108,7 +140,7 @@ void run_chunk(const GemmBlock<T>& g, const Chunk& chunk) {
   for (int64_t column = 0; column < g.n; column += kColumns<T>, b += panel) {
     for (int64_t t = 0, m = 0; t < rows.tiles; ++t) {
       const int64_t next = rows.begin(t + 1);
-      tile_with<T>(MakeIndices<kRows>{}, next - m)(g, chunk, m, b, column);
+      tile_with<T>(MakeIndices<kRows>{}, next - m, g.n - column)(g, chunk, m, b, column);
       m = next;
     }
   }

@@ -32,6 +32,19 @@ struct GridImage {
   int64_t positions() const { return n * grid_h * grid_w; }
 };
 
+// Calls f(image, gy, gx, run, i) for every stretch of positions [i, i + run) of a range that lies in
+// one grid row.
+template <class T, class F>
+void for_each_run(int64_t first, int64_t count, const GridImage<T>& g, const F& f) {
+  const int64_t plane = g.grid_h * g.grid_w;
+  for (int64_t i = 0; i < count;) {
+    const int64_t at = first + i, gx = at % g.grid_w;
+    const int64_t run = std::min(g.grid_w - gx, count - i);
+    f(at / plane, at % plane / g.grid_w, gx, run, i);
+    i += run;
+  }
+}
+
 // The row pointers of up to `capacity` consecutive grid positions.
 template <class T>
 class TapRows {
@@ -48,28 +61,31 @@ class TapRows {
   const T* const* get() const { return pointers_.get(); }
 
   void build(int64_t first, int64_t count) {
-    const GridImage<T>& g = image_;
-    const int64_t plane = g.grid_h * g.grid_w;
-    for (int64_t done = 0; done < count;) {  // one grid row, or the part of it that is asked for
-      const int64_t at = first + done;
-      const int64_t image = at / plane, gy = at % plane / g.grid_w, gx = at % g.grid_w;
-      const int64_t run = std::min(g.grid_w - gx, count - done);
-      const T* base = g.data + image * g.h * g.w * g.pixel;
-      for (size_t t = 0; t < g.taps.size(); ++t)
-        build_run(base, g.taps[t], gy, gx, run, &pointers_[t * capacity_ + done]);
-      done += run;
-    }
+    for_each_run(first, count, image_,
+                 [&](int64_t n, int64_t gy, int64_t gx, int64_t run, int64_t i) {
+                   const T* base = image_.data + n * image_.h * image_.w * image_.pixel;
+                   for (const Tap& tap : image_.taps)
+                     build_run(base, tap, gy, gx, run, &pointers_[row_of(tap) * capacity_ + i]);
+                 });
   }
 
  private:
+  int64_t row_of(const Tap& tap) const { return &tap - image_.taps.data(); }
+
+  // Positions whose pixel lies in the padding point to zeros; the others are in between.
   void build_run(const T* base, const Tap& tap, int64_t gy, int64_t gx, int64_t run,
                  const T** out) const {
-    const int64_t y = gy * image_.step_y + tap.dy;
-    int64_t x = gx * image_.step_x + tap.dx;
-    const bool row_inside = y >= 0 && y < image_.h;
-    const T* row = base + y * image_.w * image_.pixel;
-    for (int64_t i = 0; i < run; ++i, x += image_.step_x)
-      out[i] = row_inside && x >= 0 && x < image_.w ? row + x * image_.pixel : zeros_.get();
+    const int64_t y = gy * image_.step_y + tap.dy, x = gx * image_.step_x + tap.dx;
+    const int64_t step = std::max<int64_t>(image_.step_x, 1);
+    int64_t begin = 0, end = 0;  // of the positions inside the image
+    if (y >= 0 && y < image_.h) {
+      begin = std::clamp<int64_t>(x < 0 ? (-x + step - 1) / step : 0, 0, run);
+      end = std::clamp<int64_t>(x < image_.w ? (image_.w - x + step - 1) / step : 0, begin, run);
+    }
+    std::fill(out, out + begin, zeros_.get());
+    for (int64_t i = begin; i < end; ++i)
+      out[i] = base + (y * image_.w + x + i * step) * image_.pixel;
+    std::fill(out + end, out + run, zeros_.get());
   }
 
   const GridImage<T>& image_;

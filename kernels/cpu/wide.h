@@ -7,26 +7,49 @@ namespace nnarch::NNARCH_ISA {
 
 inline constexpr int kBurst = 8;  // vectors that are added in T before they are widened
 
+template <class T>
+struct HalfVector {
+  typedef T V __attribute__((vector_size(kVectorBytes / 2)));
+};
+
+template <int first, class T, int... I>
+NNARCH_INLINE Vec<double> widen_lanes(Vec<T> v, Indices<I...>) {
+  using Half = typename HalfVector<T>::V;
+  const Half half = __builtin_shufflevector(v, v, (first + I)...);
+  return __builtin_convertvector(half, Vec<double>);
+}
+
 // A double for each lane of a vector of T.
 template <class T>
 struct Wide {
-  typedef double V __attribute__((vector_size(8 * kLanes<T>)));
-  typedef double Unaligned __attribute__((vector_size(8 * kLanes<T>), aligned(8), may_alias));
-};
+  static constexpr int parts = static_cast<int>(sizeof(double) / sizeof(T));
+  Vec<double> part[parts] = {};
 
-template <class T>
-NNARCH_INLINE typename Wide<T>::V widen(Vec<T> v) {
-  return __builtin_convertvector(v, typename Wide<T>::V);
-}
+  NNARCH_INLINE void add(Vec<T> v) {
+    if constexpr (parts == 1) {
+      part[0] += v;
+    } else {
+      constexpr int lanes = kLanes<double>;
+      part[0] += widen_lanes<0, T>(v, MakeIndices<lanes>{});
+      part[1] += widen_lanes<lanes, T>(v, MakeIndices<lanes>{});
+    }
+  }
+
+  NNARCH_INLINE double total() const {
+    Vec<double> sum = part[0];
+    for (int i = 1; i < parts; ++i) sum += part[i];
+    return horizontal_sum<double>(sum);
+  }
+};
 
 // p[lane] += v[lane] for the first n lanes.
 template <class T>
 NNARCH_INLINE void add_wide(double* p, Vec<T> v, int64_t n) {
-  if (n >= kLanes<T>) {
-    using Unaligned = typename Wide<T>::Unaligned;  // `auto` would drop the alignment
-    *reinterpret_cast<Unaligned*>(p) += widen<T>(v);
-  } else {
-    for (int64_t i = 0; i < n; ++i) p[i] += v[i];
+  Wide<T> wide;
+  wide.add(v);
+  for (int i = 0; i < Wide<T>::parts; ++i, p += kLanes<double>, n -= kLanes<double>) {
+    if (n <= 0) return;
+    store_n(p, load_n(p, n) + wide.part[i], n);
   }
 }
 

@@ -99,7 +99,8 @@ template <class T>
 using DepthwiseWeightGradRun = void (*)(const DepthwiseWeightGrad<T>&, const DepthwisePlan&,
                                         const DepthwiseTask&, const DepthwiseWork<T>&);
 
-NNARCH_PER_ISA(template <class T> DepthwiseRun<T> depthwise_run();
+NNARCH_PER_ISA(template <class T> int64_t depthwise_lanes();
+               template <class T> DepthwiseRun<T> depthwise_run();
                template <class T> DepthwiseWeightGradRun<T> depthwise_weight_grad_run();)
 
 }  // namespace nnarch

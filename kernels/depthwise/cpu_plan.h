@@ -32,9 +32,9 @@ inline constexpr int64_t kTaskWork = 1 << 18;
 template <class T>
 class DepthwisePlanner {
  public:
-  DepthwisePlanner(const DepthwiseConv<T>& c, int64_t images) : c_(c) {
+  DepthwisePlanner(const DepthwiseConv<T>& c, int64_t images, bool may_read_directly) : c_(c) {
     scan_passes();
-    if (can_read_directly())
+    if (may_read_directly && can_read_directly())
       plan_direct(images);
     else
       choose_columns(), choose_block();

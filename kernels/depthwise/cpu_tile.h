@@ -68,6 +68,24 @@ NNARCH_INLINE void copy_pixels(const T* src, int64_t src_pixel, T* dst, int64_t 
   }
 }
 
+// The same from either memory order; the rest of the last vector becomes zero too.
+template <class T>
+NNARCH_INLINE void load_pixels(const T* src, int64_t src_pixel, int64_t src_channel, T* dst,
+                               int64_t pitch, int64_t pixels, int64_t n) {
+  if (src_channel == 1) return copy_pixels(src, src_pixel, dst, pitch, pixels, n);
+  if (n != pitch) clear(dst, pixels * pitch);
+  transpose_kernel<T>()(src, src_channel, dst, pitch, n, pixels);
+}
+
+// The kernel rows [first, last) of a pass that lie in the image for output row oy.
+template <class T>
+NNARCH_INLINE void kernel_rows(const DepthwiseConv<T>& c, const DepthwisePass<T>& pass, int64_t oy,
+                               int64_t* first, int64_t* last) {
+  const int64_t iy = oy * c.stride_h + pass.row;
+  *first = limit(-floor_div(iy, c.dilation_h), 0, pass.r);
+  *last = limit(floor_div(c.h - 1 - iy, c.dilation_h) + 1, *first, pass.r);
+}
+
 // The same where output channels share input channels.
 template <class T>
 NNARCH_INLINE void spread_pixels(const DepthwiseConv<T>& c, const T* src, int64_t channel, T* dst,
@@ -130,10 +148,8 @@ class Tile {
   }
 
   void clear_padding() const {
-    // Transposing leaves the lanes beyond the last channel alone.
-    const bool all = c_.x_channel != 1 && pitch_ != task_.channels;
     for (int64_t r = 0; r < plan_.tile_rows; ++r) {
-      clear(slot(r), (all ? plan_.tile_columns : first_) * pitch_);
+      clear(slot(r), first_ * pitch_);
       clear(slot(r) + last_ * pitch_, (plan_.tile_columns - last_) * pitch_);
     }
   }
@@ -144,11 +160,9 @@ class Tile {
     const int64_t pixels = last_ - first_;
     if (c_.lane_source)
       spread_pixels(c_, src, task_.channel, dst, pitch_, pixels);
-    else if (c_.x_channel == 1)
-      copy_pixels(src + task_.channel, c_.x_pixel, dst, pitch_, pixels, task_.channels);
     else
-      transpose_kernel<T>()(src + task_.channel * c_.x_channel, c_.x_channel, dst, pitch_,
-                            task_.channels, pixels);
+      load_pixels(src + task_.channel * c_.x_channel, c_.x_pixel, c_.x_channel, dst, pitch_, pixels,
+                  task_.channels);
   }
 
   const DepthwiseConv<T>& c_;

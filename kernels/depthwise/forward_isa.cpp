@@ -144,8 +144,8 @@ class Runner {
   // The kernel rows of an output row that lie in the image.
   void find_rows(Tile<T>& tile, const DepthwisePass<T>& pass, int64_t oy, Strip<T>* a) const {
     const int64_t iy = oy * c_.stride_h + pass.row, dilation = c_.dilation_h;
-    const int64_t first = limit(-floor_div(iy, dilation), 0, pass.r);
-    const int64_t last = limit(floor_div(c_.h - 1 - iy, dilation) + 1, first, pass.r);
+    int64_t first, last;
+    kernel_rows(c_, pass, oy, &first, &last);
     for (int64_t r = first; r < last; ++r)
       work_.rows[r - first] = tile.row(iy + r * dilation, r);
     a->row_count = last - first;
@@ -249,6 +249,14 @@ void run(const DepthwiseConv<T>& c, const DepthwisePlan& plan, const DepthwiseTa
 
 }  // namespace
 
+template <>
+int64_t depthwise_lanes<float>() {
+  return kLanes<float>;
+}
+template <>
+int64_t depthwise_lanes<double>() {
+  return kLanes<double>;
+}
 template <>
 DepthwiseRun<float> depthwise_run<float>() {
   return run<float>;

@@ -84,9 +84,9 @@ def apply_activation(x, KIND: tl.constexpr, alpha):
 def activation_derivative(saved, KIND: tl.constexpr, alpha):
     """act'(z) as a function of `saved`: y for kinds 1 2 3 5 9 10, z for kinds 4 6 7 8."""
     if KIND == 1:
-        d = tl.where(saved > 0, 1.0, 0.0)
+        d = tl.where(saved <= 0, 0.0, 1.0)  # 1 for NaN, as torch
     elif KIND == 2:
-        d = tl.where((saved > 0) & (saved < 6.0), 1.0, 0.0)
+        d = tl.where((saved <= 0) | (saved >= 6.0), 0.0, 1.0)
     elif KIND == 3:
         d = tl.where(saved > 0, 1.0, alpha)
     elif KIND == 4:

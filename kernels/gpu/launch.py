@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,9 +148,10 @@ def vector(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def strides(tensor: torch.Tensor | None, rank: int) -> Sequence[int]:
-    """The strides of `tensor` in elements, or `rank` zeros for None."""
-    return (0,) * rank if tensor is None else tensor.stride()
+def named_strides(name: str, dims: str, tensor: torch.Tensor | None) -> dict[str, int]:
+    """{"stride_<name><dim>": elements} for each letter of `dims`; zeros for None."""
+    values = (0,) * len(dims) if tensor is None else tensor.stride()
+    return {f"stride_{name}{dim}": s for dim, s in zip(dims, values, strict=True)}
 
 
 def dot_precision(kind: str) -> str:

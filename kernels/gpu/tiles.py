@@ -122,9 +122,7 @@ def matmul_fits(problem: Problem, tile: Tile, target: Target) -> bool:
     if problem.vectors:
         loads = loads * problem.itemsize // 16
     registers = m * n // threads + 3 * loads + _OTHER_REGISTERS[target.operands]
-    return (
-        shared <= target.shared_bytes and registers <= target.max_registers and threads <= 1024
-    )
+    return shared <= target.shared_bytes and registers <= target.max_registers and threads <= 1024
 
 
 def matmul_cost(problem: Problem, tile: Tile, target: Target) -> float:

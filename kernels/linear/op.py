@@ -105,7 +105,7 @@ pack = library.declare(
 )
 
 
-@library.public
+@library.public_lower_precision
 def linear(
     x: Tensor,
     weight: Tensor,

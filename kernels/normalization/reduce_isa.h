@@ -37,6 +37,13 @@ NNARCH_INLINE void add_terms(const NormOperands<T>& o, int64_t i, int64_t n, Vec
   }
 }
 
+// v with the lanes from n on set to zero: they hold functions of zeros, not of inputs.
+template <class T>
+NNARCH_INLINE Vec<T> first_lanes(Vec<T> v, int64_t n) {
+  for (int64_t lane = n; lane < kLanes<T>; ++lane) v[lane] = 0;
+  return v;
+}
+
 template <class T, Reduction kind, int64_t code>
 void reduce_rows_as(const NormOperands<T>& o, int64_t first, int64_t count, int64_t channels,
                     double* sums) {
@@ -62,25 +69,24 @@ void reduce_plane_as(const NormOperands<T>& o, int64_t first, int64_t count, int
                      int64_t channels, double* sums) {
   constexpr int terms = terms_of(kind), w = kLanes<T>;
   const Vec<T> mean = o.mean ? broadcast<T>(o.mean[channel]) : Vec<T>{};
-  typename Wide<T>::V total[terms] = {};
+  Wide<T> total[terms];
   int64_t i = 0;
   for (; i + kBurst * w <= count; i += kBurst * w) {
     Vec<T> s[terms] = {};
     for (int r = 0; r < kBurst; ++r) add_terms<T, kind, code>(o, first + i + r * w, w, mean, s);
-    for (int t = 0; t < terms; ++t) total[t] += widen<T>(s[t]);
+    for (int t = 0; t < terms; ++t) total[t].add(s[t]);
   }
   Vec<T> s[terms] = {};
   for (; i + w <= count; i += w) add_terms<T, kind, code>(o, first + i, w, mean, s);
-  for (int t = 0; t < terms; ++t) total[t] += widen<T>(s[t]);
-  const int64_t rest = count - i;
-  if (rest > 0) {
+  if (const int64_t rest = count - i; rest > 0) {
     Vec<T> tail[terms] = {};
     add_terms<T, kind, code>(o, first + i, rest, mean, tail);
-    for (int t = 0; t < terms; ++t)
-      for (int64_t lane = 0; lane < rest; ++lane) total[t][lane] += tail[t][lane];
+    for (int t = 0; t < terms; ++t) s[t] += first_lanes<T>(tail[t], rest);
   }
-  for (int t = 0; t < terms; ++t)
-    for (int lane = 0; lane < w; ++lane) sums[t * channels + channel] += total[t][lane];
+  for (int t = 0; t < terms; ++t) {
+    total[t].add(s[t]);
+    sums[t * channels + channel] += total[t].total();
+  }
 }
 
 // Calls f(Constant<kind>{}, Code<code>{}); only `backward` has an activation.

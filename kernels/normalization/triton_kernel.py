@@ -10,8 +10,14 @@ from typing import Any
 
 import torch
 
-from nnarch.kernels.gpu.launch import check_dtype, device_guard, launch, needs_int64, vector
-from nnarch.kernels.gpu.matmul import named_strides
+from nnarch.kernels.gpu.launch import (
+    check_dtype,
+    device_guard,
+    launch,
+    named_strides,
+    needs_int64,
+    vector,
+)
 from nnarch.kernels.gpu.static import StaticCase, meta
 from nnarch.kernels.normalization.triton_batch_norm import (
     affine_kernel,

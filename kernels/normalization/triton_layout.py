@@ -115,9 +115,14 @@ def blocks(view: torch.Tensor) -> Tile:
         block_c = min(triton.next_power_of_2(channels), 64)
         block_l = _ELEMENTS // block_c
     else:
-        block_l = min(triton.next_power_of_2(length), _ELEMENTS)
+        block_l = min(triton.next_power_of_2(length), *_long_blocks(length))
         block_c = _ELEMENTS // block_l
     return tile(BLOCK_C=block_c, BLOCK_L=block_l, num_warps=_WARPS)
+
+
+def _long_blocks(length: int) -> list[int]:
+    """Blocks of 256 to 1024, the one that wastes the fewest lanes first, the largest of equals."""
+    return sorted((1024, 512, 256), key=lambda block: cdiv(length, block) * block)[:1]
 
 
 def elementwise_grid(view: torch.Tensor, tile: Tile) -> tuple[int, ...]:

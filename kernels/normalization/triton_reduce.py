@@ -19,9 +19,9 @@ from nnarch.kernels.gpu.launch import (
     device_guard,
     flat_grid,
     launch,
+    named_strides,
     needs_int64,
 )
-from nnarch.kernels.gpu.matmul import named_strides
 from nnarch.kernels.gpu.tiles import tile
 from nnarch.kernels.normalization.triton_layout import (
     as_ncl,

@@ -43,8 +43,8 @@ void global_average(const T* x, int64_t images, int64_t channels, int64_t pixels
   if (!channels_last) {
     const int64_t run = std::max<int64_t>(1, 16384 / pixels), planes = images * channels;
     parallel_tasks(ceil_div(planes, run), [&](int64_t task) {
-      for (int64_t p = task * run; p < std::min(planes, (task + 1) * run); ++p)
-        y[p] = table.mean_plane(x + p * pixels, pixels);
+      const int64_t first = task * run;
+      table.mean_planes(x + first * pixels, std::min(run, planes - first), pixels, y + first);
     });
     return;
   }

@@ -60,10 +60,10 @@ struct PoolTable {
   // column_counts are w.count; row has row_buffer_size elements.
   void (*average_plane)(const T* plane, const Axis& h, const Axis& w, int64_t from, int64_t to,
                         T* y, const T* column_counts, T* row);
-  // Means over everything: of channels [from, to) of an image, and of a plane.
+  // Means over whole images: of channels [from, to) of one, and of planes that follow each other.
   void (*mean_pixels)(const T* image, int64_t pixels, int64_t channels, int64_t from, int64_t to,
                       double* sums, T* y);
-  T (*mean_plane)(const T* plane, int64_t pixels);
+  void (*mean_planes)(const T* x, int64_t planes, int64_t pixels, T* y);
 };
 
 NNARCH_PER_ISA(template <class T> const PoolTable<T>& pool_table();)

@@ -121,19 +121,27 @@ void average_plane(const T* plane, const Axis& h, const Axis& w, int64_t from, i
 }
 
 template <class T>
-T mean_plane(const T* plane, int64_t pixels) {
+NNARCH_INLINE double sum_plane(const T* plane, int64_t pixels) {
   constexpr int64_t w = kLanes<T>;
-  typename Wide<T>::V total{};
+  Wide<T> total;
   int64_t i = 0;
   for (; i + kBurst * w <= pixels; i += kBurst * w) {
     Vec<T> sum{};
     for (int r = 0; r < kBurst; ++r) sum += load(plane + i + r * w);
-    total += widen<T>(sum);
+    total.add(sum);
   }
-  for (; i < pixels; i += w) total += widen<T>(load_n(plane + i, pixels - i));
-  double sum = 0;
-  for (int lane = 0; lane < w; ++lane) sum += total[lane];
-  return static_cast<T>(sum / static_cast<double>(pixels));
+  Vec<T> rest{};
+  for (; i + w <= pixels; i += w) rest += load(plane + i);
+  if (i < pixels) rest += load_n(plane + i, pixels - i);
+  total.add(rest);
+  return total.total();
+}
+
+template <class T>
+void mean_planes(const T* x, int64_t planes, int64_t pixels, T* y) {
+  const double scale = 1.0 / static_cast<double>(pixels);
+  for (int64_t p = 0; p < planes; ++p)
+    y[p] = static_cast<T>(sum_plane<T>(x + p * pixels, pixels) * scale);
 }
 
 }  // namespace nnarch::NNARCH_ISA

@@ -9,7 +9,7 @@ namespace {
 
 template <class T>
 constexpr PoolTable<T> kTable = {max_rows<T>,      average_rows<T>, max_plane<T>,
-                                 average_plane<T>, mean_pixels<T>,  mean_plane<T>};
+                                 average_plane<T>, mean_pixels<T>,  mean_planes<T>};
 
 }  // namespace
 

@@ -20,10 +20,11 @@ from nnarch.kernels.gpu.launch import (
     device_guard,
     flat_grid,
     launch,
+    named_strides,
     needs_int64,
 )
-from nnarch.kernels.gpu.matmul import named_strides
 from nnarch.kernels.gpu.tiles import tile
+from nnarch.kernels.pooling.checks import output_size
 from nnarch.kernels.pooling.triton_tile import (
     adaptive_span,
     covering_windows,
@@ -32,7 +33,6 @@ from nnarch.kernels.pooling.triton_tile import (
     pair,
     pixel_grid,
     pixel_tile,
-    pooled_size,
     sizes,
     unroll,
     window,
@@ -226,21 +226,19 @@ def avg_pool2d(
 ) -> torch.Tensor:
     """``nnarch::avg_pool2d``."""
     check_dtype("avg_pool2d", x)
-    size = [
-        pooled_size(x.shape[2 + i], kernel[i], stride[i], padding[i], 1, ceil_mode) for i in (0, 1)
-    ]
+    size = output_size("avg_pool2d", x.shape, kernel, stride, padding, (1, 1), ceil_mode)
     windows = _regular_windows(
         x.shape[2:], size, kernel, stride, padding, count_include_pad, divisor_override
     )
     return _forward(x, size, windows)
 
 
-def adaptive_avg_pool2d(x: torch.Tensor, output_size: Sequence[int]) -> torch.Tensor:
+def adaptive_avg_pool2d(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """``nnarch::adaptive_avg_pool2d``."""
     check_dtype("adaptive_avg_pool2d", x)
-    if tuple(output_size) == (1, 1) and x.stride(2) == x.shape[3] * x.stride(3):
+    if tuple(size) == (1, 1) and x.stride(2) == x.shape[3] * x.stride(3):
         return _global_avg_pool2d(x)
-    return _forward(x, output_size, _adaptive_windows(x.shape[2:], output_size))
+    return _forward(x, size, _adaptive_windows(x.shape[2:], size))
 
 
 def avg_pool2d_input_grad(
@@ -341,6 +339,8 @@ def _input_grad(
     cover: tuple[int, int],
 ) -> torch.Tensor:
     dx = library.new_output(grad, input_size)
+    if grad.numel() == 0:
+        return dx.zero_()
     grad_view, dx_view = merge_planes(grad, dx)
     grid, tile = pixel_grid(dx_view)
     arguments = {

@@ -16,8 +16,13 @@ import triton
 import triton.language as tl
 
 from nnarch import library
-from nnarch.kernels.gpu.launch import check_dtype, device_guard, launch
-from nnarch.kernels.gpu.matmul import named_strides
+from nnarch.kernels.gpu.launch import (
+    check_dtype,
+    device_guard,
+    launch,
+    named_strides,
+)
+from nnarch.kernels.pooling.checks import output_size
 from nnarch.kernels.pooling.triton_tile import (
     adaptive_span,
     index_64,
@@ -25,7 +30,6 @@ from nnarch.kernels.pooling.triton_tile import (
     pair,
     pixel_grid,
     pixel_tile,
-    pooled_size,
     sizes,
     unroll,
     window,
@@ -277,22 +281,19 @@ def max_pool2d(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``nnarch::max_pool2d``."""
     check_dtype("max_pool2d", x)
-    size = [
-        pooled_size(x.shape[2 + i], kernel[i], stride[i], padding[i], dilation[i], ceil_mode)
-        for i in (0, 1)
-    ]
+    size = output_size("max_pool2d", x.shape, kernel, stride, padding, dilation, ceil_mode)
     windows = pair("stride", stride) | pair("padding", padding) | pair("dilation", dilation)
     return _max_pool(x, size, (kernel[0], kernel[1]), windows, return_indices, adaptive=False)
 
 
 def adaptive_max_pool2d(
-    x: torch.Tensor, output_size: Sequence[int], return_indices: bool
+    x: torch.Tensor, size: Sequence[int], return_indices: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``nnarch::adaptive_max_pool2d``."""
     check_dtype("adaptive_max_pool2d", x)
-    kernel = tuple(adaptive_span(x.shape[2 + i], output_size[i]) for i in (0, 1))
+    kernel = tuple(adaptive_span(x.shape[2 + i], size[i]) for i in (0, 1))
     windows = pair("stride", (1, 1)) | pair("padding", (0, 0)) | pair("dilation", (1, 1))
-    return _max_pool(x, output_size, kernel, windows, return_indices, adaptive=True)
+    return _max_pool(x, size, kernel, windows, return_indices, adaptive=True)
 
 
 def _max_pool(

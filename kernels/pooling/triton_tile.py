@@ -165,14 +165,3 @@ def pair(name: str, values: Sequence[Any]) -> dict[str, Any]:
 def unroll(taps: int) -> int:
     """How many taps of a loop over `taps` the compiler is asked to unroll."""
     return taps if taps <= _MAX_UNROLL else 4
-
-
-def pooled_size(
-    size: int, kernel: int, stride: int, padding: int, dilation: int, ceil_mode: bool
-) -> int:
-    """Output extent of regular pooling along one axis, torch's rule."""
-    last = size + 2 * padding - dilation * (kernel - 1) - 1
-    out = (last + (stride - 1 if ceil_mode else 0)) // stride + 1
-    if ceil_mode and (out - 1) * stride >= size + padding:
-        out -= 1  # the last window must start inside the image or its left padding
-    return out

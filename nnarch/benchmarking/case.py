@@ -28,7 +28,8 @@ class Case:
     """One measured piece of work.
 
     Args:
-        name: unique, without spaces: what `--only` matches and the CSV stores.
+        name: unique, without spaces: what `--only` matches and the CSV stores. By convention it
+            ends in "_fb" where the backward is timed too, "_train" for a training step.
         group: the family it is listed under; also names its target.
         layer: builds the module from a layer namespace (``torch.nn`` or ``nnarch.nn``), so one
             line defines nnarch's side, torch's side and, in float64, the truth.

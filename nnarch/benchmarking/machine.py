@@ -112,7 +112,8 @@ def calibrate(threads: int = 1) -> Roof:
     """Measure the peak and the bandwidth of `threads` threads, in about two seconds.
 
     Args:
-        threads: how many run the loops at once; their rates are added.
+        threads: how many run the loops at once. Their best rates are added although nothing makes
+            them coincide, so for more than one thread the result is an upper bound.
     """
     loops = _native_loops() or _torch_loops()
     with ThreadPoolExecutor(threads) as pool:

@@ -134,8 +134,8 @@ def _eager(problem: Problem, threads: int, *, memory_format: torch.memory_format
 
 
 def _compiled(problem: Problem, threads: int) -> Contender:
-    """torch.compile, given channels_last: for single layers inductor is up to 5 times slower on
-    NCHW, and a peer is measured at its best."""
+    """torch.compile, given channels_last, where inductor ran every single layer that was tried
+    (3x3, 1x1, depthwise, max pool) faster than on NCHW. Whole models were not compared."""
     import torch._inductor.config as inductor
 
     module, x = problem.fresh(torch.channels_last)

@@ -73,7 +73,7 @@ def page(rows: Sequence[Row], host: Machine | None, roofs: Sequence[Roof] = ()) 
     name = host.cpu if host else ", ".join(dict.fromkeys(row.machine for row in rows))
     sections = [
         _machine_section(host, roofs) if host else "",
-        *_roofline_sections(rows, roofs),
+        *_roofline_sections(rows),
         *(_group_section(group, cases) for group, cases in cases_of(rows)),
         _first_call_section(rows),
         _notes_section(rows),
@@ -96,7 +96,8 @@ def _section(title: str, *content: str) -> str:
 
 def _machine_section(host: Machine, roofs: Sequence[Roof]) -> str:
     facts = {
-        "processor": f"{host.cpu}, {host.cores} cores",
+        "processor": host.cpu,
+        "cores": str(host.cores),
         "instruction set": host.isa,
         "caches": ", ".join(f"{name} {size >> 10} KiB" for name, size in host.caches.items()),
         "memory": f"{host.memory / (1 << 30):.0f} GiB" if host.memory else "",
@@ -116,14 +117,13 @@ def _definitions(facts: dict[str, str]) -> str:
     return f"<dl>{''.join(items)}</dl>"
 
 
-def _roofline_sections(rows: Sequence[Row], roofs: Sequence[Roof]) -> list[str]:
-    bandwidth = {roof.threads: roof.bandwidth for roof in roofs}
+def _roofline_sections(rows: Sequence[Row]) -> list[str]:
     sections = []
     for threads in sorted({row.threads for row in rows}):
         chosen = [row for row in rows if row.threads == threads]
         image = _image(
             f"roofline, threads: {threads}",
-            lambda file, c=chosen, t=threads: rooflines.roofline(c, file, bandwidth.get(t, ())),
+            lambda file, chosen=chosen: rooflines.roofline(chosen, file),
         )
         if image:
             sections.append(_section(f"Roofline, threads: {threads}", image))

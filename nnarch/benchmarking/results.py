@@ -35,7 +35,8 @@ class Row:
         best_peer: name of the fastest peer. ratio: its time over this one.
         torch_ratio: the same against the fastest of torch's own.
         must, aim: ratios to reach (nnarch's rows only). met: whether must is. why: in words.
-        peak_gflops, dram_gbs: the machine's limits in the same run. roof_source: who measured them.
+        peak_gflops, bandwidth: the machine's limits in the same run, the second in GB/s by bytes
+            of working set, as "262144:103.5 1048576:80.1". roof_source: who measured them.
     """
 
     case: str
@@ -73,13 +74,19 @@ class Row:
     met: bool = False
     why: str = ""
     peak_gflops: float = math.nan
-    dram_gbs: float = math.nan
+    bandwidth: str = ""
     roof_source: str = ""
 
     @property
     def timed(self) -> bool:
         """Whether there is a time."""
         return self.status == OK and not math.isnan(self.ms)
+
+    @property
+    def bandwidths(self) -> dict[int, float]:
+        """GB/s by bytes of working set."""
+        pairs = (pair.split(":") for pair in self.bandwidth.split())
+        return {int(size): float(rate) for size, rate in pairs}
 
 
 _TYPES: dict[str, str] = {field.name: str(field.type) for field in fields(Row)}

@@ -23,12 +23,7 @@ _COLOURS = (
 _DISTINCT = 1.3
 
 
-def roofline(
-    rows: Sequence[Row],
-    path: str | Path,
-    bandwidth: Sequence[tuple[int, float]] = (),
-    title: str = "Roofline",
-) -> None:
+def roofline(rows: Sequence[Row], path: str | Path, title: str = "Roofline") -> None:
     """Draw operations per second over operations per byte.
 
     A filled mark is nnarch (square where the backward is timed too), the hollow one on the thin
@@ -37,18 +32,16 @@ def roofline(
     Args:
         rows: of one number of threads; those without operations or a time are left out.
         path: PNG file to write; its folder is made.
-        bandwidth: (working set in bytes, bytes per second), ascending: a roof each; by default
-            main memory's alone, out of the rows.
         title: above the plot.
 
     Raises:
         ValueError: no nnarch row has a time, operations and limits.
     """
-    ours = [row for row in rows if row.ours and row.timed and row.gflop > 0 and row.peak_gflops > 0]
+    ours = [row for row in rows if row.ours and row.timed and row.gflop > 0 and row.bandwidth]
     if not ours:
         raise ValueError("roofline: expected a timed nnarch row with limits, got none")
     peak = max(row.peak_gflops for row in ours)
-    roofs = _distinct_roofs(bandwidth) or [("memory", max(row.dram_gbs for row in ours))]
+    roofs = _distinct_roofs(ours)
     left = min(*(_intensity(row) for row in ours), peak / roofs[0][1]) / 1.8
     right = max(*(_intensity(row) for row in ours), 4 * peak / roofs[-1][1]) * 1.8
     figure, axes = canvas.new(9.2, 5.6)
@@ -67,15 +60,21 @@ def _intensity(row: Row) -> float:
     return row.gflop * 1e3 / row.mbytes
 
 
-def _distinct_roofs(bandwidth: Sequence[tuple[int, float]]) -> list[tuple[str, float]]:
-    """(name, GB/s) from the fastest to main memory, near-equal ones merged into the larger."""
+def _distinct_roofs(rows: Sequence[Row]) -> list[tuple[str, float]]:
+    """(name, GB/s) from the fastest to main memory, near-equal ones merged into the larger.
+
+    Rows of several runs may disagree: the best that was seen is what the machine can do.
+    """
+    best: dict[int, float] = {}
+    for row in rows:
+        for size, rate in row.bandwidths.items():
+            best[size] = max(rate, best.get(size, 0.0))
     roofs: list[tuple[str, float]] = []
-    for i, (size, rate) in enumerate(bandwidth):
+    for size, rate in sorted(best.items()):
         unit = f"{size // MIB} MiB" if size >= MIB else f"{size // KIB} KiB"
-        last = i == len(bandwidth) - 1
-        if roofs and roofs[-1][1] < rate / 1e9 * _DISTINCT:
+        if roofs and roofs[-1][1] < rate * _DISTINCT:
             roofs.pop()
-        roofs.append(("memory" if last else unit, rate / 1e9))
+        roofs.append(("memory" if size == max(best) else unit, rate))
     return roofs
 
 
@@ -96,7 +95,7 @@ def _draw_points(axes: Any, ours: Sequence[Row], rows: Sequence[Row]) -> None:
     peers = {(row.case, row.threads, row.provider): row for row in rows if row.timed}
     for (group, cases), colour in zip(cases_of(ours), itertools.cycle(_COLOURS), strict=False):
         points = list(itertools.chain.from_iterable(cases))
-        marker = "s" if group.endswith(("fwd+bwd", "training", "batch_norm")) else "o"
+        marker = "s" if points[0].case.endswith(("_fb", "_train")) else "o"
         style = {"markersize": 6, "markeredgewidth": 0.7, "linestyle": "", "marker": marker}
         for row in points:
             peer = peers.get((row.case, row.threads, row.best_peer))

@@ -24,7 +24,8 @@ def score(rows: Sequence[Row], case: Case, roof: Roof, target: Target) -> None:
     """
     for row in rows:
         row.gflop, row.mbytes = case.total_flops / 1e9, case.total_bytes / 1e6
-        row.peak_gflops, row.dram_gbs = roof.peak / 1e9, roof.dram / 1e9
+        row.peak_gflops = roof.peak / 1e9
+        row.bandwidth = " ".join(f"{size}:{rate / 1e9:.4g}" for size, rate in roof.bandwidth)
         row.roof_source = roof.source
         if row.timed:
             row.gflops, row.gbs = row.gflop / row.ms * 1e3, row.mbytes / row.ms

@@ -17,7 +17,8 @@ from nnarch.benchmarking.results import Row
 PROTOCOL = (
     "Time: minimum over interleaved blocks ± interquartile range; ~ marks a row whose two halves "
     "disagree by more than 10 %. Ratio: best peer / nnarch, larger is better. Roof: share of the "
-    "FMA peak (c) or of the memory bandwidth (m) measured in this run."
+    "FMA peak (c) or of the memory bandwidth (m) measured in this run. "
+    "First call: preparation (conversion, compilation) + the call itself (of which packing)."
 )
 
 
@@ -95,7 +96,7 @@ def _some(labels: Sequence[str]) -> str:
 def print_machine(host: Machine, roof: Roof, console: Console) -> None:
     """One line on the machine and one on its limits."""
     console.print(
-        f"[bold]{host.cpu}[/], {host.cores} cores, {host.isa}, torch {host.torch}; "
+        f"[bold]{host.cpu}[/], cores: {host.cores}, {host.isa}, torch {host.torch}; "
         f"threads: [bold]{roof.threads}[/]"
     )
     console.print(roof_text(roof))
@@ -177,7 +178,7 @@ def _rates(row: Row) -> list[str]:
 def _first_call_table(rows: Sequence[Row]) -> Table:
     """What comes before the steady state, as the largest case of every group shows it."""
     table = Table(
-        title="before the steady state, ms: preparation + first call (weight packing)",
+        title="first call, ms",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,

@@ -171,6 +171,12 @@ def test_bandwidth_follows_the_working_set():
     assert ROOF.bandwidth_at(1 << 40) == 20e9
 
 
+def test_rows_carry_the_limits_they_were_held_against():
+    row = nnarch_row(COMPUTE, 1.0, nnarch=2.0, eager=3.0)
+    assert row.peak_gflops == 100
+    assert row.bandwidths == {MIB: 80.0, 256 * MIB: 20.0}
+
+
 # -------------------------------------------------------------------------------------- CSV
 
 

@@ -199,11 +199,15 @@ def test_demo_fails_where_outputs_differ(run, monkeypatch):
     _needs_demo_files()
     honest = demo.accelerate
 
-    def off(model):
-        wrong = honest(model)
-        return torch.nn.Sequential(wrong, torch.nn.LeakyReLU(0.9))
+    class Off(torch.nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.right = honest(model)
 
-    monkeypatch.setattr(demo, "accelerate", off)
+        def forward(self, x):
+            return self.right(x) * 1.001
+
+    monkeypatch.setattr(demo, "accelerate", Off)
     code, _, err = run("demo", "--no-timing")
     assert code == 1
     assert "from torch" in _one_line(err)

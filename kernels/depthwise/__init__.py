@@ -1,0 +1,1 @@
+"""Depthwise convolution: reference, native CPU and Triton kernels."""

@@ -1,0 +1,158 @@
+"""Reductions split among programs: into how many parts, and the second stage that adds them.
+
+Parts go to a float32 buffer, each program to its own place, and are added in a fixed order: the
+result has the same bits in every run. No atomics.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from nnarch.kernels.gpu import targets
+from nnarch.kernels.gpu.epilogue import write_tile
+from nnarch.kernels.gpu.launch import cdiv, flat_grid, launch, named_strides, needs_int64
+
+
+def split_count(output_tiles: int, steps: int) -> int:
+    """Into how many parts to split the reduction, so that few output tiles fill the GPU.
+
+    Args:
+        output_tiles: programs without a split.
+        steps: of BLOCK_K in the reduction; a part keeps at least four.
+    """
+    processors = targets.current_target().processors
+    if output_tiles * 2 > processors:
+        return 1
+    return max(1, min(processors // output_tiles, steps // 4))
+
+
+@triton.jit
+def _finish_kernel(
+    partial_ptr,  # [splits, M, K] float32
+    y_ptr,  # [N, K, H, W] by strides; a row m of the product is a pixel (n, h, w)
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    residual_ptr,
+    alpha,
+    M,
+    K,
+    H,
+    W,
+    splits,
+    stride_yn,
+    stride_yk,
+    stride_yh,
+    stride_yw,
+    stride_rn,
+    stride_rk,
+    stride_rh,
+    stride_rw,
+    ACTIVATION: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y = act(epilogue(sum of the partial products)), the parts added in their order."""
+    tiles_n = tl.cdiv(K, BLOCK_N)
+    pid = tl.program_id(0)
+    m = pid // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
+    k = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = (m < M)[:, None] & (k < K)[None, :]
+    n, h, w = m // (H * W), m // W % H, m % W
+    if INT64:
+        m, n, h, k = m.to(tl.int64), n.to(tl.int64), h.to(tl.int64), k.to(tl.int64)
+
+    part_ptr = partial_ptr + m[:, None] * K + k[None, :]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for _ in range(splits):
+        acc += tl.load(part_ptr, mask=inside, other=0.0)
+        part_ptr += tl.cast(M, tl.int64) * K
+
+    write_tile(
+        acc,
+        y_ptr,
+        n * stride_yn + h * stride_yh + w * stride_yw,
+        stride_yk,
+        residual_ptr,
+        n * stride_rn + h * stride_rh + w * stride_rw,
+        stride_rk,
+        m < M,
+        pid % tiles_n * BLOCK_N,
+        K,
+        bias_ptr,
+        scale_ptr,
+        shift_ptr,
+        alpha,
+        ACTIVATION,
+        BLOCK_N,
+        INT64,
+    )
+
+
+def finish_split(partial: torch.Tensor, y: torch.Tensor, epilogue: dict[str, Any]) -> None:
+    """Sum the parts of a split reduction and apply the epilogue.
+
+    Args:
+        partial: [splits, M, K] float32, M = N·H·W.
+        y: [N, K, H, W], written.
+        epilogue: the arguments bias_ptr, scale_ptr, shift_ptr, residual_ptr, alpha, ACTIVATION.
+    """
+    splits, m, k = partial.shape
+    block_m, block_n = 16, 64
+    arguments = {
+        "partial_ptr": partial,
+        "y_ptr": y,
+        **epilogue,
+        **{"M": m, "K": k, "H": y.shape[2], "W": y.shape[3], "splits": splits},
+        **named_strides("y", "nkhw", y),
+        **named_strides("r", "nkhw", epilogue["residual_ptr"]),
+        "INT64": needs_int64(partial[0], y, epilogue["residual_ptr"]),
+        **{"BLOCK_M": block_m, "BLOCK_N": block_n},
+    }
+    launch(_finish_kernel, flat_grid(cdiv(m, block_m) * cdiv(k, block_n)), arguments)
+
+
+@triton.jit
+def _sum_parts_kernel(
+    partial_ptr,  # [splits, K, R·S, C / groups] float32
+    out_ptr,  # [K, C / groups, R·S] contiguous
+    numel,
+    C_GROUP,
+    TAPS,
+    splits,
+    INT64: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The sum of the parts, added in their order, in the layout of the weight."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    if not INT64:
+        i = i.to(tl.int32)
+    inside = i < numel
+    tap, c, k = i % TAPS, i // TAPS % C_GROUP, i // TAPS // C_GROUP
+    part_ptr = partial_ptr + (k * TAPS + tap) * C_GROUP + c
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(splits):
+        acc += tl.load(part_ptr, mask=inside, other=0.0)
+        part_ptr += numel
+    tl.store(out_ptr + i, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def sum_parts(partial: torch.Tensor, dw: torch.Tensor) -> None:
+    """dw = Σ parts, for weight gradients.
+
+    Args:
+        partial: [splits, K, R·S, C / groups] float32.
+        dw: [K, C / groups, R, S] contiguous, written.
+    """
+    splits, _, taps, channels = partial.shape
+    block = 512
+    arguments = {
+        **{"partial_ptr": partial, "out_ptr": dw, "numel": dw.numel(), "splits": splits},
+        **{"C_GROUP": channels, "TAPS": taps, "INT64": needs_int64(dw), "BLOCK": block},
+    }
+    launch(_sum_parts_kernel, flat_grid(cdiv(dw.numel(), block)), arguments)
