@@ -54,7 +54,7 @@ gpu-check: $(STAMPS)/test $(STAMPS)/oracles
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 
 format: $(STAMPS)/lint

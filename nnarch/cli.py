@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 app = typer.Typer(
@@ -119,9 +120,10 @@ def classify(
 
 
 def _print_classes(image: Path, classes: Sequence[tuple[str, float]]) -> None:
-    table = Table(show_header=False, box=box.SIMPLE, title=str(image), title_justify="left", title_style="bold")
+    console.print(f"[bold]{escape(str(image))}[/]")
+    table = Table.grid(padding=(0, 2))
     for label, share in classes:
-        table.add_row(label, f"{share:.4f}")
+        table.add_row(f"  {escape(label)}", f"{share:.4f}")
     console.print(table)
 
 

@@ -47,7 +47,7 @@ def _as_rgb(image: Image.Image | np.ndarray) -> Image.Image:
                 "imagenet_input: image must be a uint8 array [H, W, 3] or [H, W], "
                 f"got {image.dtype} {list(image.shape)}"
             )
-        image = Image.fromarray(image)
+        return Image.fromarray(image).convert("RGB")
     return image.convert("RGB")
 
 

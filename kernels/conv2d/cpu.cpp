@@ -224,7 +224,7 @@ Tensor conv2d_weight_grad(const Tensor& grad_in, const Tensor& x_in, const IntLi
   const Tensor dw = new_contiguous(weight_size, grad.scalar_type());
   with_scalar_type(grad.scalar_type(), "conv2d_weight_grad", [&](auto scalar) {
     using T = decltype(scalar);
-    weight_grad_groups<T>(grad, to_compute_type(x_in), p, mutable_data<T>(dw));
+    if (dw.numel() > 0) weight_grad_groups<T>(grad, to_compute_type(x_in), p, mutable_data<T>(dw));
   });
   return to_type(dw, type);
 }

@@ -76,12 +76,12 @@ conv2d_op = library.declare(
 
 
 def _check_input_grad(grad, weight, input_size, stride, padding, dilation, groups) -> None:
-    x = grad.new_empty(0).expand(*input_size) if 0 in input_size else grad.new_empty(1).expand(*input_size)
+    x = grad.new_empty(1).expand(tuple(input_size))  # takes no memory
     _check_grad("conv2d_input_grad", grad, x, weight, stride, padding, dilation, groups)
 
 
 def _check_weight_grad(grad, x, weight_size, stride, padding, dilation, groups) -> None:
-    weight = grad.new_empty(1).expand(*weight_size)
+    weight = grad.new_empty(1).expand(tuple(weight_size))
     _check_grad("conv2d_weight_grad", grad, x, weight, stride, padding, dilation, groups)
 
 

@@ -156,7 +156,7 @@ def conv2d_input_grad(
 ) -> torch.Tensor:
     """nnarch::conv2d_input_grad on a GPU."""
     check_dtype("conv2d_input_grad", grad, weight)
-    n, c, h, w = input_size
+    n, _, h, w = input_size
     k, c_group, r, s = weight.shape
     dx = library.new_output(grad, input_size)
     if dx.numel() == 0:

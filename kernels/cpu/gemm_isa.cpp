@@ -85,21 +85,23 @@ NNARCH_INLINE void tile(Indices<I...> each, const GemmBlock<T>& g, const Chunk& 
   const int64_t n0 = columns < w ? columns : w, n1 = columns > w ? columns - w : 0;
   Vec<T> left[sizeof...(I)] = {(static_cast<void>(I), Vec<T>{})...};
   Vec<T> right[sizeof...(I)] = {(static_cast<void>(I), Vec<T>{})...};
-  if (whole && add) {
-    ((left[I] = load(c + offset[I]), right[I] = load(c + offset[I] + w)), ...);
-  } else if (whole) {  // the lines to be written come into cache while the sum is formed
+  if (whole) {  // the lines to be written come into cache while the sum is formed
     ((__builtin_prefetch(c + offset[I], 1), __builtin_prefetch(c + offset[I] + 2 * w - 1, 1)), ...);
     if (const T* r = g.epilogue.residual)
       ((__builtin_prefetch(r + column + offset[I]),
         __builtin_prefetch(r + column + offset[I] + 2 * w - 1)),
        ...);
-  } else if (add) {
-    ((left[I] = load_n(c + offset[I], n0), right[I] = load_n(c + offset[I] + w, n1)), ...);
   }
   if (column == 0 && g.taps == 1 && m + 2 * int64_t{sizeof...(I)} <= g.m)
     accumulate<T, Half, true>(each, g.rows + m, g.row_stride, chunk, b, left, right);
   else
     accumulate<T, Half, false>(each, g.rows + m, g.row_stride, chunk, b, left, right);
+  // Added last: the rounding error of a running sum grows with its length, so chunks start anew.
+  if (add && whole) {
+    ((left[I] += load(c + offset[I]), right[I] += load(c + offset[I] + w)), ...);
+  } else if (add) {
+    ((left[I] += load_n(c + offset[I], n0), right[I] += load_n(c + offset[I] + w, n1)), ...);
+  }
   if (chunk.last) apply_epilogue<T>(each, g.epilogue.from_channel(column), offset, columns, left, right);
   if (whole) {
     ((store(c + offset[I], left[I]), store(c + offset[I] + w, right[I])), ...);

@@ -19,6 +19,21 @@ namespace nnarch {
 // widest vector of any instruction set; the taps of a vector of channels follow each other.
 inline constexpr int64_t kDepthwiseBlock = 16;
 
+// The lengths of strips (see cpu_strip.h) that there is code for. Kernels of width 7 have none of 8:
+// seven weights, seven sums and a pixel fill the sixteen registers of AVX2.
+inline constexpr int64_t kStripLengths[] = {8, 7, 4, 1};
+
+// The length that covers n pixels with the least work: the last strip is moved back to end with
+// the row, and computes some pixels twice.
+static inline __attribute__((always_inline)) int64_t strip_pixels(int64_t s, int64_t n) {
+  int64_t best = 1, least = INT64_MAX;
+  for (int64_t p : kStripLengths) {
+    const int64_t work = (n + p - 1) / p * (p + 1);  // 1: what a strip costs besides its pixels
+    if (p <= n && !(p == 8 && s == 7) && work < least) least = work, best = p;
+  }
+  return best;
+}
+
 // One set of taps and the outputs that it produces. The forward pass has one; the input gradient
 // of a strided convolution has one for every remainder of the position by the stride.
 template <class T>

@@ -24,7 +24,6 @@ inline constexpr int64_t kDirectBytes = 24576;
 inline constexpr int64_t kFarBytes = 16 << 20;
 // A ring of more rows than this many times those used at once is not worth its memory.
 inline constexpr int64_t kRingWaste = 4;
-inline constexpr int64_t kLongestStrip = 8;
 // Tasks to aim at where the layer has so much work, and the multiply-adds of the smallest.
 inline constexpr int64_t kTasks = 16;
 inline constexpr int64_t kTaskWork = 1 << 18;
@@ -58,7 +57,8 @@ class DepthwisePlanner {
     bool any = false;
     for (int64_t i = 0; i < c_.pass_count; ++i) {
       const DepthwisePass<T>& p = c_.passes[i];
-      oh_ = std::max(oh_, p.oh), ow_ = std::max(ow_, p.ow), r_ = std::max(r_, p.r);
+      oh_ = std::max(oh_, p.oh), ow_ = std::max(ow_, p.ow);
+      r_ = std::max(r_, p.r), s_ = std::max(s_, p.s);
       taps_ += p.r * p.s;
       if (p.r * p.s == 0) continue;
       const int64_t row_end = p.row + (p.r - 1) * c_.dilation_h + 1;
@@ -86,9 +86,10 @@ class DepthwisePlanner {
     plan_.block = round_up(c_.channels, kDepthwiseBlock);
     plan_.tile_rows = r_;
     const int64_t size = sizeof(T);
-    const int64_t fit = kDirectBytes / (r_ * c_.stride_w * c_.channels * size);
-    plan_.columns = std::min(ow_, std::max<int64_t>(16, fit / 16 * 16));
-    plan_.tile_columns = tile_columns(kLongestStrip);  // for one strip at an edge
+    const int64_t strip = strip_pixels(s_, ow_);
+    const int64_t fit = kDirectBytes / (std::max<int64_t>(r_, 1) * c_.stride_w * c_.channels * size);
+    plan_.columns = std::min(ow_, std::max(2 * strip, fit / strip * strip));
+    plan_.tile_columns = tile_columns(kStripLengths[0]);  // for one strip at an edge
     const int64_t bytes = images * size * c_.channels * (c_.h * c_.w + oh_ * ow_);
     plan_.far = bytes >= kFarBytes;
   }
@@ -129,7 +130,7 @@ class DepthwisePlanner {
 
   const DepthwiseConv<T>& c_;
   DepthwisePlan plan_{};
-  int64_t oh_ = 0, ow_ = 0, r_ = 0, taps_ = 0, last_column_ = 0;
+  int64_t oh_ = 0, ow_ = 0, r_ = 0, s_ = 0, taps_ = 0, last_column_ = 0;
 };
 
 }  // namespace nnarch

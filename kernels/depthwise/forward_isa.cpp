@@ -16,11 +16,9 @@ struct StripCode {
   int64_t pixels;
   StripFn<T> run[2][2];
 };
-// Several lengths, longest first; the last is 1.
 template <class T>
 struct StripSet {
   int64_t reach;  // how far beyond an edge; 0: no code for such strips
-  int count;
   StripCode<T> lengths[4];
 };
 
@@ -31,16 +29,13 @@ inline constexpr StripCode<T> kCode = {
      {strip_fixed<T, S, STRIDE, P, S / 2, 0>, strip_fixed<T, S, STRIDE, P, S / 2, S / 2>}}};
 template <class T, int S, int STRIDE>
 inline constexpr StripSet<T> kFixed = {S / 2,
-                                       4,
                                        {kCode<T, S, STRIDE, 8>, kCode<T, S, STRIDE, 7>,
                                         kCode<T, S, STRIDE, 4>, kCode<T, S, STRIDE, 1>}};
-// Seven weights, seven sums and a pixel fill the sixteen registers of AVX2.
 template <class T, int STRIDE>
 inline constexpr StripSet<T> kFixed<T, 7, STRIDE> = {
-    3, 3, {kCode<T, 7, STRIDE, 7>, kCode<T, 7, STRIDE, 4>, kCode<T, 7, STRIDE, 1>}};
+    3, {kCode<T, 7, STRIDE, 7>, kCode<T, 7, STRIDE, 4>, kCode<T, 7, STRIDE, 1>}};
 template <class T>
 inline constexpr StripSet<T> kGeneral = {0,
-                                         4,
                                          {{8, {{strip_general<T, 8>}}},
                                           {7, {{strip_general<T, 7>}}},
                                           {4, {{strip_general<T, 4>}}},
@@ -67,18 +62,12 @@ const StripSet<T>& strip_set(int64_t s, int64_t stride, int64_t dilation) {
   return kGeneral<T>;
 }
 
-// The length that covers n pixels with the least work: the last strip is moved back to end with
-// the row, and computes some pixels twice.
 template <class T>
-const StripCode<T>& strip_code(const StripSet<T>& set, int64_t n) {
-  const StripCode<T>* best = &set.lengths[set.count - 1];
-  int64_t least = INT64_MAX;
-  for (int i = 0; i < set.count; ++i) {
-    const int64_t p = set.lengths[i].pixels;
-    const int64_t work = (n + p - 1) / p * (p + 1);  // 1: what a strip costs besides its pixels
-    if (p <= n && work < least) least = work, best = &set.lengths[i];
-  }
-  return *best;
+const StripCode<T>& strip_code(const StripSet<T>& set, int64_t s, int64_t n) {
+  const int64_t pixels = strip_pixels(s, n);
+  const StripCode<T>* code = set.lengths;
+  while (code->pixels != pixels) ++code;
+  return *code;
 }
 
 template <class T>
@@ -156,7 +145,7 @@ class Runner {
 
   void choose_code(int64_t s, int64_t n) {
     set_ = &strip_set<T>(s, c_.stride_w, c_.dilation_w);
-    code_ = &strip_code(*set_, n);
+    code_ = &strip_code(*set_, s, n);
     chosen_s_ = s, chosen_n_ = n;
   }
 

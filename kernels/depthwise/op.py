@@ -94,7 +94,7 @@ depthwise_op = library.declare(
     backward=_backward,
 )
 
-# ------------------------------------------------- its gradients: bilinear maps, closed under theirs
+# ------------------------------------------------ its gradients: bilinear maps, closed under theirs
 
 
 def _check_input_grad(grad, weight, input_size, stride, padding, dilation) -> None:
@@ -109,7 +109,7 @@ def _check_weight_grad(grad, x, weight_size, stride, padding, dilation) -> None:
     op = "depthwise_conv2d_weight_grad"
     check_tensor(op, "grad", grad)
     check_tensor(op, "x", x)
-    weight = grad.new_empty(weight_size, device="meta")
+    weight = x.new_empty(weight_size, device="meta")
     _check_grad(op, grad, x.to("meta"), weight, stride, padding, dilation)
     check_same(op, "grad", grad, x)
 

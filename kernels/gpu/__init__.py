@@ -1,1 +1,1 @@
-"""What the GPU kernels share: launching, tile tables, targets, epilogue, ahead-of-time compiling."""
+"""What the GPU kernels share: launching, tiles, targets, epilogue, compiling ahead of time."""

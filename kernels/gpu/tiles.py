@@ -211,10 +211,7 @@ def pick(table: TileTable, problem: Problem, run: Callable[[Tile], Any]) -> Tile
     choice = _chosen.get(key)
     if choice is None:
         candidates = table.candidates(problem, target)
-        if _may_search():
-            choice = _searched(table, problem, candidates, run)
-        else:
-            choice = candidates[0]
+        choice = _searched(table, problem, candidates, run) if _may_search() else candidates[0]
         _chosen[key] = choice
     return choice
 

@@ -6,6 +6,7 @@ backward, and the backward of that.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -62,18 +63,23 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale, y = ctx.saved_tensors
     need_x, need_weight, need_bias, _, need_shift, need_residual = ctx.needs_input_grad[:6]
     g = epilogue_backward(
-        grad.reshape(-1, grad.shape[-1]),
-        None if y is None else y.reshape(-1, y.shape[-1]),
+        _as_rows(grad),
+        None if y is None else _as_rows(y),
         scale,
         ctx.activation,
         ctx.alpha,
         (need_bias, need_shift, need_residual),
     )
-    rows = x.reshape(-1, x.shape[-1])
+    rows = _as_rows(x)
     dx = _product(g.accumulator, weight.t()).reshape(x.shape) if need_x else None
     dw = _product(g.accumulator.t(), rows.t()) if need_weight else None
     residual = g.residual.reshape(grad.shape) if g.residual is not None else None
     return dx, dw, g.bias, None, g.shift, residual, None, None, None
+
+
+def _as_rows(t: Tensor) -> Tensor:
+    """[..., C] as [rows, C]; C may be 0."""
+    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -140,7 +146,7 @@ def linear(
         from nnarch.kernels.normalization.op import affine
 
         z = linear_op(x, weight, bias, None, None, None, None, 0, 0.0)
-        flat = z.reshape(-1, z.shape[-1])
+        flat = _as_rows(z)
         rest = None if residual is None else residual.reshape(flat.shape)
         return affine(flat, scale, shift, rest, code, alpha).reshape(z.shape)
     return linear_op(x, weight, bias, scale, shift, residual, packed, code, alpha)

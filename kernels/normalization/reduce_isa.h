@@ -40,8 +40,11 @@ NNARCH_INLINE void add_terms(const NormOperands<T>& o, int64_t i, int64_t n, Vec
 // v with the lanes from n on set to zero: they hold functions of zeros, not of inputs.
 template <class T>
 NNARCH_INLINE Vec<T> first_lanes(Vec<T> v, int64_t n) {
-  for (int64_t lane = n; lane < kLanes<T>; ++lane) v[lane] = 0;
-  return v;
+  using B = typename Bits<T>::V;
+  B lane{};
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  const B count = static_cast<uint32_t>(n) - B{};
+  return (Vec<T>)((B)v & (B)(lane < count));
 }
 
 template <class T, Reduction kind, int64_t code>

@@ -29,26 +29,49 @@ struct Sum {
   static NNARCH_INLINE T combine(T a, T b) { return a + b; }
 };
 
+// `taps` vectors, `step` elements apart, combined.
+template <class T, class Op, int taps>
+NNARCH_INLINE Vec<T> reduce_taps(const T* p, int64_t step) {
+  Vec<T> v = load(p);
+  for (int t = 1; t < taps; ++t) v = Op::combine(v, load(p + t * step));
+  return v;
+}
+
+template <class T, class Op, int taps>
+NNARCH_INLINE void reduce_some_rows(const T* p, int64_t step, int64_t width, T* row) {
+  constexpr int64_t lane = kLanes<T>;
+  int64_t j = 0;
+  for (; j + lane <= width; j += lane) store(row + j, reduce_taps<T, Op, taps>(p + j, step));
+  if (const int64_t n = width - j; n > 0) {
+    Vec<T> v = load_n(p + j, n);
+    for (int t = 1; t < taps; ++t) v = Op::combine(v, load_n(p + j + t * step, n));
+    store_n(row + j, v, n);
+  }
+}
+
 // row[j] = the window's rows of `plane` combined.
 template <class T, class Op>
 NNARCH_INLINE void reduce_rows_of_window(const T* plane, const Axis& h, int64_t out_row,
                                          int64_t width, T* row) {
-  const int64_t start = h.start[out_row], end = h.end[out_row], step = h.step * width;
+  const int64_t start = h.start[out_row], step = h.step * width;
+  const int64_t taps = (h.end[out_row] - start + h.step - 1) / h.step;
+  const T* p = plane + start * width;
+  if (taps == 1) return reduce_some_rows<T, Op, 1>(p, step, width, row);
+  if (taps == 2) return reduce_some_rows<T, Op, 2>(p, step, width, row);
+  if (taps == 3) return reduce_some_rows<T, Op, 3>(p, step, width, row);
   for (int64_t j = 0; j < width; j += kLanes<T>) {
-    const int64_t n = width - j;
     Vec<T> v = Op::identity();
-    const T* p = plane + start * width + j;
-    for (int64_t i = start; i < end; i += h.step, p += step) v = Op::combine(v, load_n(p, n));
-    store_n(row + j, v, n);
+    for (int64_t t = 0; t < taps; ++t) v = Op::combine(v, load_n(p + t * step + j, width - j));
+    store_n(row + j, v, width - j);
   }
 }
 
 // The combination of `kernel` elements from p on, for a vector of neighbouring p.
 template <class T, class Op, int kernel>
 NNARCH_INLINE Vec<T> reduce_along(const T* p, const Axis& w) {
+  if constexpr (kernel > 0) return reduce_taps<T, Op, kernel>(p, w.step);
   Vec<T> v = load(p);
-  const int64_t taps = kernel ? kernel : w.kernel;
-  for (int64_t t = 1; t < taps; ++t) v = Op::combine(v, load(p + t * w.step));
+  for (int64_t t = 1; t < w.kernel; ++t) v = Op::combine(v, load(p + t * w.step));
   return v;
 }
 

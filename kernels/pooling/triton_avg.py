@@ -159,7 +159,7 @@ def _avg_pool2d_bwd_kernel(
     ow_0, last_w = covering_windows(w, width, out_width, stride_w, padding_w, KERNEL_W, ADAPTIVE)
     grad_row = grad_ptr + n * stride_gn + c * stride_gc
     acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for i in tl.range(0, COVER_H * COVER_W, loop_unroll_factor=UNROLL):
+    for i in tl.static_range(COVER_H * COVER_W):
         oh = oh_0 + i // COVER_W
         ow = ow_0 + i % COVER_W
         valid = inside & (oh <= last_h) & (ow <= last_w)
