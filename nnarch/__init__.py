@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 from nnarch import functional, nn
 from nnarch.accelerate import accelerate
 from nnarch.backends import backends, trace, use_backend
-from nnarch.library import FallbackWarning
+from nnarch.library import FallbackWarning, empty_cache
 from nnarch.models import create_model, list_models, model_info, summary
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "accelerate",
     "backends",
     "create_model",
+    "empty_cache",
     "functional",
     "list_models",
     "model_info",

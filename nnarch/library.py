@@ -65,6 +65,26 @@ def native_string(symbol: str) -> str:
     return function().decode()
 
 
+class pooled_memory:
+    """A scope in which large outputs reuse the memory of earlier ones (kernels/cpu/pool.h)."""
+
+    def __enter__(self) -> None:
+        if native is not None:
+            native.nnarch_pool_enter()
+
+    def __exit__(self, *_: Any) -> None:
+        if native is not None:
+            native.nnarch_pool_leave()
+
+
+def empty_cache() -> int:
+    """Give the idle memory of accelerated models back to the system; return its bytes."""
+    if native is None:
+        return 0
+    native.nnarch_pool_clear.restype = ctypes.c_int64
+    return native.nnarch_pool_clear()
+
+
 # --------------------------------------------------------------------------------- declaration
 
 

@@ -24,6 +24,7 @@ void check_alike(const Tensor& a, const Tensor& b) {
 // Calls f(first, count) for runs that cover n elements.
 template <class F>
 void over_runs(int64_t n, const F& f) {
+  set_algorithm("elementwise");
   constexpr int64_t run = 16384;
   parallel_tasks(ceil_div(n, run), [&](int64_t task) {
     f(task * run, std::min(run, n - task * run));

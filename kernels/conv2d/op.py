@@ -206,7 +206,10 @@ def conv2d(
         stride = (stride, stride)
     if type(dilation) is int:
         dilation = (dilation, dilation)
-    pads = (padding,) * 4 if type(padding) is int else padding_of(padding, weight, stride, dilation)
+    if type(padding) is tuple and len(padding) == 4:
+        pads = padding
+    else:
+        pads = padding_of(padding, weight, stride, dilation)
     if groups != 1 and is_depthwise(x, weight, groups):
         from nnarch.kernels.depthwise.op import depthwise_op
 

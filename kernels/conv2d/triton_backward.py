@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from nnarch import library
-from nnarch.kernels.conv2d.triton_gather import gather_dot, takes_flat
+from nnarch.kernels.conv2d.triton_gather import gather_dot, reduction_steps, takes_flat
 from nnarch.kernels.gpu.launch import (
     cdiv,
     check_dtype,
@@ -28,7 +28,7 @@ from nnarch.kernels.gpu.matmul import (
     precision_of,
 )
 from nnarch.kernels.gpu.phases import first_tap, output_under, phase_start, pixels_in, tap_steps
-from nnarch.kernels.gpu.split import split_count, sum_parts
+from nnarch.kernels.gpu.split import NO_EPILOGUE, finish_split, split_count, sum_parts
 from nnarch.kernels.gpu.tiles import Problem, Tile, pick
 
 # ------------------------------------------------------------------------------ by the input
@@ -39,6 +39,7 @@ def _conv2d_bwd_dx_kernel(
     dy_ptr,  # [N, K, OH, OW], any strides
     w_ptr,  # [K, C / groups, R, S], any strides
     dx_ptr,  # [N, C, H, W], any strides
+    partial_ptr,  # [splits, N·H·W, C] float32, or None where the reduction is not split
     M,  # pixels of the largest phase: N·⌈H / STRIDE_H⌉·⌈W / STRIDE_W⌉
     N,
     H,
@@ -48,6 +49,7 @@ def _conv2d_bwd_dx_kernel(
     C_GROUP,
     K_GROUP,
     groups,
+    splits,
     stride_dyn,
     stride_dyk,
     stride_dyh,
@@ -82,7 +84,8 @@ def _conv2d_bwd_dx_kernel(
     pid = tl.program_id(0)
     tile_m, tile_n = grouped_order(pid % (tiles_m * tiles_n), tiles_m, tiles_n, 8)
     group = pid // (tiles_m * tiles_n) % groups
-    phase = pid // (tiles_m * tiles_n) // groups
+    split = pid // (tiles_m * tiles_n) // groups % splits
+    phase = pid // (tiles_m * tiles_n) // groups // splits
     phase_h, phase_w = phase // STRIDE_W, phase % STRIDE_W
 
     first_r = first_tap(phase_h, R, STRIDE_H, DILATION_H)
@@ -108,6 +111,7 @@ def _conv2d_bwd_dx_kernel(
         steps = tl.cdiv(taps_h * taps_w * K_GROUP, BLOCK_K)
     else:
         steps = taps_h * taps_w * tl.cdiv(K_GROUP, BLOCK_K)
+    steps_per_split = tl.cdiv(steps, splits)
     acc = gather_dot(
         tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
         dy_ptr + group * K_GROUP * stride_dyk,
@@ -125,8 +129,8 @@ def _conv2d_bwd_dx_kernel(
         tl.maximum(taps_w, 1),
         -(TAP_STEP_H * DILATION_H // STRIDE_H),
         -(TAP_STEP_W * DILATION_W // STRIDE_W),
-        0,
-        steps,
+        split * steps_per_split,
+        tl.minimum((split + 1) * steps_per_split, steps),
         stride_dyk,
         stride_dyh,
         stride_dyw,
@@ -138,11 +142,15 @@ def _conv2d_bwd_dx_kernel(
         PRECISION,
         BLOCK_K,
     )
-    row = n * stride_dxn + h * stride_dxh + w * stride_dxw
-    column = (group * C_GROUP + c) * stride_dxc
-    dx = acc.to(dx_ptr.dtype.element_ty)
     inside = m_inside[:, None] & c_inside[None, :]
-    tl.store(dx_ptr + row[:, None] + column[None, :], dx, mask=inside)
+    column = group * C_GROUP + c
+    if partial_ptr is not None:
+        part = (split.to(tl.int64) * M + m)[:, None] * (groups * C_GROUP) + column[None, :]
+        tl.store(partial_ptr + part, acc, mask=inside)
+    else:
+        row = n * stride_dxn + h * stride_dxh + w * stride_dxw
+        dx = acc.to(dx_ptr.dtype.element_ty)
+        tl.store(dx_ptr + row[:, None] + (column * stride_dxc)[None, :], dx, mask=inside)
 
 
 def conv2d_input_grad(
@@ -189,14 +197,32 @@ def conv2d_input_grad(
     }
 
     def run(tile: Tile) -> None:
-        tiles = cdiv(m, tile["BLOCK_M"]) * cdiv(c_group, tile["BLOCK_N"])
-        grid = flat_grid(tiles * groups * stride[0] * stride[1])
-        flat = {"FLAT": takes_flat(k // groups, tile["BLOCK_K"])}
-        launch(_conv2d_bwd_dx_kernel, grid, arguments | flat, tile)
+        _launch_input_grad(arguments, dx, groups, tile)
 
     with device_guard(grad):
         run(pick(MATMUL, problem, run))
     return dx
+
+
+def _launch_input_grad(arguments, dx, groups: int, tile: Tile) -> None:
+    """The kernel with `tile`, split where that helps and rows are pixels in order (stride 1)."""
+    m, c_group, k_group = arguments["M"], arguments["C_GROUP"], arguments["K_GROUP"]
+    phases = arguments["STRIDE_H"] * arguments["STRIDE_W"]
+    programs = groups * cdiv(m, tile["BLOCK_M"]) * cdiv(c_group, tile["BLOCK_N"])
+    taps = arguments["R"] * arguments["S"]
+    steps = reduction_steps(taps, k_group, tile["BLOCK_K"])
+    splits = split_count(programs, steps) if phases == 1 else 1
+    partial = None
+    if splits > 1:
+        partial = dx.new_empty((splits, m, dx.shape[1]), dtype=torch.float32)
+    split = {
+        **{"partial_ptr": partial, "splits": splits},
+        "FLAT": takes_flat(k_group, tile["BLOCK_K"]),
+    }
+    grid = flat_grid(programs * splits * phases)
+    launch(_conv2d_bwd_dx_kernel, grid, arguments | split, tile)
+    if partial is not None:
+        finish_split(partial, dx, NO_EPILOGUE)
 
 
 def _reduced_channels_innermost(weight: torch.Tensor) -> torch.Tensor:

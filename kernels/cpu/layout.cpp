@@ -4,10 +4,6 @@
 #include <algorithm>
 #include <cstring>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 #include "cpu/parallel.h"
 #include "cpu/tensor.h"
 
@@ -66,16 +62,6 @@ void copy_strided(const T* src, const int64_t* strides, T*& dst, const IntList& 
 }
 
 }  // namespace
-
-void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
-#ifdef __linux__
-  constexpr uintptr_t page = 4096;
-  const auto begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
-  const auto end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / page * page;
-  // Only a hint: where the kernel refuses it, nothing changes.
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
 
 Tensor as_channels_last(const Tensor& t) {
   if (is_channels_last(t)) return t;

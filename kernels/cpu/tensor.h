@@ -49,22 +49,8 @@ auto with_scalar_type(ScalarType type, const char* op, const F& f) {
   throw std::runtime_error(std::string(op) + ": dtype must be floating point");
 }
 
-// Asks for huge pages under a large new tensor: its first writes then fault once for 2 MB instead of
-// once for 4 KB, which costs a large activation more than computing it does. (layout.cpp)
-void prefer_huge_pages(void* memory, int64_t bytes);
-
-inline Tensor new_strided(const IntList& sizes, const IntList& strides, ScalarType type) {
-  AtenTensorHandle handle;
-  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
-      aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor result(handle);
-  int64_t bytes = static_cast<int64_t>(result.element_size());
-  for (int64_t size : sizes) bytes *= size;
-  if (bytes >= (int64_t{4} << 20)) prefer_huge_pages(result.data_ptr(), bytes);
-  return result;
-}
+// An uninitialised tensor: large ones from the pool or on huge pages. (new_tensor.cpp)
+Tensor new_strided(const IntList& sizes, const IntList& strides, ScalarType type);
 
 inline IntList contiguous_strides(const IntList& sizes) {
   IntList strides(sizes.size());

@@ -6,7 +6,41 @@ import torch
 import triton
 import triton.language as tl
 
-from nnarch.kernels.gpu.tiles import Tile, TileTable, matmul_cost, matmul_fits, tile
+from nnarch.kernels.gpu.split import best_split
+from nnarch.kernels.gpu.targets import Target
+from nnarch.kernels.gpu.tiles import Problem, Tile, TileTable, tile
+
+# Registers of a thread beside accumulators and addresses, from compiled kernels: loop state, row
+# indices and, where matrix instructions read them from registers, operand fragments.
+_OTHER_REGISTERS = {"registers": 96, "shared": 40}
+
+
+def matmul_fits(problem: Problem, tile: Tile, target: Target) -> bool:
+    """Shared memory and registers of a tile with BLOCK_M, BLOCK_N and BLOCK_K, two operands."""
+    m, n, k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
+    # AMD's pipeline keeps one stage in registers; the CUDA one keeps every stage in shared memory.
+    stages = max(1, tile.num_stages - 1) if target.backend == "hip" else tile.num_stages
+    shared = stages * (m + n) * k * problem.itemsize
+    threads = tile.num_warps * target.warp_size
+    loads = (m + n) * k // threads
+    if problem.vectors:
+        loads = loads * problem.itemsize // 16
+    registers = m * n // threads + 3 * loads + _OTHER_REGISTERS[target.operands]
+    return shared <= target.shared_bytes and registers <= target.max_registers and threads <= 1024
+
+
+def matmul_cost(problem: Problem, tile: Tile, target: Target) -> float:
+    """Relative time of an output-tiled product: padding, whole waves, and the best split counted.
+
+    A tile's rate is taken as limited by operand traffic: BLOCK_M·BLOCK_N/(BLOCK_M + BLOCK_N)
+    multiply-adds for each element it loads, saturating where the matrix units are the limit.
+    """
+    m, n, k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
+    programs = triton.cdiv(problem.m, m) * triton.cdiv(problem.n, n)
+    _, steps = best_split(programs, triton.cdiv(problem.k, k), target.processors)
+    intensity = m * n / (m + n)
+    rate = intensity / (intensity + 24)
+    return steps * m * n * k / rate
 
 
 def matmul_tiles(*rows: tuple[int, int, int, int, int]) -> tuple[Tile, ...]:

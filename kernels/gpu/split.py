@@ -6,6 +6,7 @@ result has the same bits in every run. No atomics.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -17,17 +18,31 @@ from nnarch.kernels.gpu.epilogue import write_tile
 from nnarch.kernels.gpu.launch import cdiv, flat_grid, launch, named_strides, needs_int64
 
 
-def split_count(output_tiles: int, steps: int) -> int:
-    """Into how many parts to split the reduction, so that few output tiles fill the GPU.
+@functools.lru_cache(maxsize=4096)
+def best_split(tiles: int, steps: int, processors: int) -> tuple[int, float]:
+    """Into how many parts to split a reduction, and the time that it then takes.
 
     Args:
-        output_tiles: programs without a split.
-        steps: of BLOCK_K in the reduction; a part keeps at least four.
+        tiles: programs without a split.
+        steps: of the reduction; a part keeps at least four.
+        processors: that run one program at a time each.
+
+    Returns:
+        (parts, time), the time in steps of one processor: whole waves of programs, and for a split
+        the parts' way to memory and back (16 a tile) and the second launch (12).
     """
-    processors = targets.current_target().processors
-    if output_tiles * 2 > processors:
-        return 1
-    return max(1, min(processors // output_tiles, steps // 4))
+
+    def time(parts: int) -> float:
+        work = cdiv(tiles * parts, processors) * cdiv(steps, parts)
+        return work if parts == 1 else work + 16 * tiles * parts / processors + 12
+
+    most = max(1, min(steps // 4, 2 * processors))
+    return min(((parts, time(parts)) for parts in range(1, most + 1)), key=lambda pair: pair[1])
+
+
+def split_count(tiles: int, steps: int) -> int:
+    """The parts of :func:`best_split` on the GPU in use."""
+    return best_split(tiles, steps, targets.current_target().processors)[0]
 
 
 @triton.jit
@@ -92,6 +107,12 @@ def _finish_kernel(
         BLOCK_N,
         INT64,
     )
+
+
+NO_EPILOGUE = {
+    **{"bias_ptr": None, "scale_ptr": None, "shift_ptr": None, "residual_ptr": None},
+    **{"alpha": 0.0, "ACTIVATION": 0},
+}
 
 
 def finish_split(partial: torch.Tensor, y: torch.Tensor, epilogue: dict[str, Any]) -> None:

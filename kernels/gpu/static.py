@@ -12,7 +12,7 @@ import importlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,40 +59,14 @@ class StaticCase:
     matrix: bool = False
 
 
-@dataclass(frozen=True)
-class Compiled:
-    """What one kernel became on one target.
-
-    Attributes:
-        case, kernel, target, dtype, tile: which; dtype names the dot precision for float32.
-        registers: 32-bit vector registers of a thread.
-        spills: bytes of a thread's local memory (stack), where spilled registers go.
-        shared: bytes of shared memory of a program.
-        matrix_instructions: in the code.
-        roofline: predicted time at the roofline over predicted time, 0 to 1; None for the
-            second-stage kernels, whose work the case does not count.
-    """
-
-    case: str
-    kernel: str
-    target: str
-    dtype: str
-    tile: str
-    registers: int
-    spills: int
-    shared: int
-    matrix_instructions: int
-    roofline: float | None
-
-
 # -------------------------------------------------------------------------- cases and launches
 
 
-def family_cases() -> dict[str, list[StaticCase]]:
-    """The `STATIC_CASES` of every family's triton_kernel.py."""
+def family_cases(families: Iterable[str] = FAMILIES) -> dict[str, list[StaticCase]]:
+    """The `STATIC_CASES` of the families' triton_kernel.py."""
     return {
         family: list(importlib.import_module(f"nnarch.kernels.{family}.triton_kernel").STATIC_CASES)
-        for family in FAMILIES
+        for family in families
     }
 
 
@@ -112,21 +86,30 @@ def precisions(case: StaticCase, target: Target) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Variant:
-    """The launches of a case with one tile; `table` and `problem` say where the tile came from."""
+    """The launches of a case with one tile.
+
+    Attributes:
+        launches: in order; the first does the work that the case counts.
+        tile: None where the launcher does not choose among several.
+        problem: what the tile was chosen for.
+    """
 
     launches: tuple[Launch, ...]
     tile: Tile | None
     problem: Problem | None
 
 
-def variants(case: StaticCase, target: Target, precision: str) -> Iterator[Variant]:
+def variants(
+    case: StaticCase, target: Target, precision: str, default_only: bool = False
+) -> Iterator[Variant]:
     """A case's launches with the default tile first, then with every other that fits."""
     launches, asked = _record(case, target, precision, {})
     if not asked:
         yield Variant(launches, None, None)
         return
     table, problem = asked[0]
-    for candidate in table.candidates(problem, target):
+    candidates = table.candidates(problem, target)
+    for candidate in candidates[:1] if default_only else candidates:
         launches, _ = _record(case, target, precision, {table.name: candidate})
         yield Variant(launches, candidate, problem)
 

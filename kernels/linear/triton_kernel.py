@@ -31,6 +31,8 @@ from nnarch.kernels.gpu.matmul import (
     MATMUL,
     grouped_order,
     loads_vectors,
+    matmul_cost,
+    matmul_fits,
     matmul_tiles,
     precision_of,
 )
@@ -42,8 +44,6 @@ from nnarch.kernels.gpu.tiles import (
     Tile,
     TileTable,
     always_fits,
-    matmul_cost,
-    matmul_fits,
     pick,
     tile,
 )

@@ -130,8 +130,7 @@ def alike(op: str, name: str, value: Tensor | None, x: Tensor, of: str = "x") ->
         return
     if value.shape != x.shape:
         raise ValueError(
-            f"{op}: {name} must have the shape of {of}, {tuple(x.shape)}, "
-            f"got {tuple(value.shape)}"
+            f"{op}: {name} must have the shape of {of}, {tuple(x.shape)}, got {tuple(value.shape)}"
         )
     if value.dtype != x.dtype:
         raise TypeError(f"{op}: {name} must be {x.dtype} as {of}, got {value.dtype}")

@@ -20,6 +20,7 @@ struct Channels {
   explicit Channels(const Tensor& x) : images(x.size(0)), channels(x.size(1)), plane(1) {
     for (int64_t d = 2; d < x.dim(); ++d) plane = checked_product(plane, x.size(d));
     rows = plane == 1 || follows_channels_last(x);
+    set_algorithm(rows ? "channels_innermost" : "planes");
   }
   int64_t positions() const { return images * plane; }
 };

@@ -152,9 +152,7 @@ def _train_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...
         grad, y, code = activation_grad(grad, y, code, alpha), None, kinds.NONE
     dx = dweight = dbias = None
     if need_x or need_weight or need_bias:
-        dx, dweight, dbias = batch_norm_backward(
-            grad, x, weight, mean, invstd, y, code, alpha
-        )
+        dx, dweight, dbias = batch_norm_backward(grad, x, weight, mean, invstd, y, code, alpha)
     return (
         dx if need_x else None,
         dweight if need_weight else None,
@@ -171,13 +169,13 @@ def _fake_backward(grad: Tensor, x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Te
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad, x, weight, mean, invstd, y, code, _ = inputs
+    *saved, _, code, _ = inputs
     if code != kinds.NONE:
         raise NotImplementedError(
             "nnarch::batch_norm_backward with an activation is not differentiable "
             "(once_differentiable): apply activation_grad first"
         )
-    ctx.save_for_backward(grad, x, weight, mean, invstd)
+    ctx.save_for_backward(*saved)
 
 
 def _backward_backward(

@@ -109,9 +109,7 @@ def batch_norm_backward_backward(
 def _project(v: Tensor, normalized: Tensor) -> Tensor:
     """v - E[v] - x̂·E[v·x̂]"""
     dims = _all_but_channels(v)
-    return (
-        v - v.mean(dims, keepdim=True) - normalized * (v * normalized).mean(dims, keepdim=True)
-    )
+    return v - v.mean(dims, keepdim=True) - normalized * (v * normalized).mean(dims, keepdim=True)
 
 
 def _normalize(x: Tensor, mean: Tensor, invstd: Tensor) -> Tensor:

@@ -70,6 +70,7 @@ Tensor average_over(const Tensor& x, const Windows& rows, const Windows& columns
     using T = decltype(scalar);
     const T* from = data<T>(input);
     T* to = mutable_data<T>(y);
+    set_algorithm(global ? "global" : channels_last ? "channels_last" : "planes");
     if (global)
       global_average<T>(from, images, channels, h.inputs * w.inputs, channels_last, to);
     else if (channels_last)

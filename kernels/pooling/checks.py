@@ -9,19 +9,20 @@ import torch
 from torch import Tensor
 
 Pair = tuple[int, int]
-_INT = (int, torch.SymInt)
 
 
 def pair(op: str, name: str, value: Any) -> Pair:
     """An int, or one or two of them, as (height, width)."""
     if type(value) is int:
         return value, value
-    if isinstance(value, _INT) and not isinstance(value, bool):
-        return value, value
-    if isinstance(value, Sequence) and not isinstance(value, str) and len(value) in (1, 2):
-        if all(isinstance(v, _INT) and not isinstance(v, bool) for v in value):
-            return value[0], value[-1]
+    values = value if isinstance(value, Sequence) else (value,)
+    if len(values) in (1, 2) and all(_is_int(v) for v in values):
+        return values[0], values[-1]
     raise TypeError(f"{op}: {name} must be an int or a pair of ints, got {value!r}")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
 def image(op: str, x: Tensor, name: str = "input") -> None:
@@ -178,8 +179,7 @@ def _indices(op: str, indices: Tensor, input_size: Sequence[int]) -> None:
     low, high = (int(v) for v in torch.aminmax(indices))
     if low < -1 or high >= input_size[-2] * input_size[-1]:
         raise ValueError(
-            f"{op}: indices must lie in an input of {tuple(input_size[-2:])}, "
-            f"got {low} to {high}"
+            f"{op}: indices must lie in an input of {tuple(input_size[-2:])}, got {low} to {high}"
         )
 
 

@@ -50,6 +50,7 @@ Pair max_over(const Tensor& x, const Windows& rows, const Windows& columns, bool
   with_scalar_type(input.scalar_type(), "max_pool2d", [&](auto scalar) {
     using T = decltype(scalar);
     int64_t* found = return_indices ? mutable_data<int64_t>(indices) : nullptr;
+    set_algorithm(follows_channels_last(x) ? "channels_last" : "planes");
     const auto pool = follows_channels_last(x) ? max_channels_last<T> : max_contiguous<T>;
     pool(data<T>(input), x, h, w, mutable_data<T>(y), found);
   });

@@ -40,9 +40,7 @@ def _fake_max(
     return _with_indices(x, size, return_indices)
 
 
-def _fake_adaptive_max(
-    x: Tensor, output_size: Pair, return_indices: bool
-) -> tuple[Tensor, Tensor]:
+def _fake_adaptive_max(x: Tensor, output_size: Pair, return_indices: bool) -> tuple[Tensor, Tensor]:
     return _with_indices(x, output_size, return_indices)
 
 
@@ -315,9 +313,7 @@ def avg_pool2d(
     return y if x is input else y.squeeze(0)
 
 
-def adaptive_avg_pool2d(
-    input: Tensor, output_size: int | Sequence[int | None] | None
-) -> Tensor:
+def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:
     """The average over windows that divide the input evenly; output size 1 is global pooling.
 
     Args:
@@ -367,14 +363,10 @@ def _stride(op: str, stride: IntOrPair | None, kernel: Pair) -> Pair:
     return checks.pair(op, "stride", stride)
 
 
-def _adaptive_size(
-    op: str, output_size: int | Sequence[int | None] | None, input: Tensor
-) -> Pair:
+def _adaptive_size(op: str, output_size: int | Sequence[int | None] | None, input: Tensor) -> Pair:
     if type(output_size) is int:
         return output_size, output_size
     sizes = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
     if len(sizes) == 2 and None in sizes:
-        sizes = tuple(
-            i if o is None else o for i, o in zip(input.shape[-2:], sizes, strict=True)
-        )
+        sizes = tuple(i if o is None else o for i, o in zip(input.shape[-2:], sizes, strict=True))
     return checks.pair(op, "output_size", sizes)

@@ -159,12 +159,13 @@ def _avg_pool2d_bwd_kernel(
     ow_0, last_w = covering_windows(w, width, out_width, stride_w, padding_w, KERNEL_W, ADAPTIVE)
     grad_row = grad_ptr + n * stride_gn + c * stride_gc
     acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for i in tl.static_range(COVER_H * COVER_W):
+    for i in tl.range(0, COVER_H * COVER_W, loop_unroll_factor=UNROLL):
         oh = oh_0 + i // COVER_W
         ow = ow_0 + i % COVER_W
-        valid = inside & (oh <= last_h) & (ow <= last_w)
-        grad = tl.load(grad_row + (oh * stride_gh + ow * stride_gw), mask=valid, other=0.0)
-        g = grad.to(tl.float32)
+        covered = (oh <= last_h) & (ow <= last_w)
+        offset = tl.where(covered, oh * stride_gh + ow * stride_gw, 0)  # some grad exists there
+        grad = tl.load(grad_row + offset, mask=inside, other=0.0)
+        g = tl.where(covered, grad.to(tl.float32), 0.0)
         if divisor is None:
             first_h, end_h = window(oh, height, out_height, stride_h, padding_h, KERNEL_H, ADAPTIVE)
             first_w, end_w = window(ow, width, out_width, stride_w, padding_w, KERNEL_W, ADAPTIVE)

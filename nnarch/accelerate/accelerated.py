@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from nnarch.library import pooled_memory
+
 
 class Accelerated(nn.Module):
     """A model compiled for inference: channels_last inside, outputs as the original lays them out.
@@ -25,6 +27,12 @@ class Accelerated(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on its own arguments."""
+        if torch.compiler.is_compiling():
+            return self._run(args, kwargs)
+        with pooled_memory():
+            return self._run(args, kwargs)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if not self.converts_layout:
             return self.body(*args, **kwargs)
         if len(args) == 1 and isinstance(args[0], Tensor) and not kwargs:

@@ -6,10 +6,12 @@ import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tolerances import assert_as_accurate
 from torch import Tensor
 
 import nnarch
@@ -17,7 +19,16 @@ from nnarch.functional import conv2d, pack_conv2d_weight
 from nnarch.kernels.activation import kinds
 from nnarch.kernels.activation.reference import activation as reference_activation
 from nnarch.kernels.depthwise import op, reference
-from tests.tolerances import assert_as_accurate
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tiny tensors: a second thread would only be waited for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 LAYOUTS = ("contiguous", "channels_last", "strided")
 #        N  C   m  H   W   R  S  stride  padding      dilation
@@ -221,17 +232,11 @@ def test_bitwise_equal_for_any_number_of_threads():
     x, weight = torch.randn(3, 64, 28, 28), torch.randn(64, 1, 3, 3)
     geometry = ((1, 1), (1, 1, 1, 1), (1, 1))
     results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            y = op.depthwise_op(x, weight, *[None] * 5, *geometry, 0, 0.0)
-            results.append(
-                (y, op.input_grad(y, weight, x.shape, *geometry),
-                 op.weight_grad(y, x, weight.shape, *geometry))
-            )  # fmt: skip
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        y = op.depthwise_op(x, weight, *[None] * 5, *geometry, 0, 0.0)
+        dx = op.input_grad(y, weight, x.shape, *geometry)
+        results.append((y, dx, op.weight_grad(y, x, weight.shape, *geometry)))
     for one, two in zip(*results, strict=True):
         assert torch.equal(one, two)
 
@@ -299,15 +304,17 @@ def _quick_check() -> None:
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_every_instruction_set(isa):
     script = (
-        "import nnarch.backends as b, sys, torch\n"
-        "if b.isa() != sys.argv[1]: sys.exit(77)\n"
+        "import sys, torch, test_depthwise\n"
+        "from nnarch.backends import isa\n"
+        "if isa() != sys.argv[1]: sys.exit(77)\n"
         "torch.manual_seed(0)\n"
-        "from tests.kernels import test_depthwise as t\n"
-        "t._quick_check()\n"
+        "test_depthwise._quick_check()\n"
     )
+    here = Path(__file__).parent
+    path = os.pathsep.join(map(str, (here, here.parent, os.environ.get("PYTHONPATH", ""))))
     run = subprocess.run(
         [sys.executable, "-c", script, isa],
-        env={**os.environ, "NNARCH_ISA": isa, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "NNARCH_ISA": isa, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     if run.returncode == 77 or "this CPU lacks it" in run.stderr:

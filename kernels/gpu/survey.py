@@ -1,0 +1,227 @@
+"""Every Triton kernel on every target, compiled without a GPU: resources, rules, predictions.
+
+The prediction is a bound, not a timing: a launch takes the longer of its arithmetic, with padded
+tiles and a last wave of programs that leaves processors idle, and of its memory traffic, each
+tensor that it is given moved once. The roofline is the same two for the operation alone. Caches,
+latencies and launch overhead are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from nnarch.kernels.gpu.launch import Launch
+from nnarch.kernels.gpu.static import (
+    Binary,
+    StaticCase,
+    Variant,
+    compile_launch,
+    precisions,
+    variants,
+)
+from nnarch.kernels.gpu.targets import Target
+from nnarch.kernels.gpu.tiles import Problem, Tile
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile for one target.
+
+    Attributes:
+        index: of the launch within its case; 0 does the work, the others finish it.
+        precision: "float16", or how float32 is multiplied ("ieee", "tf32"), or "float32".
+    """
+
+    case: StaticCase
+    target: Target
+    precision: str
+    variant: Variant
+    index: int
+
+    @property
+    def launch(self) -> Launch:
+        """The launch to compile."""
+        return self.variant.launches[self.index]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel became on one target; one row of the table.
+
+    Attributes:
+        case, kernel, target, precision, tile: which.
+        programs: of the launch.
+        registers: 32-bit vector registers of a thread.
+        spills: bytes of a thread's local memory, where spilled registers go.
+        shared: bytes of shared memory of a program.
+        matrix_instructions: in the code.
+        roofline: predicted, 0 to 1, of the whole operation; empty for second-stage kernels.
+        broken: the rules that it breaks, in words; empty if none.
+    """
+
+    case: str
+    kernel: str
+    target: str
+    precision: str
+    tile: str
+    programs: int
+    registers: int
+    spills: int
+    shared: int
+    matrix_instructions: int
+    roofline: float | None
+    broken: str
+
+
+# ---------------------------------------------------------------------------------- what to compile
+
+
+def all_jobs(cases: Iterable[StaticCase], targets: Iterable[Target]) -> Iterator[Job]:
+    """Every case on every target in every precision with every tile that fits."""
+    for case in cases:
+        for target in targets:
+            for precision in precisions(case, target):
+                yield from _jobs(case, target, precision, default_only=False)
+
+
+def quick_jobs(cases: Iterable[StaticCase], targets: Iterable[Target]) -> Iterator[Job]:
+    """A few minutes' worth, on every target: what the test suite compiles.
+
+    The first case that multiplies matrices runs with all tiles of its table, the first of each
+    other kernel with its default; the rest with the default on one target of each vendor.
+    """
+    targets = list(targets)
+    seen: set[tuple[str, ...]] = set()
+    matrix_seen = False
+    for case in cases:
+        everything = case.matrix and not matrix_seen
+        matrix_seen |= case.matrix
+        for target in targets:
+            if not case.matrix and target.name not in ("sm_90", "gfx942"):
+                continue
+            for precision in precisions(case, target) if everything else ("float16",):
+                for job in _jobs(
+                    case, target, precision, not (everything and precision == "float16")
+                ):
+                    key = (
+                        _kernel_name(job.launch),
+                        f"{target.name} {precision} {job.variant.tile}",
+                    )
+                    if key not in seen:
+                        seen.add(key)
+                        yield job
+
+
+def _jobs(case: StaticCase, target: Target, precision: str, default_only: bool) -> Iterator[Job]:
+    for variant in variants(case, target, precision, default_only):
+        for index in range(len(variant.launches)):
+            yield Job(case, target, precision, variant, index)
+
+
+def _code_path(launch: Launch) -> str:
+    """A kernel with the constexpr arguments that make two kernels of it."""
+    switches = [f"{k}={launch.arguments[k]}" for k in ("FLAT", "SWAP") if k in launch.arguments]
+    return " ".join([_kernel_name(launch), *switches])
+
+
+def _kernel_name(launch: Launch) -> str:
+    return launch.kernel.__name__
+
+
+# ----------------------------------------------------------------------------- compile and judge
+
+
+def compile_job(job: Job) -> Compiled:
+    """Compile one kernel and hold it against the rules."""
+    binary = compile_launch(job.launch, job.target)
+    launch = job.launch
+    return Compiled(
+        case=job.case.name,
+        kernel=_kernel_name(launch),
+        target=job.target.name,
+        precision=job.precision,
+        tile=str(job.variant.tile or ""),
+        programs=_programs(launch),
+        registers=binary.registers,
+        spills=binary.spills,
+        shared=binary.shared,
+        matrix_instructions=binary.matrix_instructions,
+        roofline=predicted_roofline(job) if job.index == 0 else None,
+        broken="; ".join(broken_rules(job, binary)),
+    )
+
+
+def broken_rules(job: Job, binary: Binary) -> list[str]:
+    """What a shipped tile must not do: spill, pass the shared memory, miss the matrix units.
+
+    Exact float32 products ("ieee") have no matrix instruction on NVIDIA's targets.
+    """
+    broken = []
+    if binary.spills:
+        broken.append(f"spills {binary.spills} bytes")
+    if binary.shared > job.target.shared_bytes:
+        broken.append(f"{binary.shared} bytes of shared memory, {job.target.shared_bytes} exist")
+    multiplies = job.case.matrix and job.index == 0 and job.precision != "ieee"
+    if multiplies and not binary.matrix_instructions:
+        broken.append(f"no {job.target.matrix}")
+    return broken
+
+
+# --------------------------------------------------------------------------------- the prediction
+
+
+def predicted_roofline(job: Job) -> float:
+    """Time at the roofline over predicted time of the whole operation, 0 to 1."""
+    target, case = job.target, job.case
+    itemsize = 2 if job.precision == "float16" else 4
+    peak = _peak(job)
+    ideal = max(case.flops / peak, case.elements * itemsize / (target.gigabytes_per_s * 1e9))
+    seconds = 0.0
+    for index, launch in enumerate(job.variant.launches):
+        idle = max(1.0, target.processors / _programs(launch))
+        memory = _traffic(launch) / (target.gigabytes_per_s * 1e9) * idle
+        math = _math_seconds(job, peak) if index == 0 else 0.0
+        seconds += max(memory, math)
+    return min(1.0, ideal / seconds)
+
+
+def _peak(job: Job) -> float:
+    """FLOP/s that the operation's arithmetic can reach at best."""
+    rate = job.precision if job.case.matrix else "vector"
+    return job.target.tflops[rate] * 1e12
+
+
+def _math_seconds(job: Job, peak: float) -> float:
+    """The first launch's arithmetic: tiles with their padding, whole waves of programs."""
+    programs = _programs(job.variant.launches[0])
+    waves = triton.cdiv(programs, job.target.processors)
+    padding = _padding(job.variant.tile, job.variant.problem) if job.case.matrix else 1.0
+    return job.case.flops * padding / programs * waves * job.target.processors / peak
+
+
+def _padding(tile: Tile | None, problem: Problem | None) -> float:
+    """Multiply-adds of the tiles over those of the problem."""
+    if tile is None or problem is None:
+        return 1.0
+    factor = 1.0
+    for extent, block in ((problem.m, "BLOCK_M"), (problem.n, "BLOCK_N"), (problem.k, "BLOCK_K")):
+        size = dict(tile.block).get(block, 1)
+        factor *= triton.cdiv(extent, size) * size / extent
+    return factor
+
+
+def _programs(launch: Launch) -> int:
+    product = 1
+    for extent in launch.grid:
+        product *= extent
+    return product
+
+
+def _traffic(launch: Launch) -> float:
+    """Bytes of the tensors that a launch is given, each once; a tensor given twice counts once."""
+    tensors = {id(v): v for v in launch.arguments.values() if isinstance(v, torch.Tensor)}
+    return float(sum(t.numel() * t.element_size() for t in tensors.values()))

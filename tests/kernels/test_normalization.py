@@ -1,0 +1,410 @@
+"""Batch normalization, affine maps and channel sums against torch in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from kernel_cases import (
+    ACTIVATIONS,
+    BACKENDS,
+    DTYPES,
+    FORMATS,
+    VIEWS,
+    act,
+    compare,
+    name_of,
+    needs_poison,
+    on_fresh_memory,
+    torch_epilogue,
+)
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn import functional as TF
+
+import nnarch
+from nnarch import functional as F
+from nnarch.kernels.activation import kinds
+from nnarch.kernels.normalization import op as ops
+
+# [N, C], [N, C, L], images with channels around a vector, planes cut into runs, many images.
+SHAPES = [
+    (2, 1),
+    (5, 3),
+    (37, 130),
+    (3, 7, 5),
+    (3, 5, 4, 6),
+    (2, 17, 7, 7),
+    (9, 64, 3, 5),
+    (1, 2, 260, 200),
+    (70, 3, 13, 11),
+    (2, 3, 2, 3, 4),
+]
+SMALL = [SHAPES[i] for i in (1, 3, 4, 5, 9)]
+
+
+def operands(shape, dtype, memory_format=torch.contiguous_format, mean=1.0):
+    """input, weight, bias; the input far enough from 0 to need a good variance."""
+    x = (torch.randn(shape) * 2 + mean).to(dtype)
+    if len(shape) == 4:
+        x = x.contiguous(memory_format=memory_format)
+    channels = shape[1]
+    parameter = torch.float32 if dtype in DTYPES[2:] else dtype
+    return {
+        "input": x,
+        "weight": torch.rand(channels).to(parameter) + 0.5,
+        "bias": torch.randn(channels).to(parameter),
+    }
+
+
+def ours(input, weight=None, bias=None, residual=None, activation=None):
+    return F.batch_norm(
+        input, None, None, weight, bias, True, residual=residual, activation=activation
+    )
+
+
+def theirs(input, weight=None, bias=None, residual=None, activation=None):
+    y = TF.batch_norm(input, None, None, weight, bias, True)
+    return torch_epilogue(y, None, None, residual, activation, dim=1)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_training(shape, dtype, memory_format):
+    if len(shape) != 4 and memory_format is torch.channels_last:
+        pytest.skip("channels_last is for images")
+    grad = torch.randn(shape).to(dtype)
+    # Gradients are differences of large sums over the batch, each rounded once.
+    compare(ours, theirs, operands(shape, dtype, memory_format), grad, ulps=16)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fused_activation_and_residual(activation, backend):
+    for shape, residual in itertools.product(SMALL, (False, True)):
+        t = operands(shape, torch.float64)
+        if residual:
+            t["residual"] = torch.randn(shape, dtype=torch.float64)
+
+        def run(**named):
+            with nnarch.use_backend(backend):
+                return ours(**named, activation=activation)
+
+        grad = torch.randn(shape, dtype=torch.float64)
+        # torch's own hardsigmoid and hardswish round 1/6 to float32 in the derivative.
+        rough = {"ulps": 2e9} if activation in ("hardsigmoid", "hardswish") else {"ulps": 1e3}
+        compare(run, lambda **named: theirs(**named, activation=activation), t, grad, **rough)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0, -1e4])
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
+def test_variance_of_numbers_far_from_zero(offset, memory_format):
+    """One pass over sums of squares would lose every digit of these variances."""
+    x = operands((4, 6, 20, 20), torch.float32, memory_format, offset)["input"]
+    _, mean, invstd = torch.ops.nnarch.batch_norm_train(x, None, None, None, 0.0, 0, 0.0)
+    variance, truth = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), truth, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(invstd.double(), variance.rsqrt(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0])
+def test_running_statistics(shape, dtype, momentum):
+    t = operands(shape, dtype)
+    channels, wide = shape[1], t["weight"].dtype
+    mine = [torch.randn(channels).to(wide), torch.rand(channels).to(wide)]
+    torchs = [s.clone() for s in mine]
+    for _ in range(3):
+        F.batch_norm(t["input"], *mine, training=True, momentum=momentum)
+        TF.batch_norm(t["input"], *torchs, training=True, momentum=momentum)
+    torch.testing.assert_close(mine, torchs)
+
+
+def test_running_mean_or_variance_alone():
+    x, statistic = torch.randn(4, 3, 5), torch.zeros(3)
+    F.batch_norm(x, statistic, None, training=True, momentum=1.0)
+    torch.testing.assert_close(statistic, x.mean((0, 2)))
+    F.batch_norm(x, None, statistic, training=True, momentum=1.0)
+    torch.testing.assert_close(statistic, x.var((0, 2)))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=name_of)
+def test_evaluation(activation, dtype, memory_format):
+    shape = (3, 19, 5, 7)
+    t = operands(shape, dtype, memory_format)
+    t["residual"] = torch.randn(shape).to(dtype)
+    mean, var = torch.randn(19).to(dtype), torch.rand(19).to(dtype) + 0.1
+
+    def mine(input, weight, bias, residual):
+        m, v = mean.to(input.dtype), var.to(input.dtype)
+        return F.batch_norm(input, m, v, weight, bias, residual=residual, activation=activation)
+
+    def truth(input, weight, bias, residual):
+        m, v = mean.to(input.dtype), var.to(input.dtype)
+        return act(TF.batch_norm(input, m, v, weight, bias) + residual, activation)
+
+    rough = {"ulps": 2e9 if dtype == torch.float64 else 16}
+    compare(mine, truth, t, torch.randn(shape).to(dtype), **rough)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("activation", [None, "relu", "tanh", "gelu"])
+@pytest.mark.parametrize("given", ["weight", "bias", "residual"])
+def test_gradcheck(training, activation, given):
+    """First and second derivatives, in the input and one more operand or in all."""
+    t = operands((3, 2, 3, 2), torch.float64)
+    t["residual"] = torch.randn(3, 2, 3, 2, dtype=torch.float64)
+    names = ["input", given] if given != "residual" else list(t)
+    leaves = [t[name].requires_grad_() for name in names]
+    mean, var = (None, None) if training else (torch.randn(2).double(), torch.rand(2).double())
+
+    def function(*values):
+        n = dict(zip(names, values, strict=True))
+        x = n.pop("input")
+        return F.batch_norm(x, mean, var, training=training, activation=activation, **n)
+
+    assert gradcheck(function, leaves, fast_mode=True)
+    assert gradgradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
+def test_gradient_penalty(memory_format):
+    """The norm of a gradient as a loss, against torch's double backward."""
+    t = operands((4, 5, 6, 7), torch.float64, memory_format)
+    leaves = {name: v.requires_grad_() for name, v in t.items()}
+    results = []
+    for function in (ours, theirs):
+        y = torch.relu(function(**leaves)).square().sum()
+        (gradient,) = torch.autograd.grad(y, leaves["input"], create_graph=True)
+        penalty = (gradient.flatten(1).norm(dim=1) - 1).square().sum()
+        results.append(torch.autograd.grad(penalty, list(leaves.values())))
+    torch.testing.assert_close(*results)
+
+
+# -------------------------------------------------------------------- affine and channel sums
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", [*SMALL, (0, 3, 2, 2), (2, 0, 3), (2, 3, 0, 4)], ids=str)
+def test_affine(shape, dtype, memory_format):
+    """Every subset of scale, shift and residual."""
+    x = torch.randn(shape).to(dtype)
+    if len(shape) == 4:
+        x = x.contiguous(memory_format=memory_format)
+    parts = {"scale": torch.randn(shape[1]), "shift": torch.randn(shape[1]), "residual": x + 1}
+    parts = {name: t.to(dtype) for name, t in parts.items()}
+    grad = torch.randn(shape).to(dtype)
+
+    def mine(x, scale=None, shift=None, residual=None):
+        return ops.affine(x, scale, shift, residual, kinds.LEAKY_RELU, 0.1)
+
+    def truth(x, scale=None, shift=None, residual=None):
+        return torch_epilogue(x, scale, shift, residual, ("leaky_relu", 0.1), dim=1)
+
+    for count in range(len(parts) + 1):
+        for names in itertools.combinations(parts, count):
+            compare(mine, truth, {"x": x} | {n: parts[n] for n in names}, grad, ulps=32)
+
+
+@pytest.mark.parametrize("code", kinds.NAMES, ids=lambda code: str(kinds.NAMES[code]))
+def test_affine_gradcheck(code):
+    """The formulas are closed: every derivative of affine is affine or a channel sum again."""
+    alpha = 0.2 if code == kinds.LEAKY_RELU else 0.0
+    x, residual = torch.randn(2, 2, 3, 2, 2, dtype=torch.float64)
+    scale, shift = torch.randn(2, 2, dtype=torch.float64)
+    leaves = [t.clone().requires_grad_() for t in (x, scale, shift, residual)]
+
+    def function(*tensors):
+        return torch.ops.nnarch.affine(*tensors, code, alpha)
+
+    assert gradcheck(function, leaves, fast_mode=True)
+    assert gradgradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=name_of)
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 3), (3, 0), (2, 4, 0)], ids=str)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
+def test_channel_sums(shape, dtype, memory_format):
+    a, b = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    if len(shape) == 4:
+        a = a.contiguous(memory_format=memory_format)
+    dims = [d for d in range(len(shape)) if d != 1]
+    grad = torch.randn(shape[1]).to(dtype)
+    compare(ops.channel_sum, lambda x: x.sum(dims), {"x": a}, grad)
+    compare(ops.channel_dot, lambda a, b: (a * b).sum(dims), {"a": a, "b": b}, grad)
+
+
+def test_channel_sums_gradcheck():
+    a, b = (torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert gradcheck(ops.channel_sum, a)
+    assert gradcheck(ops.channel_dot, (a, b))
+    assert gradgradcheck(ops.channel_dot, (a, b))
+
+
+# ------------------------------------------------------------------------ memory and threads
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("shape", [(4, 3), (3, 5, 4, 6)], ids=str)
+def test_views(shape, view):
+    """Every operand with strides that are not the usual ones, gradient included."""
+    strange = VIEWS[view]
+    t = {name: strange(v) for name, v in operands(shape, torch.float64).items()}
+    if view in ("scalar", "expanded"):  # no variance: only that nothing is read out of bounds
+        y = F.batch_norm(t["input"], torch.zeros(shape[1]).double(), t["weight"].abs())
+        torch.testing.assert_close(y, t["input"] / (t["weight"].abs() + 1e-5).sqrt().view(
+            1, -1, *[1] * (len(shape) - 2)
+        ))  # fmt: skip
+        return
+    compare(ours, theirs, t, strange(torch.randn(shape).double()), ulps=1e3)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
+def test_sum_backward(memory_format):
+    """`.sum()` sends back a gradient of strides 0."""
+    t = operands((3, 5, 4, 6), torch.float64, memory_format)
+    leaves = {name: v.requires_grad_() for name, v in t.items()}
+    ours(**leaves, activation="relu").sum().backward()
+    truth = torch.autograd.grad(theirs(**leaves, activation="relu").sum(), list(leaves.values()))
+    torch.testing.assert_close([v.grad for v in leaves.values()], list(truth))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
+def test_memory_format_is_kept(memory_format):
+    t = operands((2, 3, 4, 5), torch.float32, memory_format)
+    x = t["input"].requires_grad_()
+    y = ours(**t)
+    (gradient,) = torch.autograd.grad(y, x, torch.randn(2, 3, 4, 5))
+    for result in (y, gradient):
+        assert result.is_contiguous(memory_format=memory_format)
+
+
+@needs_poison
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_reads_no_uninitialised_memory(shape):
+    t = operands(shape, torch.float32)
+    used = ours(**t, activation="relu")
+    fresh = on_fresh_memory(lambda: ours(**t, activation="relu"))
+    assert torch.equal(used, fresh) and bool(torch.isfinite(fresh).all())
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
+def test_one_and_two_threads_agree(memory_format):
+    shape = (6, 24, 40, 41)
+    t = operands(shape, torch.float32, memory_format)
+    x, grad, gg = t["input"], torch.randn(shape), torch.randn(shape)
+    run = torch.ops.nnarch
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            y, mean, invstd = run.batch_norm_train(x, t["weight"], t["bias"], None, 1e-5, 1, 0.0)
+            first = run.batch_norm_backward(grad, x, t["weight"], mean, invstd, y, 1, 0.0)
+            second = run.batch_norm_backward_backward(
+                gg, t["weight"], t["bias"], grad, x, t["weight"], mean, invstd
+            )
+            sums = (ops.channel_sum(x), ops.channel_dot(x, grad))
+            results.append((y, mean, invstd, *first, *second, *sums))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_operations_match_their_reference(shape):
+    """The gradients' operations alone, native against their definitions."""
+    t = operands(shape, torch.float64)
+    x, weight = t["input"], t["weight"]
+    grad, gg = torch.randn(shape).double(), torch.randn(shape).double()
+    y, mean, invstd = ops.batch_norm_train(x, weight, t["bias"], None, 1e-5, kinds.TANH, 0.0)
+    calls = (
+        lambda: ops.batch_norm_backward(grad, x, weight, mean, invstd, y, kinds.TANH, 0.0),
+        lambda: ops.batch_norm_backward(grad, x, None, mean, invstd, None, kinds.NONE, 0.0),
+        lambda: ops.batch_norm_backward_backward(
+            gg, weight, t["bias"], grad, x, weight, mean, invstd
+        ),
+        lambda: ops.batch_norm_backward_backward(
+            gg, weight, t["bias"], grad, x, None, mean, invstd
+        ),
+    )
+    for call in calls:
+        with nnarch.use_backend("reference"):
+            definition = call()
+        torch.testing.assert_close(on_fresh_memory(call), definition)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
+def test_opcheck(memory_format):
+    t = operands((2, 3, 4, 5), torch.float32, memory_format)
+    x, weight, bias = (v.requires_grad_() for v in t.values())
+    grad = torch.randn(2, 3, 4, 5)
+    run, check = torch.ops.nnarch, torch.library.opcheck
+    check(run.affine.default, (x, weight, bias, grad, 1, 0.0))
+    check(run.channel_sum.default, (x,))
+    check(run.channel_dot.default, (x, grad))
+    check(run.batch_norm_train.default, (x, weight, bias, grad, 1e-5, 1, 0.0))
+    _, mean, invstd = (
+        s.detach() for s in run.batch_norm_train(x, weight, bias, None, 1e-5, 0, 0.0)
+    )
+    check(run.batch_norm_backward.default, (grad, x, weight, mean, invstd, None, 0, 0.0))
+    plain = (grad, mean, mean, grad, x.detach(), weight.detach(), mean, invstd)
+    check(run.batch_norm_backward_backward.default, plain)
+
+
+# --------------------------------------------------------------------------------- bad input
+
+X = torch.randn(2, 3, 4)
+V = torch.ones(3)
+BAD = [
+    (lambda: F.batch_norm(X, None, None), ValueError, "must be given when training is False"),
+    (lambda: F.batch_norm(X[:1, :, 0], None, None, training=True), ValueError,
+     r"expected more than 1 value per channel when training, got input shape \(1, 3\)"),
+    (lambda: F.batch_norm(X[0, 0], V, V), ValueError, r"input must be \[N, C, ...\], got"),
+    (lambda: F.batch_norm(X.long(), V, V), TypeError, "input must be floating point"),
+    (lambda: F.batch_norm(X, torch.ones(4), V), ValueError, r"running_mean must have shape \(3,\)"),
+    (lambda: F.batch_norm(X, V, V.double()), TypeError, "running_var must be torch.float32"),
+    (lambda: F.batch_norm(X, V, V, torch.ones(2)), ValueError, "weight must have shape"),
+    (lambda: F.batch_norm(X, V, V, V, torch.ones(1)), ValueError, "bias must have shape"),
+    (lambda: F.batch_norm(X, None, None, torch.ones(2), training=True), ValueError, "weight must"),
+    (lambda: F.batch_norm(X, None, None, V.double(), training=True), TypeError, "weight must be"),
+    (lambda: F.batch_norm(X, V, V, residual=X[:1]), ValueError, "residual must have the shape"),
+    (lambda: F.batch_norm(X, None, None, training=True, residual=X.double()), TypeError,
+     "batch_norm: residual must be torch.float32 as input, got torch.float64"),
+    (lambda: F.batch_norm(X, V, V, activation="relu7"), ValueError, "^batch_norm: activation must"),
+    (lambda: F.batch_norm(X[:0], None, None, training=True), ValueError, "must not be empty"),
+    (lambda: ops.channel_sum(V), ValueError, "channel_sum: x must be"),
+    (lambda: ops.channel_dot(X, X[:1]), ValueError, "b must have the shape of a"),
+    (lambda: ops.batch_norm_backward(X, X, None, V, V, X, kinds.GELU, 0.0), ValueError,
+     "'gelu' needs its input"),
+    (lambda: ops.batch_norm_backward(X, X, None, V, V, None, kinds.RELU, 0.0), ValueError,
+     "'relu' needs its output y"),
+    (lambda: ops.batch_norm_backward(X, X, None, V, V[:1], None, 0, 0.0), ValueError, "invstd"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD, ids=range(len(BAD)))
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_failed_call_changes_no_statistics():
+    mean, var = torch.zeros(3), torch.ones(3)
+    with pytest.raises(ValueError):
+        F.batch_norm(X, mean, var, torch.ones(2), training=True)
+    assert torch.equal(mean, torch.zeros(3)) and torch.equal(var, torch.ones(3))
+
+
+def test_unsupported_derivatives_raise():
+    x = torch.randn(4, 3, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="batch_norm_train with gelu has no gradient"):
+        torch.ops.nnarch.batch_norm_train(x, None, None, None, 1e-5, kinds.GELU, 0.0)
+    y, mean, invstd = (t.detach() for t in ops.batch_norm_train(x, None, None, None, 1e-5, 1, 0.0))
+    with pytest.raises(NotImplementedError, match="once_differentiable"):
+        torch.ops.nnarch.batch_norm_backward(x, x, None, mean, invstd, y, kinds.RELU, 0.0)

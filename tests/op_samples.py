@@ -1,0 +1,192 @@
+"""Arguments for every operation of `library.OPS`: what tests of the dispatch itself run on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnarch import library
+from nnarch.kernels.activation import kinds
+
+GEOMETRY = ([2, 1], [1, 0, 2, 1], [1, 2])  # stride, padding, dilation: nothing symmetric
+_NCHW = (2, 12, 9, 11)
+
+
+def tensor(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Random numbers, channels_last where 4-D."""
+    t = torch.randn(size, dtype=dtype)
+    return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+
+def _epilogue(size: torch.Size) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    k = size[1]
+    return tensor(k), torch.rand(k) + 0.5, tensor(k), tensor(*size)
+
+
+def _conv2d(c: int, k: int) -> list[tuple[Any, ...]]:
+    """Channels that pick implicit GEMM, or (up to 8 channels) the stem."""
+    x, weight = tensor(2, c, 9, 11), tensor(k, c // 2 if c > 8 else c, 3, 4)
+    groups = c // weight.shape[1]
+    size = run("conv2d", x, weight, *[None] * 5, *GEOMETRY, groups, 0, 0.0).shape
+    epilogue = _epilogue(size)
+    return [
+        (x, weight, *epilogue, None, *GEOMETRY, groups, kinds.RELU, 0.0),
+        (x, weight, None, None, None, None, None, *GEOMETRY, groups, kinds.SILU, 0.0),
+        (x, weight, epilogue[0], None, None, None, None, [1, 1], [0] * 4, [1, 1], groups, 0, 0.0),
+    ]
+
+
+def _conv2d_grad(name: str) -> list[tuple[Any, ...]]:
+    samples = []
+    for c, groups in ((12, 2), (3, 1)):
+        x, weight = tensor(2, c, 9, 11), tensor(10, c // groups, 3, 4)
+        geometry = (*GEOMETRY, groups)
+        grad = run("conv2d", x, weight, *[None] * 5, *geometry, 0, 0.0)
+        by_x = (grad, weight, list(x.shape), *geometry)
+        by_weight = (grad, x, list(weight.shape), *geometry)
+        samples.append(by_x if name == "conv2d_input_grad" else by_weight)
+    return samples
+
+
+def _depthwise(name: str) -> list[tuple[Any, ...]]:
+    x, weight = tensor(*_NCHW), tensor(24, 1, 3, 4)
+    y = run("depthwise_conv2d", x, weight, *[None] * 5, *GEOMETRY, 0, 0.0)
+    return {
+        "depthwise_conv2d": [
+            (x, weight, *_epilogue(y.shape), None, *GEOMETRY, kinds.RELU6, 0.0),
+            (x, weight[:12], *[None] * 5, [1, 1], [1] * 4, [1, 1], kinds.HARDSWISH, 0.0),
+        ],
+        "depthwise_conv2d_input_grad": [(y, weight, list(x.shape), *GEOMETRY)],
+        "depthwise_conv2d_weight_grad": [(y, x, list(weight.shape), *GEOMETRY)],
+        "depthwise_conv2d_pack": [(weight,)],
+    }[name]
+
+
+def _linear() -> list[tuple[Any, ...]]:
+    samples = []
+    for rows in (3, 70, 600):
+        x, weight = tensor(rows, 21), tensor(35, 21)
+        vectors = _epilogue(torch.Size((rows, 35)))
+        samples.append((x, weight, *vectors, None, kinds.GELU, 0.0))
+    return samples
+
+
+def _activation(extra: int) -> list[tuple[Any, ...]]:
+    return [
+        (
+            *(tensor(*_NCHW) for _ in range(extra + 1)),
+            code,
+            0.1 if code == kinds.LEAKY_RELU else 0.0,
+        )
+        for code in kinds.NAMES
+        if code != kinds.NONE
+    ]
+
+
+def _batch_norm(name: str) -> list[tuple[Any, ...]]:
+    x, grad = tensor(*_NCHW), tensor(*_NCHW)
+    weight, bias = torch.rand(12) + 0.5, tensor(12)
+    y, mean, invstd = run("batch_norm_train", x, weight, bias, None, 1e-5, kinds.RELU, 0.0)
+    return {
+        "batch_norm_train": [
+            (x, weight, bias, grad, 1e-5, kinds.RELU, 0.0),
+            (x, None, None, None, 1e-3, 0, 0.0),
+        ],
+        "batch_norm_backward": [
+            (grad, x, weight, mean, invstd, None, 0, 0.0),
+            (grad, x, weight, mean, invstd, y, kinds.RELU, 0.0),
+        ],
+        "batch_norm_backward_backward": [
+            (tensor(*_NCHW), tensor(12), tensor(12), grad, x, weight, mean, invstd)
+        ],
+    }[name]
+
+
+_WINDOW = ([3, 2], [2, 1], [1, 0])  # kernel, stride, padding
+
+
+def _max_pool(name: str) -> list[tuple[Any, ...]]:
+    x = tensor(*_NCHW)
+    y, indices = run("max_pool2d", x, *_WINDOW, [1, 2], True, True)
+    return {
+        "max_pool2d": [(x, *_WINDOW, [1, 2], True, True), (x, *_WINDOW, [1, 1], False, False)],
+        "adaptive_max_pool2d": [(x, [4, 5], True), (x, [1, 1], False)],
+        "max_pool2d_input_grad": [(torch.randn_like(y), indices, list(x.shape))],
+        "max_pool2d_gather": [(x, indices)],
+    }[name]
+
+
+def _avg_pool(name: str) -> list[tuple[Any, ...]]:
+    x = tensor(*_NCHW)
+    options = (*_WINDOW, True, False, None)
+    y = run("avg_pool2d", x, *options)
+    small = run("adaptive_avg_pool2d", x, [4, 5])
+    return {
+        "avg_pool2d": [(x, *options), (x, *_WINDOW, False, True, 5)],
+        "avg_pool2d_input_grad": [(y, list(x.shape), *options)],
+        "adaptive_avg_pool2d": [(x, [4, 5]), (x, [1, 1])],
+        "adaptive_avg_pool2d_input_grad": [(small, list(x.shape))],
+    }[name]
+
+
+def _affine() -> list[tuple[Any, ...]]:
+    x = tensor(*_NCHW)
+    return [
+        (x, torch.rand(12), tensor(12), tensor(*_NCHW), kinds.RELU, 0.0),
+        (x, None, tensor(12), None, kinds.SILU, 0.0),
+    ]
+
+
+_SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
+    "activation": lambda: _activation(0),
+    "activation_grad": lambda: _activation(1),
+    "activation_grad_grad": lambda: _activation(2),
+    "affine": _affine,
+    "channel_sum": lambda: [(tensor(*_NCHW),), (tensor(300, 7),)],
+    "channel_dot": lambda: [(tensor(*_NCHW), tensor(*_NCHW))],
+    "conv2d": lambda: [*_conv2d(12, 10), *_conv2d(3, 9)],
+    "conv2d_pack": lambda: [(tensor(10, 6, 3, 4), 2), (tensor(9, 3, 3, 3), 1)],
+    "linear": _linear,
+    "linear_pack": lambda: [(tensor(35, 21),)],
+}
+for _name in ("conv2d_input_grad", "conv2d_weight_grad"):
+    _SAMPLES[_name] = lambda name=_name: _conv2d_grad(name)
+for _name in ("", "_input_grad", "_weight_grad", "_pack"):
+    _SAMPLES["depthwise_conv2d" + _name] = lambda name="depthwise_conv2d" + _name: _depthwise(name)
+for _name in ("batch_norm_train", "batch_norm_backward", "batch_norm_backward_backward"):
+    _SAMPLES[_name] = lambda name=_name: _batch_norm(name)
+for _name in ("max_pool2d", "adaptive_max_pool2d", "max_pool2d_input_grad", "max_pool2d_gather"):
+    _SAMPLES[_name] = lambda name=_name: _max_pool(name)
+for _name in (
+    "avg_pool2d", "avg_pool2d_input_grad", "adaptive_avg_pool2d", "adaptive_avg_pool2d_input_grad"
+):  # fmt: skip
+    _SAMPLES[_name] = lambda name=_name: _avg_pool(name)
+
+
+def all_ops() -> list[str]:
+    """The names of all declared operations."""
+    import nnarch.functional
+    import nnarch.kernels.depthwise.op  # noqa: F401 (imported at first use elsewhere)
+
+    return sorted(library.OPS)
+
+
+def samples(name: str) -> list[tuple[Any, ...]]:
+    """Positional arguments for several calls of an operation."""
+    if name not in _SAMPLES:
+        raise KeyError(f"nnarch::{name} has no sample arguments: add some to tests/op_samples.py")
+    torch.manual_seed(1)
+    return _SAMPLES[name]()
+
+
+def run(name: str, *args: Any) -> Any:
+    """Call the operation through the dispatcher."""
+    return getattr(torch.ops.nnarch, name).default(*args)
+
+
+def outputs(result: Any) -> tuple[Tensor, ...]:
+    """The tensors that an operation returned."""
+    return result if isinstance(result, tuple) else (result,)

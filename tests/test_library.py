@@ -1,0 +1,109 @@
+"""Every declared operation: opcheck, agreement with its reference, fallbacks."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from op_samples import all_ops, outputs, run, samples
+from torch import Tensor
+
+import nnarch
+from nnarch import library
+
+OPS = all_ops()
+
+# ------------------------------------------------------------------------------- every operation
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_opcheck(name):
+    """Schema, fake function and autograd registration agree with what the kernel does."""
+    for args in samples(name):
+        torch.library.opcheck(getattr(torch.ops.nnarch, name).default, args)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_native_agrees_with_the_reference(name):
+    op = library.OPS[name]
+    assert op.has_native, f"nnarch::{name} has no native kernel"
+    if name.endswith("_pack"):
+        pytest.skip("packed weights have the order that their kernel reads")
+    for args in samples(name):
+        mine, reference = outputs(run(name, *args)), outputs(op.reference(*args))
+        for a, b in zip(mine, reference, strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_inputs_are_left_alone(name):
+    for args in samples(name):
+        before = copy.deepcopy(args)
+        run(name, *args)
+        for a, b in zip(args, before, strict=True):
+            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_meta_tensors(name):
+    for args in samples(name):
+        if name.endswith("_pack"):
+            continue  # the size follows the instruction set: only a trace can carry it
+        meta = [a.to("meta") if isinstance(a, Tensor) else a for a in args]
+        for a, b in zip(outputs(run(name, *meta)), outputs(run(name, *args)), strict=True):
+            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_what_has_no_gradient_says_so(name):
+    """A backward either works or raises; it never returns nothing."""
+    for args in samples(name)[:1]:
+        leaves = [
+            a.clone().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
+            for a in args
+        ]
+        wanted = [a for a in leaves if isinstance(a, Tensor) and a.requires_grad]
+        try:
+            results = [r for r in outputs(run(name, *leaves)) if r.requires_grad]
+            gradients = torch.autograd.grad([r.sum() for r in results], wanted, allow_unused=True)
+        except NotImplementedError as error:
+            assert name in str(error)
+        else:
+            assert any(g is not None for g in gradients)
+
+
+# ------------------------------------------------------------------------------- the declaration
+
+
+@pytest.fixture
+def throwaway():
+    """An operation that is declared for one test."""
+    name = "test_throwaway"
+    declared = library.declare(
+        f"{name}(Tensor x) -> Tensor",
+        reference=lambda x: x + 1,
+        fake=lambda x: library.new_output(x, x.shape),
+        gpu="nnarch.no_such_module:launch",
+    )
+    yield declared
+    del library.OPS[name]
+
+
+def test_fallback_warns_once_and_is_visible(throwaway):
+    library._warn_fallback.cache_clear()
+    x = torch.randn(3)
+    with pytest.warns(nnarch.FallbackWarning, match="nnarch::test_throwaway"), nnarch.trace() as t:
+        y = throwaway(x)
+    assert torch.equal(y, x + 1)
+    assert [entry.backend for entry in t] == ["reference"]
+    throwaway(x)  # a second warning would be an error here (pyproject.toml)
+
+
+def test_no_gradient_is_an_error_not_a_number(throwaway):
+    library._warn_fallback.cache_clear()
+    with pytest.warns(nnarch.FallbackWarning):
+        y = throwaway(torch.randn(3, requires_grad=True))
+    with pytest.raises(NotImplementedError, match="test_throwaway is not differentiable"):
+        y.sum().backward()

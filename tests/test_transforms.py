@@ -1,0 +1,186 @@
+"""torch.compile, torch.export, functorch, autocast and copies of a network of ours."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tolerances import assert_as_accurate
+from torch import Tensor
+
+from nnarch import functional as F
+from nnarch import nn
+
+
+class Net(torch.nn.Module):
+    """Every family of operations once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(12)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.pointwise = nn.Conv2d(12, 16, 1)
+        self.act = nn.SiLU()
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        x = self.pool(self.act(self.pointwise(self.depthwise(x))))
+        return self.head(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1))
+
+
+@pytest.fixture
+def net() -> Net:
+    return Net()
+
+
+def _step(function, net: Net, x: Tensor) -> list[Tensor]:
+    """The output and the gradients of x and of all parameters."""
+    y = function(x)
+    return [y, *torch.autograd.grad(y.square().sum(), [x, *net.parameters()])]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("training", [False, True])
+def test_compile(net, backend, training):
+    net.train(training)
+    x = torch.randn(2, 3, 16, 18, requires_grad=True)
+    state = copy.deepcopy(net.state_dict())
+    expected = _step(net, net, x)
+    net.load_state_dict(state)
+    torch._dynamo.reset()
+    compiled = torch.compile(net, fullgraph=True, backend=backend)
+    torch.testing.assert_close(_step(compiled, net, x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_compile_with_dynamic_batch(net):
+    net.eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch in (2, 5):
+        x = torch.randn(batch, 3, 16, 16)
+        torch.testing.assert_close(compiled(x), net(x))
+
+
+def test_export(net):
+    net.eval()
+    x = torch.randn(2, 3, 16, 16)
+    program = torch.export.export(net, (x,))
+    targets = {str(node.target) for node in program.graph.nodes}
+    for op in ("conv2d", "depthwise_conv2d", "max_pool2d", "linear"):
+        assert f"nnarch.{op}.default" in targets
+    torch.testing.assert_close(program.module()(x), net(x))
+
+
+def test_copies(net):
+    net.eval()
+    x = torch.randn(2, 3, 16, 16)
+    y = net(x)  # packed weights exist from now on
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(twin(x), y)
+    other = Net().eval()
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other(x), y)
+
+
+def test_vmap_and_functional_gradients():
+    """functorch transforms see the registered operation."""
+    x, weight = torch.randn(4, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+
+    def loss(w: Tensor) -> Tensor:
+        return F.linear(x, w, activation="tanh").square().sum()
+
+    mine = torch.func.grad(loss)(weight)
+    (theirs,) = torch.autograd.grad(
+        torch.tanh(x @ weight.requires_grad_().T).square().sum(), weight
+    )
+    torch.testing.assert_close(mine, theirs)
+
+
+# --------------------------------------------------------------------------------------- autocast
+
+
+def _pair(kind: str) -> tuple:
+    x = torch.randn(2, 12, 7, 7) if kind != "linear" else torch.randn(9, 12)
+    if kind == "linear":
+        return F.linear, torch.nn.functional.linear, x, torch.randn(8, 12), {}
+    groups = {"conv2d": 1, "grouped": 3, "depthwise": 12}[kind]
+    weight = torch.randn(12, 12 // groups, 3, 3)
+    return F.conv2d, torch.nn.functional.conv2d, x, weight, {"groups": groups}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["conv2d", "grouped", "depthwise", "linear"])
+def test_autocast(kind, dtype):
+    """Inputs are rounded as torch rounds them; parameters get float32 gradients."""
+    ours, theirs, x, weight, options = _pair(kind)
+    bias = torch.randn(weight.shape[0])
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+
+    def step(function) -> list[Tensor]:
+        with torch.autocast("cpu", dtype=dtype):
+            y = function(*leaves, **options)
+        return [y.detach(), *torch.autograd.grad(y.float().sum(), leaves)]
+
+    mine = step(ours)
+    assert mine[0].dtype == dtype
+    assert all(g.dtype == torch.float32 for g in mine[1:])
+    rounded = [t.detach().to(dtype).double().requires_grad_() for t in leaves]
+    y64 = theirs(*rounded, **options)
+    truth = [y64.detach(), *torch.autograd.grad(y64.sum(), rounded)]
+    for a, b, c in zip(mine, step(theirs), truth, strict=True):
+        assert_as_accurate(a, b, c)
+
+
+def test_autocast_takes_mixed_dtypes():
+    """What a half-precision layer hands to one with float32 parameters, epilogue included."""
+    x, weight = torch.randn(2, 9, 6, 6).bfloat16(), torch.randn(4, 9, 3, 3, requires_grad=True)
+    vectors = {"scale": torch.rand(4), "shift": torch.randn(4)}
+    residual = torch.randn(2, 4, 4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for activation in (None, "relu", "silu"):
+            y = F.conv2d(x, weight, **vectors, residual=residual, activation=activation)
+            assert y.dtype == torch.bfloat16
+
+
+def test_autocast_leaves_float64_alone():
+    x, weight = torch.randn(3, 4).double(), torch.randn(2, 4).double()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert F.linear(x, weight).dtype == torch.float64
+
+
+def test_autocast_switched_off_inside():
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.autocast("cpu", enabled=False):
+        assert F.linear(torch.randn(3, 4), torch.randn(2, 4)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_autocast_of_a_network(net, training):
+    """Outputs are as close to float32's as torch.nn's own network is."""
+    net.train(training)
+    twin = copy.deepcopy(net)
+    x = torch.randn(4, 3, 16, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = net(x)
+        loss = y.float().square().sum()
+    loss.backward()
+    exact = twin(x)
+    torch.testing.assert_close(y.float(), exact, rtol=0.1, atol=0.05)
+    assert all(bool(torch.isfinite(p.grad).all()) for p in net.parameters())
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_autocast_under_compile(net, backend):
+    net.eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(net, fullgraph=True, backend=backend)
+    x = torch.randn(2, 3, 16, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        expected = net(x)
+        y = compiled(x)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected)
