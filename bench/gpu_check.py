@@ -40,11 +40,16 @@ def main(
     if not torch.cuda.is_available():
         print("gpu-check: no GPU on this machine: nothing was run, nothing was measured")
         return
+    try:
+        chosen = cases.select(only, quick=quick)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     if tests:
-        failed = subprocess.call([sys.executable, "-m", "pytest", "-q", "-m", "gpu"])
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu"]
+        failed = subprocess.call(command, cwd=Path(__file__).parents[1])
         if failed:
             raise typer.Exit(failed)
-    rows = measure(torch.device("cuda"), cases.select(only, quick=quick))
+    rows = measure(torch.device("cuda"), chosen)
     tables.print_rows(rows, Console())
     target = RESULTS / f"{rows[0].machine}.csv"
     results.append(rows, target)
@@ -79,8 +84,8 @@ def on_device(case: Case, device: torch.device) -> Case:
 
     class OnDevice(Case):
         def build(self) -> tuple[nn.Module, torch.Tensor]:
-            module, x = super().build()
-            return module, x.to(device)
+            module, x = case.build()
+            return module.to(device), x.to(device)
 
     fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
     return OnDevice(**{**fields, "layer": layer})
@@ -113,9 +118,11 @@ def describe(device: torch.device) -> Machine:
     here = machine.describe()
     if device.type != "cuda":
         return here
-    major, minor = torch.cuda.get_device_capability(device)
-    name = torch.cuda.get_device_name(device)
-    return dataclasses.replace(here, cpu=name, cores=1, isa=f"sm_{major}{minor}")
+    properties = torch.cuda.get_device_properties(device)
+    isa = f"sm_{properties.major}{properties.minor}"
+    if torch.version.hip is not None:
+        isa = properties.gcnArchName.partition(":")[0]
+    return dataclasses.replace(here, cpu=properties.name, cores=1, isa=isa)
 
 
 def calibrate(device: torch.device, size: int = 4096, megabytes: int = 512) -> Roof:

@@ -148,5 +148,3 @@ def epilogue_backward(
     return EpilogueGradients(
         acc, bias_grad, shift_grad if need_shift else None, gz if need_residual else None
     )
-
-

@@ -103,11 +103,9 @@ class _Interceptor(TorchDispatchMode):
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     op = library.OPS[func._opname]
     args = _positional(func, args, kwargs)
-    backend = _state.forced[-1] if _state.forced else _automatic(op, args)
-    implementation = func if not _state.forced else op.implementation(backend)
     started = time.perf_counter()
     with torch._C._AutoDispatchBelowAutograd():
-        result = implementation(*args)
+        backend, result = _on_its_backend(op, func, args)
     seconds = time.perf_counter() - started
     algorithm = library.native_string("nnarch_last_algorithm") if backend == "cpu" else ""
     shapes = tuple(tuple(a.shape) for a in args if isinstance(a, torch.Tensor))
@@ -116,13 +114,14 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return result
 
 
-def _automatic(op: library.Op, args: tuple[Any, ...]) -> str:
-    tensor = next(a for a in args if isinstance(a, torch.Tensor))
-    if tensor.device.type == "cpu":
-        return "cpu" if op.has_native else "reference"
-    if tensor.device.type == "cuda" and op.gpu is not None:
-        return op.gpu_backend
-    return "reference"
+def _on_its_backend(op: library.Op, func: Any, args: tuple[Any, ...]) -> tuple[str, Any]:
+    if _state.forced:
+        backend = _state.forced[-1]
+        return backend, op.implementation(backend)(*args)
+    device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
+    if device == "cuda" or (device == "cpu" and not op.has_native):
+        return library.run_without_native(op, device == "cuda", args)
+    return "cpu" if device == "cpu" else "fake", func(*args)
 
 
 def _positional(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

@@ -192,8 +192,8 @@ def declare(
         lib=_definitions,
     )
     if not op.has_native:
-        _definitions.impl(name, _with_fallback(op, None), "CPU")
-    _definitions.impl(name, _with_fallback(op, op.gpu), "CUDA")
+        _definitions.impl(name, lambda *args: run_without_native(op, False, args)[1], "CPU")
+    _definitions.impl(name, lambda *args: run_without_native(op, True, args)[1], "CUDA")
     return _cheap_call(op, backward, setup_context)
 
 
@@ -206,22 +206,20 @@ def _no_backward(name: str) -> Callable[..., Any]:
     return backward
 
 
-def _with_fallback(op: Op, gpu: str | None) -> Callable[..., Any]:
-    """The automatic implementation where no native kernel is registered."""
+def run_without_native(op: Op, gpu: bool, args: tuple[Any, ...]) -> tuple[str, Any]:
+    """Run an operation where no native kernel is registered: by its GPU kernel, or the reference.
 
-    def run(*args: Any) -> Any:
-        if gpu is not None:
-            try:
-                launch = op.checked(op.launcher())
-            except ImportError as error:
-                _warn_fallback(op.name, str(error))
-            else:
-                return launch(*args)
-        else:
-            _warn_fallback(op.name, native_error or "no kernel for this device")
-        return op.checked(op.reference)(*args)
-
-    return run
+    Returns:
+        The name of the backend that ran, and the result.
+    """
+    why = native_error or "no kernel for this device"
+    if gpu and op.gpu is not None:
+        try:
+            return op.gpu_backend, op.implementation(op.gpu_backend)(*args)
+        except (ImportError, NotImplementedError) as error:
+            why = str(error)
+    _warn_fallback(op.name, why)
+    return "reference", op.implementation("reference")(*args)
 
 
 @functools.cache
@@ -240,8 +238,8 @@ def _cheap_call(op: Op, backward: Any, setup_context: Any) -> Callable[..., Any]
     """The call path of ADR 2, by what the call needs.
 
     No gradient wanted: straight below autograd. A gradient wanted: an autograd.Function of the same
-    formula, at a fraction of what the registered one costs a call. Under torch.compile and
-    functorch: the registered operation, which they understand.
+    formula, at a fraction of what the registered one costs a call; under functorch, the form of it
+    that functorch asks for. Under torch.compile: the registered operation.
     """
     overload = op.overload
     is_grad_enabled = torch.is_grad_enabled
@@ -249,7 +247,10 @@ def _cheap_call(op: Op, backward: Any, setup_context: Any) -> Callable[..., Any]
     in_functorch = torch._C._are_functorch_transforms_active
     Tensor = torch.Tensor
     family = f"{op.name}: "
-    apply = _autograd_function(op, backward, setup_context).apply if setup_context else overload
+    apply = transformed = overload
+    if setup_context:
+        apply = _autograd_function(op, backward, setup_context).apply
+        transformed = _functorch_function(op, backward, setup_context).apply
 
     def call(*args: Any) -> Any:
         try:
@@ -258,7 +259,7 @@ def _cheap_call(op: Op, backward: Any, setup_context: Any) -> Callable[..., Any]
             if is_grad_enabled():
                 for a in args:
                     if isinstance(a, Tensor) and a.requires_grad:
-                        return overload(*args) if in_functorch() else apply(*args)
+                        return transformed(*args) if in_functorch() else apply(*args)
             with _BelowAutograd():
                 return overload(*args)
         except RuntimeError as error:
@@ -288,6 +289,27 @@ def _autograd_function(op: Op, backward_formula: Any, setup_context: Any) -> Any
             return backward_formula(ctx, *grads)
 
     Function.__name__ = Function.__qualname__ = f"nnarch_{op.name}"
+    return Function
+
+
+def _functorch_function(op: Op, backward_formula: Any, setup: Any) -> Any:
+    """The same with a `setup_context` of its own, which costs every call a few µs more."""
+
+    class Function(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return op.overload(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return backward_formula(ctx, *grads)
+
     return Function
 
 

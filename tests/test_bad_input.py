@@ -5,6 +5,7 @@ Never a crash, never a wrong answer; and a failed call leaves its inputs as they
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -19,7 +20,7 @@ BAD = [
     # conv2d: tensors
     (TypeError, "conv2d: x .*list", lambda: F.conv2d([1.0], W)),
     (TypeError, "conv2d: weight .*NoneType", lambda: F.conv2d(X, None)),
-    (TypeError, "conv2d: weight .*ndarray", lambda: F.conv2d(X, W.numpy())),
+    (TypeError, "conv2d: weight .*ndarray", lambda: F.conv2d(X, np.ones((4, 6, 3, 3)))),
     (TypeError, "conv2d: x .*int32", lambda: F.conv2d(X.int(), W)),
     (TypeError, "conv2d: x .*complex64", lambda: F.conv2d(X.to(torch.complex64), W)),
     (TypeError, "conv2d: x .*sparse", lambda: F.conv2d(X.to_sparse(), W)),
@@ -28,6 +29,7 @@ BAD = [
     (ValueError, r"conv2d: x .*4-D.*\(8, 8\)", lambda: F.conv2d(X[0, 0], W)),
     (ValueError, r"conv2d: weight .*4-D.*\(6, 3, 3\)", lambda: F.conv2d(X, W[0])),
     (ValueError, "conv2d: weight has 5 .*6", lambda: F.conv2d(X, W[:, :5])),
+    (ValueError, "conv2d: weight .*no output channels", lambda: F.conv2d(X, W[:0])),
     (ValueError, "conv2d: .*kernel.*0", lambda: F.conv2d(X, W[:, :, :0])),
     (ValueError, "conv2d: the kernel of 9×3 .*larger", lambda: F.conv2d(X, torch.ones(4, 6, 9, 3))),
     # conv2d: numbers

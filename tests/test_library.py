@@ -77,9 +77,9 @@ def test_what_has_no_gradient_says_so(name):
 # ------------------------------------------------------------------------------- the declaration
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")  # the dispatcher keeps what it was told
 def throwaway():
-    """An operation that is declared for one test."""
+    """An operation that only this file knows."""
     name = "test_throwaway"
     declared = library.declare(
         f"{name}(Tensor x) -> Tensor",

@@ -87,18 +87,49 @@ def test_copies(net):
     assert torch.equal(other(x), y)
 
 
-def test_vmap_and_functional_gradients():
-    """functorch transforms see the registered operation."""
-    x, weight = torch.randn(4, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap runs one by one
+class TestFunctorch:
+    """torch.func.grad, vmap and jacrev, alone and nested."""
 
-    def loss(w: Tensor) -> Tensor:
-        return F.linear(x, w, activation="tanh").square().sum()
+    x = torch.arange(24, dtype=torch.float64).view(4, 6).cos()
+    weight = torch.arange(18, dtype=torch.float64).view(3, 6).sin()
 
-    mine = torch.func.grad(loss)(weight)
-    (theirs,) = torch.autograd.grad(
-        torch.tanh(x @ weight.requires_grad_().T).square().sum(), weight
+    @staticmethod
+    def ours(weight: Tensor, x: Tensor) -> Tensor:
+        return F.linear(x, weight, activation="tanh").square().sum()
+
+    @staticmethod
+    def theirs(weight: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(torch.nn.functional.linear(x, weight)).square().sum()
+
+    @pytest.mark.parametrize(
+        "transform",
+        [
+            torch.func.grad,
+            lambda f: torch.func.vmap(f, (None, 0)),
+            lambda f: torch.func.vmap(torch.func.grad(f), (None, 0)),
+            lambda f: torch.func.jacrev(torch.func.grad(f)),
+        ],
+        ids=["grad", "vmap", "gradients of samples", "Hessian"],
     )
-    torch.testing.assert_close(mine, theirs)
+    def test_linear(self, transform):
+        mine = transform(self.ours)(self.weight, self.x)
+        torch.testing.assert_close(mine, transform(self.theirs)(self.weight, self.x))
+
+    def test_a_network(self, net):
+        """Gradients of single samples, through every family of operations."""
+        net.eval()
+        parameters = dict(net.named_parameters())
+        x = torch.randn(3, 3, 16, 16)
+
+        def loss(parameters: dict[str, Tensor], image: Tensor) -> Tensor:
+            return torch.func.functional_call(net, parameters, (image[None],)).square().sum()
+
+        mine = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+        for i in range(len(x)):
+            truth = torch.autograd.grad(net(x[i : i + 1]).square().sum(), list(net.parameters()))
+            for name, expected in zip(parameters, truth, strict=True):
+                torch.testing.assert_close(mine[name][i], expected)
 
 
 # --------------------------------------------------------------------------------------- autocast

@@ -26,9 +26,8 @@ template <class F>
 void over_runs(int64_t n, const F& f) {
   set_algorithm("elementwise");
   constexpr int64_t run = 16384;
-  parallel_tasks(ceil_div(n, run), [&](int64_t task) {
-    f(task * run, std::min(run, n - task * run));
-  });
+  parallel_tasks(ceil_div(n, run),
+                 [&](int64_t task) { f(task * run, std::min(run, n - task * run)); });
 }
 
 Tensor activation(const Tensor& x, int64_t code, double alpha) {

@@ -50,6 +50,7 @@ inline ConvShape conv_shape(const IntList& input, const IntList& weight, const I
     require(number < int64_t{1} << 31, "conv2d: stride, padding or dilation is too large");
   require(groups > 0 && p.c % groups == 0 && p.k % groups == 0 && weight[1] == p.c / groups,
           "conv2d: channels and groups do not match the weight");
+  require(p.k > 0, "conv2d: weight has no output channels");
   require(p.r > 0 && p.s > 0, "conv2d: kernel size must be positive");
   p.oh = conv_output_size(p.h, p.top + p.bottom, p.r, p.stride_h, p.dilation_h);
   p.ow = conv_output_size(p.w, p.left + p.right, p.s, p.stride_w, p.dilation_w);

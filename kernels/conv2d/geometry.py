@@ -86,6 +86,8 @@ def check_conv(
             f"{op}: weight has {per_group} input channels a group, but x has {channels} channels "
             f"in {groups} group(s): expected {channels // groups}"
         )
+    if k < 1:
+        raise ValueError(f"{op}: weight of shape {tuple(weight.shape)} has no output channels")
     if r < 1 or s < 1:
         raise ValueError(f"{op}: the kernel size must be positive, got {(r, s)}")
     size = output_size(x.shape, weight.shape, stride, padding, dilation)

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from nnarch import library
 from nnarch.kernels.conv2d.geometry import output_size
-from nnarch.kernels.conv2d.triton_gather import gather_dot, reduction_steps, takes_flat
+from nnarch.kernels.conv2d.triton_gather import gather_dot, geometry, reduction_steps, takes_flat
 from nnarch.kernels.gpu.epilogue import write_tile
 from nnarch.kernels.gpu.launch import (
     cdiv,
@@ -28,9 +28,10 @@ from nnarch.kernels.gpu.matmul import (
     channels_innermost,
     grouped_order,
     loads_channel_vectors,
+    matmul_split,
     precision_of,
 )
-from nnarch.kernels.gpu.split import finish_split, split_count
+from nnarch.kernels.gpu.split import finish_split
 from nnarch.kernels.gpu.tiles import Problem, Tile, pick
 
 
@@ -193,11 +194,7 @@ def conv2d(
         "alpha": float(alpha),
         "ACTIVATION": activation,
     }
-    geometry = {
-        **{"R": r, "S": s, "PAD_H": padding[0], "PAD_W": padding[1]},
-        **{"STRIDE_H": stride[0], "STRIDE_W": stride[1]},
-        **{"DILATION_H": dilation[0], "DILATION_W": dilation[1]},
-    }
+    taps = geometry(r, s, stride, padding, dilation)
     precision = dot_precision("conv")
     problem = Problem(
         m=n * oh * ow,
@@ -208,26 +205,26 @@ def conv2d(
     )
 
     def run(tile: Tile) -> None:
-        _launch_forward(x, weight, y, groups, epilogue, geometry, precision, tile)
+        _launch_forward(x, weight, y, groups, epilogue, taps, precision, tile)
 
     with device_guard(x):
         run(pick(MATMUL, problem, run))
     return y
 
 
-def _launch_forward(x, weight, y, groups, epilogue, geometry, precision, tile: Tile) -> None:
+def _launch_forward(x, weight, y, groups, epilogue, taps, precision, tile: Tile) -> None:
     """The forward kernel with `tile`, and the second stage where the reduction is split."""
     n, k, oh, ow = y.shape
     _, c_group, r, s = weight.shape
     m = n * oh * ow
     programs = groups * cdiv(m, tile["BLOCK_M"]) * cdiv(k // groups, tile["BLOCK_N"])
     steps = reduction_steps(r * s, c_group, tile["BLOCK_K"])
-    splits = split_count(programs, steps)
+    splits = matmul_split(tile, programs, steps)
     partial = y.new_empty((splits, m, k), dtype=torch.float32) if splits > 1 else None
     arguments = {
         **{"x_ptr": x, "w_ptr": weight, "y_ptr": y, "partial_ptr": partial},
         **epilogue,
-        **geometry,
+        **taps,
         **{"M": m, "H": x.shape[2], "W": x.shape[3], "OH": oh, "OW": ow},
         **{"C_GROUP": c_group, "K_GROUP": k // groups, "groups": groups},
         **{"steps": steps, "steps_per_split": cdiv(steps, splits)},

@@ -5,10 +5,25 @@ a row m looks at the pixel (row_h + i·step_h, row_w + j·step_w) under tap (i, 
 exists; each step of the reduction loads its BLOCK_M × BLOCK_K operand from the image by address.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 
 from nnarch.kernels.gpu.launch import cdiv
+
+
+def geometry(
+    r: int, s: int, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> dict[str, int]:
+    """The constexpr arguments that the three convolution kernels share."""
+    return {
+        **{"R": r, "S": s, "PAD_H": padding[0], "PAD_W": padding[1]},
+        **{"STRIDE_H": stride[0], "STRIDE_W": stride[1]},
+        **{"DILATION_H": dilation[0], "DILATION_W": dilation[1]},
+    }
 
 
 def takes_flat(channels: int, block_k: int) -> bool:

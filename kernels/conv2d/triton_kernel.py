@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from nnarch.kernels.conv2d.triton_backward import conv2d_input_grad, conv2d_weight_grad
 from nnarch.kernels.conv2d.triton_forward import conv2d
+from nnarch.kernels.conv2d.triton_input_grad import conv2d_input_grad
+from nnarch.kernels.conv2d.triton_weight_grad import conv2d_weight_grad
 from nnarch.kernels.gpu.static import StaticCase, meta
 
 __all__ = ["STATIC_CASES", "conv2d", "conv2d_input_grad", "conv2d_pack", "conv2d_weight_grad"]
@@ -41,15 +42,22 @@ def _case(name, n, c, h, k, r, stride, operation) -> StaticCase:
     )
 
 
+_SHAPES = (
+    (32, 256, 56, 256, 3, 1),
+    (32, 256, 56, 64, 1, 1),
+    (32, 128, 56, 128, 3, 2),
+    (32, 512, 7, 512, 3, 1),  # few pixels: the reduction is split
+)
+_STEM = (32, 3, 224, 64, 7, 2)
+_TO_IMAGE = (32, 64, 56, 3, 3, 1)  # few output channels: the mirror image, for the input gradient
+
 STATIC_CASES = [
     _case(f"{r}×{r} C{c} H{h} K{k} N{n} s{stride}", n, c, h, k, r, stride, operation)
-    for operation in ("forward", "input_grad", "weight_grad")
-    for n, c, h, k, r, stride in (
-        (32, 256, 56, 256, 3, 1),
-        (32, 256, 56, 64, 1, 1),
-        (32, 128, 56, 128, 3, 2),
-        (32, 3, 224, 64, 7, 2),
-        (1, 512, 7, 512, 3, 1),
+    for operation, few_channels in (
+        ("forward", _STEM),
+        ("input_grad", _TO_IMAGE),
+        ("weight_grad", _STEM),
     )
+    for n, c, h, k, r, stride in (*_SHAPES, few_channels)
 ]
 """What bench/static_gpu.py compiles."""

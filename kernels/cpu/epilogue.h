@@ -21,6 +21,12 @@ enum Activation : int64_t {
   kActivationCount = 11,
 };
 
+// Whether the derivative of an activation is a function of its output (kinds.INVERTIBLE).
+inline constexpr bool follows_from_output(int64_t activation) {
+  return activation != kHardswish && activation != kSilu && activation != kGelu &&
+         activation != kGeluTanh;
+}
+
 // Per-channel vectors are indexed from the first output channel of the block being computed and
 // padded by the driver to whole vectors. The residual has the layout of the output.
 template <class T>

@@ -23,10 +23,12 @@ Tensor new_strided(const IntList& sizes, const IntList& strides, ScalarType type
   if (pool_serves(bytes)) {
     void* block = pool_take(bytes);
     const auto give_back = [](void* memory, void*) { pool_give_back(memory); };
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(block, dims, sizes.data(), strides.data(), 0,
-                                                  dtype, cpu, 0, &handle,
-                                                  aoti_torch_layout_strided(), nullptr, 0,
-                                                  give_back, nullptr));
+    constexpr int32_t no_index = -1;  // from_blob takes no other for the CPU
+    if (torch_from_blob(block, dims, sizes.data(), strides.data(), 0, dtype, cpu, no_index, &handle,
+                        aoti_torch_layout_strided(), nullptr, 0, give_back, nullptr)) {
+      pool_give_back(block);
+      throw std::runtime_error("nnarch: torch did not take the memory of a new tensor");
+    }
     return Tensor(handle);
   }
   STABLE_TORCH_ERROR_CODE_CHECK(

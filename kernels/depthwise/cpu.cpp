@@ -34,7 +34,7 @@ void run_images(const DepthwiseConv<T>& conv, int64_t images, int64_t x_image, i
 }
 
 const char* algorithm(const ConvShape& p) {
-  if (p.dilation_w == 1 && p.r == p.s && p.stride_w <= 2) {
+  if (p.r == p.s && p.stride_w / std::gcd(p.stride_w, p.dilation_w) <= 2) {
     if (p.s == 3) return "depthwise_3x3";
     if (p.s == 5) return "depthwise_5x5";
     if (p.s == 7) return "depthwise_7x7";
@@ -86,8 +86,8 @@ Tensor depthwise_conv2d(const Tensor& x_in, const Tensor& weight_in, const OptTe
                         const OptTensor& packed, const IntList& stride, const IntList& padding,
                         const IntList& dilation, int64_t activation, double alpha) {
   const ScalarType type = x_in.scalar_type();
-  const ConvShape p = depthwise_shape(sizes_of(x_in), sizes_of(weight_in), stride, padding,
-                                      dilation);
+  const ConvShape p =
+      depthwise_shape(sizes_of(x_in), sizes_of(weight_in), stride, padding, dilation);
   require(weight_in.scalar_type() == type, "depthwise_conv2d: x and weight must have one dtype");
   if (residual)
     require(sizes_of(*residual) == p.output_size() && residual->scalar_type() == type,

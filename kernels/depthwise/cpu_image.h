@@ -32,7 +32,7 @@ struct SourceImage {
 
   SourceImage(const Tensor& t, int64_t multiplier)
       : tensor(multiplier == 1 && t.is_contiguous() && !is_channels_last(t) ? t
-                                                                           : as_channels_last(t)),
+                                                                            : as_channels_last(t)),
         layout(Layout::of(sizes_of(t), is_channels_last(tensor))) {}
 };
 
@@ -115,8 +115,8 @@ struct Phase {
   IntList taps;          // in the order of output positions, `step` apart
 };
 
-inline std::vector<Phase> gradient_phases(int64_t size, int64_t stride, int64_t pad,
-                                          int64_t kernel, int64_t dilation) {
+inline std::vector<Phase> gradient_phases(int64_t size, int64_t stride, int64_t pad, int64_t kernel,
+                                          int64_t dilation) {
   std::vector<Phase> phases;
   for (int64_t first = 0; first < std::min(stride, size); ++first) {
     Phase phase{first, ceil_div(size - first, stride), 0, {}};

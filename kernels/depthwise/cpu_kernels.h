@@ -19,8 +19,8 @@ namespace nnarch {
 // widest vector of any instruction set; the taps of a vector of channels follow each other.
 inline constexpr int64_t kDepthwiseBlock = 16;
 
-// The lengths of strips (see cpu_strip.h) that there is code for. Kernels of width 7 have none of 8:
-// seven weights, seven sums and a pixel fill the sixteen registers of AVX2.
+// The lengths of strips (see cpu_strip.h) that there is code for. Kernels of width 7 have none of
+// 8: seven weights, seven sums and a pixel fill the sixteen registers of AVX2.
 inline constexpr int64_t kStripLengths[] = {8, 7, 4, 1};
 
 // The length that covers n pixels with the least work: the last strip is moved back to end with
@@ -32,6 +32,18 @@ static inline __attribute__((always_inline)) int64_t strip_pixels(int64_t s, int
     if (p <= n && !(p == 8 && s == 7) && work < least) least = work, best = p;
   }
   return best;
+}
+
+// With a dilation, so many neighbouring output columns share no input column. Every so many-th
+// column is a phase: a convolution without dilation over every dilation_w-th input column.
+static inline __attribute__((always_inline)) int64_t column_phases(int64_t dilation_w,
+                                                                   int64_t stride_w) {
+  int64_t a = dilation_w, b = stride_w;
+  while (b != 0) {
+    const int64_t rest = a % b;
+    a = b, b = rest;
+  }
+  return dilation_w / a;
 }
 
 // One set of taps and the outputs that it produces. The forward pass has one; the input gradient
@@ -70,14 +82,15 @@ struct DepthwiseConv {
 
 // How the work is cut, by shape only.
 struct DepthwisePlan {
-  int64_t block;         // channels of a task: a multiple of kDepthwiseBlock, or all
-  int64_t columns;       // output columns of a tile
-  int64_t rows;          // output rows of a task
+  int64_t block;                    // channels of a task: a multiple of kDepthwiseBlock, or all
+  int64_t columns;                  // output columns of a tile
+  int64_t rows;                     // output rows of a task
   int64_t first_row, first_column;  // the least of all passes
   int64_t tile_rows, tile_columns;  // input rows and columns that a tile holds
   int64_t kernel_rows;              // of the tallest pass
+  int64_t reach;                    // input rows from the first to the last of an output row
   bool direct;  // strips read the image itself; the tile is for those at other edges
-  bool far;     // input and output are too large for the caches
+  bool far;     // the same, where input and output are too large for the caches
   bool ring;    // the tile keeps input rows from one output row to the next
 
   int64_t tile_size() const { return tile_rows * tile_columns * block; }

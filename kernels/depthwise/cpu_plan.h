@@ -18,8 +18,10 @@ inline constexpr int64_t kNarrowBlock = 32;
 inline constexpr int64_t kSetBytes = 2048;
 // Direct reading takes whole vectors of every instruction set.
 inline constexpr int64_t kLanesMost = 16;
-// Input rows of a tile that is read in place stay in this much of the first-level cache.
+// Input rows that are read in place stay in this much of the first-level cache; where they come
+// from memory, in this much of the second level: whole rows are what the hardware prefetches well.
 inline constexpr int64_t kDirectBytes = 24576;
+inline constexpr int64_t kFarRowBytes = 1 << 18;
 // Input and output of this size together are taken to come from memory.
 inline constexpr int64_t kFarBytes = 16 << 20;
 // A ring of more rows than this many times those used at once is not worth its memory.
@@ -43,7 +45,7 @@ class DepthwisePlanner {
   const DepthwisePlan& plan() const { return plan_; }
   int64_t channel_tasks() const { return ceil_div(c_.channels, plan_.block); }
   int64_t row_tasks() const { return ceil_div(oh_, plan_.rows); }
-    int64_t tasks() const { return channel_tasks() * row_tasks(); }
+  int64_t tasks() const { return channel_tasks() * row_tasks(); }
 
   DepthwiseTask task(int64_t i) const {
     const int64_t channel = i / row_tasks() * plan_.block, first = i % row_tasks() * plan_.rows;
@@ -70,14 +72,15 @@ class DepthwisePlanner {
       any = true;
     }
     plan_.kernel_rows = r_;
-    plan_.tile_rows = last_row - plan_.first_row;
+    plan_.tile_rows = plan_.reach = last_row - plan_.first_row;
     plan_.ring = plan_.tile_rows <= kRingWaste * r_;
     if (!plan_.ring) plan_.tile_rows = r_;
   }
 
   bool can_read_directly() const {
-    return c_.x_channel == 1 && c_.lane_source == nullptr && c_.group == 1 && c_.dilation_w == 1 &&
-           c_.channels % kLanesMost == 0 && c_.channels * static_cast<int64_t>(sizeof(T)) % kSetBytes != 0;
+    return c_.x_channel == 1 && c_.lane_source == nullptr && c_.group == 1 &&
+           c_.channels % kLanesMost == 0 &&
+           c_.channels * c_.dilation_w * static_cast<int64_t>(sizeof(T)) % kSetBytes != 0;
   }
 
   void plan_direct(int64_t images) {
@@ -86,12 +89,14 @@ class DepthwisePlanner {
     plan_.block = round_up(c_.channels, kDepthwiseBlock);
     plan_.tile_rows = r_;
     const int64_t size = sizeof(T);
-    const int64_t strip = strip_pixels(s_, ow_);
-    const int64_t fit = kDirectBytes / (std::max<int64_t>(r_, 1) * c_.stride_w * c_.channels * size);
-    plan_.columns = std::min(ow_, std::max(2 * strip, fit / strip * strip));
-    plan_.tile_columns = tile_columns(kStripLengths[0]);  // for one strip at an edge
     const int64_t bytes = images * size * c_.channels * (c_.h * c_.w + oh_ * ow_);
     plan_.far = bytes >= kFarBytes;
+    const int64_t phases = column_phases(c_.dilation_w, c_.stride_w);
+    const int64_t strip = strip_pixels(s_, ceil_div(ow_, phases)) * phases;
+    const int64_t fit = (plan_.far ? kFarRowBytes : kDirectBytes) /
+                        (std::max<int64_t>(r_, 1) * c_.stride_w * c_.channels * size);
+    plan_.columns = std::min(ow_, std::max(2 * strip, fit / strip * strip));
+    plan_.tile_columns = tile_columns(kStripLengths[0]);  // for one strip at an edge
   }
 
   int64_t tile_columns(int64_t columns) const {
@@ -104,7 +109,8 @@ class DepthwisePlanner {
   void choose_columns() {
     const int64_t block = std::min(round_up(c_.channels, kDepthwiseBlock), kNarrowBlock);
     int64_t tiles = 1;
-    while (tile_bytes(ceil_div(ow_, tiles), block) > kTileBytes && ceil_div(ow_, tiles) > 16) ++tiles;
+    while (tile_bytes(ceil_div(ow_, tiles), block) > kTileBytes && ceil_div(ow_, tiles) > 16)
+      ++tiles;
     plan_.columns = ceil_div(ow_, tiles);
     if (ow_ % tiles != 0) plan_.columns = std::min(ow_, round_up(plan_.columns, 8));
     plan_.tile_columns = tile_columns(plan_.columns);

@@ -17,24 +17,18 @@ template <class T>
 struct Strip {
   const T* const* rows;  // the kernel rows that lie in the image; vectors may be read whole
   int64_t row_count;
-  int64_t x;                       // where in these rows the strip's first column in the image is
-  int64_t pixel;                   // distance of neighbouring pixels in them
-  int64_t s, stride_w, dilation_w;  // for kernels of any width
-  const T* weight;                 // at the first of these rows
-  int64_t weight_block;            // from one block of channels to the next
+  int64_t x;             // where in these rows the strip's first column in the image is
+  int64_t pixel;         // distance of the pixels under neighbouring taps
+  int64_t s, stride;     // for kernels of any width; in such pixels
+  const T* weight;       // at the first of these rows
+  int64_t weight_block;  // from one block of channels to the next
   T* y;
   int64_t y_pixel;
   const T* residual;  // or null
   int64_t residual_pixel;
   int64_t channels;
-  const T* ahead;        // input that the strip below will be the first to read, or null
-  int64_t ahead_row;     // from its first to its second row, where a stride brings two
-  const T* y_ahead;      // where the strip below will write
   const Epilogue<T>* epilogue;  // scale and shift are read in whole vectors
 };
-
-template <class T>
-inline constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));  // of a cache
 
 // Distances of 1, 2 and 3 pixels: with these, a pointer that moves every fourth pixel reaches all.
 struct Steps {
@@ -111,8 +105,9 @@ NNARCH_INLINE void add_product(V& sum, V x, V weight) {
 // The multiply-adds of input column I of the strip.
 template <class T, int S, int STRIDE, int P, int I, int... J>
 NNARCH_INLINE void use_pixel(Vec<T> x, const Vec<T>* weight, Vec<T>* acc, Indices<J...>) {
-  (add_product<(I - J) % STRIDE == 0 && I >= J && (I - J) / STRIDE < P>(
-       acc[I >= J && (I - J) / STRIDE < P ? (I - J) / STRIDE : 0], x, weight[J]),
+  (add_product < (I - J) % STRIDE == 0 && I >= J &&
+       (I - J) /
+           STRIDE<P>(acc[I >= J && (I - J) / STRIDE < P ? (I - J) / STRIDE : 0], x, weight[J]),
    ...);
 }
 
@@ -134,12 +129,7 @@ NNARCH_INLINE void kernel_row(const T* x, const Steps& pixel, const Vec<T>* weig
    ...);
 }
 
-template <class T, int... I>
-NNARCH_INLINE void prefetch_pixels(const T* x, const Steps& pixel, Indices<I...>) {
-  (__builtin_prefetch(step<I>(x, pixel)), ...);
-}
-
-// Kernels of width S without dilation.
+// Kernels of width S.
 template <class T, int S, int STRIDE, int P, int LEFT, int RIGHT>
 void strip_fixed(const Strip<T>& a) {
   const Steps pixel(a.pixel);
@@ -147,11 +137,6 @@ void strip_fixed(const Strip<T>& a) {
     const T* w = weight_of(a, k);
     Vec<T> acc[P];
     start<T, P>(*a.epilogue, k, acc);
-    if (a.ahead && k % kLine<T> == 0) {
-      prefetch_pixels(a.ahead + k, pixel, MakeIndices<P * STRIDE>{});
-      if (STRIDE > 1) prefetch_pixels(a.ahead + a.ahead_row + k, pixel, MakeIndices<P * STRIDE>{});
-      prefetch_pixels(a.y_ahead + k, Steps(a.y_pixel), MakeIndices<P>{});
-    }
     for (int64_t r = 0; r < a.row_count; ++r, w += S * kDepthwiseBlock) {
       Vec<T> weight[S];
       for (int s = 0; s < S; ++s) weight[s] = load(w + s * kDepthwiseBlock);
@@ -168,18 +153,17 @@ NNARCH_INLINE void kernel_tap(const T* x, const Steps& pixel, Vec<T> weight, Vec
   ((acc[I] += load(step<I>(x, pixel)) * weight), ...);
 }
 
-// Kernels of any width, stride and dilation: a load for every multiply-add.
+// Kernels of any width and stride: a load for every multiply-add.
 template <class T, int P>
 void strip_general(const Strip<T>& a) {
-  const Steps pixel(a.stride_w * a.pixel);
-  const int64_t tap = a.dilation_w * a.pixel;
+  const Steps pixel(a.stride * a.pixel);
   for (int64_t k = 0; k < a.channels; k += kLanes<T>) {
     const T* w = weight_of(a, k);
     Vec<T> acc[P];
     start<T, P>(*a.epilogue, k, acc);
     for (int64_t r = 0; r < a.row_count; ++r)
       for (int64_t s = 0; s < a.s; ++s, w += kDepthwiseBlock)
-        kernel_tap<T>(a.rows[r] + a.x + k + s * tap, pixel, load(w), acc, MakeIndices<P>{});
+        kernel_tap<T>(a.rows[r] + a.x + k + s * a.pixel, pixel, load(w), acc, MakeIndices<P>{});
     finish(a, k, acc, MakeIndices<P>{});
   }
 }

@@ -15,6 +15,7 @@ NNARCH_INLINE int64_t limit(int64_t v, int64_t low, int64_t high) {
 }
 NNARCH_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 NNARCH_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+NNARCH_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 NNARCH_INLINE int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 template <class T>
@@ -104,7 +105,10 @@ class Tile {
   // For the output columns from x_first on.
   Tile(const DepthwiseConv<T>& c, const DepthwisePlan& plan, const DepthwiseTask& task, T* memory,
        int64_t x_first)
-      : c_(c), plan_(plan), task_(task), memory_(memory),
+      : c_(c),
+        plan_(plan),
+        task_(task),
+        memory_(memory),
         pitch_(round_up(task.channels, kLanes<T>)),
         column_(x_first * c.stride_w + plan.first_column),
         first_(limit(-column_, 0, plan.tile_columns)),
@@ -112,12 +116,15 @@ class Tile {
     if (!plan.direct) clear_padding();
   }
 
-  // Makes the input rows of output row oy present, where rows are kept.
+  // Makes the input rows of output row oy present, where rows are kept. Where they are read in
+  // place and come from memory, reads those of the next output row from end to end: strips meet the
+  // cache lines of a row in an order that the hardware does not prefetch.
   void load(int64_t oy) {
-    if (!plan_.ring) return;
-    const int64_t iy = oy * c_.stride_h + plan_.first_row;
-    const int64_t last = smaller(iy + plan_.tile_rows, c_.h);
-    for (int64_t i = larger(larger(iy, 0), next_); i < last; ++i) load_row(i, slot(i));
+    if (!plan_.ring && !plan_.far) return;
+    const int64_t iy = (plan_.far ? oy + 1 : oy) * c_.stride_h + plan_.first_row;
+    const int64_t last = smaller(iy + plan_.reach, c_.h);
+    for (int64_t i = larger(larger(iy, 0), next_); i < last; ++i)
+      plan_.far ? touch_row(i) : load_row(i, slot(i));
     next_ = larger(next_, last);
   }
 
@@ -134,24 +141,31 @@ class Tile {
   int64_t offset(int64_t column) const {
     return plan_.direct ? column * c_.x_pixel : (column - column_) * pitch_;
   }
-  // How many columns from `first` on, or up to `last`, are outside the image and not in a tile.
+  // How many of the columns first, first + dilation_w, … are left of the image and not in a tile;
+  // of the columns last, last - dilation_w, …, right of it.
   int64_t missing_left(int64_t first) const {
-    return plan_.direct && first < 0 ? -first : 0;
+    return plan_.direct && first < 0 ? ceil_div(-first, c_.dilation_w) : 0;
   }
   int64_t missing_right(int64_t last) const {
-    return plan_.direct && last > c_.w ? last - c_.w : 0;
+    return plan_.direct && last >= c_.w ? ceil_div(last - c_.w + 1, c_.dilation_w) : 0;
   }
 
  private:
-  T* slot(int64_t i) const {
-    return memory_ + i % plan_.tile_rows * (plan_.tile_columns * pitch_);
-  }
+  T* slot(int64_t i) const { return memory_ + i % plan_.tile_rows * (plan_.tile_columns * pitch_); }
 
   void clear_padding() const {
     for (int64_t r = 0; r < plan_.tile_rows; ++r) {
       clear(slot(r), first_ * pitch_);
       clear(slot(r) + last_ * pitch_, (plan_.tile_columns - last_) * pitch_);
     }
+  }
+
+  void touch_row(int64_t iy) const {
+    constexpr auto line = 64 / static_cast<int64_t>(sizeof(T));
+    const int64_t first = limit(column_, 0, c_.w);
+    const int64_t last = limit(column_ + plan_.columns * c_.stride_w, first, c_.w);
+    const volatile T* row = c_.x + iy * c_.x_row;
+    for (int64_t i = first * c_.x_pixel; i < last * c_.x_pixel; i += line) (void)row[i];
   }
 
   void load_row(int64_t iy, T* row) const {

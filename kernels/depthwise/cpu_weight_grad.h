@@ -10,9 +10,8 @@
 namespace nnarch {
 
 // conv_shape() of a depthwise convolution.
-inline ConvShape depthwise_shape(const IntList& input, const IntList& weight,
-                                 const IntList& stride, const IntList& padding,
-                                 const IntList& dilation) {
+inline ConvShape depthwise_shape(const IntList& input, const IntList& weight, const IntList& stride,
+                                 const IntList& padding, const IntList& dilation) {
   require(input.size() == 4 && input[1] > 0, "depthwise_conv2d: x must be 4-D and have channels");
   const ConvShape p = conv_shape(input, weight, stride, padding, dilation, input[1]);
   require(p.k > 0 && p.k <= INT32_MAX, "depthwise_conv2d: too few or too many channels");

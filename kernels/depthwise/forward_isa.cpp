@@ -44,8 +44,7 @@ inline constexpr StripSet<T> kGeneral = {0,
 // The widths with code of their own: 3, 5 and 7, and 1, 2 and 4, into which these fall apart in the
 // input gradient at stride 2.
 template <class T>
-const StripSet<T>& strip_set(int64_t s, int64_t stride, int64_t dilation) {
-  if (dilation != 1 && s != 1) return kGeneral<T>;
+const StripSet<T>& strip_set(int64_t s, int64_t stride) {
   if (stride == 1) {
     if (s == 1) return kFixed<T, 1, 1>;
     if (s == 2) return kFixed<T, 2, 1>;
@@ -85,8 +84,13 @@ class Runner {
  public:
   Runner(const DepthwiseConv<T>& c, const DepthwisePlan& plan, const DepthwiseTask& task,
          const DepthwiseWork<T>& work)
-      : c_(c), plan_(plan), task_(task), work_(work),
-        epilogue_(c.epilogue.from_channel(task.channel)) {}
+      : c_(c),
+        plan_(plan),
+        task_(task),
+        work_(work),
+        epilogue_(c.epilogue.from_channel(task.channel)),
+        phases_(column_phases(c.dilation_w, c.stride_w)),
+        stride_(c.stride_w * phases_ / c.dilation_w) {}
 
   void run() {
     int64_t ow = 0;
@@ -114,19 +118,22 @@ class Runner {
     Strip<T> a;
     find_rows(tile, pass, oy, &a);
     a.rows = work_.rows;
-    a.pixel = tile.pixel();
-    a.s = pass.s, a.stride_w = c_.stride_w, a.dilation_w = c_.dilation_w;
+    a.pixel = tile.pixel() * c_.dilation_w;
+    a.s = pass.s, a.stride = stride_;
     a.channels = task_.channels;
     a.epilogue = &epilogue_;
     const int64_t offset = pass.y_offset + oy * c_.y_row + x_first * c_.y_pixel;
     T* y = c_.y + offset + task_.channel / c_.group * c_.y_channel;
     const T* residual = epilogue_.residual ? residual_row(offset, n) : nullptr;
     T* out = work_.stage ? work_.stage : y;
-    a.y_pixel = work_.stage ? pitch() : c_.y_pixel;
-    a.residual_pixel = c_.y_channel == 1 ? c_.y_pixel : pitch();
-    run_strips(tile, a, pass, x_first, n, out, residual);
+    const int64_t y_pixel = work_.stage ? pitch() : c_.y_pixel;
+    const int64_t residual_pixel = c_.y_channel == 1 ? c_.y_pixel : pitch();
+    a.y_pixel = y_pixel * phases_, a.residual_pixel = residual_pixel * phases_;
+    for (int64_t j = 0; j < smaller(phases_, n); ++j)
+      run_strips(tile, a, pass, x_first + j, ceil_div(n - j, phases_), out + j * y_pixel,
+                 residual ? residual + j * residual_pixel : nullptr);
     if (!is_clamp(epilogue_.activation))
-      activate_values(out, n, a.y_pixel, task_.channels, epilogue_);
+      activate_values(out, n, y_pixel, task_.channels, epilogue_);
     if (work_.stage) unstage(n, y);
   }
 
@@ -135,8 +142,7 @@ class Runner {
     const int64_t iy = oy * c_.stride_h + pass.row, dilation = c_.dilation_h;
     int64_t first, last;
     kernel_rows(c_, pass, oy, &first, &last);
-    for (int64_t r = first; r < last; ++r)
-      work_.rows[r - first] = tile.row(iy + r * dilation, r);
+    for (int64_t r = first; r < last; ++r) work_.rows[r - first] = tile.row(iy + r * dilation, r);
     a->row_count = last - first;
     a->weight_block = pass.r * pass.s * kDepthwiseBlock;
     a->weight = pass.weight + first * pass.s * kDepthwiseBlock +
@@ -144,31 +150,26 @@ class Runner {
   }
 
   void choose_code(int64_t s, int64_t n) {
-    set_ = &strip_set<T>(s, c_.stride_w, c_.dilation_w);
+    set_ = &strip_set<T>(s, stride_);
     code_ = &strip_code(*set_, s, n);
     chosen_s_ = s, chosen_n_ = n;
   }
 
+  // The n outputs x_first, x_first + phases_, … of a row.
   void run_strips(const Tile<T>& tile, Strip<T>& a, const DepthwisePass<T>& pass, int64_t x_first,
                   int64_t n, T* y, const T* residual) {
     if (pass.s != chosen_s_ || n != chosen_n_) choose_code(pass.s, n);
     const StripCode<T>& code = *code_;
     const int64_t reach = set_->reach;
-    // What lies in memory is asked for a row ahead; from the caches it comes soon enough.
-    const T* ahead = plan_.far && plan_.direct && a.row_count > 0
-                         ? a.rows[a.row_count - 1] + c_.x_row
-                         : nullptr;
-    a.ahead_row = c_.x_row;
-    const int64_t span = (code.pixels - 1) * c_.stride_w + (pass.s - 1) * c_.dilation_w + 1;
+    const int64_t span = (code.pixels - 1) * stride_ + pass.s;  // in pixels of a.pixel
+    const int64_t to_last = (span - 1) * c_.dilation_w;
     for (int64_t x = 0; x < n; x += code.pixels) {
       const int64_t at = smaller(x, n - code.pixels);
-      const int64_t column = (x_first + at) * c_.stride_w + pass.column;
+      const int64_t column = (x_first + at * phases_) * c_.stride_w + pass.column;
       a.y = y + at * a.y_pixel;
       a.residual = residual ? residual + at * a.residual_pixel : nullptr;
-      const int64_t left = tile.missing_left(column), right = tile.missing_right(column + span);
-      a.x = tile.offset(column + left);
-      a.ahead = ahead ? ahead + a.x : nullptr;
-      a.y_ahead = a.y + c_.y_row;
+      const int64_t left = tile.missing_left(column), right = tile.missing_right(column + to_last);
+      a.x = tile.offset(column + left * c_.dilation_w);
       if ((left == 0 || left == reach) && (right == 0 || right == reach))
         code.run[left != 0][right != 0](a);
       else
@@ -190,7 +191,7 @@ class Runner {
         copy_pixels(a.rows[r] + a.x, a.pixel, copy + left * pitch(), pitch(), span - left - right,
                     task_.channels);
     }
-    a.rows = copies, a.x = 0, a.pixel = pitch(), a.ahead = nullptr;
+    a.rows = copies, a.x = 0, a.pixel = pitch();
     code.run[0][0](a);
   }
 
@@ -225,6 +226,7 @@ class Runner {
   const DepthwiseTask& task_;
   const DepthwiseWork<T>& work_;
   const Epilogue<T> epilogue_;
+  const int64_t phases_, stride_;  // see column_phases(); in every dilation_w-th column
   const StripSet<T>* set_ = nullptr;
   const StripCode<T>* code_ = nullptr;
   int64_t chosen_s_ = -1, chosen_n_ = -1;

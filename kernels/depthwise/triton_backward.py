@@ -153,7 +153,7 @@ def depthwise_conv2d_input_grad(
 def _depthwise_conv2d_bwd_dw_kernel(
     dy_ptr,  # [N, K, OH, OW], any strides; K = C·MULTIPLIER
     x_ptr,  # [N, C, H, W], any strides
-    partial_ptr,  # [splits, K, R·S] float32
+    out_ptr,  # [splits, K, R·S]: parts in float32, or the weight's gradient
     P,  # pixels N·OH·OW, the reduction
     K,
     H,
@@ -210,8 +210,8 @@ def _depthwise_conv2d_bwd_dw_kernel(
         x = tl.load(x_ptr + x_offset, mask=inside, other=0.0).to(tl.float32)
         products += dy * x
     total = tl.sum(products, axis=0)
-    out = partial_ptr + (split.to(tl.int64) * K + k) * (R * S) + tap
-    tl.store(out, total, mask=k_inside)
+    out = out_ptr + (split.to(tl.int64) * K + k) * (R * S) + tap
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=k_inside)
 
 
 def depthwise_conv2d_weight_grad(
@@ -243,14 +243,15 @@ def depthwise_conv2d_weight_grad(
         steps = cdiv(pixels, tile["BLOCK_M"])
         # Bound by memory: eight programs a processor keep enough loads in flight.
         splits = split_count(cdiv(columns, 8), steps)
-        partial = dw.new_empty((splits, k, r * s, 1), dtype=torch.float32)
-        split = {
-            "partial_ptr": partial,
-            "pixels_per_split": cdiv(steps, splits) * tile["BLOCK_M"],
-        }
+        out = dw
+        if splits > 1:
+            out = dw.new_empty((splits, k, r * s, 1), dtype=torch.float32)
+        pixels_per_split = cdiv(steps, splits) * tile["BLOCK_M"]
+        split = {"out_ptr": out, "pixels_per_split": pixels_per_split}
         grid = flat_grid(columns * splits)
         launch(_depthwise_conv2d_bwd_dw_kernel, grid, arguments | split, tile)
-        sum_parts(partial, dw)
+        if splits > 1:
+            sum_parts(out, dw)
 
     with device_guard(grad):
         run(pick(PIXELS_BY_CHANNELS, problem_of(x, pixels, k), run))

@@ -97,10 +97,14 @@ void add_general(const GradRow<T>& a, int64_t count) {
 template <class T>
 void add_row(const GradRow<T>& a, int64_t count) {
   switch (a.taps) {
-    case 3: return add_all_rows<T, 3, 3>(a, count);
-    case 5: return add_all_rows<T, 5, 2>(a, count);
-    case 7: return add_all_rows<T, 7, 2>(a, count);
-    default: return add_general<T>(a, count);
+    case 3:
+      return add_all_rows<T, 3, 3>(a, count);
+    case 5:
+      return add_all_rows<T, 5, 2>(a, count);
+    case 7:
+      return add_all_rows<T, 7, 2>(a, count);
+    default:
+      return add_general<T>(a, count);
   }
 }
 
@@ -123,12 +127,12 @@ void run(const DepthwiseWeightGrad<T>& problem, const DepthwisePlan& plan,
       const T* g = problem.g + oy * c.y_row + x_first * c.y_pixel + task.channel * c.y_channel;
       load_pixels(g, c.y_pixel, c.y_channel, work.stage, pixel, n, task.channels);
       const int64_t block = pass.r * pass.s * kDepthwiseBlock;
-      add_row<T>({work.rows, work.stage, n, pixel, pixel, c.stride_w * pixel,
-                  c.dilation_w * pixel, pass.s,
-                  problem.partial + task.channel / kDepthwiseBlock * block +
-                      first * pass.s * kDepthwiseBlock,
-                  block},
-                 last - first);
+      add_row<T>(
+          {work.rows, work.stage, n, pixel, pixel, c.stride_w * pixel, c.dilation_w * pixel, pass.s,
+           problem.partial + task.channel / kDepthwiseBlock * block +
+               first * pass.s * kDepthwiseBlock,
+           block},
+          last - first);
     }
   }
 }

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nnarch.kernels.gpu.split import best_split
+from nnarch.kernels.gpu.split import best_split, split_count
 from nnarch.kernels.gpu.targets import Target
 from nnarch.kernels.gpu.tiles import Problem, Tile, TileTable, tile
 
@@ -37,10 +37,15 @@ def matmul_cost(problem: Problem, tile: Tile, target: Target) -> float:
     """
     m, n, k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
     programs = triton.cdiv(problem.m, m) * triton.cdiv(problem.n, n)
-    _, steps = best_split(programs, triton.cdiv(problem.k, k), target.processors)
+    _, steps = best_split(programs, triton.cdiv(problem.k, k), target.processors, (m, n, k))
     intensity = m * n / (m + n)
     rate = intensity / (intensity + 24)
     return steps * m * n * k / rate
+
+
+def matmul_split(tile: Tile, tiles: int, steps: int) -> int:
+    """Into how many parts a product of `tiles` tiles and `steps` steps is split."""
+    return split_count(tiles, steps, (tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]))
 
 
 def matmul_tiles(*rows: tuple[int, int, int, int, int]) -> tuple[Tile, ...]:

@@ -7,6 +7,7 @@ result has the same bits in every run. No atomics.
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -16,33 +17,41 @@ import triton.language as tl
 from nnarch.kernels.gpu import targets
 from nnarch.kernels.gpu.epilogue import write_tile
 from nnarch.kernels.gpu.launch import cdiv, flat_grid, launch, named_strides, needs_int64
+from nnarch.kernels.gpu.tiles import Tile, tile
 
 
 @functools.lru_cache(maxsize=4096)
-def best_split(tiles: int, steps: int, processors: int) -> tuple[int, float]:
+def best_split(
+    tiles: int, steps: int, processors: int, step: tuple[int, int, int] = (64, 64, 32)
+) -> tuple[int, float]:
     """Into how many parts to split a reduction, and the time that it then takes.
 
     Args:
         tiles: programs without a split.
         steps: of the reduction; a part keeps at least four.
         processors: that run one program at a time each.
+        step: rows, columns and depth of a step's product.
 
     Returns:
         (parts, time), the time in steps of one processor: whole waves of programs, and for a split
-        the parts' way to memory and back (16 a tile) and the second launch (12).
+        the parts' way to memory and back and the second launch.
     """
+    m, n, k = step
+    operands = (m + n) * k  # a step takes as long as they take from the cache
+    way = 16 * m * n / operands  # float32, there and back, at a quarter of the cache's rate
+    second_launch = 12 * 4096 / operands
 
     def time(parts: int) -> float:
         work = cdiv(tiles * parts, processors) * cdiv(steps, parts)
-        return work if parts == 1 else work + 16 * tiles * parts / processors + 12
+        return work if parts == 1 else work + way * tiles * parts / processors + second_launch
 
     most = max(1, min(steps // 4, 2 * processors))
     return min(((parts, time(parts)) for parts in range(1, most + 1)), key=lambda pair: pair[1])
 
 
-def split_count(tiles: int, steps: int) -> int:
+def split_count(tiles: int, steps: int, step: tuple[int, int, int] = (64, 64, 32)) -> int:
     """The parts of :func:`best_split` on the GPU in use."""
-    return best_split(tiles, steps, targets.current_target().processors)[0]
+    return best_split(tiles, steps, targets.current_target().processors, step)[0]
 
 
 @triton.jit
@@ -124,7 +133,7 @@ def finish_split(partial: torch.Tensor, y: torch.Tensor, epilogue: dict[str, Any
         epilogue: the arguments bias_ptr, scale_ptr, shift_ptr, residual_ptr, alpha, ACTIVATION.
     """
     splits, m, k = partial.shape
-    block_m, block_n = 16, 64
+    chosen = _enough_programs(m * k, tile(BLOCK_M=16, BLOCK_N=64), tile(BLOCK_M=4, BLOCK_N=32))
     arguments = {
         "partial_ptr": partial,
         "y_ptr": y,
@@ -133,9 +142,15 @@ def finish_split(partial: torch.Tensor, y: torch.Tensor, epilogue: dict[str, Any
         **named_strides("y", "nkhw", y),
         **named_strides("r", "nkhw", epilogue["residual_ptr"]),
         "INT64": needs_int64(partial[0], y, epilogue["residual_ptr"]),
-        **{"BLOCK_M": block_m, "BLOCK_N": block_n},
     }
-    launch(_finish_kernel, flat_grid(cdiv(m, block_m) * cdiv(k, block_n)), arguments)
+    programs = cdiv(m, chosen["BLOCK_M"]) * cdiv(k, chosen["BLOCK_N"])
+    launch(_finish_kernel, flat_grid(programs), arguments, chosen)
+
+
+def _enough_programs(elements: int, large: Tile, small: Tile) -> Tile:
+    """`large`, or `small` where `large` would leave most processors without a program."""
+    size = math.prod(extent for _, extent in large.block)
+    return large if elements >= 2 * size * targets.current_target().processors else small
 
 
 @triton.jit
@@ -171,9 +186,9 @@ def sum_parts(partial: torch.Tensor, dw: torch.Tensor) -> None:
         dw: [K, C / groups, R, S] contiguous, written.
     """
     splits, _, taps, channels = partial.shape
-    block = 512
+    chosen = _enough_programs(dw.numel(), tile(BLOCK=512), tile(BLOCK=32, num_warps=1))
     arguments = {
         **{"partial_ptr": partial, "out_ptr": dw, "numel": dw.numel(), "splits": splits},
-        **{"C_GROUP": channels, "TAPS": taps, "INT64": needs_int64(dw), "BLOCK": block},
+        **{"C_GROUP": channels, "TAPS": taps, "INT64": needs_int64(dw)},
     }
-    launch(_sum_parts_kernel, flat_grid(cdiv(dw.numel(), block)), arguments)
+    launch(_sum_parts_kernel, flat_grid(cdiv(dw.numel(), chosen["BLOCK"])), arguments, chosen)

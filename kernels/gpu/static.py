@@ -48,7 +48,8 @@ class StaticCase:
         name: operation and shape, such as "conv2d 3×3 C64 H56 N8".
         run: calls the launcher on meta tensors of the given dtype.
         flops: of the operation, two for a multiply-add.
-        elements: tensor elements that must be read or written once.
+        elements: tensor elements that must be read or written, in the dtype of the case.
+        fixed_bytes: what must move on top in any dtype, such as int64 indices.
         matrix: whether its first kernel multiplies matrices.
     """
 
@@ -56,6 +57,7 @@ class StaticCase:
     run: Callable[[torch.dtype], Any]
     flops: float
     elements: float
+    fixed_bytes: float = 0.0
     matrix: bool = False
 
 
@@ -92,26 +94,28 @@ class Variant:
         launches: in order; the first does the work that the case counts.
         tile: None where the launcher does not choose among several.
         problem: what the tile was chosen for.
+        table: name of the tiles' table; "" as for `tile`.
+        default: whether this is what runs without a search.
     """
 
     launches: tuple[Launch, ...]
     tile: Tile | None
     problem: Problem | None
+    table: str
+    default: bool
 
 
-def variants(
-    case: StaticCase, target: Target, precision: str, default_only: bool = False
-) -> Iterator[Variant]:
+def variants(case: StaticCase, target: Target, precision: str) -> Iterator[Variant]:
     """A case's launches with the default tile first, then with every other that fits."""
     launches, asked = _record(case, target, precision, {})
     if not asked:
-        yield Variant(launches, None, None)
+        yield Variant(launches, None, None, "", True)
         return
     table, problem = asked[0]
     candidates = table.candidates(problem, target)
-    for candidate in candidates[:1] if default_only else candidates:
+    for candidate in candidates:
         launches, _ = _record(case, target, precision, {table.name: candidate})
-        yield Variant(launches, candidate, problem)
+        yield Variant(launches, candidate, problem, table.name, candidate == candidates[0])
 
 
 def _record(

@@ -8,6 +8,7 @@ latencies and launch overhead are left out.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -25,6 +26,9 @@ from nnarch.kernels.gpu.static import (
 )
 from nnarch.kernels.gpu.targets import Target
 from nnarch.kernels.gpu.tiles import Problem, Tile
+
+LEAST_ROOFLINE = 0.6
+"""What the default tile must be predicted to reach at the shape that it is meant for."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Compiled:
 
     Attributes:
         case, kernel, target, precision, tile: which.
+        default: "yes" where the tile is what runs without a search.
         programs: of the launch.
         registers: 32-bit vector registers of a thread.
         spills: bytes of a thread's local memory, where spilled registers go.
@@ -68,6 +73,7 @@ class Compiled:
     target: str
     precision: str
     tile: str
+    default: str
     programs: int
     registers: int
     spills: int
@@ -81,45 +87,41 @@ class Compiled:
 
 
 def all_jobs(cases: Iterable[StaticCase], targets: Iterable[Target]) -> Iterator[Job]:
-    """Every case on every target in every precision with every tile that fits."""
-    for case in cases:
-        for target in targets:
-            for precision in precisions(case, target):
-                yield from _jobs(case, target, precision, default_only=False)
+    """Every case on every target in every precision with its default tile.
 
-
-def quick_jobs(cases: Iterable[StaticCase], targets: Iterable[Target]) -> Iterator[Job]:
-    """A few minutes' worth, on every target: what the test suite compiles.
-
-    The first case that multiplies matrices runs with all tiles of its table, the first of each
-    other kernel with its default; the rest with the default on one target of each vendor.
+    The other tiles that fit come with the first case that takes the same path through a kernel;
+    further shapes would change its constants alone.
     """
-    targets = list(targets)
-    seen: set[tuple[str, ...]] = set()
-    matrix_seen = False
-    for case in cases:
-        everything = case.matrix and not matrix_seen
-        matrix_seen |= case.matrix
-        for target in targets:
-            if not case.matrix and target.name not in ("sm_90", "gfx942"):
-                continue
-            for precision in precisions(case, target) if everything else ("float16",):
-                for job in _jobs(
-                    case, target, precision, not (everything and precision == "float16")
-                ):
-                    key = (
-                        _kernel_name(job.launch),
-                        f"{target.name} {precision} {job.variant.tile}",
-                    )
-                    if key not in seen:
-                        seen.add(key)
-                        yield job
+    seen: set[tuple[str, str, str]] = set()
+    for case, target in itertools.product(cases, list(targets)):
+        for precision in precisions(case, target):
+            for variant in variants(case, target, precision):
+                path = (_code_path(variant.launches[0]), target.name, precision)
+                if not variant.default and path in seen:
+                    break
+                for index in range(len(variant.launches)):
+                    yield Job(case, target, precision, variant, index)
+            seen.add(path)
 
 
-def _jobs(case: StaticCase, target: Target, precision: str, default_only: bool) -> Iterator[Job]:
-    for variant in variants(case, target, precision, default_only):
-        for index in range(len(variant.launches)):
-            yield Job(case, target, precision, variant, index)
+def each_kernel(cases: Iterable[StaticCase], targets: Iterable[Target]) -> Iterator[Job]:
+    """Every path through every kernel once: in float16, with the default tile of its first case."""
+    seen: set[tuple[str, str]] = set()
+    for job in all_jobs(cases, targets):
+        key = (_code_path(job.launch), job.target.name)
+        if job.precision == "float16" and job.variant.default and key not in seen:
+            seen.add(key)
+            yield job
+
+
+def each_tile(cases: Iterable[StaticCase], targets: Iterable[Target]) -> Iterator[Job]:
+    """Every tile in float16, the default also in float32, at the first case of its table."""
+    first: dict[str, StaticCase] = {}
+    for job in all_jobs(cases, targets):
+        table = job.variant.table
+        if job.index == 0 and table and first.setdefault(table, job.case) is job.case:  # noqa: SIM102
+            if job.precision == "float16" or job.variant.default:
+                yield job
 
 
 def _code_path(launch: Launch) -> str:
@@ -139,24 +141,27 @@ def compile_job(job: Job) -> Compiled:
     """Compile one kernel and hold it against the rules."""
     binary = compile_launch(job.launch, job.target)
     launch = job.launch
+    roofline = predicted_roofline(job) if job.index == 0 else None
     return Compiled(
         case=job.case.name,
         kernel=_kernel_name(launch),
         target=job.target.name,
         precision=job.precision,
         tile=str(job.variant.tile or ""),
+        default="yes" if job.variant.default else "",
         programs=_programs(launch),
         registers=binary.registers,
         spills=binary.spills,
         shared=binary.shared,
         matrix_instructions=binary.matrix_instructions,
-        roofline=predicted_roofline(job) if job.index == 0 else None,
-        broken="; ".join(broken_rules(job, binary)),
+        roofline=roofline,
+        broken="; ".join(broken_rules(job, binary, roofline)),
     )
 
 
-def broken_rules(job: Job, binary: Binary) -> list[str]:
-    """What a shipped tile must not do: spill, pass the shared memory, miss the matrix units.
+def broken_rules(job: Job, binary: Binary, roofline: float | None) -> list[str]:
+    """What a shipped tile must not do: spill, pass the shared memory, miss the matrix units, and,
+    where it is the default, fall short of the roofline.
 
     Exact float32 products ("ieee") have no matrix instruction on NVIDIA's targets.
     """
@@ -168,6 +173,8 @@ def broken_rules(job: Job, binary: Binary) -> list[str]:
     multiplies = job.case.matrix and job.index == 0 and job.precision != "ieee"
     if multiplies and not binary.matrix_instructions:
         broken.append(f"no {job.target.matrix}")
+    if roofline is not None and job.variant.default and roofline < LEAST_ROOFLINE:
+        broken.append(f"predicted {roofline:.0%} of the roofline")
     return broken
 
 
@@ -179,7 +186,8 @@ def predicted_roofline(job: Job) -> float:
     target, case = job.target, job.case
     itemsize = 2 if job.precision == "float16" else 4
     peak = _peak(job)
-    ideal = max(case.flops / peak, case.elements * itemsize / (target.gigabytes_per_s * 1e9))
+    moved = case.elements * itemsize + case.fixed_bytes
+    ideal = max(case.flops / peak, moved / (target.gigabytes_per_s * 1e9))
     seconds = 0.0
     for index, launch in enumerate(job.variant.launches):
         idle = max(1.0, target.processors / _programs(launch))

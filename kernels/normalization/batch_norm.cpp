@@ -75,7 +75,7 @@ Three batch_norm_train(const Tensor& x, const OptTensor& weight, const OptTensor
   const Tensor mean = new_contiguous({channels}, type), invstd = new_contiguous({channels}, type);
   with_scalar_type(type, "batch_norm", [&](auto scalar) {
     using T = decltype(scalar);
-    const ChannelVector<T> w(weight, type, channels, T{1}), b(bias, type, channels, T{0});
+    const ChannelVector<T> w(weight, x, T{1}), b(bias, x, T{0});
     const Statistics s = statistics<T>(data<T>(input), shape);
     Scratch<T> scale(channels), shift(channels);
     for (int64_t c = 0; c < channels; ++c) {
@@ -98,7 +98,9 @@ Three batch_norm_train(const Tensor& x, const OptTensor& weight, const OptTensor
     const auto& table = NNARCH_SELECT(norm_table<T>());
     for_each_block(
         shape,
-        [&](int64_t first, int64_t pixels) { table.affine_rows(o, f, out, first, pixels, channels); },
+        [&](int64_t first, int64_t pixels) {
+          table.affine_rows(o, f, out, first, pixels, channels);
+        },
         [&](int64_t first, int64_t count, int64_t channel) {
           table.affine_plane(o, f, out, first, count, channel);
         });
@@ -139,7 +141,8 @@ Three batch_norm_backward(const Tensor& grad, const Tensor& x, const OptTensor& 
   check_like(x, grad);
   if (y) check_like(x, *y);
   require(activation >= 0 && activation < kActivationCount, "batch_norm: unknown activation");
-  require(y || activation == kNone, "batch_norm_backward: an activation needs y");
+  require(activation == kNone || (y && follows_from_output(activation)),
+          "batch_norm_backward: an activation needs y, from which its derivative must follow");
   const Channels shape(x);
   const int64_t channels = shape.channels;
   const Tensor input = in_order_of(x, to_compute_type(x));
@@ -150,8 +153,7 @@ Three batch_norm_backward(const Tensor& grad, const Tensor& x, const OptTensor& 
   const Tensor dweight = new_contiguous({channels}, type), dbias = new_contiguous({channels}, type);
   with_scalar_type(type, "batch_norm_backward", [&](auto scalar) {
     using T = decltype(scalar);
-    const ChannelVector<T> w(weight, type, channels, T{1}), m(mean, type, channels, T{}),
-        sigma(invstd, type, channels, T{});
+    const ChannelVector<T> w(weight, x, T{1}), m(mean, x, T{}), sigma(invstd, x, T{});
     NormOperands<T> o;
     o.x = data<T>(input);
     o.grad = data<T>(incoming);
@@ -194,9 +196,8 @@ Three batch_norm_backward_backward(const Tensor& gg_x, const Tensor& gg_weight,
   const Tensor d_weight = new_contiguous({channels}, type);
   with_scalar_type(type, "batch_norm_backward_backward", [&](auto scalar) {
     using T = decltype(scalar);
-    const ChannelVector<T> w(weight, type, channels, T{1}), m(mean, type, channels, T{}),
-        sigma(invstd, type, channels, T{}), ggw(gg_weight, type, channels, T{}),
-        ggb(gg_bias, type, channels, T{});
+    const ChannelVector<T> w(weight, x, T{1}), m(mean, x, T{}), sigma(invstd, x, T{}),
+        ggw(gg_weight, x, T{}), ggb(gg_bias, x, T{});
     NormOperands<T> o;
     o.x = data<T>(input);
     o.grad = data<T>(incoming);

@@ -19,7 +19,7 @@ Tensor affine(const Tensor& x, const OptTensor& scale, const OptTensor& shift,
   const Tensor y = new_like(x, type);
   with_scalar_type(type, "affine", [&](auto scalar) {
     using T = decltype(scalar);
-    const ChannelVector<T> a(scale, type, shape.channels, T{1}), b(shift, type, shape.channels, T{0});
+    const ChannelVector<T> a(scale, x, T{1}), b(shift, x, T{0});
     NormOperands<T> o;
     o.x = data<T>(input);
     o.residual = added ? data<T>(*added) : nullptr;

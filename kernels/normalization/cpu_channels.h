@@ -39,7 +39,7 @@ void for_each_block(const Channels& x, const OnRows& on_rows, const OnPlane& on_
     return;
   }
   const int64_t planes = x.images * x.channels;
-  const int64_t runs = ceil_div(x.plane, block);              // of one plane
+  const int64_t runs = ceil_div(x.plane, block);                   // of one plane
   const int64_t together = std::max<int64_t>(1, block / x.plane);  // planes in one task
   parallel_tasks(ceil_div(planes, together) * runs, [&](int64_t task) {
     const int64_t from = task / runs * together, to = std::min(planes, from + together);
@@ -109,7 +109,7 @@ class Parts {
 
   const Channels x_;
   int64_t count_ = 0, group_ = 1;
-  int64_t pixels_ = 1;                        // of a part of rows
+  int64_t pixels_ = 1;                       // of a part of rows
   int64_t images_ = 1, run_ = 1, runs_ = 1;  // of a part of planes: run of each of some images
 };
 
@@ -133,15 +133,19 @@ std::vector<double> channel_sums(Reduction kind, const NormOperands<T>& o, const
   return totals;
 }
 
-// A per-channel vector in T, dense; `fallback` where there is none.
+// A per-channel vector beside x, dense and in the type that kernels compute in; `fallback` where
+// there is none.
 template <class T>
 class ChannelVector {
  public:
-  ChannelVector(const OptTensor& t, ScalarType type, int64_t channels, T fallback)
-      : copy_(channels) {
+  ChannelVector(const OptTensor& t, const Tensor& x, T fallback) : copy_(t ? 0 : x.size(1)) {
+    const int64_t channels = x.size(1);
     if (t) {
       require(t->dim() == 1 && t->size(0) == channels, "per-channel tensor must have size [C]");
-      tensor_ = as_contiguous(to_type(to_compute_type(*t), type));
+      require(t->scalar_type() == x.scalar_type() ||
+                  (is_half(x.scalar_type()) && t->scalar_type() == ScalarType::Float),
+              "per-channel tensor must have the dtype of the input, or float32 beside a half type");
+      tensor_ = as_contiguous(to_compute_type(*t));
     } else {
       std::fill(copy_.get(), copy_.get() + channels, fallback);
     }

@@ -33,10 +33,13 @@ inline constexpr int kMaxTerms = 5;
 inline constexpr int terms_of(Reduction r) {
   switch (r) {
     case Reduction::sum:
-    case Reduction::dot: return 1;
+    case Reduction::dot:
+      return 1;
     case Reduction::centered:
-    case Reduction::backward: return 2;
-    default: return kMaxTerms;
+    case Reduction::backward:
+      return 2;
+    default:
+      return kMaxTerms;
   }
 }
 

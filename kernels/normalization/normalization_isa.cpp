@@ -96,9 +96,9 @@ void over_plane(const NormOperands<T>& o, const NormFactors<T>& f, T* out, int64
 }
 
 template <class T>
-constexpr NormTable<T> kTable = {reduce_rows<T>,         reduce_plane<T>,
-                                 over_rows<T, Affine>,   over_plane<T, Affine>,
-                                 over_rows<T, Combine>,  over_plane<T, Combine>};
+constexpr NormTable<T> kTable = {reduce_rows<T>,        reduce_plane<T>,
+                                 over_rows<T, Affine>,  over_plane<T, Affine>,
+                                 over_rows<T, Combine>, over_plane<T, Combine>};
 
 }  // namespace
 

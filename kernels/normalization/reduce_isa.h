@@ -100,9 +100,12 @@ struct Constant {
 template <class F>
 NNARCH_INLINE void with_reduction(Reduction kind, int64_t activation, const F& f) {
   switch (kind) {
-    case Reduction::sum: return f(Constant<Reduction::sum>{}, Code<kNone>{});
-    case Reduction::dot: return f(Constant<Reduction::dot>{}, Code<kNone>{});
-    case Reduction::centered: return f(Constant<Reduction::centered>{}, Code<kNone>{});
+    case Reduction::sum:
+      return f(Constant<Reduction::sum>{}, Code<kNone>{});
+    case Reduction::dot:
+      return f(Constant<Reduction::dot>{}, Code<kNone>{});
+    case Reduction::centered:
+      return f(Constant<Reduction::centered>{}, Code<kNone>{});
     case Reduction::double_backward:
       return f(Constant<Reduction::double_backward>{}, Code<kNone>{});
     case Reduction::backward:

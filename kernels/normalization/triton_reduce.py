@@ -33,7 +33,7 @@ from nnarch.kernels.normalization.triton_layout import (
     statistic,
 )
 
-_MERGE = tile(BLOCK_S=32, BLOCK_C=32, num_warps=4)
+_MERGE = tile(BLOCK_S=128, BLOCK_C=8, num_warps=4)  # few columns: many programs
 
 
 @triton.jit

@@ -5,6 +5,7 @@
 #include "cpu/parallel.h"
 #include "cpu/registry.h"
 #include "pooling/cpu_images.h"
+#include "pooling/cpu_planes.h"
 #include "pooling/cpu_windows.h"
 
 namespace nnarch {
@@ -16,23 +17,37 @@ void average_channels_last(const T* x, int64_t images, int64_t channels, const A
   const auto& table = NNARCH_SELECT(pool_table<T>());
   const int64_t in = h.inputs * w.inputs * channels, out = h.outputs * w.outputs * channels;
   over_rows<Denormals::flush>(images, h.outputs, ceil_div(std::max(in, out), h.outputs),
-            [&](int64_t n, int64_t from, int64_t to) {
-              table.average_rows(x + n * in, channels, h, w, from, to, y + n * out);
-            });
+                              [&](int64_t n, int64_t from, int64_t to) {
+                                table.average_rows(x + n * in, channels, h, w, from, to,
+                                                   y + n * out);
+                              });
 }
 
 template <class T>
-void average_contiguous(const T* x, int64_t images, int64_t channels, const Axis& h, const Axis& w,
+void average_along_rows(const T* x, int64_t images, int64_t channels, const Axis& h, const Axis& w,
                         T* y) {
   const auto& table = NNARCH_SELECT(pool_table<T>());
   const int64_t in = h.inputs * w.inputs, out = h.outputs * w.outputs;
   Scratch<T> counts(w.outputs);
   std::copy(w.count, w.count + w.outputs, counts.get());
-  over_rows<Denormals::flush>(checked_product(images, channels), h.outputs, ceil_div(std::max(in, out), h.outputs),
-            [&](int64_t p, int64_t from, int64_t to) {
-              Scratch<T> row(row_buffer_size(w));
-              table.average_plane(x + p * in, h, w, from, to, y + p * out, counts.get(), row.get());
-            });
+  over_rows<Denormals::flush>(
+      checked_product(images, channels), h.outputs, ceil_div(std::max(in, out), h.outputs),
+      [&](int64_t p, int64_t from, int64_t to) {
+        Scratch<T> row(row_buffer_size(w));
+        table.average_plane(x + p * in, h, w, from, to, y + p * out, counts.get(), row.get());
+      });
+}
+
+template <class T>
+void average_contiguous(const T* x, int64_t images, int64_t channels, const Axis& h, const Axis& w,
+                        T* y) {
+  if (along_rows(h, w)) return average_along_rows<T>(x, images, channels, h, w, y);
+  const auto& table = NNARCH_SELECT(pool_table<T>());
+  over_planes<Denormals::flush>(
+      x, checked_product(images, channels), h, w, y, nullptr,
+      [&](const T* image, int64_t lanes, int64_t from, int64_t to, T* out, int64_t*) {
+        table.average_rows(image, lanes, h, w, from, to, out);
+      });
 }
 
 // The mean of every plane: one pass at memory bandwidth.
@@ -127,14 +142,15 @@ Tensor divide(const Tensor& grad, const Windows& rows, const Windows& columns) {
   const int64_t units = channels_last ? grad.size(0) : grad.size(0) * grad.size(1);
   const T* from = data<T>(grad);
   T* to = mutable_data<T>(out);
-  over_rows<Denormals::flush>(units, height, width * inner, [&](int64_t unit, int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i)
-      for (int64_t j = 0; j < width; ++j) {
-        const T divisor = static_cast<T>(rows.count[i] * columns.count[j]);
-        const int64_t at = ((unit * height + i) * width + j) * inner;
-        for (int64_t c = 0; c < inner; ++c) to[at + c] = from[at + c] / divisor;
-      }
-  });
+  over_rows<Denormals::flush>(
+      units, height, width * inner, [&](int64_t unit, int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i)
+          for (int64_t j = 0; j < width; ++j) {
+            const T divisor = static_cast<T>(rows.count[i] * columns.count[j]);
+            const int64_t at = ((unit * height + i) * width + j) * inner;
+            for (int64_t c = 0; c < inner; ++c) to[at + c] = from[at + c] / divisor;
+          }
+      });
   return out;
 }
 
@@ -159,7 +175,8 @@ Tensor spread(const Tensor& grad, const Arguments& forward) {
 }
 
 void check_grad(const Tensor& grad, const IntList& input_size) {
-  require(grad.dim() == 4 && input_size.size() == 4, "avg_pool2d_input_grad: 4 dimensions expected");
+  require(grad.dim() == 4 && input_size.size() == 4,
+          "avg_pool2d_input_grad: 4 dimensions expected");
   require(input_size[0] == grad.size(0) && input_size[1] == grad.size(1) && input_size[2] > 0 &&
               input_size[3] > 0,
           "avg_pool2d_input_grad: input_size does not fit");

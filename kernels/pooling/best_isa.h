@@ -13,8 +13,7 @@ struct LaneVectors {
   typedef Index V __attribute__((vector_size(kVectorBytes)));
   typedef Index Unaligned __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
   typedef int64_t Wide __attribute__((vector_size(8 * kLanes<T>)));
-  typedef int64_t WideUnaligned
-      __attribute__((vector_size(8 * kLanes<T>), aligned(8), may_alias));
+  typedef int64_t WideUnaligned __attribute__((vector_size(8 * kLanes<T>), aligned(8), may_alias));
 };
 template <class T>
 using Lanes = typename LaneVectors<T>::V;

@@ -10,6 +10,8 @@ from torch import Tensor
 
 Pair = tuple[int, int]
 
+_LIMIT = 2**31  # of windows' arguments: products of two stay inside int64
+
 
 def pair(op: str, name: str, value: Any) -> Pair:
     """An int, or one or two of them, as (height, width)."""
@@ -25,10 +27,15 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
 
 
-def image(op: str, x: Tensor, name: str = "input") -> None:
-    """A floating-point [N, C, H, W] of which only N may be 0."""
+def tensor(op: str, x: Any, name: str = "input") -> None:
+    """A tensor at all."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+
+
+def image(op: str, x: Tensor, name: str = "input") -> None:
+    """A floating-point [N, C, H, W] of which only N may be 0."""
+    tensor(op, x, name)
     if not x.is_floating_point():
         raise TypeError(f"{op}: {name} must be floating point, got {x.dtype}")
     if x.dim() != 4 or 0 in x.shape[1:]:
@@ -54,9 +61,10 @@ def output_size(
         ("padding", padding, 0),
         ("dilation", dilation, 1),
     ):
-        if len(values) != 2 or min(values) < least:
+        if len(values) != 2 or min(values) < least or max(values) >= _LIMIT:
             raise ValueError(
-                f"{op}: {name} must be at least {least} in both axes, got {tuple(values)}"
+                f"{op}: {name} must be at least {least} and below 2**31 in both axes, "
+                f"got {tuple(values)}"
             )
     if any(2 * p > k for p, k in zip(padding, kernel, strict=True)):
         raise ValueError(
@@ -204,5 +212,7 @@ def _adaptive(op: str, x: Tensor, output_size: Pair) -> None:
 
 
 def _divisor(op: str, divisor_override: int | None) -> None:
+    if divisor_override is not None and not _is_int(divisor_override):
+        raise TypeError(f"{op}: divisor_override must be an int or None, got {divisor_override!r}")
     if divisor_override == 0:
         raise ValueError(f"{op}: divisor_override must not be 0, got 0")

@@ -5,6 +5,7 @@
 #include "cpu/arena.h"
 #include "cpu/registry.h"
 #include "pooling/cpu_images.h"
+#include "pooling/cpu_planes.h"
 #include "pooling/cpu_windows.h"
 
 namespace nnarch {
@@ -18,24 +19,39 @@ void max_channels_last(const T* x, const Tensor& shape, const Axis& h, const Axi
   const auto& table = NNARCH_SELECT(pool_table<T>());
   const int64_t channels = shape.size(1);
   const int64_t in = h.inputs * w.inputs * channels, out = h.outputs * w.outputs * channels;
-  over_rows<Denormals::keep>(shape.size(0), h.outputs, ceil_div(in, h.outputs), [&](int64_t n, int64_t from, int64_t to) {
-    table.max_rows(x + n * in, channels, h, w, from, to, y + n * out,
-                   indices ? indices + n * out : nullptr);
-  });
+  over_rows<Denormals::keep>(shape.size(0), h.outputs, ceil_div(in, h.outputs),
+                             [&](int64_t n, int64_t from, int64_t to) {
+                               table.max_rows(x + n * in, channels, h, w, from, to, y + n * out,
+                                              indices ? indices + n * out : nullptr);
+                             });
+}
+
+template <class T>
+void max_along_rows(const T* x, const Tensor& shape, const Axis& h, const Axis& w, T* y,
+                    int64_t* indices) {
+  const auto& table = NNARCH_SELECT(pool_table<T>());
+  const int64_t planes = checked_product(shape.size(0), shape.size(1));
+  const int64_t in = h.inputs * w.inputs, out = h.outputs * w.outputs;
+  over_rows<Denormals::keep>(
+      planes, h.outputs, ceil_div(in, h.outputs), [&](int64_t p, int64_t from, int64_t to) {
+        Scratch<T> values(row_buffer_size(w));
+        Scratch<typename LaneIndex<T>::Type> positions(indices ? row_buffer_size(w) : 0);
+        table.max_plane(x + p * in, h, w, from, to, y + p * out,
+                        indices ? indices + p * out : nullptr,
+                        {values.get(), indices ? positions.get() : nullptr});
+      });
 }
 
 template <class T>
 void max_contiguous(const T* x, const Tensor& shape, const Axis& h, const Axis& w, T* y,
                     int64_t* indices) {
+  if (along_rows(h, w)) return max_along_rows<T>(x, shape, h, w, y, indices);
   const auto& table = NNARCH_SELECT(pool_table<T>());
-  const int64_t planes = checked_product(shape.size(0), shape.size(1));
-  const int64_t in = h.inputs * w.inputs, out = h.outputs * w.outputs;
-  over_rows<Denormals::keep>(planes, h.outputs, ceil_div(in, h.outputs), [&](int64_t p, int64_t from, int64_t to) {
-    Scratch<T> values(row_buffer_size(w));
-    Scratch<typename LaneIndex<T>::Type> positions(indices ? row_buffer_size(w) : 0);
-    table.max_plane(x + p * in, h, w, from, to, y + p * out, indices ? indices + p * out : nullptr,
-                    {values.get(), indices ? positions.get() : nullptr});
-  });
+  over_planes<Denormals::keep>(
+      x, checked_product(shape.size(0), shape.size(1)), h, w, y, indices,
+      [&](const T* image, int64_t lanes, int64_t from, int64_t to, T* out, int64_t* found) {
+        table.max_rows(image, lanes, h, w, from, to, out, found);
+      });
 }
 
 Pair max_over(const Tensor& x, const Windows& rows, const Windows& columns, bool return_indices) {
@@ -47,6 +63,7 @@ Pair max_over(const Tensor& x, const Windows& rows, const Windows& columns, bool
   const Tensor y = new_images(x, h.outputs, w.outputs, input.scalar_type());
   const Tensor indices = return_indices ? new_images(x, h.outputs, w.outputs, ScalarType::Long)
                                         : new_contiguous({0}, ScalarType::Long);
+  if (y.numel() == 0) return {to_type(y, x.scalar_type()), indices};
   with_scalar_type(input.scalar_type(), "max_pool2d", [&](auto scalar) {
     using T = decltype(scalar);
     int64_t* found = return_indices ? mutable_data<int64_t>(indices) : nullptr;
@@ -82,7 +99,8 @@ void over_columns(const Tensor& small, const Tensor& large, bool channels_last, 
   const int64_t images = small.size(0), channels = small.size(1);
   const int64_t few = small.size(2) * small.size(3), many = large.size(2) * large.size(3);
   if (!channels_last) {
-    pooling_tasks<Denormals::keep>(images * channels, [&](int64_t p) { f(p * few, p * many, int64_t{1}); });
+    pooling_tasks<Denormals::keep>(images * channels,
+                                   [&](int64_t p) { f(p * few, p * many, int64_t{1}); });
     return;
   }
   // Few images are cut by channels too.
@@ -99,7 +117,8 @@ void check_indices(const Tensor& t, const Tensor& indices) {
 }
 
 Tensor max_pool2d_input_grad(const Tensor& grad, const Tensor& indices, IntList input_size) {
-  require(grad.dim() == 4 && input_size.size() == 4, "max_pool2d_input_grad: 4 dimensions expected");
+  require(grad.dim() == 4 && input_size.size() == 4,
+          "max_pool2d_input_grad: 4 dimensions expected");
   check_indices(grad, indices);
   require(input_size[0] == grad.size(0) && input_size[1] == grad.size(1),
           "max_pool2d_input_grad: input_size does not fit");
@@ -109,7 +128,8 @@ Tensor max_pool2d_input_grad(const Tensor& grad, const Tensor& indices, IntList 
   const Tensor where = indices_in_order_of(grad, indices);
   const ScalarType type = g.scalar_type();
   const Tensor dx = new_images(grad, input_size[2], input_size[3], type);
-  const int64_t pixels = grad.size(2) * grad.size(3), inputs = checked_product(input_size[2], input_size[3]);
+  const int64_t pixels = grad.size(2) * grad.size(3),
+                inputs = checked_product(input_size[2], input_size[3]);
   const int64_t stride = channels_last ? grad.size(1) : 1;
   std::atomic<bool> inside{true};
   with_scalar_type(type, "max_pool2d_input_grad", [&](auto scalar) {
@@ -118,7 +138,8 @@ Tensor max_pool2d_input_grad(const Tensor& grad, const Tensor& indices, IntList 
       T* to = mutable_data<T>(dx) + large;
       const T* from = data<T>(g) + small;
       const int64_t* index = data<int64_t>(where) + small;
-      for (int64_t i = 0; i < inputs; ++i) std::fill(to + i * stride, to + i * stride + channels, T{0});
+      for (int64_t i = 0; i < inputs; ++i)
+        std::fill(to + i * stride, to + i * stride + channels, T{0});
       bool all_inside = true;
       for (int64_t i = 0; i < pixels; ++i)
         for (int64_t c = 0; c < channels; ++c) {

@@ -50,8 +50,7 @@ inline void check_images(const Tensor& x) {
 // An output of the given height and width in the memory format of `like`.
 inline Tensor new_images(const Tensor& like, int64_t height, int64_t width, ScalarType type) {
   const IntList sizes{like.size(0), like.size(1), height, width};
-  return follows_channels_last(like) ? new_channels_last(sizes, type)
-                                     : new_contiguous(sizes, type);
+  return follows_channels_last(like) ? new_channels_last(sizes, type) : new_contiguous(sizes, type);
 }
 
 // Copies of integers: as_channels_last and as_contiguous serve floating point only.

@@ -42,7 +42,7 @@ inline int64_t row_buffer_size(const Axis& w) {
 
 template <class T>
 struct RowBuffer {
-  T* values;                         // row_buffer_size elements
+  T* values;                               // row_buffer_size elements
   typename LaneIndex<T>::Type* positions;  // as many, or null where no indices are wanted
 };
 
@@ -52,8 +52,8 @@ struct PoolTable {
   // indices may be null. Index -1 marks a window without any input.
   void (*max_rows)(const T* image, int64_t channels, const Axis& h, const Axis& w, int64_t from,
                    int64_t to, T* y, int64_t* indices);
-  void (*average_rows)(const T* image, int64_t channels, const Axis& h, const Axis& w,
-                       int64_t from, int64_t to, T* y);
+  void (*average_rows)(const T* image, int64_t channels, const Axis& h, const Axis& w, int64_t from,
+                       int64_t to, T* y);
   // The same for a plane [H][W].
   void (*max_plane)(const T* plane, const Axis& h, const Axis& w, int64_t from, int64_t to, T* y,
                     int64_t* indices, const RowBuffer<T>& buffer);

@@ -15,8 +15,11 @@ struct Windows {
   int64_t inputs = 0, step = 1, kernel = 0, stride = 0, padding = 0;
 
   Axis axis() const {
-    return {inputs,      static_cast<int64_t>(start.size()), start.data(), end.data(), count.data(),
-            step,        kernel,                              stride,       padding};
+    return {inputs,       static_cast<int64_t>(start.size()),
+            start.data(), end.data(),
+            count.data(), step,
+            kernel,       stride,
+            padding};
   }
 };
 
@@ -27,8 +30,8 @@ struct AxisArguments {
 };
 
 inline AxisArguments axis_arguments(const IntList& kernel, const IntList& stride,
-                                    const IntList& padding, const IntList& dilation,
-                                    bool ceil_mode, size_t axis) {
+                                    const IntList& padding, const IntList& dilation, bool ceil_mode,
+                                    size_t axis) {
   require(kernel.size() == 2 && stride.size() == 2 && padding.size() == 2 && dilation.size() == 2,
           "pooling: kernel, stride, padding and dilation must be pairs");
   const AxisArguments a{kernel[axis], stride[axis], padding[axis], dilation[axis], ceil_mode};

@@ -273,6 +273,7 @@ def adaptive_max_pool2d(
         TypeError: arguments of the wrong type, `input` not floating point.
     """
     op = "adaptive_max_pool2d"
+    checks.tensor(op, input)
     size = _adaptive_size(op, output_size, input)
     return _maximum(op, adaptive_max_pool2d_op, input, (size,), return_indices)
 
@@ -328,8 +329,8 @@ def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] |
         TypeError: arguments of the wrong type, `input` not floating point.
     """
     op = "adaptive_avg_pool2d"
-    size = _adaptive_size(op, output_size, input)
     x = _batched(op, input)
+    size = _adaptive_size(op, output_size, input)
     y = adaptive_avg_pool2d_op(x, size)
     return y if x is input else y.squeeze(0)
 
@@ -352,8 +353,7 @@ def _maximum(
 
 def _batched(op: str, input: Tensor) -> Tensor:
     """`input` with a batch dimension: [C, H, W] becomes [1, C, H, W]."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"{op}: input must be a tensor, got {type(input).__name__}")
+    checks.tensor(op, input)
     return input.unsqueeze(0) if input.dim() == 3 else input
 
 
@@ -368,5 +368,5 @@ def _adaptive_size(op: str, output_size: int | Sequence[int | None] | None, inpu
         return output_size, output_size
     sizes = output_size if isinstance(output_size, (tuple, list)) else (output_size, output_size)
     if len(sizes) == 2 and None in sizes:
-        sizes = tuple(i if o is None else o for i, o in zip(input.shape[-2:], sizes, strict=True))
+        sizes = tuple(i if o is None else o for i, o in zip(input.shape[-2:], sizes, strict=False))
     return checks.pair(op, "output_size", sizes)

@@ -31,8 +31,7 @@ NNARCH_INLINE void best_of_rows(const T* plane, const Axis& h, int64_t out_row, 
     const int64_t n = width - j;
     Best<T> best;
     for (int64_t i = h.start[out_row]; i < h.end[out_row]; i += h.step)
-      best.take_later(load_n(plane + i * width + j, n),
-                      counting<T>() + lanes<T>(i * width + j));
+      best.take_later(load_n(plane + i * width + j, n), counting<T>() + lanes<T>(i * width + j));
     store_n(values + j, best.value, n);
     store_positions<T>(positions + j, best.position, n);
   }
@@ -50,41 +49,19 @@ NNARCH_INLINE Best<T> best_along(const RowBuffer<T>& row, int64_t at, const Axis
   return best;
 }
 
-template <class T>
-NNARCH_INLINE void best_of_window(const RowBuffer<T>& row, const Axis& w, int64_t j, T* y,
-                                  int64_t* index) {
-  T value = -static_cast<T>(__builtin_huge_val());
-  int64_t position = nowhere<T>();
-  for (int64_t i = w.start[j]; i < w.end[j]; i += w.step) {
-    const T v = row.values[w.padding + i];
-    const int64_t where = row.positions[w.padding + i];
-    if (v > value || (v == value && where < position) ||
-        (v != v && (value == value || where > position))) {
-      value = v;
-      position = where;
-    }
-  }
-  *y = value;
-  *index = position == nowhere<T>() ? -1 : position;
-}
-
 template <class T, int kernel>
 NNARCH_INLINE void best_of_row(const RowBuffer<T>& row, const Axis& w, T* y, int64_t* indices) {
   constexpr int64_t lane = kLanes<T>;
   constexpr MakeIndices<kLanes<T>> all{};
-  if (w.kernel && w.stride <= 2) {
-    for (int64_t j = 0; j < w.outputs; j += lane) {
-      Best<T> best = best_along<T, kernel>(row, w.stride * j, w);
-      if (w.stride == 2) {
-        const Best<T> next = best_along<T, kernel>(row, 2 * j + lane, w);
-        best.value = even_elements(best.value, next.value, all);
-        best.position = even_elements(best.position, next.position, all);
-      }
-      store_n(y + j, best.value, w.outputs - j);
-      store_indices<T>(indices + j, best.position, w.outputs - j);
+  for (int64_t j = 0; j < w.outputs; j += lane) {
+    Best<T> best = best_along<T, kernel>(row, w.stride * j, w);
+    if (w.stride == 2) {
+      const Best<T> next = best_along<T, kernel>(row, 2 * j + lane, w);
+      best.value = even_elements(best.value, next.value, all);
+      best.position = even_elements(best.position, next.position, all);
     }
-  } else {
-    for (int64_t j = 0; j < w.outputs; ++j) best_of_window<T>(row, w, j, y + j, indices + j);
+    store_n(y + j, best.value, w.outputs - j);
+    store_indices<T>(indices + j, best.position, w.outputs - j);
   }
 }
 

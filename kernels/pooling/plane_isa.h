@@ -20,13 +20,11 @@ template <class T>
 struct Maximum {
   static NNARCH_INLINE Vec<T> identity() { return lowest<T>(); }
   static NNARCH_INLINE Vec<T> combine(Vec<T> a, Vec<T> b) { return max<T>(a, b); }
-  static NNARCH_INLINE T combine(T a, T b) { return b > a || b != b ? b : a; }
 };
 template <class T>
 struct Sum {
   static NNARCH_INLINE Vec<T> identity() { return Vec<T>{}; }
   static NNARCH_INLINE Vec<T> combine(Vec<T> a, Vec<T> b) { return a + b; }
-  static NNARCH_INLINE T combine(T a, T b) { return a + b; }
 };
 
 // `taps` vectors, `step` elements apart, combined.
@@ -79,22 +77,15 @@ NNARCH_INLINE Vec<T> reduce_along(const T* p, const Axis& w) {
 template <class T, class Op, int kernel>
 NNARCH_INLINE void reduce_row(const T* row, const Axis& w, T* y) {
   constexpr int64_t lane = kLanes<T>;
-  if (w.kernel && w.stride == 1) {
+  if (w.stride == 1) {
     for (int64_t j = 0; j < w.outputs; j += lane)
       store_n(y + j, reduce_along<T, Op, kernel>(row + j, w), w.outputs - j);
-  } else if (w.kernel && w.stride == 2) {
-    for (int64_t j = 0; j < w.outputs; j += lane) {
-      const Vec<T> a = reduce_along<T, Op, kernel>(row + 2 * j, w);
-      const Vec<T> b = reduce_along<T, Op, kernel>(row + 2 * j + lane, w);
-      store_n(y + j, even_elements(a, b, MakeIndices<kLanes<T>>{}), w.outputs - j);
-    }
-  } else {
-    for (int64_t j = 0; j < w.outputs; ++j) {
-      T v = Op::identity()[0];
-      for (int64_t i = w.start[j]; i < w.end[j]; i += w.step)
-        v = Op::combine(v, row[w.padding + i]);
-      y[j] = v;
-    }
+    return;
+  }
+  for (int64_t j = 0; j < w.outputs; j += lane) {
+    const Vec<T> a = reduce_along<T, Op, kernel>(row + 2 * j, w);
+    const Vec<T> b = reduce_along<T, Op, kernel>(row + 2 * j + lane, w);
+    store_n(y + j, even_elements(a, b, MakeIndices<kLanes<T>>{}), w.outputs - j);
   }
 }
 

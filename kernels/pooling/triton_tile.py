@@ -19,6 +19,7 @@ from nnarch.kernels.gpu.launch import cdiv, flat_grid, needs_int64
 from nnarch.kernels.gpu.tiles import Tile, tile
 
 _THREADS = 128
+_FEW_PROGRAMS = 1024  # of full tiles: below it, smaller ones keep more processors busy
 _MAX_UNROLL = 9  # taps of a 3×3 window: their loads are then in flight together
 
 
@@ -99,13 +100,16 @@ def pixel_grid(out: torch.Tensor) -> tuple[tuple[int, ...], Tile]:
     apart, so a thread's elements are no neighbours there and two of them are enough.
     """
     n, c, h, w = out.shape
+    threads = _THREADS
     if out.stride(1) == 1 and c > 1:
-        elements, block_c = _THREADS * 8, _channel_block(c)
+        elements, block_c = threads * 8, _channel_block(c)
     else:
-        elements, block_c = _THREADS * 2, 1
+        if out.numel() < _FEW_PROGRAMS * threads * 2:
+            threads = 32
+        elements, block_c = threads * 2, 1
     block_p = elements // block_c
     programs = cdiv(n * h * w, block_p) * cdiv(c, block_c)
-    return flat_grid(programs), tile(BLOCK_P=block_p, BLOCK_C=block_c, num_warps=_THREADS // 32)
+    return flat_grid(programs), tile(BLOCK_P=block_p, BLOCK_C=block_c, num_warps=threads // 32)
 
 
 def _channel_block(channels: int) -> int:

@@ -1,6 +1,6 @@
 """On a real GPU: every public operation and both kinds of model, against torch in float64.
 
-Elsewhere the same kernels are interpreted (tests/kernels) and compiled (bench/static_gpu.py).
+Elsewhere the same kernels are interpreted (test_interpreted.py) and compiled (test_static.py).
 """
 
 import pytest

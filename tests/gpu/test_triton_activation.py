@@ -107,7 +107,9 @@ def test_no_activation_copies():
 def test_not_finite(name):
     x = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.0, -0.0])
     y = triton_kernel.activation(x, kinds.CODES[name], ALPHA)
-    torch.testing.assert_close(y, FUNCTIONS[name](x), rtol=0, atol=1e-7, equal_nan=True)
+    # In float64: some builds of torch have NaN for gelu(inf) in float32.
+    expected = FUNCTIONS[name](x.double()).float()
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-7, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ["relu", "relu6", "leaky_relu", "tanh"])

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tolerances import assert_as_accurate
@@ -207,15 +208,56 @@ def compare(
     return mine[0]
 
 
-def ulps_of_sum(depth: int, dtype: torch.dtype) -> float | None:
-    """The allowance for sums of `depth` products, in ulp.
+def small_integers(like: Tensor) -> Tensor:
+    """Integers from -2 to 2, not 0: sums of their products are exact in float32, in any order."""
+    signs = torch.randint(0, 2, like.shape) * 2 - 1
+    return (signs * torch.randint(1, 3, like.shape)).to(like.dtype)
+
+
+def equal_to_torch(
+    ours: Callable[..., Tensor],
+    theirs: Callable[..., Tensor],
+    tensors: dict[str, Tensor | None],
+    grad: Tensor,
+) -> None:
+    """Assert that ours(**tensors) and its gradients are torch's, where nothing is rounded.
+
+    With :func:`small_integers`, a wrong address is all that can make a difference: tests of strides
+    need no tolerance.
+    """
+    mine = on_fresh_memory(lambda: evaluate(ours, tensors, None, grad))
+    names = ["output", *(f"gradient of {n}" for n, t in tensors.items() if t is not None)]
+    for what, a, b in zip(names, mine, evaluate(theirs, tensors, None, grad), strict=True):
+        assert torch.equal(a, b), f"{what}: {int((a != b).sum())} of {a.numel()} elements differ"
+
+
+def exact_product(a: Tensor, b: Tensor) -> Tensor:
+    """a·b of float64 matrices, summed in long double and rounded once: a truth for float64."""
+    wide = a.numpy().astype(np.longdouble) @ b.numpy().astype(np.longdouble)
+    return torch.from_numpy(wide.astype(np.float64))
+
+
+def ulps_of_running_sum(depth: int) -> float:
+    """The allowance for sums of `depth` random products, in ulp.
 
     Rounding errors of a running sum grow with the root of its length. The matrix product keeps at
     most 1536 products in one running sum; torch's libraries often keep fewer.
     """
-    return max(4.0, min(depth, 1536) ** 0.5 / 4) if dtype == torch.float32 else None
+    return max(4.0, min(depth, 1536) ** 0.5 / 4)
 
 
+def ulps_of_sum(depth: int, dtype: torch.dtype) -> float | None:
+    """The same for float32; None, the usual allowance, for other dtypes.
+
+    Half types are rounded once, at the end; in float64 the truth itself is a running sum.
+    """
+    return ulps_of_running_sum(depth) if dtype == torch.float32 else None
+
+
+needs_long_double = pytest.mark.skipif(
+    np.finfo(np.longdouble).eps >= np.finfo(np.float64).eps,
+    reason="this machine's long double is no longer than a double",
+)
 needs_poison = pytest.mark.skipif(
     not memory_is_poisoned(), reason="this C library's malloc cannot fill memory"
 )

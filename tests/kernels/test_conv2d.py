@@ -15,18 +15,25 @@ from kernel_cases import (
     FORMATS,
     VIEWS,
     compare,
+    equal_to_torch,
+    exact_product,
     name_of,
+    needs_long_double,
     needs_poison,
     on_fresh_memory,
+    small_integers,
     torch_epilogue,
+    ulps_of_running_sum,
     ulps_of_sum,
 )
+from tolerances import assert_as_accurate
 from torch import Tensor
 from torch.nn import functional as TF
 
 import nnarch
 from nnarch import functional as F
 from nnarch import library
+from nnarch.kernels.conv2d.geometry import padding_of
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ class Conv:
         """x, weight and bias, with outputs near 1."""
         x = torch.randn(self.n, self.c, self.h, self.w)
         weight = torch.randn(self.k, self.c // self.groups, *self.kernel)
-        weight /= max(weight[0].numel(), 1) ** 0.5 if self.k else 1
+        weight /= weight[0].numel() ** 0.5
         tensors = {"x": x.contiguous(memory_format=memory_format), "weight": weight}
         return {name: t.to(dtype) for name, t in tensors.items()} | {
             "bias": torch.randn(self.k).to(dtype)
@@ -154,8 +161,8 @@ CASES = [
 EMPTY = [
     Conv(0, 16, 8, 8, 12, padding=1),
     Conv(0, 3, 8, 8, 12, padding=1),
-    Conv(2, 16, 8, 8, 0, padding=1),
-    Conv(2, 16, 8, 8, 0, (1, 1)),
+    Conv(0, 16, 8, 8, 12, (1, 1)),
+    Conv(0, 8, 8, 8, 8, padding=1, groups=8),
 ]
 # A few of each algorithm for what is the same in all shapes.
 CORE = [CASES[i] for i in (2, 5, 12, 15, 19, 22, 28, 39, 44)]
@@ -169,6 +176,22 @@ def test_forward_and_gradients(case, dtype, memory_format):
     grad = torch.randn_like(case.theirs(**tensors))
     y = compare(case.ours, case.theirs, tensors, grad, ulps=ulps_of_sum(case.depth, dtype))
     assert y.is_contiguous(memory_format=library.output_format(tensors["x"]))
+
+
+@needs_long_double
+@pytest.mark.parametrize("case", [c for c in CORE if c.groups == 1], ids=str)
+def test_float64_against_long_double(case):
+    """In float64 torch is no truth: the sums are taken again with 64 bits."""
+    t = case.tensors(torch.float64, torch.contiguous_format)
+    t.pop("bias")
+    mine, theirs = case.ours(**t), case.theirs(**t)
+    top, left, bottom, right = padding_of(case.padding, t["weight"], (1, 1), (1, 1))
+    padded = TF.pad(t["x"], (left, right, top, bottom))
+    columns = TF.unfold(padded, case.kernel, case.dilation, 0, case.stride)
+    truth = torch.stack([exact_product(t["weight"].flatten(1), image) for image in columns])
+    assert_as_accurate(
+        mine, theirs, truth.view_as(mine), ulps=ulps_of_running_sum(t["weight"][0].numel())
+    )
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
@@ -193,7 +216,7 @@ def test_reference_backend(case, dtype):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", EMPTY, ids=str)
-def test_empty(case, backend):
+def test_empty_batch(case, backend):
     tensors = case.tensors(torch.float32, torch.contiguous_format)
     leaves = {name: t.requires_grad_() for name, t in tensors.items()}
     with nnarch.use_backend(backend):
@@ -230,18 +253,11 @@ def test_unbatched():
 @pytest.mark.parametrize("case", CORE, ids=str)
 def test_views(case, dtype, view):
     """Every operand with strides that are not the usual ones, gradient included."""
-    strange = VIEWS[view]
     t = case.tensors(dtype, torch.contiguous_format)
     like = case.theirs(**t)
-    t |= {
-        "scale": torch.rand_like(t["bias"]) + 0.5,
-        "shift": torch.randn_like(t["bias"]),
-        "residual": torch.randn_like(like),
-    }
-    t = {name: strange(value) for name, value in t.items()}
-    grad = strange(torch.randn_like(like))
-    # Sums of equal numbers round the same way at every step: the errors add up.
-    compare(case.ours, case.theirs, t, grad, ulps=64)
+    t |= {"scale": t["bias"], "shift": t["bias"], "residual": like}
+    strange = {name: VIEWS[view](small_integers(value)) for name, value in t.items()}
+    equal_to_torch(case.ours, case.theirs, strange, VIEWS[view](small_integers(like)))
 
 
 @pytest.mark.parametrize("case", CORE, ids=str)

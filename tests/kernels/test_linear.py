@@ -13,12 +13,18 @@ from kernel_cases import (
     DTYPES,
     VIEWS,
     compare,
+    equal_to_torch,
+    exact_product,
     name_of,
+    needs_long_double,
     needs_poison,
     on_fresh_memory,
+    small_integers,
     torch_epilogue,
+    ulps_of_running_sum,
     ulps_of_sum,
 )
+from tolerances import assert_as_accurate
 from torch import Tensor
 from torch.nn import functional as TF
 
@@ -82,6 +88,17 @@ def test_forward_and_gradients(size, dtype):
     compare(ours, theirs, named, grad, ulps=ulps_of_sum(longest_sum(size), dtype))
 
 
+@needs_long_double
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_float64_against_long_double(size):
+    """In float64 torch is no truth: the sums are taken again with 64 bits."""
+    t = tensors(*size, torch.float64)
+    x, weight = t["x"], t["weight"]
+    truth = exact_product(x, weight.t())
+    ulps = ulps_of_running_sum(size[1])
+    assert_as_accurate(ours(x, weight), theirs(x, weight), truth, ulps=ulps)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("size", CORE, ids=str)
 def test_reference_backend(size, dtype):
@@ -130,14 +147,12 @@ def test_empty(size, backend):
 @pytest.mark.parametrize("size", CORE, ids=str)
 def test_views(size, dtype, view):
     """Every operand with strides that are not the usual ones, gradient included."""
-    strange = VIEWS[view]
     m, _, k = size
     t = tensors(*size, dtype)
-    t |= {"scale": torch.rand(k) + 0.5, "shift": torch.randn(k), "residual": torch.randn(m, k)}
-    t = {name: strange(v.to(dtype)) for name, v in t.items()}
-    grad = strange(torch.randn(m, k).to(dtype))
-    # Sums of equal numbers round the same way at every step: the errors add up.
-    compare(ours, theirs, t, grad, ulps=64)
+    like = torch.empty(m, k, dtype=dtype)
+    t |= {"scale": t["bias"], "shift": t["bias"], "residual": like}
+    strange = {name: VIEWS[view](small_integers(value)) for name, value in t.items()}
+    equal_to_torch(ours, theirs, strange, VIEWS[view](small_integers(like)))
 
 
 @pytest.mark.parametrize("size", CORE, ids=str)

@@ -1,0 +1,54 @@
+// Pooling of planes (NCHW) that no vector along a row serves: some planes at a time are transposed
+// into cache, where they are the channels of a small channels_last image, pooled there, and the
+// result is transposed back.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/arena.h"
+#include "cpu/layout.h"
+#include "pooling/cpu_images.h"
+
+namespace nnarch {
+
+// Whether vectors along rows serve the windows (plane_isa.h): regular ones at distance 1 or 2.
+inline bool along_rows(const Axis& h, const Axis& w) {
+  return h.kernel > 0 && w.kernel > 0 && w.stride <= 2;
+}
+
+// Calls pool(image, channels, from, to, y, indices) to compute output rows [from, to) of images
+// [H][W][channels], with the pointers that kernels take (cpu_kernels.h). `indices` may be null.
+template <Denormals denormals, class T, class F>
+void over_planes(const T* x, int64_t planes, const Axis& h, const Axis& w, T* y, int64_t* indices,
+                 const F& pool) {
+  constexpr int64_t lanes = 32;               // planes side by side: two or four vectors of floats
+  constexpr int64_t cached_elements = 32768;  // of input, in L2
+  const int64_t in = h.inputs * w.inputs, out = h.outputs * w.outputs;
+  const int64_t row_in = w.inputs * ceil_div(h.inputs, h.outputs), row_out = w.outputs;
+  const int64_t rows =
+      std::clamp<int64_t>(cached_elements / (lanes * std::max(row_in, row_out)), 1, h.outputs);
+  const int64_t cuts = ceil_div(h.outputs, rows);
+  const auto transpose = transpose_fn<T>();
+  pooling_tasks<denormals>(ceil_div(planes, lanes) * cuts, [&](int64_t task) {
+    const int64_t plane = task / cuts * lanes, channels = std::min(lanes, planes - plane);
+    const int64_t from = task % cuts * rows, to = std::min(h.outputs, from + rows);
+    const int64_t top = std::min(h.start[from], h.inputs - 1);  // input rows of these windows
+    const int64_t bottom = std::max(h.end[to - 1], top);
+    const int64_t first_in = top * w.inputs, pixels_in = (bottom - top) * w.inputs;
+    const int64_t first_out = from * w.outputs, pixels_out = (to - from) * w.outputs;
+    Scratch<T> image(channels * pixels_in), result(channels * pixels_out);
+    Scratch<int64_t> found(indices ? channels * pixels_out : 0);
+    transpose(x + plane * in + first_in, in, image.get(), channels, channels, pixels_in);
+    // The kernel counts from the first row of the whole image.
+    pool(image.get() - first_in * channels, channels, from, to, result.get() - first_out * channels,
+         indices ? found.get() - first_out * channels : nullptr);
+    transpose(result.get(), channels, y + plane * out + first_out, out, pixels_out, channels);
+    if (!indices) return;
+    for (int64_t c = 0; c < channels; ++c) {
+      int64_t* to_plane = indices + (plane + c) * out + first_out;
+      for (int64_t i = 0; i < pixels_out; ++i) to_plane[i] = found[i * channels + c];
+    }
+  });
+}
+
+}  // namespace nnarch
