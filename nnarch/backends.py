@@ -22,7 +22,7 @@ BACKENDS = ("cpu", "triton", "numba", "reference")
 def backends() -> dict[str, str]:
     """Every backend with "usable" or the reason why it is not."""
     return {
-        "cpu": f"usable ({isa()})" if library.native is not None else library.native_error,
+        "cpu": _cpu_status(),
         "triton": _gpu_status("triton", "TRITON_INTERPRET"),
         "numba": _gpu_status("numba_cuda", "NUMBA_ENABLE_CUDASIM", package="numba-cuda"),
         "reference": "usable",
@@ -32,6 +32,14 @@ def backends() -> dict[str, str]:
 def isa() -> str:
     """The instruction set that the native kernels run on: generic, avx2, avx512 (or "")."""
     return library.native_string("nnarch_isa")
+
+
+def _cpu_status() -> str:
+    if library.native is None:
+        return library.native_error
+    if not isa():
+        return f"NNARCH_ISA={os.environ.get('NNARCH_ISA')}: no instruction set of this CPU"
+    return f"usable ({isa()})"
 
 
 def _gpu_status(module: str, interpreter: str, package: str = "") -> str:

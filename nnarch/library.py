@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 NAMESPACE = "nnarch"
@@ -367,32 +368,51 @@ def _autocast(device: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return tuple(map(cast, args)), named
 
 
-def _on_arrays(
-    function: Callable[..., Any], first: str, x: Any, args: tuple, kwargs: dict
-) -> Any:
+def _on_arrays(function: Callable[..., Any], first: str, x: Any, args: tuple, kwargs: dict) -> Any:
+    op = function.__name__
     if not hasattr(x, "__dlpack__"):
         raise TypeError(
-            f"{function.__name__}: {first} must be a tensor or an array with DLPack, "
-            f"got {type(x).__name__}"
+            f"{op}: {first} must be a tensor or an array with DLPack, got {type(x).__name__}"
         )
+    try:
+        arguments = inspect.signature(function).bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise TypeError(f"{op}: {error}") from None
     with torch.no_grad():
-        result = function(
-            *map(_to_tensor, args), **{name: _to_tensor(a) for name, a in kwargs.items()}
-        )
+        result = function(**{name: _to_tensor(op, name, a) for name, a in arguments.items()})
     back = _array_converter(x)
     return tuple(map(back, result)) if isinstance(result, tuple) else back(result)
 
 
-def _to_tensor(value: Any) -> Any:
+def _to_tensor(op: str, name: str, value: Any) -> Any:
     if isinstance(value, torch.Tensor) or not hasattr(value, "__dlpack__"):
         return value
-    flags = getattr(value, "flags", None)
-    if flags is not None and getattr(flags, "writeable", True) is False:
-        value = value.view()
-        with warnings.catch_warnings():  # read-only NumPy memory: no kernel writes to its inputs
-            warnings.simplefilter("ignore")
-            return torch.from_numpy(value)
-    return torch.from_dlpack(value)
+    try:
+        return _from_numpy(value) if isinstance(value, np.ndarray) else torch.from_dlpack(value)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise TypeError(f"{op}: {name} cannot become a tensor: {error}") from None
+
+
+def _from_numpy(array: np.ndarray) -> torch.Tensor:
+    """A tensor on the array's memory, or on a copy where strides are negative: torch has none."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError("its mask would be lost")
+    backwards = any(stride < 0 for stride in array.strides)
+    if array.flags.writeable and not backwards:
+        return torch.from_numpy(array)
+    with warnings.catch_warnings():  # kernels do not write to their inputs
+        warnings.simplefilter("ignore")
+        tensor = torch.from_numpy(array.copy() if backwards else array)
+    setattr(tensor, _READ_ONLY, True)
+    return tensor
+
+
+_READ_ONLY = "_nnarch_read_only"
+
+
+def is_read_only(tensor: torch.Tensor | None) -> bool:
+    """Whether an update in place would not reach, or not be welcome to, the caller's array."""
+    return getattr(tensor, _READ_ONLY, False)
 
 
 def _array_converter(like: Any) -> Callable[[torch.Tensor], Any]:

@@ -187,6 +187,25 @@ def run(name: str, *args: Any) -> Any:
     return getattr(torch.ops.nnarch, name).default(*args)
 
 
+def gradients(name: str, args: tuple[Any, ...], function: Callable[..., Any] | None = None):
+    """Gradients of all floating-point tensors in `args`, of the operation or another `function`.
+
+    None stands for a tensor without a gradient; the list is empty where there are none at all.
+    """
+    leaves = [
+        a.detach().clone().requires_grad_()
+        if isinstance(a, Tensor) and a.is_floating_point()
+        else a
+        for a in args
+    ]
+    wanted = [a for a in leaves if isinstance(a, Tensor) and a.requires_grad]
+    results = outputs(function(*leaves) if function else run(name, *leaves))
+    results = [r for r in results if r.requires_grad]
+    torch.manual_seed(2)
+    weights = [torch.randn(r.shape, dtype=r.dtype) for r in results]
+    return torch.autograd.grad(results, wanted, weights, allow_unused=True) if results else []
+
+
 def outputs(result: Any) -> tuple[Tensor, ...]:
     """The tensors that an operation returned."""
     return result if isinstance(result, tuple) else (result,)

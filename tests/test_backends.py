@@ -27,8 +27,8 @@ def test_backends_names_all_with_a_reason():
     assert set(table) == {"cpu", "triton", "numba", "reference"}
     assert table["reference"] == "usable"
     assert re.fullmatch(r"usable \((generic|avx2|avx512)\)", table["cpu"])
-    for module, package, name in (("triton", "triton", "triton"), ("numba_cuda", "numba-cuda", "numba")):  # fmt: skip
-        if importlib.util.find_spec(module) is None:
+    for name, package in (("triton", "triton"), ("numba", "numba-cuda")):
+        if importlib.util.find_spec(package.replace("-", "_")) is None:
             assert table[name] == f"not installed (pip install {package})"
         else:
             assert table[name].startswith(("usable", "no GPU"))

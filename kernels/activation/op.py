@@ -110,6 +110,7 @@ activation_grad_grad = library.declare(
 # ------------------------------------------------------------------------------ public function
 
 
+@library.public
 def activation(x: Tensor, kind: str | None, *, alpha: float | None = None) -> Tensor:
     """An activation function, elementwise.
 

@@ -12,7 +12,12 @@ from nnarch import library
 from nnarch.kernels.activation import kinds
 from nnarch.kernels.conv2d import reference
 from nnarch.kernels.conv2d.geometry import check_conv, output_size, padding_of
-from nnarch.kernels.epilogue import check_epilogue, epilogue_backward, must_split
+from nnarch.kernels.epilogue import (
+    check_epilogue,
+    check_tensor,
+    epilogue_backward,
+    must_split,
+)
 
 _EPILOGUE = "Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual"
 _GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation, int groups"
@@ -239,6 +244,7 @@ def pack_conv2d_weight(weight: Tensor, groups: int = 1) -> Tensor | None:
     Returns:
         An opaque tensor; None where no native kernel runs (another device).
     """
+    check_tensor("pack_conv2d_weight", "weight", weight)
     if weight.device.type != "cpu" or library.native is None:
         return None
     if groups > 1 and weight.shape[1] == 1:

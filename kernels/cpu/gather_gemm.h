@@ -7,6 +7,7 @@
 
 #include "cpu/grid_image.h"
 #include "cpu/gemm.h"
+#include "cpu/padding_classes.h"
 #include "cpu/parallel.h"
 #include "cpu/tensor.h"
 
@@ -49,20 +50,23 @@ void gather_gemm(const GridImage<T>& image, const T* b, int64_t columns, T* c,
   const Blocking block = choose_blocking<T>(positions, columns, image.depth);
   const int64_t column_blocks = ceil_div(columns, block.columns);
   const int64_t tasks = ceil_div(positions, block.rows) * column_blocks;
+  const PaddingClasses classes(image);
   parallel_tasks(tasks, [&](int64_t task) {
     const int64_t first = task / column_blocks * block.rows;
     const int64_t column = task % column_blocks * block.columns;
     const int64_t count = std::min(block.rows, positions - first);
     TapRows<T> rows(image, block.rows);
-    rows.build(first, count);
     Scratch<int64_t> offsets(count);
-    for_each_run(first, count, image, [&](int64_t n, int64_t gy, int64_t gx, int64_t run, int64_t i) {
-      int64_t offset = n * out.image_step + gy * out.row_step + gx * out.column_step;
-      for (int64_t end = i + run; i < end; ++i, offset += out.column_step) offsets[i] = offset;
+    PaddingOrder order(classes);
+    order.arrange(image, first, count, [&](const Run& run, int64_t row) {
+      rows.build(run, row);
+      int64_t at = run.image * out.image_step + run.gy * out.row_step + run.gx * out.column_step;
+      for (int64_t i = row; i < row + run.count; ++i, at += out.column_step) offsets[i] = at;
     });
-    table.run({rows.get(), rows.stride(), taps, image.depth,
-               b + column * taps * image.depth, c + column, offsets.get(), count,
-               std::min(block.columns, columns - column), false, epilogue.from_channel(column)});
+    table.run({rows.get(), rows.stride(), taps, image.depth, b + column * taps * image.depth,
+               c + column, offsets.get(), count, std::min(block.columns, columns - column), false,
+               epilogue.from_channel(column), rows.zeros(), order.segment_end(),
+               order.segments()});
   });
 }
 

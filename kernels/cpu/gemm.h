@@ -4,7 +4,8 @@
 // A convolution is a sum over kernel taps of small matrix products whose A rows are input pixels:
 //     C[m, n] = Σ_tap Σ_k rows[tap][m][k] · B[tap·depth + k, n]
 // With one tap this is a plain matrix product. Nothing is gathered or unfolded: a pixel in the
-// padding is a pointer to zeros.
+// padding is a pointer to zeros, and a tap at which a whole register tile lies in the padding is
+// skipped.
 #pragma once
 
 #include <cstdint>
@@ -30,6 +31,12 @@ struct GemmBlock {
   int64_t n;  // columns; the last panel may be partial
   bool accumulate;  // add to what C holds; then the epilogue is applied to the sum
   Epilogue<T> epilogue;
+  // Where a row of A lies in the padding, or null where none does.
+  const T* zeros = nullptr;
+  // Rows that belong together, so that no register tile mixes them: segment i ends before row
+  // segment_end[i]. Null: one segment.
+  const int64_t* segment_end = nullptr;
+  int64_t segments = 1;
 };
 
 template <class T>

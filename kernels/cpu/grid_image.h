@@ -32,20 +32,23 @@ struct GridImage {
   int64_t positions() const { return n * grid_h * grid_w; }
 };
 
-// Calls f(image, gy, gx, run, i) for every stretch of positions [i, i + run) of a range that lies in
-// one grid row.
+// Consecutive positions of one grid row: (image, gy, gx) to (image, gy, gx + count).
+struct Run {
+  int64_t image, gy, gx, count;
+};
+
+// Calls f(run) for every run of grid row positions in [first, first + count).
 template <class T, class F>
 void for_each_run(int64_t first, int64_t count, const GridImage<T>& g, const F& f) {
   const int64_t plane = g.grid_h * g.grid_w;
-  for (int64_t i = 0; i < count;) {
-    const int64_t at = first + i, gx = at % g.grid_w;
-    const int64_t run = std::min(g.grid_w - gx, count - i);
-    f(at / plane, at % plane / g.grid_w, gx, run, i);
-    i += run;
+  for (const int64_t end = first + count; first < end;) {
+    const int64_t gx = first % g.grid_w, run = std::min(g.grid_w - gx, end - first);
+    f(Run{first / plane, first % plane / g.grid_w, gx, run});
+    first += run;
   }
 }
 
-// The row pointers of up to `capacity` consecutive grid positions.
+// The row pointers of up to `capacity` grid positions, run by run.
 template <class T>
 class TapRows {
  public:
@@ -59,33 +62,42 @@ class TapRows {
 
   int64_t stride() const { return capacity_; }
   const T* const* get() const { return pointers_.get(); }
+  const T* zeros() const { return zeros_.get(); }
 
+  // Of consecutive positions, in order.
   void build(int64_t first, int64_t count) {
-    for_each_run(first, count, image_,
-                 [&](int64_t n, int64_t gy, int64_t gx, int64_t run, int64_t i) {
-                   const T* base = image_.data + n * image_.h * image_.w * image_.pixel;
-                   for (const Tap& tap : image_.taps)
-                     build_run(base, tap, gy, gx, run, &pointers_[row_of(tap) * capacity_ + i]);
-                 });
+    int64_t row = 0;
+    for_each_run(first, count, image_, [&](const Run& run) {
+      build(run, row);
+      row += run.count;
+    });
+  }
+
+  // Of one run, from `row` on.
+  void build(const Run& run, int64_t row) {
+    const T* base = image_.data + run.image * image_.h * image_.w * image_.pixel;
+    const T** out = &pointers_[row];
+    for (const Tap& tap : image_.taps) {
+      build_tap(base, tap, run, out);
+      out += capacity_;
+    }
   }
 
  private:
-  int64_t row_of(const Tap& tap) const { return &tap - image_.taps.data(); }
-
   // Positions whose pixel lies in the padding point to zeros; the others are in between.
-  void build_run(const T* base, const Tap& tap, int64_t gy, int64_t gx, int64_t run,
-                 const T** out) const {
-    const int64_t y = gy * image_.step_y + tap.dy, x = gx * image_.step_x + tap.dx;
+  void build_tap(const T* base, const Tap& tap, const Run& run, const T** out) const {
+    const int64_t y = run.gy * image_.step_y + tap.dy, x = run.gx * image_.step_x + tap.dx;
     const int64_t step = std::max<int64_t>(image_.step_x, 1);
     int64_t begin = 0, end = 0;  // of the positions inside the image
     if (y >= 0 && y < image_.h) {
-      begin = std::clamp<int64_t>(x < 0 ? (-x + step - 1) / step : 0, 0, run);
-      end = std::clamp<int64_t>(x < image_.w ? (image_.w - x + step - 1) / step : 0, begin, run);
+      begin = std::clamp<int64_t>(x < 0 ? (-x + step - 1) / step : 0, 0, run.count);
+      end = std::clamp<int64_t>(x < image_.w ? (image_.w - x + step - 1) / step : 0, begin,
+                                run.count);
     }
     std::fill(out, out + begin, zeros_.get());
     for (int64_t i = begin; i < end; ++i)
       out[i] = base + (y * image_.w + x + i * step) * image_.pixel;
-    std::fill(out + end, out + run, zeros_.get());
+    std::fill(out + end, out + run.count, zeros_.get());
   }
 
   const GridImage<T>& image_;

@@ -161,6 +161,7 @@ def pack_linear_weight(weight: Tensor) -> Tensor | None:
     Returns:
         An opaque tensor; None where no native kernel runs (another device).
     """
+    check_tensor("pack_linear_weight", "weight", weight)
     if weight.device.type != "cpu" or library.native is None:
         return None
     return pack(weight.detach())

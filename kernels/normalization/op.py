@@ -230,6 +230,7 @@ batch_norm_backward_backward = library.declare(
 # ------------------------------------------------------------------------------ public function
 
 
+@library.public
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -272,6 +273,8 @@ def batch_norm(
         return affine(input, scale, shift, residual, code, alpha)
     checks.enough_values(input)
     checks.running_statistics(input, running_mean, running_var)
+    if library.is_read_only(running_mean) or library.is_read_only(running_var):
+        raise ValueError("batch_norm: training updates running_mean and running_var: not read-only")
     split = kinds.needs_split(code, input, weight, bias, residual)
     y, mean, invstd = batch_norm_train(
         input, weight, bias, residual, eps, kinds.NONE if split else code, alpha

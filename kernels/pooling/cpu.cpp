@@ -116,6 +116,40 @@ void check_indices(const Tensor& t, const Tensor& indices) {
   require(same_sizes(t, indices), "max_pool2d: indices must have the shape of the output");
 }
 
+// dx[index[i][c]][c] += grad[i][c] for `channels` neighbouring channels, where pixels lie `stride`
+// apart; the rest of dx becomes 0. False where an index lies outside; -1 is a window of padding.
+//
+// dx is cleared shortly before the first gradient arrives, while the cache still holds it.
+template <class T>
+bool scatter(const T* grad, const int64_t* index, T* dx, int64_t pixels, int64_t inputs,
+             int64_t stride, int64_t channels) {
+  int64_t cleared = 0;
+  const auto clear_to = [&](int64_t end) {
+    if (channels == stride)
+      std::fill(dx + cleared * stride, dx + end * stride, T{0});
+    else
+      for (int64_t i = cleared; i < end; ++i)
+        std::fill(dx + i * stride, dx + i * stride + channels, T{0});
+    cleared = end;
+  };
+  const int64_t ahead = ceil_div(4096, channels);
+  bool inside = true;
+  for (int64_t i = 0; i < pixels; ++i)
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t at = index[i * stride + c];
+      if (static_cast<uint64_t>(at) >= static_cast<uint64_t>(cleared)) [[unlikely]] {
+        if (at < 0 || at >= inputs) {
+          inside &= at == -1;
+          continue;
+        }
+        clear_to(std::min(inputs, at + ahead));
+      }
+      dx[at * stride + c] += grad[i * stride + c];
+    }
+  clear_to(inputs);
+  return inside;
+}
+
 Tensor max_pool2d_input_grad(const Tensor& grad, const Tensor& indices, IntList input_size) {
   require(grad.dim() == 4 && input_size.size() == 4,
           "max_pool2d_input_grad: 4 dimensions expected");
@@ -135,21 +169,9 @@ Tensor max_pool2d_input_grad(const Tensor& grad, const Tensor& indices, IntList 
   with_scalar_type(type, "max_pool2d_input_grad", [&](auto scalar) {
     using T = decltype(scalar);
     over_columns(grad, dx, channels_last, [&](int64_t small, int64_t large, int64_t channels) {
-      T* to = mutable_data<T>(dx) + large;
-      const T* from = data<T>(g) + small;
-      const int64_t* index = data<int64_t>(where) + small;
-      for (int64_t i = 0; i < inputs; ++i)
-        std::fill(to + i * stride, to + i * stride + channels, T{0});
-      bool all_inside = true;
-      for (int64_t i = 0; i < pixels; ++i)
-        for (int64_t c = 0; c < channels; ++c) {
-          const int64_t at = index[i * stride + c];
-          if (static_cast<uint64_t>(at) < static_cast<uint64_t>(inputs))
-            to[at * stride + c] += from[i * stride + c];
-          else
-            all_inside &= at == -1;  // a window without any input
-        }
-      if (!all_inside) inside = false;
+      if (!scatter(data<T>(g) + small, data<int64_t>(where) + small, mutable_data<T>(dx) + large,
+                   pixels, inputs, stride, channels))
+        inside = false;
     });
   });
   require(inside, "max_pool2d_input_grad: an index lies outside the input");

@@ -54,7 +54,7 @@ struct PoolTable {
                    int64_t to, T* y, int64_t* indices);
   void (*average_rows)(const T* image, int64_t channels, const Axis& h, const Axis& w, int64_t from,
                        int64_t to, T* y);
-  // The same for a plane [H][W].
+  // The same for a plane [H][W] and regular windows whose columns have stride 1 or 2.
   void (*max_plane)(const T* plane, const Axis& h, const Axis& w, int64_t from, int64_t to, T* y,
                     int64_t* indices, const RowBuffer<T>& buffer);
   // column_counts are w.count; row has row_buffer_size elements.

@@ -21,9 +21,14 @@ inline bool along_rows(const Axis& h, const Axis& w) {
 template <Denormals denormals, class T, class F>
 void over_planes(const T* x, int64_t planes, const Axis& h, const Axis& w, T* y, int64_t* indices,
                  const F& pool) {
-  constexpr int64_t lanes = 32;               // planes side by side: two or four vectors of floats
-  constexpr int64_t cached_elements = 32768;  // of input, in L2
+  constexpr int64_t cached_elements = 32768;     // of input, in L2
+  constexpr int64_t largest_elements = 1 << 20;  // where one row of windows needs more than that
   const int64_t in = h.inputs * w.inputs, out = h.outputs * w.outputs;
+  int64_t tallest = 1;
+  for (int64_t i = 0; i < h.outputs; ++i) tallest = std::max(tallest, h.end[i] - h.start[i]);
+  // Planes side by side: two or four vectors of floats, fewer where windows are huge.
+  const int64_t lanes =
+      std::clamp<int64_t>(largest_elements / std::max<int64_t>(1, tallest * w.inputs), 1, 32);
   const int64_t row_in = w.inputs * ceil_div(h.inputs, h.outputs), row_out = w.outputs;
   const int64_t rows =
       std::clamp<int64_t>(cached_elements / (lanes * std::max(row_in, row_out)), 1, h.outputs);
@@ -32,8 +37,17 @@ void over_planes(const T* x, int64_t planes, const Axis& h, const Axis& w, T* y,
   pooling_tasks<denormals>(ceil_div(planes, lanes) * cuts, [&](int64_t task) {
     const int64_t plane = task / cuts * lanes, channels = std::min(lanes, planes - plane);
     const int64_t from = task % cuts * rows, to = std::min(h.outputs, from + rows);
-    const int64_t top = std::min(h.start[from], h.inputs - 1);  // input rows of these windows
-    const int64_t bottom = std::max(h.end[to - 1], top);
+    if (channels == 1) {  // its own transpose
+      pool(x + plane * in, 1, from, to, y + plane * out, indices ? indices + plane * out : nullptr);
+      return;
+    }
+    int64_t top = h.inputs, bottom = 0;  // input rows of these windows
+    for (int64_t row = from; row < to; ++row) {
+      if (h.start[row] >= h.end[row]) continue;
+      top = std::min(top, h.start[row]);
+      bottom = std::max(bottom, h.end[row]);
+    }
+    top = std::min(top, bottom);
     const int64_t first_in = top * w.inputs, pixels_in = (bottom - top) * w.inputs;
     const int64_t first_out = from * w.outputs, pixels_out = (to - from) * w.outputs;
     Scratch<T> image(channels * pixels_in), result(channels * pixels_out);

@@ -212,6 +212,7 @@ adaptive_avg_pool2d_input_grad = library.declare(
 # ----------------------------------------------------------------------------- public functions
 
 
+@library.public
 def max_pool2d(
     input: Tensor,
     kernel_size: IntOrPair,
@@ -253,6 +254,7 @@ def max_pool2d(
     return _maximum(op, max_pool2d_op, input, arguments, return_indices)
 
 
+@library.public
 def adaptive_max_pool2d(
     input: Tensor,
     output_size: int | Sequence[int | None] | None,
@@ -278,6 +280,7 @@ def adaptive_max_pool2d(
     return _maximum(op, adaptive_max_pool2d_op, input, (size,), return_indices)
 
 
+@library.public
 def avg_pool2d(
     input: Tensor,
     kernel_size: IntOrPair,
@@ -314,6 +317,7 @@ def avg_pool2d(
     return y if x is input else y.squeeze(0)
 
 
+@library.public
 def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:
     """The average over windows that divide the input evenly; output size 1 is global pooling.
 

@@ -97,7 +97,7 @@ def avg_pool2d_input_grad(
 
 def adaptive_avg_pool2d(x: Tensor, output_size: Pair) -> Tensor:
     """The mean of windows that divide the plane evenly."""
-    return F.adaptive_avg_pool2d(x, list(output_size))
+    return F.adaptive_avg_pool2d(x, (output_size[0], output_size[1]))
 
 
 def adaptive_avg_pool2d_input_grad(grad: Tensor, input_size: Sequence[int]) -> Tensor:

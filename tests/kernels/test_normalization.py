@@ -242,7 +242,9 @@ def test_channel_sums(shape, dtype, memory_format):
     dims = [d for d in range(len(shape)) if d != 1]
     grad = torch.randn(shape[1]).to(dtype)
     compare(lambda x: ops.channel_sum(x), lambda x: x.sum(dims), {"x": a}, grad)
-    compare(lambda a, b: ops.channel_dot(a, b), lambda a, b: (a * b).sum(dims), {"a": a, "b": b}, grad)
+    compare(
+        lambda a, b: ops.channel_dot(a, b), lambda a, b: (a * b).sum(dims), {"a": a, "b": b}, grad
+    )
 
 
 def test_channel_sums_gradcheck():
