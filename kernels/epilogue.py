@@ -109,6 +109,20 @@ def must_split(
     return kinds.needs_split(code, x, weight, bias, scale, shift, residual)
 
 
+def refuse_gradient(op: str, code: int = kinds.NONE, scale_wanted: bool = False) -> None:
+    """Raise NotImplementedError where :func:`must_split` should have kept a call from this op."""
+    why = ""
+    if code not in kinds.INVERTIBLE:
+        why = f"{kinds.NAMES[code]} fused: its input is not kept"
+    elif scale_wanted:
+        why = "a gradient for scale: what it multiplies is not kept"
+    if why:
+        raise NotImplementedError(
+            f"nnarch::{op} is not differentiable with {why}. nnarch.functional runs such an "
+            "epilogue as an operation of its own"
+        )
+
+
 class EpilogueGradients(NamedTuple):
     """Gradients of the epilogue's inputs; `accumulator` is the gradient of acc."""
 

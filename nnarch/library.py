@@ -113,6 +113,7 @@ class Op:
                 raise NotImplementedError(f"{NAMESPACE}::{self.name} has no GPU kernel")
             module, function = self.gpu.split(":")
             self._launcher = getattr(importlib.import_module(module), function)
+        assert self._launcher is not None
         return self._launcher
 
     def implementation(self, backend: str) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import nnarch
 from nnarch import library
+from nnarch.kernels.activation import kinds
 
 OPS = all_ops()
 
@@ -63,6 +64,8 @@ def test_gradients_agree_with_the_reference(name):
     What has no gradient raises; it never returns nothing.
     """
     op = library.OPS[name]
+    if name == "batch_norm_backward":
+        pytest.skip("its mean and invstd are functions of x: test_normalization.py, gradgradcheck")
     for args in samples(name):
         try:
             mine = gradients(name, args)
@@ -72,9 +75,26 @@ def test_gradients_agree_with_the_reference(name):
         assert any(g is not None for g in mine)
         truth = gradients(name, args, op.reference)
         for a, b in zip(mine, truth, strict=True):
-            assert a is None or b is not None
-            if a is not None:
+            if a is not None:  # a second derivative may be zeros where torch sees no dependence
+                b = torch.zeros_like(a) if b is None else b
                 torch.testing.assert_close(a, b, rtol=2e-4, atol=2e-4)
+            else:
+                assert b is None
+
+
+@pytest.mark.parametrize("name", ["conv2d", "depthwise_conv2d", "linear"])
+def test_a_fused_call_refuses_gradients_that_it_cannot_give(name):
+    """The public functions never ask; who calls the operation itself gets no wrong number."""
+    args = list(next(a for a in samples(name) if a[3] is not None and a[2] is not None))
+    scale = args[3] = args[3].clone().requires_grad_()
+    code = -2  # the activation
+    with pytest.raises(NotImplementedError, match=f"nnarch::{name} .*gradient for scale"):
+        args[code] = kinds.RELU
+        run(name, *args).sum().backward()
+    with pytest.raises(NotImplementedError, match=f"nnarch::{name} .*silu"):
+        args[code] = kinds.SILU
+        run(name, *args)
+    assert scale.grad is None
 
 
 # ------------------------------------------------------------------------------- the declaration

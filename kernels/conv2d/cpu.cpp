@@ -1,10 +1,10 @@
 // conv2d on the CPU: entry points, and the choice of the algorithm.
-#include "cpu/gather_gemm.h"
-#include "cpu/pack_weight.h"
 #include "conv2d/cpu_shape.h"
 #include "conv2d/cpu_stem.h"
 #include "conv2d/cpu_weight_grad.h"
 #include "cpu/epilogue_fold.h"
+#include "cpu/gather_gemm.h"
+#include "cpu/pack_weight.h"
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
 
@@ -23,7 +23,11 @@ std::vector<Tap> forward_taps(const ConvShape& p) {
 template <class T>
 WeightView<T> forward_weight(const Tensor& weight, const ConvShape& p, int64_t group) {
   WeightView<T> view{data<T>(weight) + group * p.group_k() * weight.stride(0),
-                     p.group_k(), p.group_c(), weight.stride(0), weight.stride(1), {}};
+                     p.group_k(),
+                     p.group_c(),
+                     weight.stride(0),
+                     weight.stride(1),
+                     {}};
   for (int64_t r = 0; r < p.r; ++r)
     for (int64_t s = 0; s < p.s; ++s)
       view.tap_offset.push_back(r * weight.stride(2) + s * weight.stride(3));
@@ -44,8 +48,8 @@ GridImage<T> forward_image(const T* x, const ConvShape& p, int64_t group) {
     const int64_t pixels = p.n * p.h * p.w;
     return {x + group * p.group_c(), 1, pixels, p.c, 1, 1, pixels, 1, 1, {{0, 0}}, p.group_c()};
   }
-  return {x + group * p.group_c(), p.h, p.w, p.c, p.n, p.oh, p.ow, p.stride_h, p.stride_w,
-          forward_taps(p), p.group_c()};
+  return {x + group * p.group_c(), p.h,        p.w, p.c, p.n, p.oh, p.ow, p.stride_h, p.stride_w,
+          forward_taps(p),         p.group_c()};
 }
 
 template <class T>
@@ -70,8 +74,8 @@ Tensor conv2d_pack(const Tensor& weight_in, int64_t groups) {
   require(weight.dim() == 4 && groups > 0 && weight.size(0) % groups == 0,
           "conv2d_pack: weight must be 4-D and groups must divide its first size");
   const IntList size = sizes_of(weight);
-  ConvShape p{0, size[1] * groups, 0, 0, size[0], size[2], size[3], 1, 1, 0, 0, 0, 0, 1, 1,
-              groups, 0, 0};
+  ConvShape p{0, size[1] * groups, 0, 0, size[0], size[2], size[3], 1, 1, 0, 0, 0, 0, 1,
+              1, groups,           0, 0};
   return with_scalar_type(weight.scalar_type(), "conv2d_pack", [&](auto scalar) {
     using T = decltype(scalar);
     const int64_t each = packed_size<T>(p.group_k(), p.taps(), p.group_c());
@@ -87,8 +91,8 @@ Tensor conv2d(const Tensor& x_in, const Tensor& weight_in, const OptTensor& bias
               const IntList& dilation, int64_t groups, int64_t activation, double alpha) {
   const ScalarType type = x_in.scalar_type();
   require(weight_in.scalar_type() == type, "conv2d: x and weight must have one dtype");
-  const ConvShape p = conv_shape(sizes_of(x_in), sizes_of(weight_in), stride, padding, dilation,
-                                 groups);
+  const ConvShape p =
+      conv_shape(sizes_of(x_in), sizes_of(weight_in), stride, padding, dilation, groups);
   if (residual)
     require(sizes_of(*residual) == p.output_size() && residual->scalar_type() == type,
             "conv2d: residual must have the shape and dtype of the output");
@@ -139,18 +143,31 @@ std::vector<Phase> phases(int64_t size, int64_t stride, int64_t pad, int64_t ker
 template <class T>
 void input_grad_phase(const T* grad, const Tensor& weight, T* dx, const ConvShape& p, int64_t group,
                       const Phase& rows, const Phase& columns) {
-  GridImage<T> image{grad + group * p.group_k(), p.oh, p.ow, p.k, p.n, rows.count, columns.count,
-                     1, 1, {}, p.group_k()};
+  GridImage<T> image{grad + group * p.group_k(),
+                     p.oh,
+                     p.ow,
+                     p.k,
+                     p.n,
+                     rows.count,
+                     columns.count,
+                     1,
+                     1,
+                     {},
+                     p.group_k()};
   WeightView<T> view{data<T>(weight) + group * p.group_k() * weight.stride(0),
-                     p.group_c(), p.group_k(), weight.stride(1), weight.stride(0), {}};
+                     p.group_c(),
+                     p.group_k(),
+                     weight.stride(1),
+                     weight.stride(0),
+                     {}};
   for (size_t i = 0; i < rows.taps.size(); ++i)
     for (size_t j = 0; j < columns.taps.size(); ++j) {
       image.taps.push_back({rows.offset[i], columns.offset[j]});
       view.tap_offset.push_back(rows.taps[i] * weight.stride(2) +
                                 columns.taps[j] * weight.stride(3));
     }
-  const Tensor packed = new_contiguous(
-      {packed_size<T>(view.columns, view.taps(), view.depth)}, weight.scalar_type());
+  const Tensor packed =
+      new_contiguous({packed_size<T>(view.columns, view.taps(), view.depth)}, weight.scalar_type());
   pack_weight(view, mutable_data<T>(packed));
   T* first = dx + group * p.group_c() + (rows.first * p.w + columns.first) * p.c;
   gather_gemm<T>(image, data<T>(packed), p.group_c(), first,
@@ -161,8 +178,10 @@ Tensor conv2d_input_grad(const Tensor& grad_in, const Tensor& weight_in, const I
                          const IntList& stride, const IntList& padding, const IntList& dilation,
                          int64_t groups) {
   const ScalarType type = grad_in.scalar_type();
-  require(weight_in.scalar_type() == type, "conv2d_input_grad: grad and weight must have one dtype");
-  const ConvShape p = conv_shape(input_size, sizes_of(weight_in), stride, padding, dilation, groups);
+  require(weight_in.scalar_type() == type,
+          "conv2d_input_grad: grad and weight must have one dtype");
+  const ConvShape p =
+      conv_shape(input_size, sizes_of(weight_in), stride, padding, dilation, groups);
   require(sizes_of(grad_in) == p.output_size(),
           "conv2d_input_grad: grad must have the shape of the output");
   const Tensor grad = as_channels_last(to_compute_type(grad_in));
@@ -197,17 +216,18 @@ void weight_grad_groups(const Tensor& grad, const Tensor& x_in, const ConvShape&
   Scratch<T> sums(each);
   if (stem_serves(p)) {
     set_algorithm("stem_weight_grad");
-    weight_grad<T>({data<T>(grad), p.k, positions, p.k}, p.r, p.s * p.c,
-                   [&] { return StemRows<T>(x_in, p, WeightGradPlan::positions); }, sums.get());
+    weight_grad<T>(
+        {data<T>(grad), p.k, positions, p.k}, p.r, p.s * p.c,
+        [&] { return StemRows<T>(x_in, p, WeightGradPlan::positions); }, sums.get());
     return unpack_weight_grad(sums.get(), p, dw);
   }
   set_algorithm("weight_grad_gemm");
   const Tensor x = as_channels_last(x_in);
   for (int64_t g = 0; g < p.groups; ++g) {
     const GridImage<T> image = forward_image<T>(data<T>(x), p, g);
-    weight_grad<T>({data<T>(grad) + g * p.group_k(), p.k, positions, p.group_k()}, p.taps(),
-                   p.group_c(), [&] { return TapRows<T>(image, WeightGradPlan::positions); },
-                   sums.get());
+    weight_grad<T>(
+        {data<T>(grad) + g * p.group_k(), p.k, positions, p.group_k()}, p.taps(), p.group_c(),
+        [&] { return TapRows<T>(image, WeightGradPlan::positions); }, sums.get());
     unpack_weight_grad(sums.get(), p, dw + g * each);
   }
 }

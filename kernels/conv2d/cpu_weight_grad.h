@@ -25,7 +25,8 @@ struct WeightGradPlan {
     constexpr int64_t wanted_tasks = 8, partial_limit = int64_t{4} << 20;  // elements
     k_block = std::min<int64_t>(k, 192);
     splits = std::clamp<int64_t>(wanted_tasks / ceil_div(k, k_block), 1, position_blocks);
-    splits = std::clamp<int64_t>(partial_limit / std::max<int64_t>(1, k * weights_per_k), 1, splits);
+    splits =
+        std::clamp<int64_t>(partial_limit / std::max<int64_t>(1, k * weights_per_k), 1, splits);
   }
 };
 
@@ -36,8 +37,8 @@ struct GradView {
   int64_t stride, positions, k;
 };
 
-// Adds the block of `count` positions from `first` on to sums[k][tap][c]; `rows` points to the image
-// at every position and tap, `depth` values each.
+// Adds the block of `count` positions from `first` on to sums[k][tap][c]; `rows` points to the
+// image at every position and tap, `depth` values each.
 template <class T, class Rows>
 void add_position_block(const GradView<T>& grad, Rows& rows, int64_t taps, int64_t depth,
                         int64_t first, int64_t count, T* sums) {
@@ -60,8 +61,17 @@ void add_position_block(const GradView<T>& grad, Rows& rows, int64_t taps, int64
       for (int64_t j = 0; j < columns; j += nr)
         table.pack_rows(rows.get() + tap * rows.stride(), c + j, count, std::min(nr, columns - j),
                         panels.get() + j * count);
-      table.run({a.get(), 0, 1, count, panels.get(), sums + tap * depth + c, offsets.get(), grad.k,
-                 columns, true, {}});
+      table.run({a.get(),
+                 0,
+                 1,
+                 count,
+                 panels.get(),
+                 sums + tap * depth + c,
+                 offsets.get(),
+                 grad.k,
+                 columns,
+                 true,
+                 {}});
     }
   }
 }

@@ -17,6 +17,7 @@ from nnarch.kernels.epilogue import (
     check_tensor,
     epilogue_backward,
     must_split,
+    refuse_gradient,
 )
 
 _EPILOGUE = "Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual"
@@ -51,13 +52,15 @@ def _fake(x, weight, bias, scale, shift, residual, packed, stride, padding, dila
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, scale, _, _, _, *ctx.geometry, ctx.activation, ctx.alpha = inputs
+    refuse_gradient("conv2d", ctx.activation)
     ctx.save_for_backward(x, weight, scale, output if ctx.activation else None)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale, y = ctx.saved_tensors
     need_x, need_weight, *needs = ctx.needs_input_grad[:6]
-    need_bias, _, need_shift, need_residual = needs
+    need_bias, need_scale, need_shift, need_residual = needs
+    refuse_gradient("conv2d", scale_wanted=need_scale)
     g = epilogue_backward(
         grad, y, scale, ctx.activation, ctx.alpha, (need_bias, need_shift, need_residual)
     )
@@ -77,7 +80,7 @@ conv2d_op = library.declare(
     backward=_backward,
 )
 
-# ------------------------------------------------- its gradients: bilinear maps, closed under theirs
+# ------------------------------------------------ its gradients: bilinear maps, closed under theirs
 
 
 def _check_input_grad(grad, weight, input_size, stride, padding, dilation, groups) -> None:
@@ -175,7 +178,7 @@ def conv2d(
     activation: kinds.Activation = None,
     packed: Tensor | None = None,
 ) -> Tensor:
-    """2-D convolution with a fused epilogue: act(scale·(conv(x, weight) + bias) + shift + residual).
+    """2-D convolution and its epilogue: act(scale·(conv(x, weight) + bias) + shift + residual).
 
     The first seven arguments are those of :func:`torch.nn.functional.conv2d`.
 
@@ -207,9 +210,9 @@ def conv2d(
             activation=activation, packed=packed,
         )  # fmt: skip
         return y.squeeze(0)
-    if type(stride) is int:
+    if isinstance(stride, int):
         stride = (stride, stride)
-    if type(dilation) is int:
+    if isinstance(dilation, int):
         dilation = (dilation, dilation)
     if type(padding) is tuple and len(padding) == 4:
         pads = padding

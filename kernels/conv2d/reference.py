@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn import grad as transposed
 
 from nnarch.kernels.epilogue import reference_epilogue
 
@@ -26,7 +27,7 @@ def conv2d(
     activation: int,
     alpha: float,
 ) -> Tensor:
-    """y[n,k,i,j] = Σ_{c,r,s} x[n, c, i·stride + r·dilation − top, …] · w[k,c,r,s], then epilogue."""
+    """y[n,k,i,j] = Σ_{c,r,s} x[n,c, i·stride + r·dilation − top, …] · w[k,c,r,s], then epilogue."""
     y = F.conv2d(_pad(x, padding), weight, bias, tuple(stride), 0, tuple(dilation), groups)
     return reference_epilogue(y, scale, shift, residual, activation, alpha)
 
@@ -44,7 +45,8 @@ def conv2d_input_grad(
     n, c, h, w = input_size
     top, left, bottom, right = padding
     padded = (n, c, h + top + bottom, w + left + right)
-    dx = torch.nn.grad.conv2d_input(padded, weight, grad, tuple(stride), 0, tuple(dilation), groups)
+    geometry: Any = (tuple(stride), 0, tuple(dilation), groups)
+    dx = transposed.conv2d_input(padded, weight, grad, *geometry)
     return dx[:, :, top : top + h, left : left + w].clone()
 
 
@@ -58,9 +60,8 @@ def conv2d_weight_grad(
     groups: int,
 ) -> Tensor:
     """The transpose of weight → conv2d(x, weight), applied to `grad`."""
-    return torch.nn.grad.conv2d_weight(
-        _pad(x, padding), tuple(weight_size), grad, tuple(stride), 0, tuple(dilation), groups
-    )
+    geometry: Any = (tuple(stride), 0, tuple(dilation), groups)
+    return transposed.conv2d_weight(_pad(x, padding), tuple(weight_size), grad, *geometry)
 
 
 def conv2d_pack(weight: Tensor, groups: int) -> Tensor:

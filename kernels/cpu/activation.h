@@ -107,17 +107,28 @@ struct Code {
 template <class F>
 NNARCH_INLINE auto with_activation(int64_t code, const F& f) {
   switch (code) {
-    case kRelu: return f(Code<kRelu>{});
-    case kRelu6: return f(Code<kRelu6>{});
-    case kLeakyRelu: return f(Code<kLeakyRelu>{});
-    case kHardswish: return f(Code<kHardswish>{});
-    case kHardsigmoid: return f(Code<kHardsigmoid>{});
-    case kSilu: return f(Code<kSilu>{});
-    case kGelu: return f(Code<kGelu>{});
-    case kGeluTanh: return f(Code<kGeluTanh>{});
-    case kTanh: return f(Code<kTanh>{});
-    case kSigmoid: return f(Code<kSigmoid>{});
-    default: return f(Code<kNone>{});
+    case kRelu:
+      return f(Code<kRelu>{});
+    case kRelu6:
+      return f(Code<kRelu6>{});
+    case kLeakyRelu:
+      return f(Code<kLeakyRelu>{});
+    case kHardswish:
+      return f(Code<kHardswish>{});
+    case kHardsigmoid:
+      return f(Code<kHardsigmoid>{});
+    case kSilu:
+      return f(Code<kSilu>{});
+    case kGelu:
+      return f(Code<kGelu>{});
+    case kGeluTanh:
+      return f(Code<kGeluTanh>{});
+    case kTanh:
+      return f(Code<kTanh>{});
+    case kSigmoid:
+      return f(Code<kSigmoid>{});
+    default:
+      return f(Code<kNone>{});
   }
 }
 

@@ -8,8 +8,7 @@ namespace nnarch {
 // Dense, in the order of outputs that follow `like`: channels_last or contiguous.
 inline Tensor new_like(const Tensor& like, ScalarType type) {
   const IntList sizes = sizes_of(like);
-  return follows_channels_last(like) ? new_channels_last(sizes, type)
-                                     : new_contiguous(sizes, type);
+  return follows_channels_last(like) ? new_channels_last(sizes, type) : new_contiguous(sizes, type);
 }
 
 // `t` in that order: itself where it has the order already, else a copy.

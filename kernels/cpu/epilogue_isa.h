@@ -18,8 +18,8 @@ struct ClampBounds {
 
 NNARCH_INLINE bool is_clamp(int64_t activation) { return activation <= kRelu6; }
 
-// A tile of two vectors a row, in registers: all of the epilogue but an activation that is no clamp.
-// offset[i] is where row i of the residual starts; `columns` are valid.
+// A tile of two vectors a row, in registers: all of the epilogue but an activation that is no
+// clamp. offset[i] is where row i of the residual starts; `columns` are valid.
 template <class T, int... I>
 NNARCH_INLINE void apply_epilogue(Indices<I...>, const Epilogue<T>& e, const int64_t* offset,
                                   int64_t columns, Vec<T>* left, Vec<T>* right) {

@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu/grid_image.h"
 #include "cpu/gemm.h"
+#include "cpu/grid_image.h"
 #include "cpu/padding_classes.h"
 #include "cpu/parallel.h"
 #include "cpu/tensor.h"
@@ -65,8 +65,7 @@ void gather_gemm(const GridImage<T>& image, const T* b, int64_t columns, T* c,
     });
     table.run({rows.get(), rows.stride(), taps, image.depth, b + column * taps * image.depth,
                c + column, offsets.get(), count, std::min(block.columns, columns - column), false,
-               epilogue.from_channel(column), rows.zeros(), order.segment_end(),
-               order.segments()});
+               epilogue.from_channel(column), rows.zeros(), order.segment_end(), order.segments()});
   });
 }
 

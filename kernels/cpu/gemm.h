@@ -27,8 +27,8 @@ struct GemmBlock {
   // Row m of the output starts at c + c_offset[m]; columns are dense.
   T* c;
   const int64_t* c_offset;
-  int64_t m;  // rows
-  int64_t n;  // columns; the last panel may be partial
+  int64_t m;        // rows
+  int64_t n;        // columns; the last panel may be partial
   bool accumulate;  // add to what C holds; then the epilogue is applied to the sum
   Epilogue<T> epilogue;
   // Where a row of A lies in the padding, or null where none does.
@@ -48,7 +48,8 @@ struct GemmTable {
   // j < n; the columns from n to nr are zero.
   void (*pack_panel)(const T* src, int64_t stride_k, int64_t stride_n, int64_t depth, int64_t n,
                      T* dst);
-  // One panel of B whose rows lie anywhere: dst[k * nr + j] = rows[k][offset + j] for k < depth, j < n.
+  // One panel of B whose rows lie anywhere: dst[k * nr + j] = rows[k][offset + j] for k < depth, j
+  // < n.
   void (*pack_rows)(const T* const* rows, int64_t offset, int64_t depth, int64_t n, T* dst);
   // y[r * y_stride + j] = epilogue(Σ_k x[r * x_stride + k] · w[j * w_stride + k]) for r < m,
   // j < n: few rows against unpacked weights, at the bandwidth of reading them.

@@ -22,15 +22,16 @@ constexpr int kColumns = 2 * kLanes<T>;
 template <class T>
 constexpr int64_t kPanelDepth = 4096 / static_cast<int64_t>(sizeof(T));
 
-// The part of the sum that one pass over a block adds: taps [first, last), depth [from, from+count).
+// The part of the sum that one pass over a block adds: taps [first, last), depth [from,
+// from+count).
 struct Chunk {
   int64_t first_tap, last_tap;
   int64_t from, count;
   bool first, last;
 };
 
-// left[I], right[I] += `count` products of row I with the panel's two vectors; with `Half`, with the
-// left one only.
+// left[I], right[I] += `count` products of row I with the panel's two vectors; with `Half`, with
+// the left one only.
 template <class T, bool Half, int... I>
 NNARCH_INLINE void multiply(Indices<I...>, const T* const* a, int64_t from, int64_t count,
                             const T*& b, Vec<T>* left, Vec<T>* right) {
@@ -114,7 +115,8 @@ NNARCH_INLINE void tile(Indices<I...> each, const GemmBlock<T>& g, const Chunk& 
   } else if (add) {
     ((left[I] += load_n(c + offset[I], n0), right[I] += load_n(c + offset[I] + w, n1)), ...);
   }
-  if (chunk.last) apply_epilogue<T>(each, g.epilogue.from_channel(column), offset, columns, left, right);
+  if (chunk.last)
+    apply_epilogue<T>(each, g.epilogue.from_channel(column), offset, columns, left, right);
   if (whole) {
     ((store(c + offset[I], left[I]), store(c + offset[I] + w, right[I])), ...);
   } else {
@@ -144,7 +146,8 @@ NNARCH_INLINE TileFn<T> tile_with(Indices<I...>, int64_t rows, int64_t columns) 
 template <class T>
 NNARCH_INLINE int64_t tile_rows(const GemmBlock<T>& g) {
   if (kRows <= 8 || g.m < 2) return kRows;
-  const auto apart = reinterpret_cast<uintptr_t>(g.rows[1]) - reinterpret_cast<uintptr_t>(g.rows[0]);
+  const auto apart =
+      reinterpret_cast<uintptr_t>(g.rows[1]) - reinterpret_cast<uintptr_t>(g.rows[0]);
   return apart % 4096 == 0 ? kRows / 2 : kRows;
 }
 
@@ -278,8 +281,8 @@ void few_rows(const T* x, int64_t x_stride, int64_t m, const T* w, int64_t w_str
 
 template <class T>
 const GemmTable<T>& table() {
-  static constexpr GemmTable<T> entries = {kRows, kColumns<T>, run<T>, pack_panel<T>, pack_rows<T>,
-                                           few_rows<T>};
+  static constexpr GemmTable<T> entries = {kRows,         kColumns<T>,  run<T>,
+                                           pack_panel<T>, pack_rows<T>, few_rows<T>};
   return entries;
 }
 

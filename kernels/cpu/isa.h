@@ -17,16 +17,24 @@ const char* isa_name();
 // and picks the one that runs:
 //   const auto& table = NNARCH_SELECT(gemm_table<float>());
 #ifdef NNARCH_X86
-#define NNARCH_PER_ISA(...)        \
-  namespace generic { __VA_ARGS__ } \
-  namespace avx2 { __VA_ARGS__ }    \
-  namespace avx512 { __VA_ARGS__ }
-#define NNARCH_SELECT(...)                                             \
+#define NNARCH_PER_ISA(...) \
+  namespace generic {       \
+  __VA_ARGS__               \
+  }                         \
+  namespace avx2 {          \
+  __VA_ARGS__               \
+  }                         \
+  namespace avx512 {        \
+  __VA_ARGS__               \
+  }
+#define NNARCH_SELECT(...)                                                  \
   (::nnarch::isa() == ::nnarch::Isa::avx512 ? ::nnarch::avx512::__VA_ARGS__ \
    : ::nnarch::isa() == ::nnarch::Isa::avx2 ? ::nnarch::avx2::__VA_ARGS__   \
                                             : ::nnarch::generic::__VA_ARGS__)
 #else
 #define NNARCH_PER_ISA(...) \
-  namespace generic { __VA_ARGS__ }
+  namespace generic {       \
+  __VA_ARGS__               \
+  }
 #define NNARCH_SELECT(...) (::nnarch::generic::__VA_ARGS__)
 #endif

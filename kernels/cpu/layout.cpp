@@ -58,7 +58,8 @@ void copy_strided(const T* src, const int64_t* strides, T*& dst, const IntList& 
     dst += sizes[d];
     return;
   }
-  for (int64_t i = 0; i < sizes[d]; ++i) copy_strided(src + i * strides[d], strides, dst, sizes, d + 1);
+  for (int64_t i = 0; i < sizes[d]; ++i)
+    copy_strided(src + i * strides[d], strides, dst, sizes, d + 1);
 }
 
 }  // namespace

@@ -40,9 +40,7 @@ std::string& registered_ops() {
 NNARCH_EXPORT const char* nnarch_native_ops() { return nnarch::registered_ops().c_str(); }
 
 // What one core of this machine can do, measured in the calling thread.
-NNARCH_EXPORT double nnarch_peak_flops() {
-  return NNARCH_SELECT(measure_flops());
-}
+NNARCH_EXPORT double nnarch_peak_flops() { return NNARCH_SELECT(measure_flops()); }
 // Bytes per second of a sequential read of `bytes` bytes, repeated over the same buffer.
 NNARCH_EXPORT double nnarch_read_bandwidth(int64_t bytes) {
   return NNARCH_SELECT(measure_read_bandwidth(bytes));

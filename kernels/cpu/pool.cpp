@@ -15,8 +15,8 @@
 namespace nnarch {
 namespace {
 
-constexpr int64_t kSmallest = int64_t{256} << 10;     // smaller tensors are malloc's business
-constexpr int64_t kMostIdle = int64_t{512} << 20;     // idle bytes kept at most
+constexpr int64_t kSmallest = int64_t{256} << 10;  // smaller tensors are malloc's business
+constexpr int64_t kMostIdle = int64_t{512} << 20;  // idle bytes kept at most
 constexpr int64_t kAlignment = int64_t{2} << 20;
 
 thread_local int scopes = 0;
@@ -92,7 +92,8 @@ void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t b
 #ifdef __linux__
   constexpr uintptr_t page = 4096;
   const auto begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) / page * page;
-  const auto end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / page * page;
+  const auto end =
+      (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / page * page;
   madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }

@@ -29,10 +29,10 @@ class Registrar {
 
 }  // namespace nnarch
 
-#define NNARCH_OPS(family, ops)                           \
-  static void register_##family(::nnarch::Registrar&);    \
-  STABLE_TORCH_LIBRARY_IMPL(nnarch, CPU, library) {       \
-    ::nnarch::Registrar registrar(library);               \
-    register_##family(registrar);                         \
-  }                                                       \
+#define NNARCH_OPS(family, ops)                        \
+  static void register_##family(::nnarch::Registrar&); \
+  STABLE_TORCH_LIBRARY_IMPL(nnarch, CPU, library) {    \
+    ::nnarch::Registrar registrar(library);            \
+    register_##family(registrar);                      \
+  }                                                    \
   static void register_##family(::nnarch::Registrar& ops)

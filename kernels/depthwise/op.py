@@ -15,7 +15,13 @@ from torch import Tensor
 from nnarch import library
 from nnarch.kernels.conv2d.geometry import check_conv, output_size
 from nnarch.kernels.depthwise import reference
-from nnarch.kernels.epilogue import check_epilogue, check_same, check_tensor, epilogue_backward
+from nnarch.kernels.epilogue import (
+    check_epilogue,
+    check_same,
+    check_tensor,
+    epilogue_backward,
+    refuse_gradient,
+)
 
 _EPILOGUE = "Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual"
 _GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation"
@@ -69,12 +75,14 @@ def _fake(x, weight, bias, scale, shift, residual, packed, stride, padding, dila
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, scale, _, _, _, *ctx.geometry, ctx.activation, ctx.alpha = inputs
+    refuse_gradient("depthwise_conv2d", ctx.activation)
     ctx.save_for_backward(x, weight, scale, output if ctx.activation else None)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale, y = ctx.saved_tensors
-    need_x, need_weight, need_bias, _, need_shift, need_residual = ctx.needs_input_grad[:6]
+    need_x, need_weight, need_bias, need_scale, need_shift, need_residual = ctx.needs_input_grad[:6]
+    refuse_gradient("depthwise_conv2d", scale_wanted=need_scale)
     g = epilogue_backward(
         grad, y, scale, ctx.activation, ctx.alpha, (need_bias, need_shift, need_residual)
     )

@@ -46,7 +46,7 @@ def _cost(problem: Problem, tile: Tile, target: Target) -> float:
 
 _TILES = (
     tile(BLOCK_M=32, BLOCK_N=64, num_warps=4),
-    tile(BLOCK_M=16, BLOCK_N=128, num_warps=4),
+    tile(BLOCK_M=16, BLOCK_N=128, num_warps=8),
     tile(BLOCK_M=64, BLOCK_N=32, num_warps=4),
     tile(BLOCK_M=64, BLOCK_N=16, num_warps=4),
     tile(BLOCK_M=512, BLOCK_N=1, num_warps=4),

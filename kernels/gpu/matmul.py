@@ -12,7 +12,7 @@ from nnarch.kernels.gpu.tiles import Problem, Tile, TileTable, tile
 
 # Registers of a thread beside accumulators and addresses, from compiled kernels: loop state, row
 # indices and, where matrix instructions read them from registers, operand fragments.
-_OTHER_REGISTERS = {"registers": 96, "shared": 40}
+_OTHER_REGISTERS = {"registers": 96, "shared": 48}
 
 
 def matmul_fits(problem: Problem, tile: Tile, target: Target) -> bool:
@@ -78,7 +78,7 @@ MATMUL_TILES = {
         (64, 32, 16, 4, 2),
     ),
     "ieee": matmul_tiles(
-        (64, 64, 16, 4, 2),
+        (64, 64, 16, 8, 2),  # without matrix instructions operands take registers: 4 warps spill
         (64, 32, 16, 4, 2),
         (32, 32, 16, 4, 2),
     ),

@@ -89,8 +89,8 @@ Tensor linear_pack(const Tensor& weight_in) {
   return with_scalar_type(weight.scalar_type(), "linear_pack", [&](auto scalar) {
     using T = decltype(scalar);
     const WeightView<T> view = weight_view<T>(weight);
-    Tensor packed = new_contiguous({packed_size<T>(view.columns, 1, view.depth)},
-                                   weight.scalar_type());
+    Tensor packed =
+        new_contiguous({packed_size<T>(view.columns, 1, view.depth)}, weight.scalar_type());
     pack_weight(view, mutable_data<T>(packed));
     return packed;
   });

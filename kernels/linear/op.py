@@ -20,6 +20,7 @@ from nnarch.kernels.epilogue import (
     check_tensor,
     epilogue_backward,
     must_split,
+    refuse_gradient,
 )
 from nnarch.kernels.linear import reference
 
@@ -56,12 +57,14 @@ def _check(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, scale, _, _, _, ctx.activation, ctx.alpha = inputs
+    refuse_gradient("linear", ctx.activation)
     ctx.save_for_backward(x, weight, scale, output if ctx.activation else None)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale, y = ctx.saved_tensors
-    need_x, need_weight, need_bias, _, need_shift, need_residual = ctx.needs_input_grad[:6]
+    need_x, need_weight, need_bias, need_scale, need_shift, need_residual = ctx.needs_input_grad[:6]
+    refuse_gradient("linear", scale_wanted=need_scale)
     g = epilogue_backward(
         _as_rows(grad),
         None if y is None else _as_rows(y),

@@ -41,14 +41,15 @@ class Conv2d(PackedWeightMixin, torch.nn.Conv2d):
     def _convolve(
         self, x: Tensor, residual: Tensor | None = None, activation: Activation = None
     ) -> Tensor:
-        # Past nn.Module.__getattr__, which costs more than the rest of this function; a parametrized
-        # weight is no parameter.
+        # Past nn.Module.__getattr__, which costs more than the rest of this function. What is
+        # parametrized is no entry of _parameters.
         parameters, padding = self._parameters, self.padding
         weight = parameters.get("weight")
         if weight is None:
             weight = self.weight
-        if padding.__class__ is tuple:
+        if isinstance(padding, tuple):
             padding += padding  # (vertical, horizontal) at the top and left, bottom and right
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (lazy)
         if self.padding_mode != "zeros":
             pads = self._reversed_padding_repeated_twice
             x = torch.nn.functional.pad(x, pads, mode=self.padding_mode)
@@ -56,7 +57,7 @@ class Conv2d(PackedWeightMixin, torch.nn.Conv2d):
         return F.conv2d(
             x,
             weight,
-            parameters["bias"] if "bias" in parameters else self.bias,
+            bias,
             self.stride,
             padding,
             self.dilation,
