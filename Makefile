@@ -54,6 +54,7 @@ gpu-check: $(STAMPS)/test $(STAMPS)/oracles
 lint: $(STAMPS)/lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	ln -sfn ../kernels nnarch/kernels  # where pyright looks for the installed nnarch.kernels
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/clang-format --dry-run -Werror $(CPP)
 

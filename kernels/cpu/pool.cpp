@@ -17,13 +17,15 @@ namespace {
 
 constexpr int64_t kSmallest = int64_t{256} << 10;  // smaller tensors are malloc's business
 constexpr int64_t kMostIdle = int64_t{512} << 20;  // idle bytes kept at most
-constexpr int64_t kAlignment = int64_t{2} << 20;
+constexpr int64_t kPage = 4096, kHugePage = int64_t{2} << 20;
 
 thread_local int scopes = 0;
 
 class Pool {
  public:
-  void* take(int64_t bytes) {
+  void* take(int64_t wanted) {
+    const int64_t alignment = wanted < kHugePage ? kPage : kHugePage;
+    const int64_t bytes = round_up(wanted, alignment);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       const auto fit = idle_.lower_bound(bytes);
@@ -34,9 +36,9 @@ class Pool {
         return block;
       }
     }
-    void* block = std::aligned_alloc(kAlignment, static_cast<size_t>(round_up(bytes, kAlignment)));
+    void* block = std::aligned_alloc(static_cast<size_t>(alignment), static_cast<size_t>(bytes));
     if (block == nullptr) throw std::bad_alloc();
-    prefer_huge_pages(block, round_up(bytes, kAlignment));
+    prefer_huge_pages(block, bytes);
     const std::lock_guard<std::mutex> lock(mutex_);
     sizes_[block] = bytes;
     return block;

@@ -16,7 +16,7 @@ bool torch_adopts_memory();
 // Whether the calling thread is inside a pooled scope and this torch supports it (2.11 and newer).
 bool pool_serves(int64_t bytes);
 
-// At least `bytes` bytes, 2 MB aligned, uninitialised. Throws std::bad_alloc.
+// At least `bytes` bytes on pages of their own, uninitialised. Throws std::bad_alloc.
 void* pool_take(int64_t bytes);
 void pool_give_back(void* block);
 
