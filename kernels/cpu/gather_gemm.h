@@ -25,16 +25,20 @@ struct Blocking {
 // Blocks of output positions and channels: the rows of A stay in L2 while panels of B pass by, and
 // there are enough blocks to keep several threads busy. Depends on the shape only.
 template <class T>
-Blocking choose_blocking(int64_t positions, int64_t columns, int64_t depth) {
+Blocking choose_blocking(const GridImage<T>& image, int64_t columns) {
   constexpr int64_t row_cache = int64_t{160} << 10, most_columns = 256, wanted_tasks = 8;
   const int64_t mr = gemm<T>().mr, nr = gemm<T>().nr;
-  const int64_t row_bytes = std::clamp<int64_t>(depth, 1, 1024) * int64_t{sizeof(T)};
+  const int64_t row_bytes = std::clamp<int64_t>(image.depth, 1, 1024) * int64_t{sizeof(T)};
+  const int64_t positions = image.positions();
+  // Several rows of the image hold enough border pixels for register tiles of their own.
+  const bool windows = image.taps.size() > 1;
+  const int64_t most_rows = windows ? 384 : 96, unit = windows ? image.grid_w : mr;
   const int64_t row_blocks =
-      ceil_div(positions, std::clamp<int64_t>(row_cache / row_bytes, 48, 96));
+      ceil_div(positions, std::clamp<int64_t>(row_cache / row_bytes, 48, most_rows));
   int64_t column_blocks = ceil_div(columns, most_columns);
   while (row_blocks * column_blocks < wanted_tasks && columns / (column_blocks + 1) >= 4 * nr)
     ++column_blocks;
-  return {round_up(ceil_div(positions, row_blocks), mr),
+  return {round_up(ceil_div(positions, row_blocks), unit),
           round_up(ceil_div(columns, column_blocks), nr)};
 }
 
@@ -47,7 +51,7 @@ void gather_gemm(const GridImage<T>& image, const T* b, int64_t columns, T* c,
   const int64_t positions = image.positions();
   const int64_t taps = static_cast<int64_t>(image.taps.size());
   if (positions == 0 || columns == 0) return;
-  const Blocking block = choose_blocking<T>(positions, columns, image.depth);
+  const Blocking block = choose_blocking<T>(image, columns);
   const int64_t column_blocks = ceil_div(columns, block.columns);
   const int64_t tasks = ceil_div(positions, block.rows) * column_blocks;
   const PaddingClasses classes(image);
