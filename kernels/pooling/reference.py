@@ -21,10 +21,13 @@ def max_pool2d(
     return_indices: bool,
 ) -> tuple[Tensor, Tensor]:
     """The maximum of every window and, where asked for, its flat position in the plane."""
-    y, indices = F.max_pool2d(
-        x, list(kernel), list(stride), list(padding), list(dilation), ceil_mode, True
-    )
-    return y, indices if return_indices else indices.new_empty(0)
+    geometry = (list(kernel), list(stride), list(padding), list(dilation), ceil_mode)
+    y, indices = F.max_pool2d(x, *geometry, return_indices=True)
+    if not return_indices:
+        return y, indices.new_empty(0)
+    # torch names a position outside the plane for a window of padding alone; ours is -1.
+    padding_alone = F.max_pool2d(x.new_zeros(1, 1, *x.shape[2:]), *geometry) < 0
+    return y, indices.masked_fill(padding_alone, -1)
 
 
 def adaptive_max_pool2d(

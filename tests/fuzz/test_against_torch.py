@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import dtypes, fuzz, integers_in, pairs, reals_in
 from torch import Tensor
@@ -139,7 +140,19 @@ def test_max_pool2d(data):
         "ceil_mode": draw(st.booleans()),
     }
     x = draw(reals_in(*draw(_IMAGES)))
+    assume(not _some_window_is_padding(x, options))
     _same(lambda x: F.max_pool2d(x, **options), lambda x: TF.max_pool2d(x, **options), x)
+
+
+def _some_window_is_padding(x: Tensor, options: dict[str, Any]) -> bool:
+    """Whether dilation and padding leave a window no input: torch's backward then writes anywhere.
+
+    Ours drops that window's gradient (tests/kernels/test_pooling.py).
+    """
+    try:
+        return bool((TF.max_pool2d(torch.zeros(1, 1, *x.shape[2:]), **options) < 0).any())
+    except RuntimeError:
+        return False
 
 
 @fuzz

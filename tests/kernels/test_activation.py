@@ -215,7 +215,11 @@ BAD = [
     (lambda x: F.activation(x, "relu", alpha=1), ValueError, "'relu' takes no alpha, got 1"),
     (lambda x: F.activation(x, 3), TypeError, "None, a name or a pair .*got 3"),
     (lambda x: F.activation(x.long(), "relu"), TypeError, "x must be floating point.*int64"),
-    (lambda x: F.activation([1.0], "relu"), TypeError, "x must be a tensor, got list"),
+    (
+        lambda x: F.activation([1.0], "relu"),
+        TypeError,
+        "x must be a tensor or an array with DLPack, got list",
+    ),
     (lambda x: torch.ops.nnarch.activation(x, 11, 0.0), RuntimeError, "unknown code"),
     (lambda x: kinds.encode(("leaky_relu", -1.0)), ValueError, "must not be negative, got -1.0"),
     (lambda x: kinds.encode(("leaky_relu", "1")), TypeError, "must be a number, got '1'"),
