@@ -35,7 +35,7 @@ BAD = [
     (lambda: F.adaptive_avg_pool2d(X, (1, 2, 3)), TypeError, r"output_size must be.*\(1, 2, 3\)"),
     (lambda: F.adaptive_max_pool2d(X, "1"), TypeError, "output_size must be an int or a pair"),
     (lambda: F.adaptive_max_pool2d(X[0, 0], None), ValueError, "adaptive_max_pool2d: input must"),
-    (lambda: F.adaptive_avg_pool2d(None, None), TypeError, "input must be a tensor or an array with DLPack, got NoneType"),
+    (lambda: F.adaptive_avg_pool2d(None, None), TypeError, "DLPack, got NoneType"),
     (lambda: op.max_pool2d_input_grad(G, P.int(), X.shape), TypeError, "indices must be.*int64"),
     (lambda: op.max_pool2d_input_grad(G, P[..., :2], X.shape), ValueError, "the shape of grad"),
     (lambda: op.max_pool2d_input_grad(G, P + 42, X.shape), ValueError, r"lie in.*got 42 to 42"),
