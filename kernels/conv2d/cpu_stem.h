@@ -72,26 +72,32 @@ class StemRows {
       const int64_t top = inside / p_.ow, bottom = (inside + run - 1) / p_.ow;
       const int64_t rows = rows_of(bottom - top + 1);
       copy_padded_rows<T>(x_, image, top * p_.stride_h - p_.top, rows, p_, width_, scratch);
-      for (int64_t i = 0; i < run; ++i) {
-        const int64_t gy = (inside + i) / p_.ow - top, gx = (inside + i) % p_.ow;
-        const T* pixel = scratch + (gy * p_.stride_h * width_ + gx * p_.stride_w) * p_.c;
-        for (int64_t r = 0; r < p_.r; ++r)
-          pointers_[r * capacity_ + done + i] = pixel + r * p_.dilation_h * width_ * p_.c;
-      }
+      build_lines(scratch, inside % p_.ow, done, run);
       scratch += rows * width_ * p_.c;
       done += run;
     }
   }
 
  private:
-  // Input rows under that many output rows.
-  int64_t rows_of(int64_t lines) const {
-    return (lines - 1) * p_.stride_h + (p_.r - 1) * p_.dilation_h + 1;
+  // Rows [row, row + count): the output positions from column `gx` of the first line on, line after
+  // line, over a padded image. (A division per position would cost a fifth of a 3x3 stem.)
+  void build_lines(const T* image, int64_t gx, int64_t row, int64_t count) {
+    const int64_t step = p_.stride_w * p_.c, line = width_ * p_.c;
+    for (const int64_t end = row + count; row < end; gx = 0, image += p_.stride_h * line) {
+      const int64_t run = std::min(p_.ow - gx, end - row);
+      const T* pixel = image + gx * step;
+      for (int64_t r = 0; r < p_.r; ++r, pixel += line)
+        for (int64_t i = 0; i < run; ++i) pointers_[r * capacity_ + row + i] = pixel + i * step;
+      row += run;
+    }
   }
+
+  // Input rows under that many output rows.
+  int64_t rows_of(int64_t lines) const { return (lines - 1) * p_.stride_h + p_.r; }
   // Output rows that `count` positions can touch, images that they leave half done counted whole.
   int64_t most_lines(int64_t count) const {
     const int64_t images = count / (p_.oh * p_.ow) + 2;
-    return count / p_.ow + 2 + images * (p_.r * p_.dilation_h / p_.stride_h + 2);
+    return count / p_.ow + 2 + images * (p_.r / p_.stride_h + 2);
   }
 
   const Tensor& x_;
@@ -107,6 +113,7 @@ void stem_forward(const Tensor& x, const T* packed, T* y, const ConvShape& p,
   const int64_t plane = p.oh * p.ow;
   const int64_t block = std::min(plane, round_up(384, p.ow));
   const int64_t blocks = ceil_div(plane, block);
+  const bool stream = outgrows_caches<T>(y, p.n * plane, p.k, epilogue);
   parallel_tasks(p.n * blocks, [&](int64_t task) {
     const int64_t first = task / blocks * plane + task % blocks * block;
     const int64_t count = std::min(block, plane - task % blocks * block);
@@ -115,7 +122,7 @@ void stem_forward(const Tensor& x, const T* packed, T* y, const ConvShape& p,
     Scratch<int64_t> offsets(count);
     for (int64_t i = 0; i < count; ++i) offsets[i] = (first + i) * p.k;
     gemm<T>().run({rows.get(), rows.stride(), p.r, p.s * p.c, packed, y, offsets.get(), count, p.k,
-                   false, epilogue});
+                   false, epilogue, nullptr, nullptr, 1, stream});
   });
 }
 

@@ -40,7 +40,10 @@ NNARCH_INLINE void apply_epilogue(Indices<I...>, const Epilogue<T>& e, const int
       right[I] += load_n(e.residual + offset[I] + w, n1)),
      ...);
   }
-  if (e.activation == kRelu || e.activation == kRelu6) {
+  if (e.activation == kRelu) {
+    const Vec<T> zero{};
+    ((left[I] = at_least<T>(left[I], zero), right[I] = at_least<T>(right[I], zero)), ...);
+  } else if (e.activation == kRelu6) {
     const ClampBounds<T> bounds(e.activation);
     ((left[I] = clamp<T>(left[I], bounds.low, bounds.high),
       right[I] = clamp<T>(right[I], bounds.low, bounds.high)),

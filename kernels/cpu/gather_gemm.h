@@ -26,13 +26,13 @@ struct Blocking {
 // there are enough blocks to keep several threads busy. Depends on the shape only.
 template <class T>
 Blocking choose_blocking(const GridImage<T>& image, int64_t columns) {
-  constexpr int64_t row_cache = int64_t{160} << 10, most_columns = 256, wanted_tasks = 8;
+  constexpr int64_t row_cache = int64_t{200} << 10, most_columns = 256, wanted_tasks = 8;
   const int64_t mr = gemm<T>().mr, nr = gemm<T>().nr;
   const int64_t row_bytes = std::clamp<int64_t>(image.depth, 1, 1024) * int64_t{sizeof(T)};
   const int64_t positions = image.positions();
   // Several rows of the image hold enough border pixels for register tiles of their own.
   const bool windows = image.taps.size() > 1;
-  const int64_t most_rows = windows ? 384 : 96, unit = windows ? image.grid_w : mr;
+  const int64_t most_rows = windows ? 384 : 196, unit = windows ? image.grid_w : mr;
   const int64_t row_blocks =
       ceil_div(positions, std::clamp<int64_t>(row_cache / row_bytes, 48, most_rows));
   int64_t column_blocks = ceil_div(columns, most_columns);
@@ -55,6 +55,7 @@ void gather_gemm(const GridImage<T>& image, const T* b, int64_t columns, T* c,
   const int64_t column_blocks = ceil_div(columns, block.columns);
   const int64_t tasks = ceil_div(positions, block.rows) * column_blocks;
   const PaddingClasses classes(image);
+  const bool stream = outgrows_caches<T>(c, positions, out.column_step, epilogue);
   parallel_tasks(tasks, [&](int64_t task) {
     const int64_t first = task / column_blocks * block.rows;
     const int64_t column = task % column_blocks * block.columns;
@@ -69,7 +70,8 @@ void gather_gemm(const GridImage<T>& image, const T* b, int64_t columns, T* c,
     });
     table.run({rows.get(), rows.stride(), taps, image.depth, b + column * taps * image.depth,
                c + column, offsets.get(), count, std::min(block.columns, columns - column), false,
-               epilogue.from_channel(column), rows.zeros(), order.segment_end(), order.segments()});
+               epilogue.from_channel(column), rows.zeros(), order.segment_end(), order.segments(),
+               stream});
   });
 }
 

@@ -25,25 +25,26 @@ inline std::vector<int64_t> tap_classes(int64_t grid, int64_t step, int64_t size
   return classes;
 }
 
-// The classes of a whole grid.
+// The classes of a whole grid; without windows that overlap the padding there is one.
 struct PaddingClasses {
-  std::vector<int64_t> of_row, of_column;
+  std::vector<int64_t> of_row, of_column;  // empty: all positions are of class 0
 
   template <class T>
   explicit PaddingClasses(const GridImage<T>& g) {
+    if (g.taps.size() <= 1) return;
     std::vector<int64_t> dy, dx;
-    if (g.taps.size() > 1)
-      for (const Tap& tap : g.taps) dy.push_back(tap.dy), dx.push_back(tap.dx);
+    for (const Tap& tap : g.taps) dy.push_back(tap.dy), dx.push_back(tap.dx);
     of_row = tap_classes(g.grid_h, g.step_y, g.h, dy);
     of_column = tap_classes(g.grid_w, g.step_x, g.w, dx);
   }
 
-  int64_t columns() const { return of_column.back() + 1; }
-  int64_t count() const { return (of_row.back() + 1) * columns(); }
+  int64_t columns() const { return of_column.empty() ? 1 : of_column.back() + 1; }
+  int64_t count() const { return of_row.empty() ? 1 : (of_row.back() + 1) * columns(); }
 
   // Calls f(class, part) for the parts of a run that are each of one class.
   template <class F>
   void split(const Run& run, const F& f) const {
+    if (of_column.empty()) return f(0, run);
     const int64_t row = of_row[run.gy] * columns(), end = run.gx + run.count;
     for (int64_t gx = run.gx; gx < end;) {
       int64_t next = gx + 1;

@@ -57,6 +57,25 @@ NNARCH_INLINE Vec<T> broadcast(T x) {
   return x - Vec<T>{};  // x - 0 keeps the sign of zero
 }
 
+// Past the caches, straight to memory: a line that is written whole need not be read first. `p` is
+// aligned to the vector, and `finish_streaming` comes before another thread may look.
+template <class T>
+NNARCH_INLINE void stream(T* p, Vec<T> v) {
+#if defined(NNARCH_ISA_avx512)
+  _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)v);
+#elif defined(NNARCH_ISA_avx2)
+  _mm256_stream_ps(reinterpret_cast<float*>(p), (__m256)v);
+#else
+  store(p, v);
+#endif
+}
+
+NNARCH_INLINE void finish_streaming() {
+#if defined(NNARCH_ISA_avx2) || defined(NNARCH_ISA_avx512)
+  _mm_sfence();
+#endif
+}
+
 // The first n lanes (0 <= n <= W); the other lanes are zero and their memory is not touched.
 template <class T>
 NNARCH_INLINE Vec<T> load_n(const T* p, int64_t n) {
@@ -138,6 +157,24 @@ NNARCH_INLINE Vec<T> clamp(Vec<T> x, Vec<T> low, Vec<T> high) {
 #else
   x = x < low ? low : x;
   return x > high ? high : x;
+#endif
+}
+
+// max(x, low), where x is NaN: NaN.
+template <class T>
+NNARCH_INLINE Vec<T> at_least(Vec<T> x, Vec<T> low) {
+#if defined(NNARCH_ISA_avx2)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm256_max_ps((__m256)low, (__m256)x);
+  else
+    return (Vec<T>)_mm256_max_pd((__m256d)low, (__m256d)x);
+#elif defined(NNARCH_ISA_avx512)
+  if constexpr (sizeof(T) == 4)
+    return (Vec<T>)_mm512_max_ps((__m512)low, (__m512)x);
+  else
+    return (Vec<T>)_mm512_max_pd((__m512d)low, (__m512d)x);
+#else
+  return x < low ? low : x;
 #endif
 }
 

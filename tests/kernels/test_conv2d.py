@@ -328,6 +328,33 @@ def test_fused_equals_split(activation):
     torch.testing.assert_close(fused, apart.detach(), rtol=1e-12, atol=1e-12)
 
 
+PAST_THE_CACHES = [  # outputs of 9 MB, 1 MB an image
+    Conv(9, 16, 64, 64, 64, (1, 1)),
+    Conv(9, 3, 128, 128, 64, stride=2, padding=1),
+    Conv(9, 8, 64, 64, 64, padding=1, groups=2),
+    Conv(9, 12, 66, 66, 60, (1, 1)),  # rows that begin inside cache lines
+]
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("case", PAST_THE_CACHES, ids=str)
+def test_large_outputs(case, activation):
+    """What is written past the caches is what smaller outputs get, bit for bit, and right."""
+    t = case.tensors(torch.float32, torch.channels_last)
+    residual = torch.randn_like(case.theirs(**t))
+
+    def run(first: int, last: int) -> Tensor:
+        images = {"x": t["x"][first:last], "residual": residual[first:last]}
+        return case.ours(**(t | images), activation=activation)
+
+    whole = run(0, case.n)
+    for i in range(case.n):
+        assert torch.equal(whole[i : i + 1], run(i, i + 1))
+    wide = {name: v[:1].double() if name == "x" else v.double() for name, v in t.items()}
+    truth = case.theirs(**wide, residual=residual[:1].double(), activation=activation)
+    torch.testing.assert_close(whole[:1].double(), truth, rtol=1e-5, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------ special values
 
 
