@@ -110,7 +110,7 @@ class _Interceptor(TorchDispatchMode):
 
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     op = library.OPS[func._opname]
-    args = _positional(func, args, kwargs)
+    args = positional(func, args, kwargs)
     started = time.perf_counter()
     with torch._C._AutoDispatchBelowAutograd():
         backend, result = _on_its_backend(op, func, args)
@@ -132,7 +132,7 @@ def _on_its_backend(op: library.Op, func: Any, args: tuple[Any, ...]) -> tuple[s
     return "cpu" if device == "cpu" else "fake", func(*args)
 
 
-def _positional(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+def positional(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """All arguments by position, defaults filled in, sizes expanded, as launchers expect them."""
     values = list(args)
     for argument in func._schema.arguments[len(args) :]:

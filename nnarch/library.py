@@ -104,7 +104,7 @@ class Op:
     @property
     def has_native(self) -> bool:
         """Whether the loaded native library registers this operation."""
-        return native is not None and self.name in _native_ops()
+        return native is not None and self.name in native_op_names()
 
     def launcher(self) -> Callable[..., Any]:
         """The GPU launcher, imported at first use; ImportError where its package is missing."""
@@ -149,8 +149,18 @@ OPS: dict[str, Op] = {}
 
 
 @functools.cache
-def _native_ops() -> frozenset[str]:
-    return frozenset(native_string("nnarch_native_ops").split())
+def native_op_names() -> tuple[str, ...]:
+    """The operations that the native library registers, in the order of its table."""
+    return tuple(native_string("nnarch_native_ops").split())
+
+
+def define_native(schema: str) -> Any:
+    """Define an operation that is native code and nothing else, and return it.
+
+    Declared operations (:func:`declare`) are what users call; this is for the machinery below them.
+    """
+    _definitions.define(schema)
+    return getattr(torch.ops.nnarch, schema.split("(", 1)[0]).default
 
 
 def declare(

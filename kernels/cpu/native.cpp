@@ -35,6 +35,10 @@ std::string& registered_ops() {
   static std::string names;
   return names;
 }
+std::vector<BoxedOp>& boxed_ops() {
+  static std::vector<BoxedOp> ops;
+  return ops;
+}
 }  // namespace nnarch
 
 NNARCH_EXPORT const char* nnarch_native_ops() { return nnarch::registered_ops().c_str(); }

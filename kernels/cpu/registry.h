@@ -5,12 +5,16 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <cstdint>
 #include <string>
+#include <vector>
 
 namespace nnarch {
 
-// The names of all registered operations, each followed by a space.
+// The names of all registered operations, each followed by a space, and their functions.
+using BoxedOp = void (*)(StableIValue* stack, uint64_t arguments, uint64_t outputs);
 std::string& registered_ops();
+std::vector<BoxedOp>& boxed_ops();
 
 class Registrar {
  public:
@@ -19,6 +23,7 @@ class Registrar {
   template <class Function>
   Registrar& impl(const char* name, Function boxed) {
     registered_ops().append(name).append(" ");
+    boxed_ops().push_back(boxed);
     library_.impl(name, boxed);
     return *this;
   }

@@ -10,6 +10,8 @@ fuse.py             activations and residual adds go into the epilogue of the la
 swap.py             layers that have kernels of ours become nnarch.nn layers, weights are packed
 memory_format.py    4-D activations stay channels_last inside, whatever comes in and goes out
 ==================  ==============================================================================
+
+The result (accelerated.py) runs its operations as one native call (program.py).
 """
 
 from __future__ import annotations

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils import _pytree
 
+from nnarch.accelerate import program
+from nnarch.accelerate.program import Program
 from nnarch.library import pooled_memory
+
+_NEW = object()  # an input of a kind that was not seen yet
+_MOST_PROGRAMS = 16  # one for every kind of input; the oldest goes
 
 
 class Accelerated(nn.Module):
@@ -23,6 +30,7 @@ class Accelerated(nn.Module):
         super().__init__()
         self.body = body
         self.converts_layout = converts_layout
+        self._programs: dict[Any, Program | None] = {}
         self.train(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -37,12 +45,41 @@ class Accelerated(nn.Module):
             return self.body(*args, **kwargs)
         if len(args) == 1 and isinstance(args[0], Tensor) and not kwargs:
             x = args[0]
-            output = self.body(channels_last(x))
+            output = self._run_body(channels_last(x))
             return _contiguous(output) if _is_planar(x) else output
         planar = any(_is_planar(leaf) for leaf in _pytree.tree_leaves((args, kwargs)))
         args, kwargs = _pytree.tree_map(channels_last, (args, kwargs))
         output = self.body(*args, **kwargs)
         return _contiguous(output) if planar else output
+
+    def _run_body(self, x: Tensor) -> Any:
+        """The graph on one input, by its program where there is one."""
+        if torch.compiler.is_compiling() or not isinstance(self.body, GraphModule):
+            return self.body(x)
+        inputs = [x]
+        if not program.can_run(inputs):
+            return self.body(x)
+        key = program.signature(inputs)
+        known = self._programs.get(key, _NEW)
+        if isinstance(known, Program) and known.is_current():
+            try:
+                return known(inputs)
+            except RuntimeError:
+                return self.body(x)  # says which layer refuses, and why
+        if known is None:
+            return self.body(x)
+        output, self._programs[key] = program.record(self.body, inputs)
+        if len(self._programs) > _MOST_PROGRAMS:
+            oldest, *_ = list(self._programs)  # in one step: other threads may be here
+            self._programs.pop(oldest, None)
+        return output
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Accelerated:
+        self._programs.clear()  # they hold the weights that `fn` replaces
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_programs": {}}
 
     def train(self, mode: bool = True) -> Accelerated:
         """Accept eval mode only.

@@ -1,0 +1,154 @@
+// A sequence of operations that was recorded once, run in one call. Between two kernels of a small
+// network Python, the dispatcher and the checks of modules take longer than many a kernel.
+//
+// The code is a list of integers, written by nnarch/accelerate/program.py:
+//
+//     number of values
+//     then for every instruction:
+//       operation, number of arguments, the arguments, number of outputs, the values they become,
+//       number of values that nothing reads any more, those values
+//     kEnd, number of results, the values they are
+//
+// Values are numbered: first the inputs, then what instructions make. Constants have numbers of
+// their own.
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <vector>
+
+#include "cpu/registry.h"
+#include "cpu/tensor.h"
+
+namespace nnarch {
+namespace {
+
+constexpr int64_t kEnd = -1, kView = -2;  // in the place of an operation
+
+enum Kind : int64_t {
+  kNothing,
+  kValue,
+  kOptionalValue,
+  kConstant,
+  kOptionalConstant,
+  kInt,
+  kDouble,
+  kInts
+};
+
+class Program {
+ public:
+  Program(const std::vector<Tensor>& inputs, const std::vector<Tensor>& constants,
+          const Tensor& code)
+      : at_(data<int64_t>(code)),
+        end_(at_ + code.numel()),
+        constants_(constants),
+        values_(inputs.begin(), inputs.end()) {
+    values_.resize(static_cast<size_t>(next()));
+  }
+
+  std::vector<Tensor> run() {
+    for (int64_t op = next(); op != kEnd; op = next()) {
+      op == kView ? view() : call(op);
+      for (int64_t count = next(); count > 0; --count) value(next()).reset();
+    }
+    std::vector<Tensor> results;
+    for (int64_t count = next(); count > 0; --count) results.push_back(made_value());
+    return results;
+  }
+
+ private:
+  int64_t next() {
+    require(at_ < end_, "run_program: the code ends early");
+    return *at_++;
+  }
+
+  std::optional<Tensor>& value(int64_t i) {
+    require(i >= 0 && i < static_cast<int64_t>(values_.size()), "run_program: no such value");
+    return values_[static_cast<size_t>(i)];
+  }
+
+  const Tensor& made_value() {
+    const std::optional<Tensor>& t = value(next());
+    require(t.has_value(), "run_program: a value is read before it is made");
+    return *t;
+  }
+
+  const Tensor& constant() {
+    const int64_t i = next();
+    require(i >= 0 && i < static_cast<int64_t>(constants_.size()), "run_program: no such constant");
+    return constants_[static_cast<size_t>(i)];
+  }
+
+  IntList ints() {
+    IntList list;
+    for (int64_t count = next(); count > 0; --count) list.push_back(next());
+    return list;
+  }
+
+  StableIValue argument() {
+    using torch::stable::detail::from;
+    switch (next()) {
+      case kNothing:
+        return from(std::nullopt);
+      case kValue:
+        return from(made_value());
+      case kOptionalValue:
+        return from(OptTensor(made_value()));
+      case kConstant:
+        return from(constant());
+      case kOptionalConstant:
+        return from(OptTensor(constant()));
+      case kInt:
+        return from(next());
+      case kDouble: {
+        const int64_t bits = next();
+        double number;
+        static_assert(sizeof(number) == sizeof(bits));
+        std::memcpy(&number, &bits, sizeof(number));
+        return from(number);
+      }
+      case kInts:
+        return from(ints());
+      default:
+        throw std::runtime_error("run_program: unknown kind of argument");
+    }
+  }
+
+  void call(int64_t op) {
+    const std::vector<BoxedOp>& ops = boxed_ops();
+    require(op >= 0 && op < static_cast<int64_t>(ops.size()), "run_program: no such operation");
+    stack_.clear();
+    for (int64_t count = next(); count > 0; --count) stack_.push_back(argument());
+    const auto arguments = stack_.size();
+    const auto outputs = static_cast<size_t>(next());
+    stack_.resize(std::max(arguments, outputs));
+    ops[static_cast<size_t>(op)](stack_.data(), arguments, outputs);
+    for (size_t i = 0; i < outputs; ++i)
+      value(next()) = torch::stable::detail::to<Tensor>(stack_[i]);
+  }
+
+  void view() {
+    const Tensor& of = made_value();
+    const IntList sizes = ints();
+    value(next()) = torch::stable::view(of, sizes);
+  }
+
+  const int64_t* at_;
+  const int64_t* end_;
+  const std::vector<Tensor>& constants_;
+  std::vector<std::optional<Tensor>> values_;
+  std::vector<StableIValue> stack_;
+};
+
+std::vector<Tensor> run_program(const std::vector<Tensor>& inputs,
+                                const std::vector<Tensor>& constants, const Tensor& code) {
+  require(code.scalar_type() == ScalarType::Long && code.is_contiguous() && code.dim() == 1,
+          "run_program: code must be a dense vector of int64");
+  return Program(inputs, constants, code).run();
+}
+
+}  // namespace
+}  // namespace nnarch
+
+NNARCH_OPS(program, ops) { ops.impl("run_program", TORCH_BOX(&nnarch::run_program)); }
