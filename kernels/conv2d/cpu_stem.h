@@ -113,7 +113,7 @@ void stem_forward(const Tensor& x, const T* packed, T* y, const ConvShape& p,
   const int64_t plane = p.oh * p.ow;
   const int64_t block = std::min(plane, round_up(384, p.ow));
   const int64_t blocks = ceil_div(plane, block);
-  const bool stream = outgrows_caches<T>(y, p.n * plane, p.k, epilogue);
+  const bool stream = outgrows_caches<T>(y, p.n * plane, p.k);
   parallel_tasks(p.n * blocks, [&](int64_t task) {
     const int64_t first = task / blocks * plane + task % blocks * block;
     const int64_t count = std::min(block, plane - task % blocks * block);

@@ -51,17 +51,27 @@ NNARCH_INLINE void apply_epilogue(Indices<I...>, const Epilogue<T>& e, const int
   }
 }
 
-// The other activations, on a tile that has just been stored.
+// The other activations, from a tile of dense rows of two vectors to the output. Both vectors of a
+// row go through together: one alone waits for itself.
 template <class T>
-NNARCH_NOINLINE void activate_tile(const Epilogue<T>& e, T* c, const int64_t* offset, int rows,
-                                   int64_t columns) {
+NNARCH_NOINLINE void activate_tile(const Epilogue<T>& e, const T* tile, T* c, const int64_t* offset,
+                                   int rows, int64_t columns, bool past_caches) {
   constexpr int w = kLanes<T>;
-  for (int i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; j += w) {
-      T* at = c + offset[i] + j;
-      const int64_t n = columns - j < w ? columns - j : w;
-      store_n(at, activate<T>(load_n(at, n), e.activation, e.alpha), n);
+  const int64_t n0 = columns < w ? columns : w, n1 = columns > w ? columns - w : 0;
+  with_activation(e.activation, [&](auto kind) {
+    for (int i = 0; i < rows; ++i, tile += 2 * w) {
+      T* to = c + offset[i];
+      const Vec<T> y0 = activate_as<T, kind.code>(load(tile), e.alpha);
+      const Vec<T> y1 = activate_as<T, kind.code>(load(tile + w), e.alpha);
+      if (past_caches && columns >= 2 * w) {
+        stream(to, y0);
+        stream(to + w, y1);
+      } else {
+        store_n(to, y0, n0);
+        store_n(to + w, y1, n1);
+      }
     }
+  });
 }
 
 // A dense row of n sums that are already in y. The residual is read from `offset` on. Scale and

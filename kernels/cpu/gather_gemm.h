@@ -55,7 +55,7 @@ void gather_gemm(const GridImage<T>& image, const T* b, int64_t columns, T* c,
   const int64_t column_blocks = ceil_div(columns, block.columns);
   const int64_t tasks = ceil_div(positions, block.rows) * column_blocks;
   const PaddingClasses classes(image);
-  const bool stream = outgrows_caches<T>(c, positions, out.column_step, epilogue);
+  const bool stream = outgrows_caches<T>(c, positions, out.column_step);
   parallel_tasks(tasks, [&](int64_t task) {
     const int64_t first = task / column_blocks * block.rows;
     const int64_t column = task % column_blocks * block.columns;

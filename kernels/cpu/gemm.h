@@ -43,13 +43,13 @@ struct GemmBlock {
 // Whether an output is written past the caches. What is larger than a good part of the last-level
 // cache leaves it anyway before it is read again, and a line that is written whole need not be read
 // first: 1.2 times as fast for a 1x1 convolution to 26 MB. Smaller outputs serve the next layer
-// better in cache. Rows must begin at cache lines; an activation that is no clamp reads C again.
+// better in cache. Rows must begin at cache lines.
 template <class T>
-bool outgrows_caches(const T* c, int64_t rows, int64_t columns, const Epilogue<T>& epilogue) {
+bool outgrows_caches(const T* c, int64_t rows, int64_t columns) {
   constexpr int64_t limit = int64_t{8} << 20, line = 64;
   const int64_t row_bytes = columns * int64_t{sizeof(T)};
   return rows * row_bytes >= limit && row_bytes % line == 0 &&
-         reinterpret_cast<uintptr_t>(c) % line == 0 && epilogue.activation <= kRelu6;
+         reinterpret_cast<uintptr_t>(c) % line == 0;
 }
 
 template <class T>

@@ -178,13 +178,6 @@ NNARCH_INLINE Vec<T> at_least(Vec<T> x, Vec<T> low) {
 #endif
 }
 
-template <class T>
-NNARCH_INLINE T horizontal_sum(Vec<T> v) {
-  T s = 0;
-  for (int i = 0; i < kLanes<T>; ++i) s += v[i];
-  return s;
-}
-
 // Keeps a value in a register: the compiler may not fold its load into each use.
 template <class V>
 NNARCH_INLINE void keep_in_register(V& v) {
@@ -207,5 +200,21 @@ using MakeIndices = __make_integer_seq<MakeIndicesImpl, int, N>;
 template <int N>
 using MakeIndices = Indices<__integer_pack(N)...>;
 #endif
+
+template <class V, int... I>
+NNARCH_INLINE auto add_halves(V v, Indices<I...>) {
+  constexpr int half = sizeof...(I);
+  return __builtin_shufflevector(v, v, I...) + __builtin_shufflevector(v, v, (half + I)...);
+}
+
+// The sum of all lanes, by halves: lane after lane would wait for each addition.
+template <class T, class V>
+NNARCH_INLINE T horizontal_sum(V v) {
+  constexpr int lanes = sizeof(V) / sizeof(T);
+  if constexpr (lanes == 2)
+    return v[0] + v[1];
+  else
+    return horizontal_sum<T>(add_halves(v, MakeIndices<lanes / 2>{}));
+}
 
 }  // namespace nnarch::NNARCH_ISA

@@ -19,22 +19,6 @@ NNARCH_INLINE Vec<double> widen_lanes(Vec<T> v, Indices<I...>) {
   return __builtin_convertvector(half, Vec<double>);
 }
 
-template <class V, int... I>
-NNARCH_INLINE auto add_halves(V v, Indices<I...>) {
-  constexpr int half = sizeof...(I);
-  return __builtin_shufflevector(v, v, I...) + __builtin_shufflevector(v, v, (half + I)...);
-}
-
-// The sum of all lanes: lane after lane would wait for each addition.
-template <class V>
-NNARCH_INLINE double sum_by_halves(V v) {
-  constexpr int lanes = sizeof(V) / sizeof(double);
-  if constexpr (lanes == 2)
-    return v[0] + v[1];
-  else
-    return sum_by_halves(add_halves(v, MakeIndices<lanes / 2>{}));
-}
-
 // A double for each lane of a vector of T.
 template <class T>
 struct Wide {
@@ -54,7 +38,7 @@ struct Wide {
   NNARCH_INLINE double total() const {
     Vec<double> sum = part[0];
     for (int i = 1; i < parts; ++i) sum += part[i];
-    return sum_by_halves(sum);
+    return horizontal_sum<double>(sum);
   }
 };
 

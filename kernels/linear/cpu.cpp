@@ -65,6 +65,7 @@ void pack_and_multiply(const Rows& x, const Tensor& w, T* y, const Epilogue<T>& 
   constexpr int64_t cache = int64_t{192} << 10;
   const int64_t panel_bytes = std::max<int64_t>(1, view.depth * table.nr * int64_t{sizeof(T)});
   const int64_t columns = table.nr * std::clamp<int64_t>(cache / panel_bytes, 1, 8);
+  const bool stream = outgrows_caches<T>(y, x.m, view.columns);
   parallel_tasks(ceil_div(view.columns, columns), [&](int64_t task) {
     const int64_t first = task * columns, n = std::min(columns, view.columns - first);
     Scratch<T> packed(packed_size<T>(n, 1, view.depth));
@@ -79,7 +80,7 @@ void pack_and_multiply(const Rows& x, const Tensor& w, T* y, const Epilogue<T>& 
       offsets[i] = i * view.columns;
     }
     table.run({rows.get(), 0, 1, view.depth, packed.get(), y + first, offsets.get(), x.m, n, false,
-               epilogue.from_channel(first)});
+               epilogue.from_channel(first), nullptr, nullptr, 1, stream});
   });
 }
 
