@@ -5,13 +5,14 @@ Its definition, its checks, and its gradients, once for all operations that have
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from nnarch.kernels.activation import kinds
 from nnarch.kernels.activation.reference import activation as reference_activation
+from nnarch.library import check_device, check_same, check_tensor
 
 
 def per_channel(vector: Tensor, like: Tensor, dim: int = 1) -> Tensor:
@@ -69,22 +70,12 @@ def check_epilogue(
         check_same(op, "residual", residual, like)
 
 
-def check_same(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
-    """Raise TypeError or ValueError unless `tensor` has the dtype and device of x."""
-    if tensor.dtype != like.dtype:
-        raise TypeError(f"{op}: {name} must be {like.dtype} as x, got {tensor.dtype}")
-    if tensor.device != like.device:
-        raise ValueError(f"{op}: {name} must be on {like.device} as x, got {tensor.device}")
-
-
-def check_tensor(op: str, name: str, tensor: Any) -> None:
-    """Raise TypeError unless `tensor` is a floating-point tensor."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{op}: {name} must be dense, got layout {tensor.layout}")
+def check_packed(op: str, packed: Tensor | None, like: Tensor) -> None:
+    """Raise unless `packed` is a tensor beside x; the native code looks at its size."""
+    if packed is None:
+        return
+    check_tensor(op, "packed", packed)
+    check_device(op, "packed", packed, like)
 
 
 # ------------------------------------------------------------------------------------- gradients

@@ -243,6 +243,7 @@ def _warn_fallback(name: str, why: str) -> None:
     )
 
 
+_SIZE_OVERFLOW = "size overflows int64"  # kernels/cpu/tensor.h
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 
@@ -280,6 +281,8 @@ def _cheap_call(op: Op, backward: Any, setup_context: Any) -> Callable[..., Any]
             refusal = str(error).partition("\n")[0]
             if refusal.startswith(family):  # only the native code can tell
                 raise ValueError(refusal) from None
+            if refusal == _SIZE_OVERFLOW:
+                raise ValueError(family + refusal) from None
             raise
 
     call.__name__ = op.name
@@ -432,6 +435,38 @@ def _array_converter(like: Any) -> Callable[[torch.Tensor], Any]:
 
 
 # ------------------------------------------------------------------------------- shared helpers
+
+
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def check_tensor(op: str, name: str, tensor: Any) -> None:
+    """Raise TypeError unless `tensor` is a dense tensor of a dtype that kernels compute with."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in _FLOATS:
+        kinds = "floating point"
+        if tensor.is_floating_point():
+            kinds = "float32, float64, float16 or bfloat16"
+        raise TypeError(f"{op}: {name} must be {kinds}, got {tensor.dtype}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else f"layout {tensor.layout}"
+        raise TypeError(f"{op}: {name} must be dense, got {layout}")
+
+
+def check_same(op: str, name: str, tensor: torch.Tensor, like: torch.Tensor, of: str = "x") -> None:
+    """Raise TypeError or ValueError unless `tensor` has the dtype and device of `like`."""
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{op}: {name} must be {like.dtype} as {of}, got {tensor.dtype}")
+    check_device(op, name, tensor, like, of)
+
+
+def check_device(
+    op: str, name: str, tensor: torch.Tensor, like: torch.Tensor, of: str = "x"
+) -> None:
+    """Raise ValueError unless `tensor` is where `like` is."""
+    if tensor.device != like.device:
+        raise ValueError(f"{op}: {name} must be on {like.device} as {of}, got {tensor.device}")
 
 
 def pair(value: Any) -> tuple[int, int]:

@@ -15,6 +15,8 @@ from nnarch import functional as F
 X, W, DW = torch.ones(2, 6, 8, 8), torch.ones(4, 6, 3, 3), torch.ones(6, 1, 3, 3)
 V4, V5, V6 = torch.ones(4), torch.ones(5), torch.ones(6)
 A, B = torch.ones(9, 6), torch.ones(4, 6)  # linear's x and weight
+ONE, HUGE = torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1).expand(1, 1, 2**63 - 1, 1)
+FP8 = torch.float8_e4m3fn
 
 BAD = [
     # conv2d: tensors
@@ -32,6 +34,10 @@ BAD = [
     (ValueError, "conv2d: weight .*no output channels", lambda: F.conv2d(X, W[:0])),
     (ValueError, "conv2d: .*kernel.*0", lambda: F.conv2d(X, W[:, :, :0])),
     (ValueError, "conv2d: the kernel of 9×3 .*larger", lambda: F.conv2d(X, torch.ones(4, 6, 9, 3))),
+    (TypeError, "conv2d: x .*float8", lambda: F.conv2d(X.to(FP8), W.to(FP8))),
+    (TypeError, "conv2d: x .*_mkldnn", lambda: F.conv2d(torch.ones(2, 6, 8, 8).to_mkldnn(), W)),
+    (ValueError, "conv2d: size overflows", lambda: F.conv2d(HUGE, ONE, padding=1)),
+    (ValueError, "conv2d: size overflows", lambda: F.conv2d(ONE, HUGE.transpose(0, 2))),
     # conv2d: numbers
     (ValueError, r"conv2d: stride .*\(0, 0\)", lambda: F.conv2d(X, W, stride=0)),
     (TypeError, "conv2d: stride .*1.5", lambda: F.conv2d(X, W, stride=1.5)),
@@ -63,6 +69,8 @@ BAD = [
     (TypeError, "conv2d: activation .*1", lambda: F.conv2d(X, W, activation=1)),
     (ValueError, "conv2d: alpha .*-1", lambda: F.conv2d(X, W, activation=("leaky_relu", -1))),
     (ValueError, "conv2d: packed", lambda: F.conv2d(X, W, packed=V4)),
+    (TypeError, "conv2d: packed .*list", lambda: F.conv2d(X, W, packed=[1.0])),
+    (ValueError, "conv2d: packed .*meta", lambda: F.conv2d(X, W, packed=V4.to("meta"))),
     # depthwise
     (ValueError, "depthwise_conv2d: packed", lambda: F.conv2d(X, DW, groups=6, packed=V4)),
     (ValueError, r"depthwise_conv2d: bias .*6.*5", lambda: F.conv2d(X, DW, V5, groups=6)),
@@ -78,15 +86,19 @@ BAD = [
     (ValueError, "linear: residual", lambda: F.linear(A, B, residual=V4)),
     (ValueError, "linear: activation .*prelu", lambda: F.linear(A, B, activation="prelu")),
     (ValueError, "linear: packed", lambda: F.linear(A, B, packed=V4)),
+    (ValueError, "linear: packed .*meta", lambda: F.linear(A, B, packed=V4.to("meta"))),
+    (TypeError, "linear: x .*nested", lambda: F.linear(torch.nested.nested_tensor([A, A]), B)),
     # packing
     (ValueError, "conv2d_pack: weight .*4-D", lambda: F.pack_conv2d_weight(B)),
     (ValueError, "conv2d_pack: .*groups", lambda: F.pack_conv2d_weight(W, 3)),
+    (TypeError, "pack_conv2d_weight: groups .*2.0", lambda: F.pack_conv2d_weight(W, 2.0)),
     (ValueError, "linear_pack: weight .*2-D", lambda: F.pack_linear_weight(W)),
     # activation
     (ValueError, "activation: .*mish", lambda: F.activation(X, "mish")),
     (TypeError, "activation: x .*float", lambda: F.activation(3.0, "relu")),
     (TypeError, "activation: x .*int32", lambda: F.activation(X.int(), "relu")),
     (ValueError, "activation: .*alpha", lambda: F.activation(X, "relu", alpha=0.1)),
+    (TypeError, "activation: alpha .*'x'", lambda: F.activation(X, "leaky_relu", alpha="x")),
     # pooling
     (TypeError, "max_pool2d: input .*NoneType", lambda: F.max_pool2d(None, 2)),
     (ValueError, r"max_pool2d: input .*\(8, 8\)", lambda: F.max_pool2d(X[0, 0], 2)),
@@ -109,12 +121,19 @@ BAD = [
     (ValueError, "more than 1 value", lambda: F.batch_norm(V6[None], None, None, training=True)),
     (ValueError, "residual .*6", lambda: F.batch_norm(X, V6, V6, residual=V6)),
     (TypeError, "batch_norm: input .*int32", lambda: F.batch_norm(X.int(), V6, V6)),
+    (TypeError, "batch_norm: running_mean .*list", lambda: F.batch_norm(X, [0.0] * 6, V6)),
+    (TypeError, "batch_norm: weight .*float", lambda: F.batch_norm(X, V6, V6, 1.0)),
+    (ValueError, "batch_norm: bias .*meta", lambda: F.batch_norm(X, V6, V6, None, V6.to("meta"))),
+    (TypeError, "batch_norm: momentum .*None", lambda: F.batch_norm(X, V6, V6, momentum=None)),
+    (ValueError, "batch_norm: eps .*-1", lambda: F.batch_norm(X, V6, V6, training=True, eps=-1)),
     # backends
     (ValueError, "use_backend: name .*tpu", lambda: nnarch.use_backend("tpu").__enter__()),
 ]
 ROWS = [pytest.param(*row, id=row[1]) for row in BAD]
 # Only native kernels read packed weights; the other backends ignore them.
-REFERENCE_ROWS = [row for row in ROWS if "pack" not in str(row.id)]
+REFERENCE_ROWS = [
+    row for row in ROWS if "pack" not in str(row.id) and "overflows" not in str(row.id)
+]
 
 
 @pytest.mark.parametrize(("error", "message", "call"), ROWS)
@@ -161,3 +180,24 @@ def test_a_failed_call_leaves_its_inputs():
             F.batch_norm(x, mean, var, training=True, **bad)
     for t, before in zip((x, mean, var), kept, strict=True):
         assert torch.equal(t, before)
+
+
+@pytest.mark.parametrize("call", [lambda x: F.linear(x, B), lambda x: F.activation(x, "relu")])
+def test_freed_memory_is_an_error(call):
+    x = torch.ones(9, 6)
+    x.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="freed"):
+        call(x)
+
+
+def test_more_memory_than_there_is():
+    with pytest.raises(RuntimeError, match="not enough memory: a tensor of 4611686018427387904 b"):
+        F.linear(torch.ones(1, 1).expand(2**60, 1), torch.ones(1, 1))
+
+
+def test_geometry_as_torch_takes_it():
+    """NumPy's integers, and sequences of one number."""
+    expected = torch.nn.functional.conv2d(X, W, stride=2, padding=1)
+    for two, one in ((np.int64(2), np.int64(1)), ([2], [1]), ((2,), (1,)), ([2, 2], [1, 1])):
+        y = F.conv2d(X, W, stride=two, padding=one, dilation=one)
+        torch.testing.assert_close(y, expected)

@@ -21,16 +21,15 @@ def _check(op: str, code: int, **tensors: Tensor) -> None:
     if code not in kinds.NAMES:
         raise ValueError(f"{op}: activation must be a code from 0 to 10, got {code}")
     (first, like), *others = tensors.items()
-    if not like.is_floating_point():
-        raise TypeError(f"{op}: {first} must be floating point, got {like.dtype}")
+    library.check_tensor(op, first, like)
     for name, t in others:
+        library.check_tensor(op, name, t)
         if t.shape != like.shape:
             raise ValueError(
                 f"{op}: {name} must have the shape of {first}, {tuple(like.shape)}, "
                 f"got {tuple(t.shape)}"
             )
-        if t.dtype != like.dtype:
-            raise TypeError(f"{op}: {name} must be {like.dtype} as {first}, got {t.dtype}")
+        library.check_same(op, name, t, like, of=first)
 
 
 def _check_activation(x: Tensor, activation: int, alpha: float) -> None:
@@ -129,7 +128,9 @@ def activation(x: Tensor, kind: str | None, *, alpha: float | None = None) -> Te
     """
     if alpha is None:
         code, slope = kinds.encode(kind)
-    elif kind == "leaky_relu" and alpha < 0:  # legal alone, where the input can be kept
+    elif (
+        kind == "leaky_relu" and isinstance(alpha, (int, float)) and alpha < 0
+    ):  # legal alone, where the input can be kept
         code, slope = kinds.LEAKY_RELU, float(alpha)
     else:
         code, slope = kinds.encode((kind, alpha))  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ struct ConvShape {
 
 inline int64_t conv_output_size(int64_t in, int64_t pad, int64_t kernel, int64_t stride,
                                 int64_t dilation) {
-  const int64_t span = in + pad - checked_product(dilation, kernel - 1) - 1;
+  const int64_t span = checked_sum(in, pad) - checked_product(dilation, kernel - 1) - 1;
   return span < 0 ? 0 : span / stride + 1;
 }
 

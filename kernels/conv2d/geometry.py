@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +31,17 @@ def output_size(
     return (n, k, rows, columns)
 
 
+def two(value: Any) -> Any:
+    """A number, or a sequence of one, twice; anything else as it is: the checks explain it."""
+    if isinstance(value, Sequence):
+        return tuple(value) * 2 if len(value) == 1 else value
+    try:
+        number = operator.index(value)  # also NumPy's integers
+    except TypeError:
+        return value
+    return number, number
+
+
 def padding_of(
     padding: Any, weight: Tensor, stride: Sequence[int], dilation: Sequence[int], op: str = "conv2d"
 ) -> tuple[int, ...]:
@@ -47,7 +59,7 @@ def padding_of(
         total = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True)]
         before = [t // 2 for t in total]
         return (*before, total[0] - before[0], total[1] - before[1])
-    pads = (padding,) if isinstance(padding, int) else padding
+    pads = two(padding)
     if not isinstance(pads, Sequence):
         raise TypeError(f"{op}: padding must be a string, a number or numbers, got {padding!r}")
     if len(pads) not in (1, 2, 4):

@@ -11,9 +11,10 @@ from torch import Tensor
 from nnarch import library
 from nnarch.kernels.activation import kinds
 from nnarch.kernels.conv2d import reference
-from nnarch.kernels.conv2d.geometry import check_conv, output_size, padding_of
+from nnarch.kernels.conv2d.geometry import check_conv, output_size, padding_of, two
 from nnarch.kernels.epilogue import (
     check_epilogue,
+    check_packed,
     check_tensor,
     epilogue_backward,
     must_split,
@@ -44,6 +45,7 @@ def _check(
 ) -> None:
     size = check_conv("conv2d", x, weight, stride, padding, dilation, groups)
     check_epilogue("conv2d", x, size, size[1], residual, bias=bias, scale=scale, shift=shift)
+    check_packed("conv2d", packed, x)
 
 
 def _fake(x, weight, bias, scale, shift, residual, packed, stride, padding, dilation, *_):
@@ -147,6 +149,16 @@ weight_grad = library.declare(
 )
 
 
+def _check_pack(weight: Tensor, groups: int) -> None:
+    check_tensor("conv2d_pack", "weight", weight)
+    if weight.dim() != 4:
+        raise ValueError(f"conv2d_pack: weight must be 4-D, got shape {tuple(weight.shape)}")
+    if groups < 1 or weight.shape[0] % groups:
+        raise ValueError(
+            f"conv2d_pack: groups must divide the {weight.shape[0]} output channels, got {groups}"
+        )
+
+
 def _fake_pack(weight: Tensor, groups: int) -> Tensor:
     size = torch.library.get_ctx().new_dynamic_size()
     return weight.new_empty(size)
@@ -156,6 +168,7 @@ pack = library.declare(
     "conv2d_pack(Tensor weight, int groups) -> Tensor",
     reference=reference.conv2d_pack,
     fake=_fake_pack,
+    check=_check_pack,
     gpu=f"{_GPU}:conv2d_pack",
 )
 
@@ -210,10 +223,10 @@ def conv2d(
             activation=activation, packed=packed,
         )  # fmt: skip
         return y.squeeze(0)
-    if isinstance(stride, int):
-        stride = (stride, stride)
-    if isinstance(dilation, int):
-        dilation = (dilation, dilation)
+    if type(stride) is not tuple or len(stride) == 1:
+        stride = two(stride)
+    if type(dilation) is not tuple or len(dilation) == 1:
+        dilation = two(dilation)
     if type(padding) is tuple and len(padding) == 4:
         pads = padding
     else:
@@ -248,9 +261,11 @@ def pack_conv2d_weight(weight: Tensor, groups: int = 1) -> Tensor | None:
         An opaque tensor; None where no native kernel runs (another device).
     """
     check_tensor("pack_conv2d_weight", "weight", weight)
+    if not isinstance(groups, int):
+        raise TypeError(f"pack_conv2d_weight: groups must be an int, got {groups!r}")
     if weight.device.type != "cpu" or library.native is None:
         return None
-    if groups > 1 and weight.shape[1] == 1:
+    if groups > 1 and weight.dim() == 4 and weight.shape[1] == 1:
         from nnarch.kernels.depthwise.op import pack as pack_depthwise
 
         return pack_depthwise(weight.detach())

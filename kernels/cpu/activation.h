@@ -47,14 +47,14 @@ template <class T, int64_t code>
 NNARCH_INLINE Vec<T> activate_grad_as(Vec<T> saved, T alpha) {
   const Vec<T> zero{}, one = zero + T(1);
   if constexpr (code == kRelu) return saved <= zero ? zero : one;
-  if constexpr (code == kRelu6) return (saved <= zero) | (saved >= zero + T(6)) ? zero : one;
+  if constexpr (code == kRelu6) return ((saved <= zero) | (saved >= zero + T(6))) ? zero : one;
   if constexpr (code == kLeakyRelu) return saved > zero ? one : zero + alpha;
   if constexpr (code == kHardswish) {
     const Vec<T> rising = saved < zero + T(3) ? saved * T(1.0 / 3) + T(0.5) : one;
     return saved <= zero - T(3) ? zero : rising;
   }
   if constexpr (code == kHardsigmoid)
-    return (saved > zero) & (saved < one) ? zero + T(1.0 / 6) : zero;
+    return ((saved > zero) & (saved < one)) ? zero + T(1.0 / 6) : zero;
   if constexpr (code == kSilu) {
     const Vec<T> s = sigmoid<T>(saved);
     return s * (saved * (one - s) + one);
@@ -77,7 +77,7 @@ template <class T, int64_t code>
 NNARCH_INLINE Vec<T> activate_grad_grad_as(Vec<T> saved, T) {
   const Vec<T> zero{}, one = zero + T(1);
   if constexpr (code == kHardswish)
-    return (saved > zero - T(3)) & (saved < zero + T(3)) ? zero + T(1.0 / 3) : zero;
+    return ((saved > zero - T(3)) & (saved < zero + T(3))) ? zero + T(1.0 / 3) : zero;
   if constexpr (code == kSilu) {
     const Vec<T> s = sigmoid<T>(saved);
     return s * (one - s) * (saved * (one - s * T(2)) + T(2));

@@ -31,8 +31,9 @@ Tensor new_strided(const IntList& sizes, const IntList& strides, ScalarType type
     }
     return Tensor(handle);
   }
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype, cpu, 0, &handle));
+  if (aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype, cpu, 0, &handle))
+    throw std::runtime_error("not enough memory: a tensor of " + std::to_string(bytes) +
+                             " bytes is needed");
   Tensor result(handle);
   if (bytes >= (int64_t{4} << 20)) prefer_huge_pages(result.data_ptr(), bytes);
   return result;

@@ -27,11 +27,21 @@ void require(bool holds, const char* message) {
     throw std::runtime_error(message);
 }
 
+// Python puts the operation's name before it (nnarch/library.py).
+constexpr const char* kSizeOverflow = "size overflows int64";
+
 // a*b where both are sizes; throws where the product leaves int64.
 inline int64_t checked_product(int64_t a, int64_t b) {
   int64_t product;
-  if (__builtin_mul_overflow(a, b, &product)) throw std::runtime_error("size overflows int64");
+  if (__builtin_mul_overflow(a, b, &product)) throw std::runtime_error(kSizeOverflow);
   return product;
+}
+
+// a+b likewise.
+inline int64_t checked_sum(int64_t a, int64_t b) {
+  int64_t sum;
+  if (__builtin_add_overflow(a, b, &sum)) throw std::runtime_error(kSizeOverflow);
+  return sum;
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -119,14 +129,17 @@ Tensor as_contiguous(const Tensor& t);
 // The result of a channels_last computation in the memory format of `like`.
 Tensor in_format_of(const Tensor& result, const Tensor& like);
 
-// A vector of `count` elements, dense. (layout.cpp)
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.data_ptr());
-}
 template <class T>
 T* mutable_data(const Tensor& t) {
-  return static_cast<T*>(t.data_ptr());
+  void* memory = t.data_ptr();
+  // Sharded training frees the storage of parameters that it has sent away.
+  if (!memory && t.numel() > 0) [[unlikely]]
+    throw std::runtime_error("a tensor's memory has been freed (its storage has size 0)");
+  return static_cast<T*>(memory);
+}
+template <class T>
+const T* data(const Tensor& t) {
+  return mutable_data<T>(t);
 }
 
 // The algorithm that ran last on this thread, for nnarch.trace(): a string literal.

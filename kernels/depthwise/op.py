@@ -17,6 +17,7 @@ from nnarch.kernels.conv2d.geometry import check_conv, output_size
 from nnarch.kernels.depthwise import reference
 from nnarch.kernels.epilogue import (
     check_epilogue,
+    check_packed,
     check_same,
     check_tensor,
     epilogue_backward,
@@ -48,6 +49,7 @@ def _check(
     check_epilogue(
         "depthwise_conv2d", x, size, size[1], residual, bias=bias, scale=scale, shift=shift
     )
+    check_packed("depthwise_conv2d", packed, x)
     if packed is not None:
         _check_packed(packed, weight)
 

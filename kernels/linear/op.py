@@ -16,6 +16,7 @@ from nnarch import library
 from nnarch.kernels.activation import kinds
 from nnarch.kernels.epilogue import (
     check_epilogue,
+    check_packed,
     check_same,
     check_tensor,
     epilogue_backward,
@@ -53,6 +54,7 @@ def _check(
         )
     size, k = (*x.shape[:-1], weight.shape[0]), weight.shape[0]
     check_epilogue("linear", x, size, k, residual, bias=bias, scale=scale, shift=shift)
+    check_packed("linear", packed, x)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -102,6 +104,12 @@ linear_op = library.declare(
 )
 
 
+def _check_pack(weight: Tensor) -> None:
+    check_tensor("linear_pack", "weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"linear_pack: weight must be 2-D, got shape {tuple(weight.shape)}")
+
+
 def _fake_pack(weight: Tensor) -> Tensor:
     return weight.new_empty(torch.library.get_ctx().new_dynamic_size())
 
@@ -110,6 +118,7 @@ pack = library.declare(
     "linear_pack(Tensor weight) -> Tensor",
     reference=reference.linear_pack,
     fake=_fake_pack,
+    check=_check_pack,
     gpu=f"{_GPU}:linear_pack",
 )
 

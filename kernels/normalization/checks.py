@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from nnarch.kernels.activation import kinds
+from nnarch.library import check_device, check_same, check_tensor
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -103,10 +104,7 @@ def batch_norm_backward_backward(
 
 def has_channels(op: str, name: str, x: Tensor) -> None:
     """A floating-point tensor with a dimension 1."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: {name} must be floating point, got {x.dtype}")
+    check_tensor(op, name, x)
     if x.dim() < 2:
         raise ValueError(f"{op}: {name} must be [N, C, ...], got shape {tuple(x.shape)}")
 
@@ -115,6 +113,8 @@ def per_channel(op: str, name: str, value: Tensor | None, x: Tensor) -> None:
     """[C], in x's dtype or, beside a half type, in float32."""
     if value is None:
         return
+    check_tensor(op, name, value)
+    check_device(op, name, value, x, of="the input")
     if value.shape != x.shape[1:2]:
         raise ValueError(
             f"{op}: {name} must have shape {tuple(x.shape[1:2])}, one number per channel, "
@@ -128,18 +128,18 @@ def alike(op: str, name: str, value: Tensor | None, x: Tensor, of: str = "x") ->
     """The shape and dtype of x."""
     if value is None:
         return
+    check_tensor(op, name, value)
     if value.shape != x.shape:
         raise ValueError(
             f"{op}: {name} must have the shape of {of}, {tuple(x.shape)}, got {tuple(value.shape)}"
         )
-    if value.dtype != x.dtype:
-        raise TypeError(f"{op}: {name} must be {x.dtype} as {of}, got {value.dtype}")
+    check_same(op, name, value, x, of)
 
 
 def enough_values(x: Tensor) -> None:
     """More than one value per channel: a single one has no variance."""
     has_channels("batch_norm", "input", x)
-    if x.numel() == x.shape[1]:
+    if x.numel() == x.shape[1] > 0:
         raise ValueError(
             "batch_norm: expected more than 1 value per channel when training, "
             f"got input shape {tuple(x.shape)}"
@@ -151,6 +151,15 @@ def running_statistics(x: Tensor, mean: Tensor | None, var: Tensor | None) -> No
     has_channels("batch_norm", "input", x)
     per_channel("batch_norm", "running_mean", mean, x)
     per_channel("batch_norm", "running_var", var, x)
+
+
+def numbers(momentum: float, eps: float, training: bool) -> None:
+    """Real numbers, eps positive in training (as torch asks)."""
+    for name, value in (("momentum", momentum), ("eps", eps)):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"batch_norm: {name} must be a number, got {value!r}")
+    if training and not eps > 0:
+        raise ValueError(f"batch_norm: eps must be positive in training, got {eps}")
 
 
 def _known(op: str, code: int) -> None:

@@ -268,6 +268,7 @@ def batch_norm(
     Source: Ioffe and Szegedy, 2015, Batch Normalization.
     """
     code, alpha = kinds.encode(activation, "batch_norm")
+    checks.numbers(momentum, eps, training)
     if not training:
         scale, shift = _folded(running_mean, running_var, weight, bias, eps, input)
         return affine(input, scale, shift, residual, code, alpha)
@@ -280,7 +281,7 @@ def batch_norm(
         input, weight, bias, residual, eps, kinds.NONE if split else code, alpha
     )
     if running_mean is not None or running_var is not None:
-        count = input.numel() // input.shape[1]
+        count = input.numel() // max(input.shape[1], 1)
         _update_running(running_mean, running_var, mean, invstd, momentum, eps, count)
     return activation_op(y, code, alpha) if split else y
 

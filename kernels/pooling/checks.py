@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnarch.library import check_tensor
+
 Pair = tuple[int, int]
 
 _LIMIT = 2**31  # of windows' arguments: products of two stay inside int64
@@ -35,9 +37,7 @@ def tensor(op: str, x: Any, name: str = "input") -> None:
 
 def image(op: str, x: Tensor, name: str = "input") -> None:
     """A floating-point [N, C, H, W] of which only N may be 0."""
-    tensor(op, x, name)
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: {name} must be floating point, got {x.dtype}")
+    check_tensor(op, name, x)
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(
             f"{op}: {name} must be [C, H, W] or [N, C, H, W], with no size but N being 0, "
@@ -192,8 +192,7 @@ def _indices(op: str, indices: Tensor, input_size: Sequence[int]) -> None:
 
 
 def _gradient(op: str, grad: Tensor, input_size: Sequence[int]) -> None:
-    if not grad.is_floating_point():
-        raise TypeError(f"{op}: grad must be floating point, got {grad.dtype}")
+    check_tensor(op, "grad", grad)
     if len(input_size) != 4 or grad.dim() != 4 or tuple(input_size[:2]) != tuple(grad.shape[:2]):
         raise ValueError(
             f"{op}: input_size must be (N, C, H, W) with grad's N and C, {tuple(grad.shape)}, "
