@@ -224,7 +224,7 @@ def run_without_native(op: Op, gpu: bool, args: tuple[Any, ...]) -> tuple[str, A
     Returns:
         The name of the backend that ran, and the result.
     """
-    why = native_error or "no kernel for this device"
+    why = "no GPU kernel" if gpu else native_error or "no native kernel"
     if gpu and op.gpu is not None:
         try:
             return op.gpu_backend, op.implementation(op.gpu_backend)(*args)

@@ -1,8 +1,16 @@
-"""Arguments for every operation of `library.OPS`: what tests of the dispatch itself run on."""
+"""Arguments for every operation of `library.OPS`: what tests of the dispatch itself run on.
+
+A new operation brings them in its own test file, tests/kernels/test_<family>.py:
+
+    SAMPLES = {"channel_shuffle": lambda: [(torch.randn(2, 6, 3, 5), 3)]}
+"""
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -176,10 +184,23 @@ def all_ops() -> list[str]:
 
 def samples(name: str) -> list[tuple[Any, ...]]:
     """Positional arguments for several calls of an operation."""
-    if name not in _SAMPLES:
-        raise KeyError(f"nnarch::{name} has no sample arguments: add some to tests/op_samples.py")
+    make = _SAMPLES.get(name) or _samples_of_test_files().get(name)
+    if make is None:
+        raise KeyError(
+            f"nnarch::{name} has no sample arguments: tests/kernels/test_<family>.py needs "
+            f'SAMPLES = {{"{name}": lambda: [(argument, ...), ...]}}'
+        )
     torch.manual_seed(1)
-    return _SAMPLES[name]()
+    return make()
+
+
+@functools.cache
+def _samples_of_test_files() -> dict[str, Callable[[], list[tuple[Any, ...]]]]:
+    found: dict[str, Callable[[], list[tuple[Any, ...]]]] = {}
+    for path in sorted((Path(__file__).parent / "kernels").glob("test_*.py")):
+        if "SAMPLES" in path.read_text("utf-8"):
+            found |= importlib.import_module(path.stem).SAMPLES
+    return found
 
 
 def run(name: str, *args: Any) -> Any:
