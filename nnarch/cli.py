@@ -139,6 +139,7 @@ def doctor() -> None:
         console.print(f"[bold]{title}[/]")
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True, min_width=24)
+        table.add_column(overflow="fold")  # a path is shown to its end
         for what, state in rows:
             table.add_row(f"  {what}", state)
         console.print(table)

@@ -47,17 +47,38 @@ def _as_rgb(image: Image.Image | np.ndarray) -> Image.Image:
                 "imagenet_input: image must be a uint8 array [H, W, 3] or [H, W], "
                 f"got {image.dtype} {list(image.shape)}"
             )
-        return Image.fromarray(image).convert("RGB")
+        image = Image.fromarray(image)
+    return as_rgb(image)
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """As 8-bit RGB. 16-bit grey levels are scaled; Pillow by itself cuts them off at 255."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        levels = np.asarray(image)
+        image = Image.fromarray((levels >> 8 if levels.max() > 255 else levels).astype(np.uint8))
     return image.convert("RGB")
+
+
+_LONGEST = 32  # times the shorter side: a strip of one pixel's height would fill the memory
 
 
 def _shorter_side(image: Image.Image, size: int) -> Image.Image:
     """Resized so that the shorter side has `size` pixels; the longer one is rounded down."""
     width, height = image.size
     short, long = sorted(image.size)
+    if long > _LONGEST * short:  # only the centre counts
+        image = image.crop(_middle(width, height, _LONGEST * short))
+        width, height = image.size
+        long = _LONGEST * short
     longer = int(size * long / short)
     target = (size, longer) if width <= height else (longer, size)
     return image.resize(target, Image.Resampling.BILINEAR)
+
+
+def _middle(width: int, height: int, longest: int) -> tuple[int, int, int, int]:
+    """The box that keeps `longest` pixels of the longer side."""
+    left, top = max(0, width - longest) // 2, max(0, height - longest) // 2
+    return (left, top, left + min(width, longest), top + min(height, longest))
 
 
 def _centre(image: Image.Image, size: int) -> Image.Image:

@@ -122,12 +122,19 @@ def print_rows(rows: Sequence[Row], console: Console) -> None:
 def print_groups(rows: Iterable[Row], console: Console) -> None:
     """One table per group."""
     for group, cases in cases_of(rows):
-        console.print(_group_table(group, cases))
+        _print_whole(_group_table(group, cases), console)
+
+
+def _print_whole(table: Table, console: Console) -> None:
+    """A table at its full width: where that is too much, lines wrap, but no number is cut off."""
+    wide = console.options.update(width=1000)
+    width = max(console.width, console.measure(table, options=wide).maximum)
+    console.print(table, width=width, crop=False, no_wrap=True, overflow="ignore")
 
 
 def print_summary(rows: Sequence[Row], console: Console) -> None:
     """What all groups share: first calls, who got no time and why, the protocol, the verdict."""
-    console.print(_first_call_table(rows))
+    _print_whole(_first_call_table(rows), console)
     for note in notes(rows):
         console.print(note, style="yellow", highlight=False, markup=False)
     console.print(PROTOCOL, style="dim", highlight=False)

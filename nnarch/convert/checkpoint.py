@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -123,8 +123,14 @@ def _read_safetensors(path: Path) -> Any:
 def _read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
+    except OSError:
+        raise
+    except Exception as error:  # foreign bytes raise anything in an unpickler
+        # torch's own message is pages long, and tells people to load unsafely.
+        foreign = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        reason = "it is damaged, or was not written by torch.save"
+        if foreign:
+            reason = f"it holds a {foreign[1]}; save model.state_dict() alone"
         raise ValueError(
             f"read_checkpoint: {path.name} cannot be read as weights only: {reason}"
         ) from error

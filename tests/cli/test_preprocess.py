@@ -50,3 +50,17 @@ def test_array_equals_image():
 def test_bad_input(image, options, names):
     with pytest.raises(ValueError, match=rf"imagenet_input: {names}"):
         imagenet_input(image, **options)
+
+
+def test_sixteen_bit_grey_is_scaled():
+    grey = np.asarray(_noise(50, 40, "L"))
+    wide = Image.fromarray(grey.astype(np.uint16) * 257)
+    assert torch.equal(imagenet_input(wide), imagenet_input(Image.fromarray(grey)))
+
+
+@pytest.mark.parametrize("size", [(100_000, 1), (1, 100_000)])
+def test_a_strip_keeps_its_centre(size):
+    image = Image.new("RGB", size, "white")
+    image.paste("black", (0, 0, *(n // 4 + 1 for n in size)))
+    white = imagenet_input(Image.new("RGB", (9, 9), "white"))
+    assert torch.equal(imagenet_input(image), white)
