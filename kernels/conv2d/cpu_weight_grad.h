@@ -39,6 +39,9 @@ struct GradView {
 
 // Adds the block of `count` positions from `first` on to sums[k][tap][c]; `rows` points to the
 // image at every position and tap, `depth` values each.
+//
+// In the terms of cpu/gemm.h: a row of A is one output channel over the block's positions, so grad
+// is transposed; a row of B is one position, so the image rows are packed into panels.
 template <class T, class Rows>
 void add_position_block(const GradView<T>& grad, Rows& rows, int64_t taps, int64_t depth,
                         int64_t first, int64_t count, T* sums) {
@@ -61,17 +64,17 @@ void add_position_block(const GradView<T>& grad, Rows& rows, int64_t taps, int64
       for (int64_t j = 0; j < columns; j += nr)
         table.pack_rows(rows.get() + tap * rows.stride(), c + j, count, std::min(nr, columns - j),
                         panels.get() + j * count);
-      table.run({a.get(),
-                 0,
-                 1,
-                 count,
-                 panels.get(),
-                 sums + tap * depth + c,
-                 offsets.get(),
-                 grad.k,
-                 columns,
-                 true,
-                 {}});
+      table.run({.rows = a.get(),
+                 .row_stride = 0,
+                 .taps = 1,
+                 .depth = count,
+                 .b = panels.get(),
+                 .c = sums + tap * depth + c,
+                 .c_offset = offsets.get(),
+                 .m = grad.k,
+                 .n = columns,
+                 .accumulate = true,
+                 .epilogue = {}});
     }
   }
 }

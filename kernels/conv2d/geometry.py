@@ -33,6 +33,8 @@ def output_size(
 
 def two(value: Any) -> Any:
     """A number, or a sequence of one, twice; anything else as it is: the checks explain it."""
+    if isinstance(value, int):
+        return value, value
     if isinstance(value, Sequence):
         return tuple(value) * 2 if len(value) == 1 else value
     try:

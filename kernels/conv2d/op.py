@@ -223,20 +223,18 @@ def conv2d(
             activation=activation, packed=packed,
         )  # fmt: skip
         return y.squeeze(0)
-    if type(stride) is not tuple or len(stride) == 1:
-        stride = two(stride)
-    if type(dilation) is not tuple or len(dilation) == 1:
-        dilation = two(dilation)
+    steps = stride if type(stride) is tuple and len(stride) == 2 else two(stride)
+    gaps = dilation if type(dilation) is tuple and len(dilation) == 2 else two(dilation)
     if type(padding) is tuple and len(padding) == 4:
         pads = padding
     else:
-        pads = padding_of(padding, weight, stride, dilation)
+        pads = padding_of(padding, weight, steps, gaps)
     if groups != 1 and is_depthwise(x, weight, groups):
         from nnarch.kernels.depthwise.op import depthwise_op
 
-        run, geometry = depthwise_op, (stride, pads, dilation)
+        run, geometry = depthwise_op, (steps, pads, gaps)
     else:
-        run, geometry = conv2d_op, (stride, pads, dilation, groups)
+        run, geometry = conv2d_op, (steps, pads, gaps, groups)
     if (code or scale is not None) and must_split(code, x, weight, bias, scale, shift, residual):
         from nnarch.kernels.normalization.op import affine
 

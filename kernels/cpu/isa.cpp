@@ -9,9 +9,13 @@ namespace {
 
 bool supported(Isa set) {
 #ifdef NNARCH_X86
-  if (set == Isa::avx2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  // What the flags in CMakeLists.txt let the compiler emit; a virtual machine may hide any of it.
+  // (F16C, also among them, is emitted for half types only, which no kernel has.)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                    __builtin_cpu_supports("bmi2");
+  if (set == Isa::avx2) return avx2;
   if (set == Isa::avx512)
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
   return set == Isa::generic;

@@ -83,7 +83,7 @@ def page(rows: Sequence[Row], host: Machine | None, roofs: Sequence[Roof] = ()) 
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>nnarch benchmarks: {escape(name)}</title><style>{_STYLE}</style></head>"
         "<body><main><h1>nnarch benchmarks</h1>"
-        f"<p class='quiet'>{escape(name)} · {escape(stamp)}"
+        f"<p class='quiet'>{escape(name)} · {escape(stamp[:16].replace('T', ' '))}"
         f"{' · commit ' + escape(commits) if commits else ''}</p>"
         f"<p>{escape(verdict(rows))}</p><p class='quiet'>{escape(PROTOCOL)}</p>"
         f"{''.join(sections)}</main></body></html>\n"
@@ -99,7 +99,10 @@ def _machine_section(host: Machine, roofs: Sequence[Roof]) -> str:
         "processor": host.cpu,
         "cores": str(host.cores),
         "instruction set": host.isa,
-        "caches": ", ".join(f"{name} {size >> 10} KiB" for name, size in host.caches.items()),
+        "caches": ", ".join(
+            f"{name} {size >> 20} MiB" if size >= 1 << 20 else f"{name} {size >> 10} KiB"
+            for name, size in host.caches.items()
+        ),
         "memory": f"{host.memory / (1 << 30):.0f} GiB" if host.memory else "",
         "system": host.system,
         "torch": host.torch,

@@ -127,9 +127,11 @@ def print_groups(rows: Iterable[Row], console: Console) -> None:
 
 def _print_whole(table: Table, console: Console) -> None:
     """A table at its full width: where that is too much, lines wrap, but no number is cut off."""
+    kept = console.width
     wide = console.options.update(width=1000)
-    width = max(console.width, console.measure(table, options=wide).maximum)
-    console.print(table, width=width, crop=False, no_wrap=True, overflow="ignore")
+    console.width = max(kept, console.measure(table, options=wide).maximum)
+    console.print(table)
+    console.width = kept
 
 
 def print_summary(rows: Sequence[Row], console: Console) -> None:

@@ -138,6 +138,12 @@ def test_losses_and_missing_peers_are_in_the_tables(rows):
     assert "0 of 3 nnarch rows meet their must: conv 0/2, linear 0/1." in text
 
 
+def test_a_narrow_terminal_cuts_off_no_number(rows):
+    console = Console(width=60, file=io.StringIO())
+    tables.print_rows(rows, console)
+    assert "…" not in console.file.getvalue() and console.width == 60
+
+
 @pytest.mark.parametrize(
     "value, text",
     [(0.01234, "0.0123"), (4.561, "4.56"), (45.61, "45.6"), (1230.4, "1230"), (float("nan"), "–")],
