@@ -131,7 +131,7 @@ def _print_classes(image: Path, classes: Sequence[tuple[str, float]]) -> None:
 def doctor() -> None:
     """Show what runs on this machine, and why the rest does not.
 
-    Ends with code 1 where the native CPU kernels are missing.
+    Ends with code 1 where the native CPU kernels are missing or cannot run.
     """
     from nnarch import doctor as job
 

@@ -17,8 +17,8 @@ _PACKAGES = ("triton", "numba-cuda", "cupy", "onnxruntime", "openvino", "scikit-
 
 
 def healthy() -> bool:
-    """Whether the native CPU kernels are built and load."""
-    return library.native is not None
+    """Whether the native CPU kernels are built, load, and run on this CPU."""
+    return library.native is not None and isa() != ""
 
 
 def sections() -> Iterator[tuple[str, list[tuple[str, str]]]]:
@@ -73,7 +73,7 @@ def _native() -> list[tuple[str, str]]:
     lacking = [name for name in names if not library.OPS[name].has_native]
     return [
         ("file", str(library.native._name)),
-        ("instruction set", f"{isa()} ({origin})"),
+        ("instruction set", f"{isa() or 'none of this CPU'} ({origin})"),
         ("operations", f"{len(names) - len(lacking)} of {len(names)}"),
         *([("on the reference instead", ", ".join(lacking))] if lacking else []),
     ]

@@ -44,6 +44,8 @@ def _load_native() -> tuple[ctypes.CDLL | None, str]:
                 return ctypes.CDLL(os.fspath(path)), ""
             except OSError as error:
                 return None, f"{path.name} does not load: {error}"
+    if override:
+        return None, f"the native library is not built: NNARCH_LIBRARY={override} is no file"
     return None, "the native library is not built (pip install . builds it)"
 
 
