@@ -28,14 +28,15 @@ void copy_padded_rows(const Tensor& x, int64_t image, int64_t y, int64_t rows, c
                       int64_t width, T* dst) {
   const T* plane = data<T>(x) + image * x.stride(0);
   const int64_t sc = x.stride(1), sh = x.stride(2), sw = x.stride(3);
-  const int64_t inside = std::min(p.w, width - p.left);
+  // A kernel that steps over the image may end inside its left padding: `width` covers no more.
+  const int64_t left = std::min(p.left, width), inside = std::min(p.w, width - left);
   for (int64_t i = 0; i < rows; ++i, ++y, dst += width * p.c) {
     if (y < 0 || y >= p.h) {
       std::memset(dst, 0, static_cast<size_t>(width * p.c) * sizeof(T));
       continue;
     }
-    std::fill_n(dst, p.left * p.c, T{0});
-    T* row = dst + p.left * p.c;
+    std::fill_n(dst, left * p.c, T{0});
+    T* row = dst + left * p.c;
     const T* from = plane + y * sh;
     if (sc == 1 && sw == p.c) {
       std::memcpy(row, from, static_cast<size_t>(inside * p.c) * sizeof(T));

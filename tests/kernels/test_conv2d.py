@@ -495,3 +495,14 @@ def test_input_and_weight_one_tensor():
     (mine,) = torch.autograd.grad(F.conv2d(t, t, padding=1).sum(), t)
     (theirs,) = torch.autograd.grad(TF.conv2d(t, t, padding=1).sum(), t)
     torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("channels", [3, 16])
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_an_output_that_sees_padding_alone(channels, format):
+    """The only column of the output ends left of the image."""
+    x = torch.ones(2, channels, 5, 1).to(memory_format=format).requires_grad_()
+    weight = torch.ones(8, channels, 5, 5).requires_grad_()
+    y = F.conv2d(x, weight, stride=5, padding=(0, 8, 0, 0))
+    y.sum().backward()
+    assert y.count_nonzero() == x.grad.count_nonzero() == weight.grad.count_nonzero() == 0
