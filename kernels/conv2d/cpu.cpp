@@ -22,12 +22,12 @@ std::vector<Tap> forward_taps(const ConvShape& p) {
 // The weight of one group with output channels as columns.
 template <class T>
 WeightView<T> forward_weight(const Tensor& weight, const ConvShape& p, int64_t group) {
-  WeightView<T> view{data<T>(weight) + group * p.group_k() * weight.stride(0),
-                     p.group_k(),
-                     p.group_c(),
-                     weight.stride(0),
-                     weight.stride(1),
-                     {}};
+  WeightView<T> view{.data = data<T>(weight) + group * p.group_k() * weight.stride(0),
+                     .columns = p.group_k(),
+                     .depth = p.group_c(),
+                     .column_stride = weight.stride(0),
+                     .depth_stride = weight.stride(1),
+                     .tap_offset = {}};
   for (int64_t r = 0; r < p.r; ++r)
     for (int64_t s = 0; s < p.s; ++s)
       view.tap_offset.push_back(r * weight.stride(2) + s * weight.stride(3));
@@ -44,12 +44,22 @@ void pack_groups(const Tensor& weight, const ConvShape& p, T* dst) {
 // The image of a forward convolution as seen by one group.
 template <class T>
 GridImage<T> forward_image(const T* x, const ConvShape& p, int64_t group) {
+  GridImage<T> image{.data = x + group * p.group_c(),
+                     .h = p.h,
+                     .w = p.w,
+                     .pixel = p.c,
+                     .n = p.n,
+                     .grid_h = p.oh,
+                     .grid_w = p.ow,
+                     .step_y = p.stride_h,
+                     .step_x = p.stride_w,
+                     .taps = forward_taps(p),
+                     .depth = p.group_c()};
   if (p.pointwise()) {  // every pixel for itself: one long row
-    const int64_t pixels = p.n * p.h * p.w;
-    return {x + group * p.group_c(), 1, pixels, p.c, 1, 1, pixels, 1, 1, {{0, 0}}, p.group_c()};
+    image.h = image.grid_h = image.n = 1;
+    image.w = image.grid_w = p.n * p.h * p.w;
   }
-  return {x + group * p.group_c(), p.h,        p.w, p.c, p.n, p.oh, p.ow, p.stride_h, p.stride_w,
-          forward_taps(p),         p.group_c()};
+  return image;
 }
 
 template <class T>
@@ -74,8 +84,8 @@ Tensor conv2d_pack(const Tensor& weight_in, int64_t groups) {
   require(weight.dim() == 4 && groups > 0 && weight.size(0) % groups == 0,
           "conv2d_pack: weight must be 4-D and groups must divide its first size");
   const IntList size = sizes_of(weight);
-  ConvShape p{0, size[1] * groups, 0, 0, size[0], size[2], size[3], 1, 1, 0, 0, 0, 0, 1,
-              1, groups,           0, 0};
+  ConvShape p{};  // packing asks for nothing but the weight's sizes
+  p.c = size[1] * groups, p.k = size[0], p.r = size[2], p.s = size[3], p.groups = groups;
   return with_scalar_type(weight.scalar_type(), "conv2d_pack", [&](auto scalar) {
     using T = decltype(scalar);
     const int64_t each = packed_size<T>(p.group_k(), p.taps(), p.group_c());
@@ -143,23 +153,23 @@ std::vector<Phase> phases(int64_t size, int64_t stride, int64_t pad, int64_t ker
 template <class T>
 void input_grad_phase(const T* grad, const Tensor& weight, T* dx, const ConvShape& p, int64_t group,
                       const Phase& rows, const Phase& columns) {
-  GridImage<T> image{grad + group * p.group_k(),
-                     p.oh,
-                     p.ow,
-                     p.k,
-                     p.n,
-                     rows.count,
-                     columns.count,
-                     1,
-                     1,
-                     {},
-                     p.group_k()};
-  WeightView<T> view{data<T>(weight) + group * p.group_k() * weight.stride(0),
-                     p.group_c(),
-                     p.group_k(),
-                     weight.stride(1),
-                     weight.stride(0),
-                     {}};
+  GridImage<T> image{.data = grad + group * p.group_k(),
+                     .h = p.oh,
+                     .w = p.ow,
+                     .pixel = p.k,
+                     .n = p.n,
+                     .grid_h = rows.count,
+                     .grid_w = columns.count,
+                     .step_y = 1,
+                     .step_x = 1,
+                     .taps = {},
+                     .depth = p.group_k()};
+  WeightView<T> view{.data = data<T>(weight) + group * p.group_k() * weight.stride(0),
+                     .columns = p.group_c(),  // the channels of the input
+                     .depth = p.group_k(),
+                     .column_stride = weight.stride(1),
+                     .depth_stride = weight.stride(0),
+                     .tap_offset = {}};
   for (size_t i = 0; i < rows.taps.size(); ++i)
     for (size_t j = 0; j < columns.taps.size(); ++j) {
       image.taps.push_back({rows.offset[i], columns.offset[j]});

@@ -122,8 +122,18 @@ void stem_forward(const Tensor& x, const T* packed, T* y, const ConvShape& p,
     rows.build(first, count);
     Scratch<int64_t> offsets(count);
     for (int64_t i = 0; i < count; ++i) offsets[i] = (first + i) * p.k;
-    gemm<T>().run({rows.get(), rows.stride(), p.r, p.s * p.c, packed, y, offsets.get(), count, p.k,
-                   false, epilogue, nullptr, nullptr, 1, stream});
+    gemm<T>().run({.rows = rows.get(),
+                   .row_stride = rows.stride(),
+                   .taps = p.r,
+                   .depth = p.s * p.c,
+                   .b = packed,
+                   .c = y,
+                   .c_offset = offsets.get(),
+                   .m = count,
+                   .n = p.k,
+                   .accumulate = false,
+                   .epilogue = epilogue,
+                   .stream = stream});
   });
 }
 

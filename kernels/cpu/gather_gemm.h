@@ -68,10 +68,21 @@ void gather_gemm(const GridImage<T>& image, const T* b, int64_t columns, T* c,
       int64_t at = run.image * out.image_step + run.gy * out.row_step + run.gx * out.column_step;
       for (int64_t i = row; i < row + run.count; ++i, at += out.column_step) offsets[i] = at;
     });
-    table.run({rows.get(), rows.stride(), taps, image.depth, b + column * taps * image.depth,
-               c + column, offsets.get(), count, std::min(block.columns, columns - column), false,
-               epilogue.from_channel(column), rows.zeros(), order.segment_end(), order.segments(),
-               stream});
+    table.run({.rows = rows.get(),
+               .row_stride = rows.stride(),
+               .taps = taps,
+               .depth = image.depth,
+               .b = b + column * taps * image.depth,
+               .c = c + column,
+               .c_offset = offsets.get(),
+               .m = count,
+               .n = std::min(block.columns, columns - column),
+               .accumulate = false,
+               .epilogue = epilogue.from_channel(column),
+               .zeros = rows.zeros(),
+               .segment_end = order.segment_end(),
+               .segments = order.segments(),
+               .stream = stream});
   });
 }
 

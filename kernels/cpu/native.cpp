@@ -8,7 +8,9 @@
 
 // GCC's <memory> asks glibc >= 2.32 for this variable, and torch's own wheels run on 2.28. With one
 // of our own, which says "there are threads", the library loads there too.
-extern "C" __attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+extern "C" {
+__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+}
 
 #define NNARCH_EXPORT extern "C" __attribute__((visibility("default")))
 

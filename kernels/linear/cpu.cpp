@@ -79,8 +79,18 @@ void pack_and_multiply(const Rows& x, const Tensor& w, T* y, const Epilogue<T>& 
       rows[i] = data<T>(x.tensor) + i * x.stride;
       offsets[i] = i * view.columns;
     }
-    table.run({rows.get(), 0, 1, view.depth, packed.get(), y + first, offsets.get(), x.m, n, false,
-               epilogue.from_channel(first), nullptr, nullptr, 1, stream});
+    table.run({.rows = rows.get(),
+               .row_stride = 0,
+               .taps = 1,
+               .depth = view.depth,
+               .b = packed.get(),
+               .c = y + first,
+               .c_offset = offsets.get(),
+               .m = x.m,
+               .n = n,
+               .accumulate = false,
+               .epilogue = epilogue.from_channel(first),
+               .stream = stream});
   });
 }
 
