@@ -213,32 +213,34 @@ template <class T>
 void unpack_weight_grad(const T* sums, const ConvShape& p, T* dw) {
   const int64_t taps = p.taps(), c = p.group_c();
   parallel_tasks(p.group_k(), [&](int64_t k) {
-    const T* from = sums + k * taps * c;
-    T* to = dw + k * taps * c;
-    for (int64_t i = 0; i < c; ++i)
-      for (int64_t tap = 0; tap < taps; ++tap) to[i * taps + tap] = from[tap * c + i];
+    transpose_fn<T>()(sums + k * taps * c, c, dw + k * taps * c, taps, taps, c);
   });
 }
 
 template <class T>
+void weight_grad_group(const Tensor& grad, const Tensor& x, const ConvShape& p, int64_t group,
+                       T* sums) {
+  const GradView<T> view{data<T>(grad) + group * p.group_k(), p.k, p.n * p.oh * p.ow, p.group_k()};
+  if (stem_serves(p))
+    return weight_grad<T>(
+        view, p.r, p.s * p.c, [&] { return StemRows<T>(x, p, WeightGradPlan::positions); }, sums);
+  const GridImage<T> image = forward_image<T>(data<T>(x), p, group);
+  weight_grad<T>(
+      view, p.taps(), p.group_c(), [&] { return TapRows<T>(image, WeightGradPlan::positions); },
+      sums);
+}
+
+template <class T>
 void weight_grad_groups(const Tensor& grad, const Tensor& x_in, const ConvShape& p, T* dw) {
-  const int64_t each = p.group_k() * p.taps() * p.group_c(), positions = p.n * p.oh * p.ow;
-  Scratch<T> sums(each);
-  if (stem_serves(p)) {
-    set_algorithm("stem_weight_grad");
-    weight_grad<T>(
-        {data<T>(grad), p.k, positions, p.k}, p.r, p.s * p.c,
-        [&] { return StemRows<T>(x_in, p, WeightGradPlan::positions); }, sums.get());
-    return unpack_weight_grad(sums.get(), p, dw);
-  }
-  set_algorithm("weight_grad_gemm");
-  const Tensor x = as_channels_last(x_in);
+  const bool stem = stem_serves(p);
+  set_algorithm(stem ? "stem_weight_grad" : "weight_grad_gemm");
+  const Tensor x = stem ? x_in : as_channels_last(x_in);
+  const int64_t each = p.group_k() * p.taps() * p.group_c();
+  const bool in_place = p.taps() == 1;  // then sums have the order of dw
+  Scratch<T> sums(in_place ? 0 : each);
   for (int64_t g = 0; g < p.groups; ++g) {
-    const GridImage<T> image = forward_image<T>(data<T>(x), p, g);
-    weight_grad<T>(
-        {data<T>(grad) + g * p.group_k(), p.k, positions, p.group_k()}, p.taps(), p.group_c(),
-        [&] { return TapRows<T>(image, WeightGradPlan::positions); }, sums.get());
-    unpack_weight_grad(sums.get(), p, dw + g * each);
+    weight_grad_group<T>(grad, x, p, g, in_place ? dw + g * each : sums.get());
+    if (!in_place) unpack_weight_grad(sums.get(), p, dw + g * each);
   }
 }
 

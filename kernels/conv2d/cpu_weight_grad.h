@@ -23,7 +23,7 @@ struct WeightGradPlan {
 
   WeightGradPlan(int64_t k, int64_t weights_per_k, int64_t position_blocks) {
     constexpr int64_t wanted_tasks = 8, partial_limit = int64_t{4} << 20;  // elements
-    k_block = std::min<int64_t>(k, 192);
+    k_block = ceil_div(k, ceil_div(k, 192));
     splits = std::clamp<int64_t>(wanted_tasks / ceil_div(k, k_block), 1, position_blocks);
     splits =
         std::clamp<int64_t>(partial_limit / std::max<int64_t>(1, k * weights_per_k), 1, splits);
@@ -37,16 +37,16 @@ struct GradView {
   int64_t stride, positions, k;
 };
 
-// Adds the block of `count` positions from `first` on to sums[k][tap][c]; `rows` points to the
-// image at every position and tap, `depth` values each.
+// The product over `count` positions from `first` on, put in or added to sums[k][tap][c]; `rows`
+// points to the image at every position and tap, `depth` values each.
 //
 // In the terms of cpu/gemm.h: a row of A is one output channel over the block's positions, so grad
 // is transposed; a row of B is one position, so the image rows are packed into panels.
 template <class T, class Rows>
-void add_position_block(const GradView<T>& grad, Rows& rows, int64_t taps, int64_t depth,
-                        int64_t first, int64_t count, T* sums) {
+void position_block(const GradView<T>& grad, Rows& rows, int64_t taps, int64_t depth, int64_t first,
+                    int64_t count, bool add, T* sums) {
   const GemmTable<T>& table = gemm<T>();
-  const int64_t lda = WeightGradPlan::positions, nr = table.nr;
+  const int64_t lda = WeightGradPlan::positions + 16, nr = table.nr;
   Scratch<T> grad_t(grad.k * lda);
   transpose_fn<T>()(grad.data + first * grad.stride, grad.stride, grad_t.get(), lda, count, grad.k);
   Scratch<const T*> a(grad.k);
@@ -73,39 +73,44 @@ void add_position_block(const GradView<T>& grad, Rows& rows, int64_t taps, int64
                  .c_offset = offsets.get(),
                  .m = grad.k,
                  .n = columns,
-                 .accumulate = true,
+                 .accumulate = add,
                  .epilogue = {}});
     }
   }
 }
 
 // sums[k][tap][depth]; make_rows() gives the row pointers of one task, as TapRows and StemRows do.
+// The first of several ranges of positions sums up in place, the others beside it.
 template <class T, class MakeRows>
 void weight_grad(const GradView<T>& grad, int64_t taps, int64_t depth, const MakeRows& make_rows,
                  T* sums) {
   const int64_t each = taps * depth;
   const int64_t blocks = ceil_div(grad.positions, WeightGradPlan::positions);
-  const WeightGradPlan plan(grad.k, each, std::max<int64_t>(blocks, 1));
+  if (blocks == 0) return std::fill_n(sums, grad.k * each, T{0}), void();
+  const WeightGradPlan plan(grad.k, each, blocks);
   const int64_t k_blocks = ceil_div(grad.k, plan.k_block);
-  Scratch<T> partial(plan.splits * grad.k * each);
+  Scratch<T> partial((plan.splits - 1) * grad.k * each);
+  const auto of_split = [&](int64_t split) {
+    return split == 0 ? sums : partial.get() + (split - 1) * grad.k * each;
+  };
   parallel_tasks(k_blocks * plan.splits, [&](int64_t task) {
     const int64_t split = task / k_blocks, first_k = task % k_blocks * plan.k_block;
     const GradView<T> part{grad.data + first_k, grad.stride, grad.positions,
                            std::min(plan.k_block, grad.k - first_k)};
-    T* own = partial.get() + (split * grad.k + first_k) * each;
-    std::memset(own, 0, static_cast<size_t>(part.k * each) * sizeof(T));
+    const int64_t begin = blocks * split / plan.splits, end = blocks * (split + 1) / plan.splits;
     auto rows = make_rows();
-    for (int64_t b = blocks * split / plan.splits; b < blocks * (split + 1) / plan.splits; ++b) {
+    for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * WeightGradPlan::positions;
-      add_position_block<T>(part, rows, taps, depth, first,
-                            std::min(WeightGradPlan::positions, grad.positions - first), own);
+      position_block<T>(part, rows, taps, depth, first,
+                        std::min(WeightGradPlan::positions, grad.positions - first), b > begin,
+                        of_split(split) + first_k * each);
     }
   });
+  if (plan.splits == 1) return;
   parallel_tasks(grad.k, [&](int64_t k) {
     T* out = sums + k * each;
-    std::memcpy(out, partial.get() + k * each, static_cast<size_t>(each) * sizeof(T));
     for (int64_t split = 1; split < plan.splits; ++split) {
-      const T* own = partial.get() + (split * grad.k + k) * each;
+      const T* own = of_split(split) + k * each;
       for (int64_t i = 0; i < each; ++i) out[i] += own[i];
     }
   });
