@@ -23,18 +23,43 @@ void average_channels_last(const T* x, int64_t images, int64_t channels, const A
                               });
 }
 
+bool all_equal(const int64_t* v, int64_t n) {
+  return std::all_of(v, v + n, [&](int64_t count) { return count == v[0]; });
+}
+
+// The factors of an average (PlaneBuffer).
+template <class T>
+struct PlaneScales {
+  std::vector<T> rows, columns;
+  bool same = true;
+
+  PlaneScales(const Axis& h, const Axis& w) {
+    const bool same_columns = all_equal(w.count, w.outputs);
+    same = same_columns && all_equal(h.count, h.outputs);
+    for (int64_t i = 0; i < h.outputs; ++i)
+      rows.push_back(T{1} / static_cast<T>(same_columns ? h.count[i] * w.count[0] : h.count[i]));
+    if (same_columns) return;
+    columns.assign(w.outputs + kSlack, T{0});
+    for (int64_t j = 0; j < w.outputs; ++j) columns[j] = T{1} / static_cast<T>(w.count[j]);
+  }
+};
+
 template <class T>
 void average_along_rows(const T* x, int64_t images, int64_t channels, const Axis& h, const Axis& w,
                         T* y) {
   const auto& table = NNARCH_SELECT(pool_table<T>());
   const int64_t in = h.inputs * w.inputs, out = h.outputs * w.outputs;
-  Scratch<T> counts(w.outputs);
-  std::copy(w.count, w.count + w.outputs, counts.get());
-  over_rows<Denormals::flush>(
+  const PlaneScales<T> scales(h, w);
+  const int64_t rows = buffered_rows<T>(h, w);
+  over_units<Denormals::flush>(
       checked_product(images, channels), h.outputs, ceil_div(std::max(in, out), h.outputs),
-      [&](int64_t p, int64_t from, int64_t to) {
-        Scratch<T> row(row_buffer_size(w));
-        table.average_plane(x + p * in, h, w, from, to, y + p * out, counts.get(), row.get());
+      [&](int64_t first, int64_t last, int64_t from, int64_t to) {
+        Scratch<T> values(plane_buffer_size(w, rows));
+        const PlaneBuffer<T> buffer{
+            values.get(), rows,   scales.rows.data(), scales.columns.empty() ? nullptr
+                                                                             : scales.columns.data(),
+            scales.same,  nullptr};
+        table.average_planes(x + first * in, last - first, h, w, from, to, y + first * out, buffer);
       });
 }
 
@@ -73,14 +98,13 @@ void global_average(const T* x, int64_t images, int64_t channels, int64_t pixels
   });
 }
 
-// Averages over the windows of both axes, in the order of x.
-Tensor average_over(const Tensor& x, const Windows& rows, const Windows& columns, bool global) {
+// Averages of `input`, which lies in the order of the images `y`.
+void average_into(const Tensor& y, const Tensor& input, bool channels_last, const Windows& rows,
+                  const Windows& columns) {
   const Axis h = rows.axis(), w = columns.axis();
-  const Tensor input = in_order_of(x, to_compute_type(x));
-  const Tensor y = new_images(x, h.outputs, w.outputs, input.scalar_type());
-  const bool channels_last = follows_channels_last(x);
-  const int64_t images = x.size(0), channels = x.size(1);
-  if (y.numel() == 0) return to_type(y, x.scalar_type());
+  const int64_t images = y.size(0), channels = y.size(1);
+  const bool global = h.outputs == 1 && w.outputs == 1 && h.count[0] == h.inputs &&
+                      w.count[0] == w.inputs && h.step == 1;
   with_scalar_type(input.scalar_type(), "avg_pool2d", [&](auto scalar) {
     using T = decltype(scalar);
     const T* from = data<T>(input);
@@ -93,43 +117,55 @@ Tensor average_over(const Tensor& x, const Windows& rows, const Windows& columns
     else
       average_contiguous<T>(from, images, channels, h, w, to);
   });
+}
+
+// Averages over the windows that windows(axis) makes, in the order of x. It is called where there
+// is memory for the output.
+template <class F>
+Tensor average_over(const Tensor& x, int64_t height, int64_t width, const F& windows) {
+  const Tensor input = in_order_of(x, to_compute_type(x));
+  const Tensor y = new_images(x, height, width, input.scalar_type());
+  if (y.numel() > 0) average_into(y, input, follows_channels_last(x), windows(0), windows(1));
   return to_type(y, x.scalar_type());
 }
 
+// The arguments of avg_pool2d.
 struct Arguments {
-  Windows rows, columns;
-};
+  AxisArguments axes[2];
+  bool count_padding;
+  std::optional<int64_t> divisor;
 
-Arguments regular(int64_t height, int64_t width, const IntList& kernel, const IntList& stride,
-                  const IntList& padding, bool ceil_mode, bool count_include_pad,
-                  std::optional<int64_t> divisor) {
-  const auto windows = [&](int64_t inputs, size_t axis) {
-    const auto a = axis_arguments(kernel, stride, padding, {1, 1}, ceil_mode, axis);
-    return regular_windows(inputs, a, count_include_pad);
-  };
-  Arguments a{windows(height, 0), windows(width, 1)};
-  if (divisor) {
-    require(*divisor != 0, "avg_pool2d: divisor_override must not be zero");
-    std::fill(a.rows.count.begin(), a.rows.count.end(), *divisor);
-    std::fill(a.columns.count.begin(), a.columns.count.end(), int64_t{1});
+  Arguments(const IntList& kernel, const IntList& stride, const IntList& padding, bool ceil_mode,
+            bool count_include_pad, std::optional<int64_t> divisor_override)
+      : axes{axis_arguments(kernel, stride, padding, {1, 1}, ceil_mode, 0),
+             axis_arguments(kernel, stride, padding, {1, 1}, ceil_mode, 1)},
+        count_padding(count_include_pad),
+        divisor(divisor_override) {
+    require(!divisor || *divisor != 0, "avg_pool2d: divisor_override must not be 0");
   }
-  return a;
-}
+
+  // The divisor of a window is the product of its counts in both axes.
+  Windows windows(int64_t inputs, int axis) const {
+    Windows w = regular_windows(inputs, axes[axis], count_padding);
+    if (divisor) std::fill(w.count.begin(), w.count.end(), axis == 0 ? *divisor : 1);
+    return w;
+  }
+};
 
 Tensor avg_pool2d(const Tensor& x, IntList kernel, IntList stride, IntList padding, bool ceil_mode,
                   bool count_include_pad, std::optional<int64_t> divisor_override) {
   check_images(x);
-  const Arguments a = regular(x.size(2), x.size(3), kernel, stride, padding, ceil_mode,
-                              count_include_pad, divisor_override);
-  return average_over(x, a.rows, a.columns, false);
+  const Arguments a(kernel, stride, padding, ceil_mode, count_include_pad, divisor_override);
+  return average_over(x, output_size(x.size(2), a.axes[0]), output_size(x.size(3), a.axes[1]),
+                      [&](int axis) { return a.windows(x.size(2 + axis), axis); });
 }
 
 Tensor adaptive_avg_pool2d(const Tensor& x, IntList output_size) {
   check_images(x);
-  require(output_size.size() == 2, "adaptive_avg_pool2d: output_size must be a pair");
-  return average_over(x, adaptive_windows(x.size(2), output_size[0]),
-                      adaptive_windows(x.size(3), output_size[1]),
-                      output_size[0] == 1 && output_size[1] == 1);
+  check_pair(output_size);
+  return average_over(x, output_size[0], output_size[1], [&](int axis) {
+    return adaptive_windows(x.size(2 + axis), output_size[axis]);
+  });
 }
 
 // grad[n, c, i, j] / (rows[i]·columns[j]), dense in the order of `grad`.
@@ -154,24 +190,30 @@ Tensor divide(const Tensor& grad, const Windows& rows, const Windows& columns) {
   return out;
 }
 
-bool all_equal(const std::vector<int64_t>& v) {
-  return std::all_of(v.begin(), v.end(), [&](int64_t count) { return count == v.front(); });
+bool all_equal(const Windows& w) {
+  return all_equal(w.count.data(), static_cast<int64_t>(w.count.size()));
 }
 
 // Every input sums the gradients of the outputs that it went into, each over its divisor.
-Tensor spread(const Tensor& grad, const Arguments& forward) {
+// forward(axis) makes the windows of the forward pass.
+template <class F>
+Tensor spread(const Tensor& grad, const IntList& input_size, const F& forward) {
   const Tensor g = in_order_of(grad, to_compute_type(grad));
-  Windows rows = inverse_windows(forward.rows), columns = inverse_windows(forward.columns);
+  const Tensor dx = new_images(grad, input_size[2], input_size[3], g.scalar_type());
+  if (dx.numel() == 0) return to_type(dx, grad.scalar_type());
+  const Windows rows = forward(0), columns = forward(1);
+  Windows inverse_rows = inverse_windows(rows), inverse_columns = inverse_windows(columns);
   Tensor scaled = g;
-  if (grad.numel() > 0 && all_equal(forward.rows.count) && all_equal(forward.columns.count)) {
-    std::fill(rows.count.begin(), rows.count.end(), forward.rows.count.front());
-    std::fill(columns.count.begin(), columns.count.end(), forward.columns.count.front());
+  if (grad.numel() > 0 && all_equal(rows) && all_equal(columns)) {
+    std::fill(inverse_rows.count.begin(), inverse_rows.count.end(), rows.count.front());
+    std::fill(inverse_columns.count.begin(), inverse_columns.count.end(), columns.count.front());
   } else {
     with_scalar_type(g.scalar_type(), "avg_pool2d_input_grad", [&](auto scalar) {
-      scaled = divide<decltype(scalar)>(g, forward.rows, forward.columns);
+      scaled = divide<decltype(scalar)>(g, rows, columns);
     });
   }
-  return to_type(average_over(scaled, rows, columns, false), grad.scalar_type());
+  average_into(dx, scaled, follows_channels_last(grad), inverse_rows, inverse_columns);
+  return to_type(dx, grad.scalar_type());
 }
 
 void check_grad(const Tensor& grad, const IntList& input_size) {
@@ -180,6 +222,10 @@ void check_grad(const Tensor& grad, const IntList& input_size) {
   require(input_size[0] == grad.size(0) && input_size[1] == grad.size(1) && input_size[2] > 0 &&
               input_size[3] > 0,
           "avg_pool2d_input_grad: input_size does not fit");
+  for (int axis : {2, 3}) {
+    check_windows(input_size[axis]);
+    check_windows(grad.size(axis));
+  }
   with_scalar_type(grad.scalar_type(), "avg_pool2d_input_grad", [](auto) {});
 }
 
@@ -187,18 +233,18 @@ Tensor avg_pool2d_input_grad(const Tensor& grad, IntList input_size, IntList ker
                              IntList padding, bool ceil_mode, bool count_include_pad,
                              std::optional<int64_t> divisor_override) {
   check_grad(grad, input_size);
-  const Arguments a = regular(input_size[2], input_size[3], kernel, stride, padding, ceil_mode,
-                              count_include_pad, divisor_override);
-  require(grad.size(2) == static_cast<int64_t>(a.rows.start.size()) &&
-              grad.size(3) == static_cast<int64_t>(a.columns.start.size()),
-          "avg_pool2d_input_grad: grad does not have the size of the output");
-  return spread(grad, a);
+  const Arguments a(kernel, stride, padding, ceil_mode, count_include_pad, divisor_override);
+  for (int axis : {0, 1})
+    require(grad.size(2 + axis) == output_size(input_size[2 + axis], a.axes[axis]),
+            "avg_pool2d_input_grad: grad does not have the size of the output");
+  return spread(grad, input_size, [&](int axis) { return a.windows(input_size[2 + axis], axis); });
 }
 
 Tensor adaptive_avg_pool2d_input_grad(const Tensor& grad, IntList input_size) {
   check_grad(grad, input_size);
-  return spread(grad, {adaptive_windows(input_size[2], grad.size(2)),
-                       adaptive_windows(input_size[3], grad.size(3))});
+  return spread(grad, input_size, [&](int axis) {
+    return adaptive_windows(input_size[2 + axis], grad.size(2 + axis));
+  });
 }
 
 }  // namespace

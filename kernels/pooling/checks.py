@@ -13,6 +13,7 @@ from nnarch.library import check_tensor
 Pair = tuple[int, int]
 
 _LIMIT = 2**31  # of windows' arguments: products of two stay inside int64
+_MOST_WINDOWS = 2**26  # in one axis; no image has more, and tables of them would fill the memory
 
 
 def pair(op: str, name: str, value: Any) -> Pair:
@@ -79,7 +80,15 @@ def output_size(
             f"{tuple(kernel)} and dilation {tuple(dilation)}: the output would have size "
             f"{(height, width)}"
         )
+    _few_windows(op, "output", (height, width))
     return height, width
+
+
+def _few_windows(op: str, name: str, size: Sequence[int]) -> None:
+    if max(size) > _MOST_WINDOWS:
+        raise ValueError(
+            f"{op}: {name} must have at most 2**26 rows and columns, got {tuple(size)}"
+        )
 
 
 def _axis_size(
@@ -135,6 +144,7 @@ def avg_pool2d_input_grad(
     """A gradient of the size that the forward pass has."""
     op = "avg_pool2d_input_grad"
     _gradient(op, grad, input_size)
+    _few_windows(op, "input_size", input_size[2:])
     size = output_size(op, input_size, kernel, stride, padding, (1, 1), ceil_mode)
     if tuple(grad.shape[2:]) != size:
         raise ValueError(f"{op}: grad must have height and width {size}, got {tuple(grad.shape)}")
@@ -148,7 +158,10 @@ def adaptive_avg_pool2d(x: Tensor, output_size: Pair) -> None:
 
 def adaptive_avg_pool2d_input_grad(grad: Tensor, input_size: Sequence[int]) -> None:
     """A gradient of some output of that input."""
-    _gradient("adaptive_avg_pool2d_input_grad", grad, input_size)
+    op = "adaptive_avg_pool2d_input_grad"
+    _gradient(op, grad, input_size)
+    _few_windows(op, "input_size", input_size[2:])
+    _few_windows(op, "grad", grad.shape[2:])
 
 
 def adaptive_max_pool2d(x: Tensor, output_size: Pair, return_indices: bool) -> None:
@@ -208,6 +221,7 @@ def _adaptive(op: str, x: Tensor, output_size: Pair) -> None:
         raise ValueError(
             f"{op}: output_size must not be negative in either axis, got {tuple(output_size)}"
         )
+    _few_windows(op, "output_size", output_size)
 
 
 def _divisor(op: str, divisor_override: int | None) -> None:

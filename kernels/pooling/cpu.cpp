@@ -32,13 +32,17 @@ void max_along_rows(const T* x, const Tensor& shape, const Axis& h, const Axis& 
   const auto& table = NNARCH_SELECT(pool_table<T>());
   const int64_t planes = checked_product(shape.size(0), shape.size(1));
   const int64_t in = h.inputs * w.inputs, out = h.outputs * w.outputs;
-  over_rows<Denormals::keep>(
-      planes, h.outputs, ceil_div(in, h.outputs), [&](int64_t p, int64_t from, int64_t to) {
-        Scratch<T> values(row_buffer_size(w));
-        Scratch<typename LaneIndex<T>::Type> positions(indices ? row_buffer_size(w) : 0);
-        table.max_plane(x + p * in, h, w, from, to, y + p * out,
-                        indices ? indices + p * out : nullptr,
-                        {values.get(), indices ? positions.get() : nullptr});
+  const int64_t rows = indices ? 1 : buffered_rows<T>(h, w);
+  const std::vector<T> scales(h.outputs, T{1});
+  over_units<Denormals::keep>(
+      planes, h.outputs, ceil_div(in, h.outputs),
+      [&](int64_t first, int64_t last, int64_t from, int64_t to) {
+        Scratch<T> values(plane_buffer_size(w, rows));
+        Scratch<typename LaneIndex<T>::Type> positions(indices ? plane_buffer_size(w, 1) : 0);
+        const PlaneBuffer<T> buffer{values.get(), rows, scales.data(),
+                                    nullptr,      true, indices ? positions.get() : nullptr};
+        table.max_planes(x + first * in, last - first, h, w, from, to, y + first * out,
+                         indices ? indices + first * out : nullptr, buffer);
       });
 }
 
@@ -54,16 +58,20 @@ void max_contiguous(const T* x, const Tensor& shape, const Axis& h, const Axis& 
       });
 }
 
-Pair max_over(const Tensor& x, const Windows& rows, const Windows& columns, bool return_indices) {
-  const Axis h = rows.axis(), w = columns.axis();
+// windows(axis) makes the windows of an axis; it is called where there is memory for the output.
+template <class F>
+Pair max_over(const Tensor& x, int64_t height, int64_t width, bool return_indices,
+              const F& windows) {
   // Positions are compared in 32-bit lanes beside floats.
-  require(!return_indices || checked_product(h.inputs, w.inputs) < INT32_MAX,
+  require(!return_indices || checked_product(x.size(2), x.size(3)) < INT32_MAX,
           "max_pool2d: the plane is too large for indices");
   const Tensor input = in_order_of(x, to_compute_type(x));
-  const Tensor y = new_images(x, h.outputs, w.outputs, input.scalar_type());
-  const Tensor indices = return_indices ? new_images(x, h.outputs, w.outputs, ScalarType::Long)
+  const Tensor y = new_images(x, height, width, input.scalar_type());
+  const Tensor indices = return_indices ? new_images(x, height, width, ScalarType::Long)
                                         : new_contiguous({0}, ScalarType::Long);
   if (y.numel() == 0) return {to_type(y, x.scalar_type()), indices};
+  const Windows rows = windows(0), columns = windows(1);
+  const Axis h = rows.axis(), w = columns.axis();
   with_scalar_type(input.scalar_type(), "max_pool2d", [&](auto scalar) {
     using T = decltype(scalar);
     int64_t* found = return_indices ? mutable_data<int64_t>(indices) : nullptr;
@@ -77,18 +85,20 @@ Pair max_over(const Tensor& x, const Windows& rows, const Windows& columns, bool
 Pair max_pool2d(const Tensor& x, IntList kernel, IntList stride, IntList padding, IntList dilation,
                 bool ceil_mode, bool return_indices) {
   check_images(x);
-  const auto windows = [&](size_t axis) {
-    const auto a = axis_arguments(kernel, stride, padding, dilation, ceil_mode, axis);
-    return regular_windows(x.size(2 + static_cast<int64_t>(axis)), a, true);
-  };
-  return max_over(x, windows(0), windows(1), return_indices);
+  const AxisArguments axes[] = {axis_arguments(kernel, stride, padding, dilation, ceil_mode, 0),
+                                axis_arguments(kernel, stride, padding, dilation, ceil_mode, 1)};
+  return max_over(x, output_size(x.size(2), axes[0]), output_size(x.size(3), axes[1]),
+                  return_indices, [&](int axis) {
+                    return regular_windows(x.size(2 + axis), axes[axis], true);
+                  });
 }
 
 Pair adaptive_max_pool2d(const Tensor& x, IntList output_size, bool return_indices) {
   check_images(x);
-  require(output_size.size() == 2, "adaptive_max_pool2d: output_size must be a pair");
-  return max_over(x, adaptive_windows(x.size(2), output_size[0]),
-                  adaptive_windows(x.size(3), output_size[1]), return_indices);
+  check_pair(output_size);
+  return max_over(x, output_size[0], output_size[1], return_indices, [&](int axis) {
+    return adaptive_windows(x.size(2 + axis), output_size[axis]);
+  });
 }
 
 // Calls f(small, large, channels) for pieces that cover both tensors: the offsets at which a piece

@@ -24,10 +24,10 @@ void pooling_tasks(int64_t tasks, const F& f) {
     });
 }
 
-// Calls f(unit, from, to): output rows [from, to) of a unit, which is an image or a plane. Tasks
-// take some rows of a large unit or all rows of some small ones.
+// Calls f(first, last, from, to): output rows [from, to) of the units [first, last), which are
+// images or planes. Tasks take some rows of a large unit or all rows of some small ones.
 template <Denormals denormals, class F>
-void over_rows(int64_t units, int64_t rows, int64_t elements_per_row, const F& f) {
+void over_units(int64_t units, int64_t rows, int64_t elements_per_row, const F& f) {
   constexpr int64_t task_elements = 65536;
   if (units == 0 || rows == 0) return;
   const int64_t row = std::max<int64_t>(1, elements_per_row);
@@ -37,8 +37,17 @@ void over_rows(int64_t units, int64_t rows, int64_t elements_per_row, const F& f
   pooling_tasks<denormals>(ceil_div(units, together) * cuts, [&](int64_t task) {
     const int64_t from = task % cuts * rows_per_task, to = std::min(rows, from + rows_per_task);
     const int64_t first = task / cuts * together, last = std::min(units, first + together);
-    for (int64_t unit = first; unit < last; ++unit) f(unit, from, to);
+    f(first, last, from, to);
   });
+}
+
+// The same with one unit at a time: f(unit, from, to).
+template <Denormals denormals, class F>
+void over_rows(int64_t units, int64_t rows, int64_t elements_per_row, const F& f) {
+  over_units<denormals>(units, rows, elements_per_row,
+                        [&](int64_t first, int64_t last, int64_t from, int64_t to) {
+                          for (int64_t unit = first; unit < last; ++unit) f(unit, from, to);
+                        });
 }
 
 inline void check_images(const Tensor& x) {

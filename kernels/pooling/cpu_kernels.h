@@ -32,18 +32,28 @@ struct LaneIndex<double> {
   typedef int64_t Type;
 };
 
-// A row of a plane, padded on both sides and readable past its end by whole vectors.
-inline int64_t row_buffer_size(const Axis& w) {
+// Rows of a plane, padded on both sides; `slack` elements past the last one may be read.
+inline int64_t row_pitch(const Axis& w) {
   const int64_t row = w.padding + w.inputs;
   const int64_t windows =
       w.kernel == 0 ? 0 : (w.outputs - 1) * w.stride + (w.kernel - 1) * w.step + 1;
-  return (row > windows ? row : windows) + 128;
+  return row > windows ? row : windows;
+}
+inline constexpr int64_t kSlack = 128;
+inline int64_t plane_buffer_size(const Axis& w, int64_t rows) {
+  return rows * row_pitch(w) + kSlack;
 }
 
 template <class T>
-struct RowBuffer {
-  T* values;                               // row_buffer_size elements
-  typename LaneIndex<T>::Type* positions;  // as many, or null where no indices are wanted
+struct PlaneBuffer {
+  T* values;  // plane_buffer_size elements
+  int64_t rows;
+  // What an average multiplies by: 1 / count of the row times 1 / count of the column. Null for the
+  // columns where all are alike and the factors of the rows hold them.
+  const T* row_scales;
+  const T* column_scales;  // readable past the end by whole vectors
+  bool same_scale;         // for all rows and columns
+  typename LaneIndex<T>::Type* positions;  // as `values`, or null where no indices are wanted
 };
 
 template <class T>
@@ -54,12 +64,12 @@ struct PoolTable {
                    int64_t to, T* y, int64_t* indices);
   void (*average_rows)(const T* image, int64_t channels, const Axis& h, const Axis& w, int64_t from,
                        int64_t to, T* y);
-  // The same for a plane [H][W] and regular windows whose columns have stride 1 or 2.
-  void (*max_plane)(const T* plane, const Axis& h, const Axis& w, int64_t from, int64_t to, T* y,
-                    int64_t* indices, const RowBuffer<T>& buffer);
-  // column_counts are w.count; row has row_buffer_size elements.
-  void (*average_plane)(const T* plane, const Axis& h, const Axis& w, int64_t from, int64_t to,
-                        T* y, const T* column_counts, T* row);
+  // The same for planes [H][W] that follow each other, and regular windows whose columns have
+  // stride 1 or 2.
+  void (*max_planes)(const T* x, int64_t planes, const Axis& h, const Axis& w, int64_t from,
+                     int64_t to, T* y, int64_t* indices, const PlaneBuffer<T>& buffer);
+  void (*average_planes)(const T* x, int64_t planes, const Axis& h, const Axis& w, int64_t from,
+                         int64_t to, T* y, const PlaneBuffer<T>& buffer);
   // Means over whole images: of channels [from, to) of one, and of planes that follow each other.
   void (*mean_pixels)(const T* image, int64_t pixels, int64_t channels, int64_t from, int64_t to,
                       double* sums, T* y);

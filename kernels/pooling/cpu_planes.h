@@ -11,9 +11,18 @@
 
 namespace nnarch {
 
-// Whether vectors along rows serve the windows (plane_isa.h): regular ones at distance 1 or 2.
+// Whether vectors along rows serve the windows (plane_isa.h): regular ones at distance 1 or 2. Far
+// wider than the plane, a window's taps would lie in its padding.
 inline bool along_rows(const Axis& h, const Axis& w) {
-  return h.kernel > 0 && w.kernel > 0 && w.stride <= 2;
+  return h.kernel > 0 && w.kernel > 0 && w.stride <= 2 &&
+         (w.kernel - 1) * w.step <= std::min<int64_t>(64, 2 * w.inputs);
+}
+
+// Rows that are reduced before one is read again (plane_isa.h): what fits a quarter of L1.
+template <class T>
+int64_t buffered_rows(const Axis& h, const Axis& w) {
+  constexpr int64_t elements = 8192 / static_cast<int64_t>(sizeof(T));
+  return std::clamp<int64_t>(elements / row_pitch(w), 1, h.outputs);
 }
 
 // Calls pool(image, channels, from, to, y, indices) to compute output rows [from, to) of images

@@ -23,6 +23,22 @@ struct Windows {
   }
 };
 
+// More windows than any image has: their table alone would take gigabytes. Callers allocate the
+// output before they build tables, so that torch refuses what does not fit into memory.
+inline constexpr int64_t kMostWindows = int64_t{1} << 26;
+
+inline void check_windows(int64_t windows) {
+  require(windows >= 0, "pooling: a size must not be negative");
+  require(windows <= kMostWindows, "pooling: more than 2**26 windows in one axis");
+}
+
+// The output size of an adaptive operation.
+inline void check_pair(const IntList& output_size) {
+  require(output_size.size() == 2, "pooling: output_size must be a pair");
+  check_windows(output_size[0]);
+  check_windows(output_size[1]);
+}
+
 // One axis of a pooling operation's arguments.
 struct AxisArguments {
   int64_t kernel, stride, padding, dilation;
@@ -46,16 +62,17 @@ inline AxisArguments axis_arguments(const IntList& kernel, const IntList& stride
 // With ceil_mode a window may begin anywhere inside the input or its left padding, never past them.
 inline int64_t output_size(int64_t inputs, const AxisArguments& a) {
   const int64_t span = inputs + 2 * a.padding - a.dilation * (a.kernel - 1) - 1;
-  if (span < 0 && !(a.ceil_mode && span + a.stride > 0)) return 0;
+  require(span >= 0 || (a.ceil_mode && span + a.stride > 0), "pooling: output size is too small");
   int64_t outputs = (span + (a.ceil_mode ? a.stride - 1 : 0)) / a.stride + 1;
   if (a.ceil_mode && (outputs - 1) * a.stride >= inputs + a.padding) --outputs;
+  require(outputs > 0, "pooling: output size is too small");
+  check_windows(outputs);
   return outputs;
 }
 
 // `count_padding`: whether an average's divisor counts the padding that a window covers.
 inline Windows regular_windows(int64_t inputs, const AxisArguments& a, bool count_padding) {
   const int64_t outputs = output_size(inputs, a);
-  require(outputs > 0, "pooling: output size is too small");
   Windows w;
   w.inputs = inputs;
   w.step = a.dilation;
@@ -76,13 +93,19 @@ inline Windows regular_windows(int64_t inputs, const AxisArguments& a, bool coun
 
 // Output i takes the inputs from floor(i·inputs/outputs) up to ceil((i+1)·inputs/outputs).
 inline Windows adaptive_windows(int64_t inputs, int64_t outputs) {
-  require(outputs >= 0, "pooling: output size must not be negative");
+  check_windows(outputs);
   Windows w;
   w.inputs = inputs;
+  bool regular = true;  // 14 -> 7, 13 -> 6, 7 -> 1: the same kernel at the same distance
   for (int64_t i = 0; i < outputs; ++i) {
     w.start.push_back(i / outputs * inputs + i % outputs * inputs / outputs);
     w.end.push_back(1 + ((i + 1) * inputs - 1) / outputs);
     w.count.push_back(w.end.back() - w.start.back());
+    regular &= w.count.back() == w.count.front() && w.start.back() == i * (inputs / outputs);
+  }
+  if (regular && outputs > 0) {
+    w.kernel = w.count.front();
+    w.stride = std::max<int64_t>(1, inputs / outputs);
   }
   return w;
 }

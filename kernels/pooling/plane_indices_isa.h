@@ -1,9 +1,16 @@
 // Maximum pooling of planes with the positions of the maxima: as plane_isa.h, in pairs.
 #pragma once
 
+#include "pooling/best_isa.h"
 #include "pooling/plane_isa.h"
 
 namespace nnarch::NNARCH_ISA {
+
+template <class T>
+struct RowBuffer {
+  T* values;
+  typename LaneIndex<T>::Type* positions;
+};
 
 template <class T>
 NNARCH_INLINE Lanes<T> load_positions(const typename LaneIndex<T>::Type* p) {
@@ -66,19 +73,28 @@ NNARCH_INLINE void best_of_row(const RowBuffer<T>& row, const Axis& w, T* y, int
 }
 
 template <class T>
-void max_plane(const T* plane, const Axis& h, const Axis& w, int64_t from, int64_t to, T* y,
-               int64_t* indices, const RowBuffer<T>& buffer) {
-  if (!indices) return pool_plane<T, Maximum<T>>(plane, h, w, from, to, y, buffer.values);
-  fill_identity<T, Maximum<T>>(w, buffer.values);
-  for (int64_t i = 0; i < row_buffer_size(w); ++i)
-    buffer.positions[i] = static_cast<typename LaneIndex<T>::Type>(nowhere<T>());
-  with_taps(w, [&](auto k) {
+NNARCH_INLINE void max_plane_indices(const T* plane, const Axis& h, const Axis& w, int64_t from,
+                                     int64_t to, T* y, int64_t* indices, const RowBuffer<T>& row) {
+  with_taps(w.kernel, [&](auto k) {
     for (int64_t i = from; i < to; ++i) {
-      best_of_rows<T>(plane, h, i, w.inputs, buffer.values + w.padding,
-                      buffer.positions + w.padding);
-      best_of_row<T, decltype(k)::taps>(buffer, w, y + i * w.outputs, indices + i * w.outputs);
+      best_of_rows<T>(plane, h, i, w.inputs, row.values + w.padding, row.positions + w.padding);
+      best_of_row<T, decltype(k)::is>(row, w, y + i * w.outputs, indices + i * w.outputs);
     }
   });
+}
+
+template <class T>
+void max_planes(const T* x, int64_t planes, const Axis& h, const Axis& w, int64_t from, int64_t to,
+                T* y, int64_t* indices, const PlaneBuffer<T>& buffer) {
+  if (!indices) return pool_planes<T, Maximum<T>>(x, planes, h, w, from, to, y, buffer);
+  for (int64_t i = 0; i < plane_buffer_size(w, 1); ++i) {
+    buffer.values[i] = Maximum<T>::kIdentity;
+    buffer.positions[i] = static_cast<typename LaneIndex<T>::Type>(nowhere<T>());
+  }
+  const int64_t in = h.inputs * w.inputs, out = h.outputs * w.outputs;
+  for (int64_t p = 0; p < planes; ++p)
+    max_plane_indices<T>(x + p * in, h, w, from, to, y + p * out, indices + p * out,
+                         {buffer.values, buffer.positions});
 }
 
 }  // namespace nnarch::NNARCH_ISA

@@ -1,5 +1,6 @@
 // The table of the pooling kernels.
 #include "pooling/cpu_kernels.h"
+#include "pooling/mean_isa.h"
 #include "pooling/plane_indices_isa.h"
 #include "pooling/plane_isa.h"
 #include "pooling/rows_isa.h"
@@ -8,8 +9,8 @@ namespace nnarch::NNARCH_ISA {
 namespace {
 
 template <class T>
-constexpr PoolTable<T> kTable = {max_rows<T>,      average_rows<T>, max_plane<T>,
-                                 average_plane<T>, mean_pixels<T>,  mean_planes<T>};
+constexpr PoolTable<T> kTable = {max_rows<T>,       average_rows<T>, max_planes<T>,
+                                 average_planes<T>, mean_pixels<T>,  mean_planes<T>};
 
 }  // namespace
 

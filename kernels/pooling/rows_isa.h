@@ -2,9 +2,9 @@
 #pragma once
 
 #include "cpu/simd.h"
-#include "cpu/wide.h"
 #include "pooling/best_isa.h"
 #include "pooling/cpu_kernels.h"
+#include "pooling/reduce_isa.h"
 
 namespace nnarch::NNARCH_ISA {
 
@@ -29,17 +29,19 @@ struct Window {
   }
 };
 
-// B vectors of channels of one output pixel; the last one has n lanes.
-template <class T, int B>
-NNARCH_INLINE void max_block(const T* x, int64_t channels, const Window& window, int64_t n, T* y) {
+// B vectors of channels of one output pixel, over any window; the last one has n lanes.
+template <class T, class Acc, int B>
+NNARCH_INLINE void reduce_block(const T* x, int64_t channels, const Window& window, int64_t n,
+                                T scale, T* y) {
   constexpr int64_t w = kLanes<T>;
-  Vec<T> m[B];
-  for (int b = 0; b < B; ++b) m[b] = lowest<T>();
+  Acc acc[B];
+  for (int b = 0; b < B; ++b) acc[b] = Acc();
   window.for_each([&](int64_t position) {
     const T* p = x + position * channels;
-    for (int b = 0; b < B; ++b) m[b] = max<T>(m[b], load_n(p + b * w, b + 1 < B ? w : n));
+    for (int b = 0; b < B; ++b) acc[b].take(load_n(p + b * w, b + 1 < B ? w : n));
   });
-  for (int b = 0; b < B; ++b) store_n(y + b * w, m[b], b + 1 < B ? w : n);
+  for (int b = 0; b < B; ++b)
+    store_n(y + b * w, Acc::scaled(acc[b].result(), broadcast(scale)), b + 1 < B ? w : n);
 }
 
 template <class T, int B>
@@ -58,29 +60,55 @@ NNARCH_INLINE void max_block_indices(const T* x, int64_t channels, const Window&
   }
 }
 
-template <class T, int B>
-NNARCH_INLINE void sum_block(const T* x, int64_t channels, const Window& window, int64_t n,
-                             T divisor, T* y) {
-  constexpr int64_t w = kLanes<T>;
-  Vec<T> sum[B] = {};
-  window.for_each([&](int64_t position) {
-    const T* p = x + position * channels;
-    for (int b = 0; b < B; ++b) sum[b] += load_n(p + b * w, b + 1 < B ? w : n);
-  });
-  for (int b = 0; b < B; ++b) store_n(y + b * w, sum[b] / divisor, b + 1 < B ? w : n);
-}
-
-// Calls f(Block<B>{}, first channel, lanes of the last vector): four vectors at a time, then one.
-template <int B>
-struct Block {
-  static constexpr int vectors = B;
-};
+// Calls f(Code<B>{}, first channel, lanes of the last vector): four vectors at a time, then one.
 template <class T, class F>
 NNARCH_INLINE void over_channels(int64_t channels, const F& f) {
   constexpr int64_t w = kLanes<T>;
   int64_t c = 0;
-  for (; c + 4 * w <= channels; c += 4 * w) f(Block<4>{}, c, w);
-  for (; c < channels; c += w) f(Block<1>{}, c, channels - c < w ? channels - c : w);
+  for (; c + 4 * w <= channels; c += 4 * w) f(Code<4>{}, c, w);
+  for (; c < channels; c += w) f(Code<1>{}, c, channels - c < w ? channels - c : w);
+}
+
+// All channels of one output pixel whose window has KH x KW taps, `row` and `column` elements
+// apart. There is at least one vector of channels: the last one overlaps its neighbour.
+template <class T, class Acc, int KH, int KW>
+NNARCH_INLINE void reduce_pixel(const T* x, int64_t row, int64_t column, int64_t channels, T scale,
+                                T* y) {
+  constexpr int64_t w = kLanes<T>;
+  const Vec<T> factor = broadcast(scale);
+  const auto vector_at = [&](int64_t c) {
+    const T* p = x + c;
+    const Acc acc = reduce<Acc, KH * KW>(
+        [&](int t) { return load(p + (t / KW) * row + (t % KW) * column); });
+    store(y + c, Acc::scaled(acc.result(), factor));
+  };
+  int64_t c = 0;
+  for (; c + w <= channels; c += w) vector_at(c);
+  if (c < channels) vector_at(channels - w);
+}
+
+template <class T, class Acc>
+NNARCH_INLINE void reduce_window(const T* image, int64_t channels, const Window& window, T scale,
+                                 T* y) {
+  if (channels >= kLanes<T>) {
+    const int64_t rows = (window.bottom - window.top + window.row_step - 1) / window.row_step;
+    const int64_t columns =
+        (window.right - window.left + window.column_step - 1) / window.column_step;
+    const T* x = image + (window.top * window.width + window.left) * channels;
+    const int64_t row = window.row_step * window.width * channels;
+    const int64_t column = window.column_step * channels;
+    const bool done = with_taps(rows, [&](auto kh) {
+      return with_taps(columns, [&](auto kw) {
+        constexpr int KH = decltype(kh)::is, KW = decltype(kw)::is;
+        if constexpr (KH * KW > 0) reduce_pixel<T, Acc, KH, KW>(x, row, column, channels, scale, y);
+        return KH * KW > 0;
+      });
+    });
+    if (done) return;
+  }
+  over_channels<T>(channels, [&](auto block, int64_t c, int64_t n) {
+    reduce_block<T, Acc, decltype(block)::is>(image + c, channels, window, n, scale, y + c);
+  });
 }
 
 template <class T>
@@ -90,12 +118,13 @@ void max_rows(const T* image, int64_t channels, const Axis& h, const Axis& w, in
     for (int64_t column = 0; column < w.outputs; ++column) {
       const Window window(h, w, row, column);
       const int64_t at = (row * w.outputs + column) * channels;
+      if (!indices) {
+        reduce_window<T, Maximum<T>>(image, channels, window, T{1}, y + at);
+        continue;
+      }
       over_channels<T>(channels, [&](auto block, int64_t c, int64_t n) {
-        constexpr int B = decltype(block)::vectors;
-        if (indices)
-          max_block_indices<T, B>(image + c, channels, window, n, y + at + c, indices + at + c);
-        else
-          max_block<T, B>(image + c, channels, window, n, y + at + c);
+        max_block_indices<T, decltype(block)::is>(image + c, channels, window, n, y + at + c,
+                                                  indices + at + c);
       });
     }
 }
@@ -107,33 +136,9 @@ void average_rows(const T* image, int64_t channels, const Axis& h, const Axis& w
     for (int64_t column = 0; column < w.outputs; ++column) {
       const Window window(h, w, row, column);
       const int64_t at = (row * w.outputs + column) * channels;
-      const T divisor = static_cast<T>(h.count[row] * w.count[column]);
-      over_channels<T>(channels, [&](auto block, int64_t c, int64_t n) {
-        sum_block<T, decltype(block)::vectors>(image + c, channels, window, n, divisor, y + at + c);
-      });
+      const T scale = T{1} / static_cast<T>(h.count[row] * w.count[column]);
+      reduce_window<T, Sum<T>>(image, channels, window, scale, y + at);
     }
-}
-
-template <class T>
-void mean_pixels(const T* image, int64_t pixels, int64_t channels, int64_t from, int64_t to,
-                 double* sums, T* y) {
-  constexpr int64_t w = kLanes<T>;
-  for (int64_t c = 0; c < to - from; ++c) sums[c] = 0;
-  for (int64_t p = 0; p < pixels; p += kBurst) {
-    const int64_t rows = pixels - p < kBurst ? pixels - p : kBurst;
-    for (int64_t c = from; c < to; c += w) {
-      const T* x = image + p * channels + c;
-      const int64_t n = to - c < w ? to - c : w;
-      Vec<T> sum{};
-      if (rows == kBurst && n == w)
-        for (int r = 0; r < kBurst; ++r) sum += load(x + r * channels);
-      else
-        for (int64_t r = 0; r < rows; ++r) sum += load_n(x + r * channels, n);
-      add_wide<T>(sums + (c - from), sum, n);
-    }
-  }
-  for (int64_t c = from; c < to; ++c)
-    y[c] = static_cast<T>(sums[c - from] / static_cast<double>(pixels));
 }
 
 }  // namespace nnarch::NNARCH_ISA

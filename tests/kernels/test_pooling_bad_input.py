@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from kernel_cases import FORMATS, name_of
 
 from nnarch import functional as F
 from nnarch.kernels.pooling import op
@@ -53,3 +56,65 @@ BAD = [
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# What would fill the memory, or take a table of every window, is refused before either happens.
+MOST = 2**26
+HUGE = [
+    (lambda: F.adaptive_avg_pool2d(X, 10**9), ValueError, r"output_size must have at most 2\*\*26"),
+    (lambda: F.adaptive_avg_pool2d(X, (1, 10**9)), ValueError, "output_size must have at most"),
+    (lambda: F.adaptive_max_pool2d(X, (10**9, 1)), ValueError, "adaptive_max_pool2d: output_size"),
+    (lambda: F.adaptive_max_pool2d(X, 2**70, True), ValueError, "adaptive_max_pool2d: output_size"),
+    (lambda: F.adaptive_avg_pool2d(X, MOST), RuntimeError, "did not allocate 36028797018963968"),
+    (lambda: F.adaptive_max_pool2d(X, MOST), RuntimeError, "did not allocate"),
+    (lambda: F.adaptive_max_pool2d(X, MOST, True), RuntimeError, "did not allocate"),
+    (lambda: F.avg_pool2d(torch.zeros(1, 1, 1, 1).expand(1, 1, 2**20, MOST), 2),
+     RuntimeError, "did not allocate"),
+    (lambda: op.adaptive_avg_pool2d_input_grad(G, (1, 2, 10**9, 1)), ValueError, "input_size must"),
+    (lambda: op.adaptive_avg_pool2d_input_grad(G, (1, 2, MOST, MOST)), RuntimeError, "allocate"),
+    (lambda: op.avg_pool2d_input_grad(
+        G, (1, 2, 10**9, 3), (1, 1), (10**9, 1), (0, 0), False, True, None),
+     ValueError, r"input_size must have|grad must have"),
+    (lambda: op.max_pool2d_input_grad(G, P, (1, 2, 2**30, 2**30)), RuntimeError, "allocate|int64"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
+@pytest.mark.parametrize(("call", "error", "message"), HUGE, ids=range(len(HUGE)))
+def test_huge(call, error, message, memory_format, little_memory, monkeypatch):
+    for name in ("X", "G"):
+        monkeypatch.setitem(globals(), name, globals()[name].contiguous(memory_format=memory_format))
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_nothing_of_huge_size():
+    """No output, so no table of its windows either."""
+    assert F.adaptive_avg_pool2d(X[:0], MOST).shape == (0, 2, MOST, MOST)
+    assert F.adaptive_max_pool2d(X, (0, MOST)).shape == (1, 2, 0, MOST)
+
+
+def test_windows_of_padding(little_memory):
+    """A kernel of a thousand million taps, of which all but a few are padding."""
+    for kernel, padding, taps in (
+        (10**9, 5 * 10**8, 10**18),
+        ((7, 10**9), (3, 5 * 10**8), 7 * 10**9),
+    ):
+        y = F.max_pool2d(X[:, :, :1], kernel, 1, padding)
+        assert torch.equal(y[:, :, 0], X[:, :, :1].amax(-1).expand_as(y[:, :, 0]))
+        y = F.avg_pool2d(X[:, :, :1], kernel, 1, padding)
+        torch.testing.assert_close(y[:, :, 0] * taps, X[:, :, :1].sum(-1).expand_as(y[:, :, 0]))
+
+
+@pytest.fixture
+def little_memory():
+    """This process may take 2 GB more and not all that the machine has."""
+    resource = pytest.importorskip("resource")
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        pytest.skip("no /proc")
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    taken = int(statm.read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + 2**31, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
