@@ -50,7 +50,7 @@ void average_along_rows(const T* x, int64_t images, int64_t channels, const Axis
   const auto& table = NNARCH_SELECT(pool_table<T>());
   const int64_t in = h.inputs * w.inputs, out = h.outputs * w.outputs;
   const PlaneScales<T> scales(h, w);
-  const int64_t rows = buffered_rows<T>(h, w);
+  const int64_t rows = buffered_rows<T>(w);
   over_units<Denormals::flush>(
       checked_product(images, channels), h.outputs, ceil_div(std::max(in, out), h.outputs),
       [&](int64_t first, int64_t last, int64_t from, int64_t to) {

@@ -32,7 +32,7 @@ void max_along_rows(const T* x, const Tensor& shape, const Axis& h, const Axis& 
   const auto& table = NNARCH_SELECT(pool_table<T>());
   const int64_t planes = checked_product(shape.size(0), shape.size(1));
   const int64_t in = h.inputs * w.inputs, out = h.outputs * w.outputs;
-  const int64_t rows = indices ? 1 : buffered_rows<T>(h, w);
+  const int64_t rows = indices ? 1 : buffered_rows<T>(w);
   const std::vector<T> scales(h.outputs, T{1});
   over_units<Denormals::keep>(
       planes, h.outputs, ceil_div(in, h.outputs),

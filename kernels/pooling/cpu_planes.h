@@ -20,9 +20,9 @@ inline bool along_rows(const Axis& h, const Axis& w) {
 
 // Rows that are reduced before one is read again (plane_isa.h): what fits a quarter of L1.
 template <class T>
-int64_t buffered_rows(const Axis& h, const Axis& w) {
+int64_t buffered_rows(const Axis& w) {
   constexpr int64_t elements = 8192 / static_cast<int64_t>(sizeof(T));
-  return std::clamp<int64_t>(elements / row_pitch(w), 1, h.outputs);
+  return std::max<int64_t>(elements / row_pitch(w), 1);
 }
 
 // Calls pool(image, channels, from, to, y, indices) to compute output rows [from, to) of images

@@ -86,7 +86,11 @@ NNARCH_INLINE void max_plane_indices(const T* plane, const Axis& h, const Axis& 
 template <class T>
 void max_planes(const T* x, int64_t planes, const Axis& h, const Axis& w, int64_t from, int64_t to,
                 T* y, int64_t* indices, const PlaneBuffer<T>& buffer) {
-  if (!indices) return pool_planes<T, Maximum<T>>(x, planes, h, w, from, to, y, buffer);
+  if (!indices) {
+    if (pool_common_planes<T, Maximum<T>>(x, planes, h, w, from, to, y, buffer))
+      pool_planes<T, ExactMaximum<T>>(x, planes, h, w, from, to, y, buffer);
+    return;
+  }
   for (int64_t i = 0; i < plane_buffer_size(w, 1); ++i) {
     buffer.values[i] = Maximum<T>::kIdentity;
     buffer.positions[i] = static_cast<typename LaneIndex<T>::Type>(nowhere<T>());

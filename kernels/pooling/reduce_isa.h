@@ -3,6 +3,9 @@
 
 #include "cpu/simd.h"
 
+// GCC keeps a generic lambda of some size as a function, with its captures in memory.
+#define NNARCH_INLINE_LAMBDA __attribute__((always_inline))
+
 namespace nnarch::NNARCH_ISA {
 
 // The machine's maximum: x where it is larger, else `best`. What it makes of NaN differs.
@@ -23,109 +26,114 @@ NNARCH_INLINE Vec<T> larger(Vec<T> x, Vec<T> best) {
 #endif
 }
 
-// The lanes in which a NaN was seen. One comparison looks at two vectors: next to the maximum
-// itself that is half an instruction for a tap, where a maximum that keeps NaN takes four.
+// Whether a NaN was seen among many vectors. Next to the machine's maximum a comparison for every
+// two inputs is cheap, where a maximum that keeps NaN takes four instructions a tap.
 template <class T>
-class NaNs {
+class NaNWatch {
  public:
 #if defined(NNARCH_ISA_avx512)
-  NNARCH_INLINE NaNs(Vec<T> a, Vec<T> b) : none_(static_cast<__mmask16>(~0)) { see(a, b); }
   NNARCH_INLINE void see(Vec<T> a, Vec<T> b) {
+    // Not as a masked comparison, whose latency would be that of the chain.
     if constexpr (sizeof(T) == 4)
-      none_ = _mm512_mask_cmp_ps_mask(none_, (__m512)a, (__m512)b, _CMP_ORD_Q);
+      none_ = _kand_mask16(none_, _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_ORD_Q));
     else
-      none_ = _mm512_mask_cmp_pd_mask(static_cast<__mmask8>(none_), (__m512d)a, (__m512d)b,
-                                      _CMP_ORD_Q);
+      none_ = _kand_mask16(none_, _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_ORD_Q));
   }
-  NNARCH_INLINE void merge(const NaNs& other) { none_ = _kand_mask16(none_, other.none_); }
+  NNARCH_INLINE void merge(const NaNWatch& other) { none_ = _kand_mask16(none_, other.none_); }
   NNARCH_INLINE bool any() const {
-    return none_ != static_cast<__mmask16>((1u << kLanes<T>)-1u);
-  }
-  NNARCH_INLINE Vec<T> mark(Vec<T> v) const {
-    const Vec<T> nan = broadcast<T>(static_cast<T>(__builtin_nan("")));
-    if constexpr (sizeof(T) == 4)
-      return (Vec<T>)_mm512_mask_blend_ps(none_, (__m512)nan, (__m512)v);
-    else
-      return (Vec<T>)_mm512_mask_blend_pd(static_cast<__mmask8>(none_), (__m512d)nan, (__m512d)v);
+    const unsigned all = (1u << kLanes<T>)-1u;
+    return (none_ & all) != all;
   }
 
  private:
-  __mmask16 none_;  // not in these lanes
+  __mmask16 none_ = static_cast<__mmask16>(~0u);  // not in these lanes
 #else
-  NNARCH_INLINE NaNs(Vec<T> a, Vec<T> b) : seen_(look(a, b)) {}
-  NNARCH_INLINE void see(Vec<T> a, Vec<T> b) { seen_ |= look(a, b); }
-  NNARCH_INLINE void merge(const NaNs& other) { seen_ |= other.seen_; }
+  NNARCH_INLINE void see(Vec<T> a, Vec<T> b) {
+#if defined(NNARCH_ISA_avx2)
+    if constexpr (sizeof(T) == 4)
+      seen_ |= (Lanes)_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q);
+    else
+      seen_ |= (Lanes)_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_UNORD_Q);
+#else
+    seen_ |= (a != a) | (b != b);
+#endif
+  }
+  NNARCH_INLINE void merge(const NaNWatch& other) { seen_ |= other.seen_; }
   NNARCH_INLINE bool any() const {
     bool found = false;
     for (int i = 0; i < kLanes<T>; ++i) found |= seen_[i] != 0;
     return found;
   }
-  // All bits set are a NaN.
-  NNARCH_INLINE Vec<T> mark(Vec<T> v) const { return (Vec<T>)((Lanes)v | seen_); }
 
  private:
   using Lanes = decltype(Vec<T>{} != Vec<T>{});
-  static NNARCH_INLINE Lanes look(Vec<T> a, Vec<T> b) {
-#if defined(NNARCH_ISA_avx2)
-    if constexpr (sizeof(T) == 4)
-      return (Lanes)_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q);
-    else
-      return (Lanes)_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_UNORD_Q);
-#else
-    return (a != a) | (b != b);
-#endif
-  }
-  Lanes seen_;
+  Lanes seen_{};
 #endif
 };
 
-// A running maximum, in which a NaN wins.
+struct NoWatch {
+  template <class V>
+  NNARCH_INLINE void see(V, V) {}
+  NNARCH_INLINE void merge(NoWatch) {}
+  NNARCH_INLINE bool any() const { return false; }
+};
+
+// A running maximum of numbers. Where its watch has seen a NaN, the result is void.
 template <class T>
 struct Maximum {
-  Vec<T> value;
-  NaNs<T> nans;
-
+  using Watch = NaNWatch<T>;
   static constexpr T kIdentity = -static_cast<T>(__builtin_huge_val());
-  NNARCH_INLINE Maximum() : Maximum(broadcast(kIdentity)) {}
-  NNARCH_INLINE explicit Maximum(Vec<T> a) : value(a), nans(a, a) {}
-  NNARCH_INLINE Maximum(Vec<T> a, Vec<T> b) : value(larger<T>(b, a)), nans(a, b) {}
-  NNARCH_INLINE void take(Vec<T> a) { take(a, a); }
-  NNARCH_INLINE void take(Vec<T> a, Vec<T> b) {
-    value = larger<T>(b, larger<T>(a, value));
-    nans.see(a, b);
-  }
-  NNARCH_INLINE Vec<T> result() const { return nans.mark(value); }
+  Vec<T> value = broadcast(kIdentity);
+
+  Maximum() = default;
+  NNARCH_INLINE explicit Maximum(Vec<T> a) : value(a) {}
+  NNARCH_INLINE void take(Vec<T> a) { value = larger<T>(a, value); }
+  static NNARCH_INLINE Vec<T> scaled(Vec<T> v, Vec<T>) { return v; }
+};
+
+// The same, in which a NaN wins.
+template <class T>
+struct ExactMaximum {
+  using Watch = NoWatch;
+  static constexpr T kIdentity = Maximum<T>::kIdentity;
+  Vec<T> value = broadcast(kIdentity);
+
+  ExactMaximum() = default;
+  NNARCH_INLINE explicit ExactMaximum(Vec<T> a) : value(a) {}
+  NNARCH_INLINE void take(Vec<T> a) { value = max<T>(value, a); }
   static NNARCH_INLINE Vec<T> scaled(Vec<T> v, Vec<T>) { return v; }
 };
 
 template <class T>
 struct Sum {
-  Vec<T> value;
-
+  using Watch = NoWatch;
   static constexpr T kIdentity = 0;
-  NNARCH_INLINE Sum() : value{} {}
+  Vec<T> value{};
+
+  Sum() = default;
   NNARCH_INLINE explicit Sum(Vec<T> a) : value(a) {}
-  NNARCH_INLINE Sum(Vec<T> a, Vec<T> b) : value(a + b) {}
   NNARCH_INLINE void take(Vec<T> a) { value += a; }
-  NNARCH_INLINE void take(Vec<T> a, Vec<T> b) { value += a + b; }
-  NNARCH_INLINE Vec<T> result() const { return value; }
   static NNARCH_INLINE Vec<T> scaled(Vec<T> v, Vec<T> scale) { return v * scale; }
 };
 
-// load(0), load(1), … combined, two at a time.
-template <class Acc, int taps, class F>
-NNARCH_INLINE Acc reduce(const F& load) {
-  if constexpr (taps == 1) {
-    return Acc(load(0));
-  } else if constexpr (taps % 2 == 1) {
-    Acc acc(load(0));
-    for (int t = 1; t < taps; t += 2) acc.take(load(t), load(t + 1));
-    return acc;
+// load(row, column) of KH x KW taps combined. The watch sees those of the first S rows and columns:
+// the others are seen as taps of the next windows.
+template <class Acc, int KH, int KW, int S, class F>
+NNARCH_INLINE auto reduce(typename Acc::Watch& watch, const F& load) {
+  Acc acc(load(0, 0));
+  for (int i = 0; i < KH; ++i)
+    for (int j = 0; j < KW; ++j)
+      if (i + j > 0) acc.take(load(i, j));
+  constexpr int rows = S < KH ? S : KH, columns = S < KW ? S : KW;
+  // In pairs, along the longer side.
+  if constexpr (columns > 1) {
+    for (int i = 0; i < rows; ++i)
+      for (int j = 0; j < columns; j += 2)
+        watch.see(load(i, j), load(i, j + 1 < columns ? j + 1 : j));
   } else {
-    Acc acc(load(0), load(1));
-    for (int t = 2; t < taps; t += 2) acc.take(load(t), load(t + 1));
-    return acc;
+    for (int i = 0; i < rows; i += 2) watch.see(load(i, 0), load(i + 1 < rows ? i + 1 : i, 0));
   }
+  return acc.value;
 }
 
 // A number known to the compiler, as an argument.

@@ -32,16 +32,19 @@ struct Window {
 // B vectors of channels of one output pixel, over any window; the last one has n lanes.
 template <class T, class Acc, int B>
 NNARCH_INLINE void reduce_block(const T* x, int64_t channels, const Window& window, int64_t n,
-                                T scale, T* y) {
+                                T scale, typename Acc::Watch& watch, T* y) {
   constexpr int64_t w = kLanes<T>;
   Acc acc[B];
-  for (int b = 0; b < B; ++b) acc[b] = Acc();
   window.for_each([&](int64_t position) {
     const T* p = x + position * channels;
-    for (int b = 0; b < B; ++b) acc[b].take(load_n(p + b * w, b + 1 < B ? w : n));
+    for (int b = 0; b < B; ++b) {
+      const Vec<T> v = load_n(p + b * w, b + 1 < B ? w : n);
+      acc[b].take(v);
+      watch.see(v, v);
+    }
   });
   for (int b = 0; b < B; ++b)
-    store_n(y + b * w, Acc::scaled(acc[b].result(), broadcast(scale)), b + 1 < B ? w : n);
+    store_n(y + b * w, Acc::scaled(acc[b].value, broadcast(scale)), b + 1 < B ? w : n);
 }
 
 template <class T, int B>
@@ -71,57 +74,88 @@ NNARCH_INLINE void over_channels(int64_t channels, const F& f) {
 
 // All channels of one output pixel whose window has KH x KW taps, `row` and `column` elements
 // apart. There is at least one vector of channels: the last one overlaps its neighbour.
-template <class T, class Acc, int KH, int KW>
+template <class T, class Acc, int KH, int KW, int S>
 NNARCH_INLINE void reduce_pixel(const T* x, int64_t row, int64_t column, int64_t channels, T scale,
-                                T* y) {
+                                typename Acc::Watch& watch, T* y) {
   constexpr int64_t w = kLanes<T>;
   const Vec<T> factor = broadcast(scale);
-  const auto vector_at = [&](int64_t c) {
+  typename Acc::Watch seen;  // in a register
+  const auto vector_at = [&](int64_t c) NNARCH_INLINE_LAMBDA {
     const T* p = x + c;
-    const Acc acc = reduce<Acc, KH * KW>(
-        [&](int t) { return load(p + (t / KW) * row + (t % KW) * column); });
-    store(y + c, Acc::scaled(acc.result(), factor));
+    const Vec<T> v = reduce<Acc, KH, KW, S>(
+        seen, [&](int i, int j) NNARCH_INLINE_LAMBDA { return load(p + i * row + j * column); });
+    store(y + c, Acc::scaled(v, factor));
   };
   int64_t c = 0;
   for (; c + w <= channels; c += w) vector_at(c);
   if (c < channels) vector_at(channels - w);
+  watch.merge(seen);
 }
 
+NNARCH_INLINE int64_t taps(int64_t start, int64_t end, int64_t step) {
+  return step == 1 ? end - start : (end - start + step - 1) / step;  // a division takes 15 cycles
+}
+
+// `news`: rows and columns of taps that no later window has, 0 where that is not known.
 template <class T, class Acc>
-NNARCH_INLINE void reduce_window(const T* image, int64_t channels, const Window& window, T scale,
-                                 T* y) {
+NNARCH_INLINE void reduce_window(const T* image, int64_t channels, const Window& window,
+                                 int64_t news, T scale, typename Acc::Watch& watch, T* y) {
   if (channels >= kLanes<T>) {
-    const int64_t rows = (window.bottom - window.top + window.row_step - 1) / window.row_step;
-    const int64_t columns =
-        (window.right - window.left + window.column_step - 1) / window.column_step;
+    const int64_t rows = taps(window.top, window.bottom, window.row_step);
+    const int64_t columns = taps(window.left, window.right, window.column_step);
     const T* x = image + (window.top * window.width + window.left) * channels;
     const int64_t row = window.row_step * window.width * channels;
     const int64_t column = window.column_step * channels;
-    const bool done = with_taps(rows, [&](auto kh) {
-      return with_taps(columns, [&](auto kw) {
+    if (rows == 3 && columns == 3 && news == 2)
+      return reduce_pixel<T, Acc, 3, 3, 2>(x, row, column, channels, scale, watch, y);
+    if (rows == 3 && columns == 3 && news == 1)
+      return reduce_pixel<T, Acc, 3, 3, 1>(x, row, column, channels, scale, watch, y);
+    const bool done = with_taps(rows, [&](auto kh) NNARCH_INLINE_LAMBDA {
+      return with_taps(columns, [&](auto kw) NNARCH_INLINE_LAMBDA {
         constexpr int KH = decltype(kh)::is, KW = decltype(kw)::is;
-        if constexpr (KH * KW > 0) reduce_pixel<T, Acc, KH, KW>(x, row, column, channels, scale, y);
+        if constexpr (KH * KW > 0)
+          reduce_pixel<T, Acc, KH, KW, 3>(x, row, column, channels, scale, watch, y);
         return KH * KW > 0;
       });
     });
     if (done) return;
   }
   over_channels<T>(channels, [&](auto block, int64_t c, int64_t n) {
-    reduce_block<T, Acc, decltype(block)::is>(image + c, channels, window, n, scale, y + c);
+    reduce_block<T, Acc, decltype(block)::is>(image + c, channels, window, n, scale, watch, y + c);
   });
+}
+
+template <class T, class Acc>
+NNARCH_INLINE bool max_rows_as(const T* image, int64_t channels, const Axis& h, const Axis& w,
+                               int64_t from, int64_t to, T* y) {
+  typename Acc::Watch watch;
+  // Windows side by side that overlap: the last ones look at all of their taps.
+  const int64_t news = h.kernel > 0 && w.kernel > 0 && h.step == 1 && w.step == 1 &&
+                               h.stride == w.stride
+                           ? h.stride
+                           : 0;
+  for (int64_t row = from; row < to; ++row)
+    for (int64_t column = 0; column < w.outputs; ++column) {
+      const Window window(h, w, row, column);
+      const bool last = row + 1 == to || column + 1 == w.outputs;
+      reduce_window<T, Acc>(image, channels, window, last ? 0 : news, T{1}, watch,
+                            y + (row * w.outputs + column) * channels);
+    }
+  return watch.any();
 }
 
 template <class T>
 void max_rows(const T* image, int64_t channels, const Axis& h, const Axis& w, int64_t from,
               int64_t to, T* y, int64_t* indices) {
+  if (!indices) {
+    if (max_rows_as<T, Maximum<T>>(image, channels, h, w, from, to, y))
+      max_rows_as<T, ExactMaximum<T>>(image, channels, h, w, from, to, y);
+    return;
+  }
   for (int64_t row = from; row < to; ++row)
     for (int64_t column = 0; column < w.outputs; ++column) {
       const Window window(h, w, row, column);
       const int64_t at = (row * w.outputs + column) * channels;
-      if (!indices) {
-        reduce_window<T, Maximum<T>>(image, channels, window, T{1}, y + at);
-        continue;
-      }
       over_channels<T>(channels, [&](auto block, int64_t c, int64_t n) {
         max_block_indices<T, decltype(block)::is>(image + c, channels, window, n, y + at + c,
                                                   indices + at + c);
@@ -137,7 +171,8 @@ void average_rows(const T* image, int64_t channels, const Axis& h, const Axis& w
       const Window window(h, w, row, column);
       const int64_t at = (row * w.outputs + column) * channels;
       const T scale = T{1} / static_cast<T>(h.count[row] * w.count[column]);
-      reduce_window<T, Sum<T>>(image, channels, window, scale, y + at);
+      NoWatch watch;
+      reduce_window<T, Sum<T>>(image, channels, window, 0, scale, watch, y + at);
     }
 }
 
