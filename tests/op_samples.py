@@ -116,6 +116,11 @@ def _batch_norm(name: str) -> list[tuple[Any, ...]]:
 _WINDOW = ([3, 2], [2, 1], [1, 0])  # kernel, stride, padding
 
 
+def _tap_gradient(x: Tensor, dilation: list[int]) -> tuple[Any, ...]:
+    y, taps = run("max_pool2d_taps", x, *_WINDOW, dilation, True)
+    return torch.randn_like(y), taps, list(x.shape), *_WINDOW, dilation, True
+
+
 def _max_pool(name: str) -> list[tuple[Any, ...]]:
     x = tensor(*_NCHW)
     y, indices = run("max_pool2d", x, *_WINDOW, [1, 2], True, True)
@@ -124,6 +129,8 @@ def _max_pool(name: str) -> list[tuple[Any, ...]]:
         "adaptive_max_pool2d": [(x, [4, 5], True), (x, [1, 1], False)],
         "max_pool2d_input_grad": [(torch.randn_like(y), indices, list(x.shape))],
         "max_pool2d_gather": [(x, indices)],
+        "max_pool2d_taps": [(x, *_WINDOW, [1, 2], True), (x, *_WINDOW, [1, 1], False)],
+        "max_pool2d_taps_grad": [_tap_gradient(x, [1, 2]), _tap_gradient(x, [1, 1])],
     }[name]
 
 
@@ -166,7 +173,10 @@ for _name in ("", "_input_grad", "_weight_grad", "_pack"):
     _SAMPLES["depthwise_conv2d" + _name] = lambda name="depthwise_conv2d" + _name: _depthwise(name)
 for _name in ("batch_norm_train", "batch_norm_backward", "batch_norm_backward_backward"):
     _SAMPLES[_name] = lambda name=_name: _batch_norm(name)
-for _name in ("max_pool2d", "adaptive_max_pool2d", "max_pool2d_input_grad", "max_pool2d_gather"):
+for _name in (
+    "max_pool2d", "adaptive_max_pool2d", "max_pool2d_input_grad", "max_pool2d_gather",
+    "max_pool2d_taps", "max_pool2d_taps_grad",
+):  # fmt: skip
     _SAMPLES[_name] = lambda name=_name: _max_pool(name)
 for _name in (
     "avg_pool2d", "avg_pool2d_input_grad", "adaptive_avg_pool2d", "adaptive_avg_pool2d_input_grad"

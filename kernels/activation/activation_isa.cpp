@@ -6,21 +6,37 @@
 namespace nnarch::NNARCH_ISA {
 namespace {
 
+// Calls f(i, W) for whole vectors of n elements, some at a time, and f(i, rest) for the last ones.
+// The mask of a partial vector in every turn would cost the cheap functions their bandwidth.
+template <class T, class F>
+NNARCH_INLINE void over_vectors(int64_t n, const F& f) {
+  constexpr int64_t w = kLanes<T>;
+  int64_t i = 0;
+  for (; i + 4 * w <= n; i += 4 * w) {
+    f(i, w);
+    f(i + w, w);
+    f(i + 2 * w, w);
+    f(i + 3 * w, w);
+  }
+  for (; i < n; i += w) f(i, n - i);
+}
+
 template <class T>
 void forward(const T* x, T* y, int64_t n, int64_t code, T alpha) {
   with_activation(code, [&](auto c) {
-    for (int64_t i = 0; i < n; i += kLanes<T>)
-      store_n(y + i, activate_as<T, c.code>(load_n(x + i, n - i), alpha), n - i);
+    over_vectors<T>(n, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+      store_n(y + i, activate_as<T, c.code>(load_n(x + i, left), alpha), left);
+    });
   });
 }
 
 template <class T>
 void grad(const T* grad, const T* saved, T* out, int64_t n, int64_t code, T alpha) {
   with_activation(code, [&](auto c) {
-    for (int64_t i = 0; i < n; i += kLanes<T>) {
-      const Vec<T> slope = activate_grad_as<T, c.code>(load_n(saved + i, n - i), alpha);
-      store_n(out + i, load_n(grad + i, n - i) * slope, n - i);
-    }
+    over_vectors<T>(n, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+      const Vec<T> slope = activate_grad_as<T, c.code>(load_n(saved + i, left), alpha);
+      store_n(out + i, load_n(grad + i, left) * slope, left);
+    });
   });
 }
 

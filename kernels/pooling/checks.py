@@ -13,6 +13,7 @@ from nnarch.library import check_tensor
 Pair = tuple[int, int]
 
 _LIMIT = 2**31  # of windows' arguments: products of two stay inside int64
+MOST_TAPS = 254  # of a window whose maximum a byte tells
 _MOST_WINDOWS = 2**26  # in one axis; no image has more, and tables of them would fill the memory
 
 
@@ -114,6 +115,46 @@ def max_pool2d(
     """An image, and windows that fit it."""
     image("max_pool2d", x)
     output_size("max_pool2d", x.shape, kernel, stride, padding, dilation, ceil_mode)
+
+
+def max_pool2d_taps(
+    x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
+) -> None:
+    """As max_pool2d, with taps that a byte can tell apart."""
+    op = "max_pool2d_taps"
+    image(op, x)
+    output_size(op, x.shape, kernel, stride, padding, dilation, ceil_mode)
+    _few_taps(op, kernel)
+
+
+def max_pool2d_taps_grad(
+    grad: Tensor,
+    taps: Tensor,
+    input_size: Sequence[int],
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    ceil_mode: bool,
+) -> None:
+    """A gradient of the size that the forward pass has, and its taps."""
+    op = "max_pool2d_taps_grad"
+    _gradient(op, grad, input_size)
+    size = output_size(op, input_size, kernel, stride, padding, dilation, ceil_mode)
+    if tuple(grad.shape[2:]) != size:
+        raise ValueError(f"{op}: grad must have height and width {size}, got {tuple(grad.shape)}")
+    if taps.dtype != torch.uint8:
+        raise TypeError(f"{op}: taps must be torch.uint8, got {taps.dtype}")
+    if taps.shape != grad.shape:
+        raise ValueError(
+            f"{op}: taps must have the shape of grad, {tuple(grad.shape)}, got {tuple(taps.shape)}"
+        )
+    _few_taps(op, kernel)
+
+
+def _few_taps(op: str, kernel: Pair) -> None:
+    if kernel[0] * kernel[1] > MOST_TAPS:
+        raise ValueError(f"{op}: kernel_size must have at most {MOST_TAPS} taps, got {kernel}")
 
 
 def avg_pool2d(

@@ -33,14 +33,14 @@ struct LaneIndex<double> {
 };
 
 // Rows of a plane, padded on both sides; `slack` elements past the last one may be read.
-inline int64_t row_pitch(const Axis& w) {
+inline __attribute__((always_inline)) int64_t row_pitch(const Axis& w) {
   const int64_t row = w.padding + w.inputs;
   const int64_t windows =
       w.kernel == 0 ? 0 : (w.outputs - 1) * w.stride + (w.kernel - 1) * w.step + 1;
   return row > windows ? row : windows;
 }
 inline constexpr int64_t kSlack = 128;
-inline int64_t plane_buffer_size(const Axis& w, int64_t rows) {
+inline __attribute__((always_inline)) int64_t plane_buffer_size(const Axis& w, int64_t rows) {
   return rows * row_pitch(w) + kSlack;
 }
 

@@ -84,6 +84,39 @@ def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return max_pool2d_input_grad(grad, indices, ctx.shape), None
 
 
+def _fake_taps(
+    x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
+) -> tuple[Tensor, Tensor]:
+    size = checks.output_size(
+        "max_pool2d_taps", x.shape, kernel, stride, padding, dilation, ceil_mode
+    )
+    y = library.new_output(x, (*x.shape[:2], *size))
+    return y, torch.empty_like(y, dtype=torch.uint8)
+
+
+def _setup_taps(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, *ctx.arguments = inputs
+    ctx.shape = x.shape
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1])
+
+
+def _taps_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    (taps,) = ctx.saved_tensors
+    return max_pool2d_taps_grad(grad, taps, ctx.shape, *ctx.arguments), *[None] * 5
+
+
+def _setup_taps_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, taps, ctx.shape, *ctx.arguments = inputs
+    ctx.save_for_backward(taps)
+
+
+def _taps_grad_backward(ctx: Any, gradgrad: Tensor) -> tuple[Tensor | None, ...]:
+    (taps,) = ctx.saved_tensors
+    positions = reference.max_pool2d_positions(taps, ctx.shape, *ctx.arguments[:4])
+    return max_pool2d_gather(gradgrad, positions), *[None] * 7
+
+
 max_pool2d_op = library.declare(
     "max_pool2d(Tensor x, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
     "bool ceil_mode, bool return_indices) -> (Tensor y, Tensor indices)",
@@ -93,6 +126,28 @@ max_pool2d_op = library.declare(
     gpu=f"{_GPU}:max_pool2d",
     setup_context=_setup_max,
     backward=_max_backward(lambda: max_pool2d_op),
+)
+
+max_pool2d_taps_op = library.declare(
+    "max_pool2d_taps(Tensor x, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
+    "bool ceil_mode) -> (Tensor y, Tensor taps)",
+    reference=reference.max_pool2d_taps,
+    fake=_fake_taps,
+    check=checks.max_pool2d_taps,
+    gpu=f"{_GPU}:max_pool2d_taps",
+    setup_context=_setup_taps,
+    backward=_taps_backward,
+)
+
+max_pool2d_taps_grad = library.declare(
+    "max_pool2d_taps_grad(Tensor grad, Tensor taps, int[] input_size, int[2] kernel, "
+    "int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode) -> Tensor",
+    reference=reference.max_pool2d_taps_grad,
+    fake=lambda grad, taps, input_size, *_: library.new_output(grad, input_size),
+    check=checks.max_pool2d_taps_grad,
+    gpu=f"{_GPU}:max_pool2d_taps_grad",
+    setup_context=_setup_taps_grad,
+    backward=_taps_grad_backward,
 )
 
 adaptive_max_pool2d_op = library.declare(
@@ -251,6 +306,12 @@ def max_pool2d(
         checks.pair(op, "dilation", dilation),
         ceil_mode,
     )
+    if not return_indices and kernel[0] * kernel[1] <= checks.MOST_TAPS:
+        x = _batched(op, input)
+        if x.requires_grad and torch.is_grad_enabled():
+            # A byte for every maximum where an index takes eight.
+            y = max_pool2d_taps_op(x, *arguments)[0]
+            return y if x is input else y.squeeze(0)
     return _maximum(op, max_pool2d_op, input, arguments, return_indices)
 
 

@@ -30,6 +30,59 @@ def max_pool2d(
     return y, indices.masked_fill(padding_alone, -1)
 
 
+def max_pool2d_taps(
+    x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
+) -> tuple[Tensor, Tensor]:
+    """The maximum of every window and the number of its tap, 255 where the window is padding."""
+    y, indices = max_pool2d(x, kernel, stride, padding, dilation, ceil_mode, True)
+    row, column = indices // x.shape[3], indices % x.shape[3]
+    first_row, first_column = _first_taps(indices, stride, padding)
+    row = (row - first_row) // dilation[0]
+    column = (column - first_column) // dilation[1]
+    taps = (row * kernel[1] + column).masked_fill(indices < 0, 255)
+    return y, taps.to(torch.uint8)
+
+
+def max_pool2d_positions(
+    taps: Tensor,
+    input_size: Sequence[int],
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+) -> Tensor:
+    """The taps of max_pool2d_taps as the positions of max_pool2d."""
+    number = taps.to(torch.int64)
+    first_row, first_column = _first_taps(taps, stride, padding)
+    row = first_row + number // kernel[1] * dilation[0]
+    column = first_column + number % kernel[1] * dilation[1]
+    height, width = input_size[-2:]
+    outside = (row < 0) | (row >= height) | (column < 0) | (column >= width)
+    none = outside | (number >= kernel[0] * kernel[1])
+    return (row * width + column).masked_fill(none, -1)
+
+
+def _first_taps(outputs: Tensor, stride: Pair, padding: Pair) -> tuple[Tensor, Tensor]:
+    """The row and the column of every window's first tap."""
+    rows, columns = (torch.arange(n, device=outputs.device) for n in outputs.shape[2:])
+    return (rows * stride[0] - padding[0])[:, None], columns * stride[1] - padding[1]
+
+
+def max_pool2d_taps_grad(
+    grad: Tensor,
+    taps: Tensor,
+    input_size: Sequence[int],
+    kernel: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    ceil_mode: bool,
+) -> Tensor:
+    """Every gradient added where its maximum was."""
+    positions = max_pool2d_positions(taps, input_size, kernel, stride, padding, dilation)
+    return max_pool2d_input_grad(grad, positions, input_size)
+
+
 def adaptive_max_pool2d(
     x: Tensor, output_size: Pair, return_indices: bool
 ) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,8 @@ from nnarch.kernels.pooling.triton_max import (
     max_pool2d,
     max_pool2d_gather,
     max_pool2d_input_grad,
+    max_pool2d_taps,
+    max_pool2d_taps_grad,
 )
 
 __all__ = [
@@ -32,6 +34,8 @@ __all__ = [
     "max_pool2d",
     "max_pool2d_gather",
     "max_pool2d_input_grad",
+    "max_pool2d_taps",
+    "max_pool2d_taps_grad",
 ]
 
 _STEM = (8, 64, 112, 112)  # ResNet's 3×3 stride 2 pooling
@@ -55,6 +59,15 @@ def _max_case(dtype: torch.dtype, *, channels_last: bool) -> None:
 
 def _max_grad_case(dtype: torch.dtype) -> None:
     max_pool2d_input_grad(meta(*_STEM_OUT, dtype=dtype), _indices(_STEM_OUT), _STEM)
+
+
+def _taps_case(dtype: torch.dtype) -> None:
+    max_pool2d_taps(meta(*_STEM, dtype=dtype), (3, 3), (2, 2), (1, 1), (1, 1), False)
+
+
+def _taps_grad_case(dtype: torch.dtype) -> None:
+    grad, taps = meta(*_STEM_OUT, dtype=dtype), meta(*_STEM_OUT, dtype=torch.uint8)
+    max_pool2d_taps_grad(grad, taps, _STEM, (3, 3), (2, 2), (1, 1), (1, 1), False)
 
 
 def _avg_case(dtype: torch.dtype) -> None:
@@ -104,6 +117,20 @@ STATIC_CASES = [
         flops=4 * _count(_STEM),
         elements=_count(_STEM, _STEM_OUT),
         fixed_bytes=8 * _count(_STEM_OUT),
+    ),
+    StaticCase(
+        "max_pool2d_taps 3×3 s2 C64 H112 N8",
+        _taps_case,
+        flops=9 * _count(_STEM_OUT),
+        elements=_count(_STEM, _STEM_OUT),
+        fixed_bytes=_count(_STEM_OUT),
+    ),
+    StaticCase(
+        "max_pool2d_taps_grad 3×3 s2 C64 H112 N8",
+        _taps_grad_case,
+        flops=9 * _count(_STEM),
+        elements=_count(_STEM, _STEM_OUT),
+        fixed_bytes=_count(_STEM_OUT),
     ),
     StaticCase(
         "max_pool2d_gather C64 H112 N8",

@@ -42,7 +42,8 @@ _MAX_REACH_PROGRAMS = 256
 def _max_pool2d_fwd_kernel(
     x_ptr,
     y_ptr,
-    indices_ptr,  # int64, flat over height·width, in the strides of y; None: not wanted
+    indices_ptr,  # int64, flat over height·width, in the strides of y; None: not wanted;
+    # uint8: the number of the tap, 255 for none
     pixels,
     channels,
     height,
@@ -66,6 +67,7 @@ def _max_pool2d_fwd_kernel(
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     ADAPTIVE: tl.constexpr,
+    TAPS: tl.constexpr,
     UNROLL: tl.constexpr,
     INT64: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -91,12 +93,13 @@ def _max_pool2d_fwd_kernel(
         x = x.to(tl.float32)
         better = valid & ((x > best) | (x != x) | (at < 0))
         best = tl.where(better, x, best)
-        at = tl.where(better, h * width + w, at)
+        at = tl.where(better, tap if TAPS else h * width + w, at)
 
     y_offset = n * stride_yn + c * stride_yc + oh * stride_yh + ow * stride_yw
     tl.store(y_ptr + y_offset, best.to(y_ptr.dtype.element_ty), mask=inside)
     if indices_ptr is not None:
-        tl.store(indices_ptr + y_offset, at.to(tl.int64), mask=inside)
+        # As uint8, -1 is 255.
+        tl.store(indices_ptr + y_offset, at.to(indices_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -225,6 +228,60 @@ def _max_pool2d_bwd_kernel(
 
 
 @triton.jit
+def _max_pool2d_taps_bwd_kernel(
+    grad_ptr,  # [N, C, out_height, out_width]
+    taps_ptr,  # the same size, uint8
+    dx_ptr,  # [N, C, height, width]
+    pixels,
+    channels,
+    height,
+    width,
+    out_height,
+    out_width,
+    stride_gn,
+    stride_gc,
+    stride_gh,
+    stride_gw,
+    stride_tn,
+    stride_tc,
+    stride_th,
+    stride_tw,
+    stride_dn,
+    stride_dc,
+    stride_dh,
+    stride_dw,
+    stride_h,
+    stride_w,
+    padding_h,
+    padding_w,
+    dilation_h,
+    dilation_w,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    UNROLL: tl.constexpr,
+    INT64: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dx of a pixel: for every tap the one window that has it there, where that tap was largest."""
+    n, h, w, c, inside = pixel_tile(pixels, channels, height, width, INT64, BLOCK_P, BLOCK_C)
+    grad_row = grad_ptr + n * stride_gn + c * stride_gc
+    taps_row = taps_ptr + n * stride_tn + c * stride_tc
+    acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    for tap in tl.range(0, KERNEL_H * KERNEL_W, loop_unroll_factor=UNROLL):
+        from_h = h + padding_h - tap // KERNEL_W * dilation_h
+        from_w = w + padding_w - tap % KERNEL_W * dilation_w
+        oh, ow = from_h // stride_h, from_w // stride_w
+        valid = inside & (from_h >= 0) & (from_w >= 0) & (oh < out_height) & (ow < out_width)
+        valid = valid & (oh * stride_h == from_h) & (ow * stride_w == from_w)
+        largest = tl.load(taps_row + (oh * stride_th + ow * stride_tw), mask=valid, other=255)
+        grad = tl.load(grad_row + (oh * stride_gh + ow * stride_gw), mask=valid, other=0.0)
+        acc += tl.where(largest.to(tl.int32) == tap, grad.to(tl.float32), 0.0)
+    dx_offset = n * stride_dn + c * stride_dc + h * stride_dh + w * stride_dw
+    tl.store(dx_ptr + dx_offset, acc.to(dx_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _max_pool2d_gather_kernel(
     x_ptr,
     indices_ptr,  # [N, C, out_height, out_width] int64, flat over height·width of x
@@ -286,6 +343,59 @@ def max_pool2d(
     return _max_pool(x, size, (kernel[0], kernel[1]), windows, return_indices, adaptive=False)
 
 
+def max_pool2d_taps(
+    x: torch.Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``nnarch::max_pool2d_taps``."""
+    check_dtype("max_pool2d_taps", x)
+    size = output_size("max_pool2d_taps", x.shape, kernel, stride, padding, dilation, ceil_mode)
+    windows = pair("stride", stride) | pair("padding", padding) | pair("dilation", dilation)
+    shape = (kernel[0], kernel[1])
+    return _max_pool(x, size, shape, windows, True, adaptive=False, taps=True)
+
+
+def max_pool2d_taps_grad(
+    grad: torch.Tensor,
+    taps: torch.Tensor,
+    input_size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> torch.Tensor:
+    """``nnarch::max_pool2d_taps_grad``."""
+    check_dtype("max_pool2d_taps_grad", grad)
+    dx = library.new_output(grad, input_size)
+    if grad.numel() == 0:
+        return dx.zero_()
+    grad_view, taps_view, dx_view = merge_planes(grad, taps, dx)
+    grid, tile = pixel_grid(dx_view)
+    arguments = {
+        "grad_ptr": grad,
+        "taps_ptr": taps,
+        "dx_ptr": dx,
+        **sizes(dx_view, grad_view, dx_view),
+        **named_strides("g", "nchw", grad_view),
+        **named_strides("t", "nchw", taps_view),
+        **named_strides("d", "nchw", dx_view),
+        **pair("stride", stride),
+        **pair("padding", padding),
+        **pair("dilation", dilation),
+        **{"KERNEL_H": kernel[0], "KERNEL_W": kernel[1]},
+        "UNROLL": unroll(kernel[0] * kernel[1]),
+        "INT64": index_64(dx_view, grad_view, taps_view),
+    }
+    with device_guard(grad):
+        launch(_max_pool2d_taps_bwd_kernel, grid, arguments, tile)
+    return dx
+
+
 def adaptive_max_pool2d(
     x: torch.Tensor, size: Sequence[int], return_indices: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -303,9 +413,11 @@ def _max_pool(
     windows: dict[str, int],
     return_indices: bool,
     adaptive: bool,
+    taps: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     y = library.new_output(x, (*x.shape[:2], *size))
-    indices = torch.empty_like(y, dtype=torch.int64) if return_indices else y.new_empty(0).long()
+    dtype = torch.uint8 if taps else torch.int64
+    indices = torch.empty_like(y, dtype=dtype) if return_indices else y.new_empty(0).long()
     x_view, y_view = merge_planes(x, y)
     grid, tile = pixel_grid(y_view)
     arguments = {
@@ -316,7 +428,7 @@ def _max_pool(
         **named_strides("x", "nchw", x_view),
         **named_strides("y", "nchw", y_view),
         **windows,
-        **{"KERNEL_H": kernel[0], "KERNEL_W": kernel[1], "ADAPTIVE": adaptive},
+        **{"KERNEL_H": kernel[0], "KERNEL_W": kernel[1], "ADAPTIVE": adaptive, "TAPS": taps},
         "UNROLL": unroll(kernel[0] * kernel[1]),
         "INT64": index_64(x_view, y_view),
     }
