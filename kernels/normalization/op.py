@@ -320,9 +320,10 @@ def _update_running(
     eps: float,
     count: int,
 ) -> None:
+    """Few operations: for a small batch their calls cost as much as the normalization."""
     if running_mean is not None:
         running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
     if running_var is not None:
-        biased = (invstd.double().pow(-2) - eps).clamp_min(0)
-        unbiased = (biased * (count / (count - 1))).to(running_var.dtype)
-        running_var.mul_(1 - momentum).add_(unbiased, alpha=momentum)
+        biased = invstd.double().pow(-2).sub_(eps).clamp_min_(0)
+        # In-place addition rounds to the dtype of running_var.
+        running_var.mul_(1 - momentum).add_(biased, alpha=momentum * count / (count - 1))
