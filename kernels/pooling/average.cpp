@@ -56,9 +56,9 @@ void average_along_rows(const T* x, int64_t images, int64_t channels, const Axis
       [&](int64_t first, int64_t last, int64_t from, int64_t to) {
         Scratch<T> values(plane_buffer_size(w, rows));
         const PlaneBuffer<T> buffer{
-            values.get(), rows,   scales.rows.data(), scales.columns.empty() ? nullptr
-                                                                             : scales.columns.data(),
-            scales.same,  nullptr};
+            values.get(),       rows,
+            scales.rows.data(), scales.columns.empty() ? nullptr : scales.columns.data(),
+            scales.same,        nullptr};
         table.average_planes(x + first * in, last - first, h, w, from, to, y + first * out, buffer);
       });
 }
@@ -208,9 +208,8 @@ Tensor spread(const Tensor& grad, const IntList& input_size, const F& forward) {
     std::fill(inverse_rows.count.begin(), inverse_rows.count.end(), rows.count.front());
     std::fill(inverse_columns.count.begin(), inverse_columns.count.end(), columns.count.front());
   } else {
-    with_scalar_type(g.scalar_type(), "avg_pool2d_input_grad", [&](auto scalar) {
-      scaled = divide<decltype(scalar)>(g, rows, columns);
-    });
+    with_scalar_type(g.scalar_type(), "avg_pool2d_input_grad",
+                     [&](auto scalar) { scaled = divide<decltype(scalar)>(g, rows, columns); });
   }
   average_into(dx, scaled, follows_channels_last(grad), inverse_rows, inverse_columns);
   return to_type(dx, grad.scalar_type());

@@ -88,17 +88,15 @@ Pair max_pool2d(const Tensor& x, IntList kernel, IntList stride, IntList padding
   const AxisArguments axes[] = {axis_arguments(kernel, stride, padding, dilation, ceil_mode, 0),
                                 axis_arguments(kernel, stride, padding, dilation, ceil_mode, 1)};
   return max_over(x, output_size(x.size(2), axes[0]), output_size(x.size(3), axes[1]),
-                  return_indices, [&](int axis) {
-                    return regular_windows(x.size(2 + axis), axes[axis], true);
-                  });
+                  return_indices,
+                  [&](int axis) { return regular_windows(x.size(2 + axis), axes[axis], true); });
 }
 
 Pair adaptive_max_pool2d(const Tensor& x, IntList output_size, bool return_indices) {
   check_images(x);
   check_pair(output_size);
-  return max_over(x, output_size[0], output_size[1], return_indices, [&](int axis) {
-    return adaptive_windows(x.size(2 + axis), output_size[axis]);
-  });
+  return max_over(x, output_size[0], output_size[1], return_indices,
+                  [&](int axis) { return adaptive_windows(x.size(2 + axis), output_size[axis]); });
 }
 
 // Calls f(small, large, channels) for pieces that cover both tensors: the offsets at which a piece

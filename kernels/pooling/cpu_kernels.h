@@ -51,8 +51,8 @@ struct PlaneBuffer {
   // What an average multiplies by: 1 / count of the row times 1 / count of the column. Null for the
   // columns where all are alike and the factors of the rows hold them.
   const T* row_scales;
-  const T* column_scales;  // readable past the end by whole vectors
-  bool same_scale;         // for all rows and columns
+  const T* column_scales;                  // readable past the end by whole vectors
+  bool same_scale;                         // for all rows and columns
   typename LaneIndex<T>::Type* positions;  // as `values`, or null where no indices are wanted
 };
 

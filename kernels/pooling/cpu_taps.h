@@ -43,7 +43,8 @@ struct TapAxis {
   template <class F>
   NNARCH_EVERYWHERE void over_windows(int64_t input, const F& f) const {
     const int64_t reach = input + padding;
-    for (int64_t output = first_window(input); output < outputs && output * stride <= reach; ++output)
+    for (int64_t output = first_window(input); output < outputs && output * stride <= reach;
+         ++output)
       f(output, reach - output * stride);
   }
 };

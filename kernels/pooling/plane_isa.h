@@ -126,7 +126,9 @@ NNARCH_INLINE void reduce_window_rows(const T* plane, const Axis& h, int64_t wid
 template <class T, class Acc, int kernel, int stride>
 NNARCH_INLINE Vec<T> reduce_along(const T* p, const Axis& w) {
   constexpr int64_t lane = kLanes<T>;
-  const auto every_other = [&](int64_t at) NNARCH_INLINE_LAMBDA { return evens<T>(load(p + at), load(p + at + lane)); };
+  const auto every_other = [&](int64_t at) NNARCH_INLINE_LAMBDA {
+    return evens<T>(load(p + at), load(p + at + lane));
+  };
   if constexpr (stride == 1 && kernel > 0) {
     Acc acc(load(p));
     for (int t = 1; t < kernel; ++t) acc.take(load(p + t * w.step));

@@ -130,10 +130,9 @@ NNARCH_INLINE bool max_rows_as(const T* image, int64_t channels, const Axis& h, 
                                int64_t from, int64_t to, T* y) {
   typename Acc::Watch watch;
   // Windows side by side that overlap: the last ones look at all of their taps.
-  const int64_t news = h.kernel > 0 && w.kernel > 0 && h.step == 1 && w.step == 1 &&
-                               h.stride == w.stride
-                           ? h.stride
-                           : 0;
+  const int64_t news =
+      h.kernel > 0 && w.kernel > 0 && h.step == 1 && w.step == 1 && h.stride == w.stride ? h.stride
+                                                                                         : 0;
   for (int64_t row = from; row < to; ++row)
     for (int64_t column = 0; column < w.outputs; ++column) {
       const Window window(h, w, row, column);

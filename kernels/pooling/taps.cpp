@@ -36,15 +36,15 @@ void taps_of_planes(const T* x, int64_t planes, const TapAxis& h, const TapAxis&
   const int64_t row = std::max(w.padding + w.inputs, (w.outputs - 1) * w.stride + span(w));
   const int64_t pitch = row + 64;  // whole vectors are read
   const int64_t rows = std::max(span(h), std::min<int64_t>(h.inputs, 8192 / pitch));
-  over_units<Denormals::keep>(
-      planes, h.outputs, ceil_div(in, h.outputs),
-      [&](int64_t first, int64_t last, int64_t from, int64_t to) {
-        Scratch<T> buffer(rows * pitch);
-        std::fill_n(buffer.get(), rows * pitch, -std::numeric_limits<T>::infinity());
-        for (int64_t p = first; p < last; ++p)
-          table.plane(x + p * in, h, w, from, to, y + p * out, taps + p * out, buffer.get(), pitch,
-                      rows);
-      });
+  over_units<Denormals::keep>(planes, h.outputs, ceil_div(in, h.outputs),
+                              [&](int64_t first, int64_t last, int64_t from, int64_t to) {
+                                Scratch<T> buffer(rows * pitch);
+                                std::fill_n(buffer.get(), rows * pitch,
+                                            -std::numeric_limits<T>::infinity());
+                                for (int64_t p = first; p < last; ++p)
+                                  table.plane(x + p * in, h, w, from, to, y + p * out,
+                                              taps + p * out, buffer.get(), pitch, rows);
+                              });
 }
 
 template <class T>
@@ -52,11 +52,10 @@ void taps_of_images(const T* x, int64_t images, int64_t channels, const TapAxis&
                     const TapAxis& w, T* y, uint8_t* taps) {
   const auto& table = NNARCH_SELECT(tap_table<T>());
   const int64_t in = h.inputs * w.inputs * channels, out = h.outputs * w.outputs * channels;
-  over_rows<Denormals::keep>(images, h.outputs, ceil_div(in, h.outputs),
-                             [&](int64_t n, int64_t from, int64_t to) {
-                               table.rows(x + n * in, channels, h, w, from, to, y + n * out,
-                                          taps + n * out);
-                             });
+  over_rows<Denormals::keep>(
+      images, h.outputs, ceil_div(in, h.outputs), [&](int64_t n, int64_t from, int64_t to) {
+        table.rows(x + n * in, channels, h, w, from, to, y + n * out, taps + n * out);
+      });
 }
 
 std::tuple<Tensor, Tensor> max_pool2d_taps(const Tensor& x, IntList kernel, IntList stride,
@@ -118,11 +117,10 @@ void grad_of_images(const T* grad, const uint8_t* taps, int64_t images, int64_t 
                     const TapAxis& h, const TapAxis& w, T* dx) {
   const auto& table = NNARCH_SELECT(tap_table<T>());
   const int64_t in = h.inputs * w.inputs * channels, out = h.outputs * w.outputs * channels;
-  over_rows<Denormals::keep>(images, h.inputs, w.inputs * channels,
-                             [&](int64_t n, int64_t from, int64_t to) {
-                               table.grad_rows(grad + n * out, taps + n * out, channels, h, w, from,
-                                               to, dx + n * in);
-                             });
+  over_rows<Denormals::keep>(
+      images, h.inputs, w.inputs * channels, [&](int64_t n, int64_t from, int64_t to) {
+        table.grad_rows(grad + n * out, taps + n * out, channels, h, w, from, to, dx + n * in);
+      });
 }
 
 // Any window, one gradient after the other. What no tap of a window lies under is dropped.
@@ -153,8 +151,8 @@ Tensor max_pool2d_taps_grad(const Tensor& grad, const Tensor& taps, IntList inpu
   require(input_size[0] == grad.size(0) && input_size[1] == grad.size(1) && input_size[2] > 0 &&
               input_size[3] > 0,
           "max_pool2d_taps_grad: input_size does not fit");
-  const auto [h, w] = tap_axes({input_size[2], input_size[3]}, kernel, stride, padding, dilation,
-                               ceil_mode);
+  const auto [h, w] =
+      tap_axes({input_size[2], input_size[3]}, kernel, stride, padding, dilation, ceil_mode);
   require(grad.size(2) == h.outputs && grad.size(3) == w.outputs,
           "max_pool2d_taps_grad: grad does not have the size of the output");
   const bool channels_last = follows_channels_last(grad);

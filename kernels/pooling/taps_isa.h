@@ -166,8 +166,7 @@ NNARCH_INLINE bool plane_row_taps(const T* rows, int64_t pitch, int64_t r0, int6
     BestTap<T> best = best_along_row<T, kernel, stride>(p, w, watch);
     if (KH == 0) best.tap += lanes<T>(r0 * w.kernel);
     for (int64_t r = r0 + 1; r < r1; ++r) {
-      const BestTap<T> next =
-          best_along_row<T, kernel, stride>(p + (r - r0) * pitch, w, watch);
+      const BestTap<T> next = best_along_row<T, kernel, stride>(p + (r - r0) * pitch, w, watch);
       best.take(next.value, next.tap + lanes<T>(r * (kernel ? kernel : w.kernel)));
     }
     const auto low = best.value == least;  // padding, or an input that has to win over padding
@@ -295,8 +294,8 @@ void tap_grad_rows(const T* grad, const uint8_t* taps, int64_t channels, const T
       for (int64_t r = first_row; r < h.outputs && r * h.stride <= reach_down; ++r)
         for (int64_t c = first; c < w.outputs && c * w.stride <= reach; ++c) {
           windows.offsets[windows.count] = (r * w.outputs + c) * channels;
-          windows.taps[windows.count++] = static_cast<uint8_t>(
-              (reach_down - r * h.stride) * w.kernel + reach - c * w.stride);
+          windows.taps[windows.count++] =
+              static_cast<uint8_t>((reach_down - r * h.stride) * w.kernel + reach - c * w.stride);
         }
       T* out = dx + (i * w.inputs + j) * channels;
       if (windows.count == 1)
@@ -317,8 +316,8 @@ NNARCH_INLINE V interleave(V a, V b, Indices<I...>) {
   return __builtin_shufflevector(a, b, (half * n / 2 + I / 2 + (I % 2) * n)...);
 }
 
-// The gradient of the inputs stride·m + phase of a row, for a vector of m. Window k of the `windows`
-// that hold the row lies at rows[k], and the row is its tap row first_tap[k] / w.kernel.
+// The gradient of the inputs stride·m + phase of a row, for a vector of m. Window k of the
+// `windows` that hold the row lies at rows[k], and the row is its tap row first_tap[k] / w.kernel.
 template <class T, int kernel, int stride, int phase>
 NNARCH_INLINE Vec<T> phase_grad(const T* grad, const uint8_t* taps, const int64_t* rows,
                                 const int64_t* first_tap, int64_t windows, const TapAxis& w,

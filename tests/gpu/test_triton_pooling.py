@@ -75,6 +75,12 @@ def test_max_pool(window, memory_format, dtype):
     grad = torch.randn_like(y)
     dx = triton_kernel.max_pool2d_input_grad(grad, indices, x.shape)
     check(dx, lambda g: gradient(lambda x: F.max_pool2d(x, *window), x.to(g.dtype), g), grad)
+    y, taps = triton_kernel.max_pool2d_taps(x, *window)
+    assert torch.equal(y.nan_to_num(99.0), expected.nan_to_num(99.0))
+    positions = reference.max_pool2d_positions(taps, x.shape, *window[:4])
+    assert torch.equal(positions, expected_indices)
+    dx = triton_kernel.max_pool2d_taps_grad(grad, taps, x.shape, *window)
+    check(dx, lambda g: gradient(lambda x: F.max_pool2d(x, *window), x.to(g.dtype), g), grad)
     gathered = triton_kernel.max_pool2d_gather(x, indices)
     assert torch.equal(gathered.nan_to_num(99.0), expected.nan_to_num(99.0))
 

@@ -141,6 +141,38 @@ def test_max_gradient(window, dtype, memory_format):
         compare(ours, theirs, {"x": x}, grad)
 
 
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=name_of)
+@pytest.mark.parametrize("window", MAX.values(), ids=MAX)
+def test_taps_are_positions(window, dtype, memory_format):
+    """The taps that training keeps, with torch's rules for ties, infinities and NaN."""
+    kernel, stride, padding, dilation, ceil_mode = window
+    pairs = [(v, v) if isinstance(v, int) else v for v in (kernel, stride or kernel, padding)]
+    arguments = (*pairs, (dilation, dilation) if isinstance(dilation, int) else dilation)
+    for size in SIZES:
+        x = awkward_image(size, dtype, memory_format)
+        y, taps = on_fresh_memory(partial(op.max_pool2d_taps_op, x, *arguments, ceil_mode))
+        positions = reference.max_pool2d_positions(taps, x.shape, *arguments)
+        assert_same((y, positions), TF.max_pool2d(x, *window, return_indices=True))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_taps_of_no_window(dilation, memory_format):
+    """Any byte may come as a tap: what lies outside the input or the window is dropped."""
+    grad = image((2, 17, 6, 5), memory_format=memory_format)
+    taps = torch.randint(0, 256, grad.shape, dtype=torch.uint8).contiguous(
+        memory_format=memory_format
+    )
+    for window in (((3, 3), (2, 2), (1, 1)), ((2, 2), (1, 1), (1, 1)), ((3, 1), (3, 3), (0, 0))):
+        arguments = (*window, (dilation, dilation))
+        axes = zip(grad.shape[2:], *window, strict=True)
+        size = [(n - 1) * s - 2 * p + dilation * (k - 1) + 1 for n, k, s, p in axes]
+        sample = (grad, taps, (2, 17, *size), *arguments, False)
+        expected = reference.max_pool2d_taps_grad(*sample)
+        torch.testing.assert_close(op.max_pool2d_taps_grad(*sample), expected)
+
+
 def test_gradient_without_saved_indices():
     """The operation that saved its input finds the positions in the backward pass."""
     x = image((2, 3, 9, 10)).requires_grad_()
@@ -374,6 +406,9 @@ def test_opcheck():
     check(ops.max_pool2d.default, (x, *window, [1, 2], True, False))
     check(ops.max_pool2d_input_grad.default, (grad.requires_grad_(), indices, shape))
     check(ops.max_pool2d_gather.default, (x, indices))
+    y, taps = ops.max_pool2d_taps(x.detach(), *window, [1, 2], True)
+    check(ops.max_pool2d_taps.default, (x, *window, [1, 2], True))
+    check(ops.max_pool2d_taps_grad.default, (grad, taps, shape, *window, [1, 2], True))
     check(ops.adaptive_max_pool2d.default, (x, [2, 3], True))
     average = (*window, True, False, None)
     grad = torch.randn_like(ops.avg_pool2d(x.detach(), *average)).requires_grad_()

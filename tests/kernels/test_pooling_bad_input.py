@@ -14,6 +14,7 @@ from nnarch.kernels.pooling import op
 X = torch.randn(1, 2, 6, 7)
 P = torch.zeros(1, 2, 3, 3, dtype=torch.int64)
 G = torch.randn(1, 2, 3, 3)
+TAPS = ((2, 3), (2, 2), (0, 0), (1, 1), False)
 BAD = [
     (lambda: F.max_pool2d(X[0, 0], 2), ValueError, r"must be \[C, H, W\].*got shape \(6, 7\)"),
     (lambda: F.max_pool2d(X[:, :0], 2), ValueError, r"no size but N being 0, got shape \(1, 0,"),
@@ -46,6 +47,11 @@ BAD = [
     (lambda: op.max_pool2d_input_grad(G, P, (1, 3, 6, 7)), ValueError, "input_size must be"),
     (lambda: op.max_pool2d_gather(X, P + 42), ValueError, "max_pool2d_gather: indices must lie"),
     (lambda: op.max_pool2d_gather(X, P[:, :1]), ValueError, "max_pool2d_gather: indices must be"),
+    (lambda: op.max_pool2d_taps_op(X, (16, 16), *[(8, 8)] * 2, (1, 1), True), ValueError, "254"),
+    (lambda: op.max_pool2d_taps_grad(G, P, X.shape, *TAPS), TypeError, "taps must be.*uint8"),
+    (lambda: op.max_pool2d_taps_grad(G, P[..., :2].byte(), X.shape, *TAPS), ValueError, "shape of"),
+    (lambda: op.max_pool2d_taps_grad(G, P.byte(), (1, 2, 9, 9), *TAPS), ValueError, "grad must"),
+    (lambda: op.max_pool2d_taps_grad(G, P.byte(), (1, 3, 6, 7), *TAPS), ValueError, "input_size"),
     (lambda: op.avg_pool2d_input_grad(G, X.shape, (3, 3), (1, 1), (0, 0), False, True, None),
      ValueError, r"grad must have height and width \(4, 5\)"),
     (lambda: op.adaptive_avg_pool2d_input_grad(G, (1, 2, 0, 3)), ValueError, "must be positive"),
@@ -83,7 +89,9 @@ HUGE = [
 @pytest.mark.parametrize(("call", "error", "message"), HUGE, ids=range(len(HUGE)))
 def test_huge(call, error, message, memory_format, little_memory, monkeypatch):
     for name in ("X", "G"):
-        monkeypatch.setitem(globals(), name, globals()[name].contiguous(memory_format=memory_format))
+        monkeypatch.setitem(
+            globals(), name, globals()[name].contiguous(memory_format=memory_format)
+        )
     with pytest.raises(error, match=message):
         call()
 
