@@ -1,7 +1,7 @@
 """The Triton launchers of the pooling operations, and the shapes they are compiled for in CI.
 
-Maximum pooling is in triton_max.py, average pooling in triton_avg.py; triton_tile.py is what they
-share.
+Maximum pooling is in triton_max.py and, for training, triton_taps.py; average pooling in
+triton_avg.py; triton_tile.py is what they share.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from nnarch.kernels.pooling.triton_max import (
     max_pool2d,
     max_pool2d_gather,
     max_pool2d_input_grad,
-    max_pool2d_taps,
-    max_pool2d_taps_grad,
 )
+from nnarch.kernels.pooling.triton_taps import max_pool2d_taps, max_pool2d_taps_grad
 
 __all__ = [
     "STATIC_CASES",

@@ -14,6 +14,7 @@ from nnarch.kernels.pooling import (  # noqa: E402
     triton_avg,
     triton_kernel,
     triton_max,
+    triton_taps,
     triton_tile,
 )
 
@@ -205,7 +206,7 @@ def test_more_than_one_program(memory_format):
 
 def test_int64_offsets(monkeypatch):
     """The branch for tensors of 2³¹ elements computes the same on small ones."""
-    for module in (triton_max, triton_avg):
+    for module in (triton_max, triton_taps, triton_avg):
         monkeypatch.setattr(module, "index_64", lambda *_: True)
     x = image(torch.float32, "channels_last")
     y, indices = triton_kernel.max_pool2d(x, (3, 3), (2, 2), (1, 1), (1, 1), False, True)
