@@ -18,6 +18,15 @@ struct ByteVectors {
 
 template <class T>
 NNARCH_INLINE void store_taps(uint8_t* p, Lanes<T> taps) {
+#if defined(NNARCH_ISA_avx2)
+  if constexpr (sizeof(T) == 4) {  // GCC 12 converts lane by lane
+    const __m256i v = (__m256i)taps, words = _mm256_packus_epi32(v, v);
+    const __m256i bytes = _mm256_packus_epi16(words, words);
+    const __m256i whole =
+        _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4));
+    return _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(whole));
+  }
+#endif
   *reinterpret_cast<typename ByteVectors<T>::Unaligned*>(p) =
       __builtin_convertvector(taps, typename ByteVectors<T>::V);
 }
@@ -236,6 +245,13 @@ NNARCH_INLINE Vec<T> add_where(Vec<T> sum, const uint8_t* taps, uint8_t code, co
     const __m128i t = _mm_loadu_si128(reinterpret_cast<const __m128i*>(taps));
     const __mmask16 k = _mm_cmpeq_epi8_mask(t, _mm_set1_epi8(static_cast<char>(code)));
     return (Vec<T>)_mm512_mask_add_ps((__m512)sum, k, (__m512)sum, (__m512)load(grad));
+  }
+#endif
+#if defined(NNARCH_ISA_avx2)
+  if constexpr (sizeof(T) == 4) {
+    const __m128i t = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(taps));
+    const __m256i at = _mm256_cmpeq_epi32(_mm256_cvtepu8_epi32(t), _mm256_set1_epi32(code));
+    return sum + (Vec<T>)_mm256_and_ps((__m256)at, (__m256)load(grad));
   }
 #endif
   const auto t = *reinterpret_cast<const typename ByteVectors<T>::Unaligned*>(taps);
