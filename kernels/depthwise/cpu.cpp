@@ -10,18 +10,28 @@
 namespace nnarch {
 namespace {
 
+// Whether the output consists of whole cache lines that each vector store fills or halves.
+template <class T>
+bool fills_lines(const DepthwiseConv<T>& c) {
+  constexpr int64_t line = 64;
+  return c.y_channel == 1 && c.epilogue.activation <= kRelu6 &&
+         reinterpret_cast<uintptr_t>(c.y) % line == 0 &&
+         c.y_pixel * static_cast<int64_t>(sizeof(T)) % line == 0;
+}
+
 // Runs a convolution that is given for its first image on all of them.
 template <class T>
 void run_images(const DepthwiseConv<T>& conv, int64_t images, int64_t x_image, int64_t y_image) {
-  const DepthwisePlanner<T> planner(conv, images, /*may_read_directly=*/true);
-  const DepthwisePlan& plan = planner.plan();
+  const DepthwisePlanner<T> planner(conv, images, /*weight_grad=*/false);
+  DepthwisePlan plan = planner.plan();
+  plan.stream = plan.far && plan.blocks && fills_lines(conv);
   const bool staged = conv.y_channel != 1 || conv.group > 1;
   const bool residual_staged = conv.epilogue.residual && conv.y_channel != 1;
   const auto run = NNARCH_SELECT(depthwise_run<T>());
   parallel_tasks(images * planner.tasks(), [&](int64_t i) {
     const Scratch<T> tile(plan.tile_size()), stage(staged ? plan.stage_size() : 0),
         residual(residual_staged ? plan.stage_size() : 0);
-    const Scratch<const T*> rows(2 * plan.kernel_rows);
+    const Scratch<const T*> rows(planner.row_pointers());
     const int64_t image = i / planner.tasks();
     DepthwiseConv<T> mine = conv;
     mine.x += image * x_image;

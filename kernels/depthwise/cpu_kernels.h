@@ -34,6 +34,12 @@ static inline __attribute__((always_inline)) int64_t strip_pixels(int64_t s, int
   return best;
 }
 
+// Pixels of grad that the weight gradient holds in registers (see cpu_grad_block.h).
+inline constexpr int64_t kGradPixels = 4;
+
+// Output rows of a block (see cpu_block.h), at most.
+inline constexpr int64_t kBlockRowsMost = 2;
+
 // With a dilation, so many neighbouring output columns share no input column. Every so many-th
 // column is a phase: a convolution without dilation over every dilation_w-th input column.
 static inline __attribute__((always_inline)) int64_t column_phases(int64_t dilation_w,
@@ -89,12 +95,14 @@ struct DepthwisePlan {
   int64_t tile_rows, tile_columns;  // input rows and columns that a tile holds
   int64_t kernel_rows;              // of the tallest pass
   int64_t reach;                    // input rows from the first to the last of an output row
+  bool blocks;  // two output rows at a time (cpu_block.h), where there is code for it
+  bool stream;  // the output is written past the caches
   bool direct;  // strips read the image itself; the tile is for those at other edges
   bool far;     // the same, where input and output are too large for the caches
   bool ring;    // the tile keeps input rows from one output row to the next
 
   int64_t tile_size() const { return tile_rows * tile_columns * block; }
-  int64_t stage_size() const { return columns * block; }
+  int64_t stage_size() const { return (blocks ? kBlockRowsMost : 1) * columns * block; }
 };
 
 struct DepthwiseTask {

@@ -33,16 +33,23 @@ inline constexpr int64_t kTaskWork = 1 << 18;
 template <class T>
 class DepthwisePlanner {
  public:
-  DepthwisePlanner(const DepthwiseConv<T>& c, int64_t images, bool may_read_directly) : c_(c) {
+  // `weight_grad`: the plan is for the weight gradient, where an output pixel is one of grad.
+  DepthwisePlanner(const DepthwiseConv<T>& c, int64_t images, bool weight_grad) : c_(c) {
     scan_passes();
-    if (may_read_directly && can_read_directly())
+    plan_.blocks = !weight_grad && has_blocks();
+    if (plan_.blocks) plan_.tile_rows += (kBlockRowsMost - 1) * c_.stride_h;
+    if (weight_grad ? has_grad_blocks() : can_read_directly()) {
       plan_direct(images);
-    else
+      if (weight_grad) plan_.columns = ow_;
+    } else {
       choose_columns(), choose_block();
+    }
     choose_rows(images);
   }
 
   const DepthwisePlan& plan() const { return plan_; }
+  // Pointers that a task needs: its input rows, and copies of them or the further rows of a block.
+  int64_t row_pointers() const { return (plan_.blocks ? 3 : 2) * plan_.kernel_rows; }
   int64_t channel_tasks() const { return ceil_div(c_.channels, plan_.block); }
   int64_t row_tasks() const { return ceil_div(oh_, plan_.rows); }
   int64_t tasks() const { return channel_tasks() * row_tasks(); }
@@ -77,6 +84,24 @@ class DepthwisePlanner {
     if (!plan_.ring) plan_.tile_rows = r_;
   }
 
+  // Whether the weight gradient reads x in place: grad in whole registers, and edges of the image
+  // that half a kernel reaches beyond, or none.
+  bool has_grad_blocks() const {
+    const DepthwisePass<T>& p = *c_.passes;
+    const int64_t left = -p.column;
+    const int64_t right = (ow_ - 1) * c_.stride_w + p.column + p.s - c_.w;
+    return has_blocks() && can_read_directly() && ow_ % kGradPixels == 0 && ow_ > kGradPixels &&
+           (left == 0 || left == p.s / 2) && (right <= 0 || right == p.s / 2);
+  }
+
+  // What cpu_block.h serves.
+  bool has_blocks() const {
+    const DepthwisePass<T>& p = *c_.passes;
+    return c_.pass_count == 1 && p.r == p.s && (p.s == 3 || p.s == 5 || p.s == 7) &&
+           c_.stride_h == c_.stride_w && c_.stride_h <= 2 && c_.dilation_h == 1 &&
+           c_.dilation_w == 1;
+  }
+
   bool can_read_directly() const {
     return c_.x_channel == 1 && c_.lane_source == nullptr && c_.group == 1 &&
            c_.channels % kLanesMost == 0 &&
@@ -93,7 +118,7 @@ class DepthwisePlanner {
     plan_.far = bytes >= kFarBytes;
     const int64_t phases = column_phases(c_.dilation_w, c_.stride_w);
     const int64_t strip = strip_pixels(s_, ceil_div(ow_, phases)) * phases;
-    const int64_t fit = (plan_.far ? kFarRowBytes : kDirectBytes) /
+    const int64_t fit = (plan_.far || plan_.blocks ? kFarRowBytes : kDirectBytes) /
                         (std::max<int64_t>(r_, 1) * c_.stride_w * c_.channels * size);
     plan_.columns = std::min(ow_, std::max(2 * strip, fit / strip * strip));
     plan_.tile_columns = tile_columns(kStripLengths[0]);  // for one strip at an edge
@@ -132,6 +157,7 @@ class DepthwisePlanner {
     const int64_t wanted = ceil_div(kTasks, std::max<int64_t>(1, images * channel_tasks()));
     const int64_t most = std::max<int64_t>(1, std::min(work / kTaskWork, oh_ / (2 * r_ + 2)));
     plan_.rows = std::max<int64_t>(1, ceil_div(oh_, std::min(wanted, most)));
+    if (plan_.blocks) plan_.rows = round_up(plan_.rows, kBlockRowsMost);
   }
 
   const DepthwiseConv<T>& c_;

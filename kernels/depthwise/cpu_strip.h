@@ -23,11 +23,13 @@ struct Strip {
   const T* weight;       // at the first of these rows
   int64_t weight_block;  // from one block of channels to the next
   T* y;
-  int64_t y_pixel;
+  int64_t y_pixel, y_row;
   const T* residual;  // or null
-  int64_t residual_pixel;
+  int64_t residual_pixel, residual_row;
   int64_t channels;
   const Epilogue<T>* epilogue;  // scale and shift are read in whole vectors
+  int64_t strips;               // of a block (see cpu_block.h): so many strips in a row
+  bool stream;                  // of a block: whole lines of y, written past the caches
 };
 
 // Distances of 1, 2 and 3 pixels: with these, a pointer that moves every fourth pixel reaches all.
@@ -77,9 +79,36 @@ NNARCH_INLINE void write(T* p, const Steps& pixel, int64_t n, const Vec<T>* acc,
     (store_n(step<I>(p, pixel), acc[I], n), ...);
 }
 
-// Scale, shift, residual and the activations that are a clamp; the others run over stored values.
+// Whole aligned vectors that should not displace what is in the caches.
+NNARCH_INLINE void store_past_caches(float* p, Vec<float> v) {
+#if defined(NNARCH_ISA_avx512)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(NNARCH_ISA_avx2)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v);
+#endif
+}
+NNARCH_INLINE void store_past_caches(double* p, Vec<double> v) {
+#if defined(NNARCH_ISA_avx512)
+  _mm512_stream_pd(p, (__m512d)v);
+#elif defined(NNARCH_ISA_avx2)
+  _mm256_stream_pd(p, (__m256d)v);
+#else
+  store(p, v);
+#endif
+}
+
 template <class T, int... I>
-NNARCH_INLINE void finish(const Strip<T>& a, int64_t k, Vec<T>* acc, Indices<I...> indices) {
+NNARCH_INLINE void write_past_caches(T* p, const Steps& pixel, const Vec<T>* acc, Indices<I...>) {
+  (store_past_caches(step<I>(p, pixel), acc[I]), ...);
+}
+
+// Scale, shift, residual and the activations that are a clamp; the others run over stored values.
+// `row` counts the output rows of a block.
+template <class T, int... I>
+NNARCH_INLINE void finish(const Strip<T>& a, int64_t k, int64_t row, Vec<T>* acc,
+                          Indices<I...> indices) {
   const Epilogue<T>& e = *a.epilogue;
   const int64_t n = a.channels - k;
   const Steps y_pixel(a.y_pixel);
@@ -87,14 +116,19 @@ NNARCH_INLINE void finish(const Strip<T>& a, int64_t k, Vec<T>* acc, Indices<I..
     const Vec<T> scale = load(e.scale + k), shift = e.shift ? load(e.shift + k) : Vec<T>{};
     ((acc[I] = acc[I] * scale + shift), ...);
   }
-  if (a.residual) add_residual(a.residual + k, Steps(a.residual_pixel), n, acc, indices);
+  if (a.residual)
+    add_residual(a.residual + row * a.residual_row + k, Steps(a.residual_pixel), n, acc, indices);
   if (e.activation == kRelu) {
     ((acc[I] = Vec<T>{} > acc[I] ? Vec<T>{} : acc[I]), ...);  // NaN stays
   } else if (e.activation == kRelu6) {
     const ClampBounds<T> bounds(e.activation);
     ((acc[I] = clamp<T>(acc[I], bounds.low, bounds.high)), ...);
   }
-  write(a.y + k, y_pixel, n, acc, indices);
+  T* y = a.y + row * a.y_row + k;
+  if (a.stream)
+    write_past_caches(y, y_pixel, acc, indices);
+  else
+    write(y, y_pixel, n, acc, indices);
 }
 
 template <bool DO, class V>
@@ -143,7 +177,7 @@ void strip_fixed(const Strip<T>& a) {
       kernel_row<T, S, STRIDE, P, LEFT, RIGHT>(a.rows[r] + a.x + k, pixel, weight, acc,
                                                MakeIndices<(P - 1) * STRIDE + S>{});
     }
-    finish(a, k, acc, MakeIndices<P>{});
+    finish(a, k, 0, acc, MakeIndices<P>{});
   }
 }
 
@@ -164,7 +198,7 @@ void strip_general(const Strip<T>& a) {
     for (int64_t r = 0; r < a.row_count; ++r)
       for (int64_t s = 0; s < a.s; ++s, w += kDepthwiseBlock)
         kernel_tap<T>(a.rows[r] + a.x + k + s * a.pixel, pixel, load(w), acc, MakeIndices<P>{});
-    finish(a, k, acc, MakeIndices<P>{});
+    finish(a, k, 0, acc, MakeIndices<P>{});
   }
 }
 

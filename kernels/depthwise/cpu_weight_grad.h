@@ -47,7 +47,7 @@ void weight_grad(const Tensor& grad, const Tensor& x, const Tensor& dw, const Co
   conv.dilation_h = p.dilation_h, conv.dilation_w = p.dilation_w;
   conv.passes = &pass, conv.pass_count = 1;
 
-  const DepthwisePlanner<T> planner(conv, p.n, /*may_read_directly=*/false);
+  const DepthwisePlanner<T> planner(conv, p.n, /*weight_grad=*/true);
   const DepthwisePlan& plan = planner.plan();
   const int64_t channel_tasks = planner.channel_tasks(), row_tasks = planner.row_tasks();
   const int64_t units = p.n * row_tasks;  // a unit: some rows of an image, one block of channels

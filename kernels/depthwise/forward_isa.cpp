@@ -1,4 +1,5 @@
 // A task of a depthwise convolution: its output rows, cut into strips, from a tile of the input.
+#include "depthwise/cpu_block.h"
 #include "depthwise/cpu_kernels.h"
 #include "depthwise/cpu_strip.h"
 #include "depthwise/cpu_tile.h"
@@ -69,6 +70,28 @@ const StripCode<T>& strip_code(const StripSet<T>& set, int64_t s, int64_t n) {
   return *code;
 }
 
+// The code for blocks: [reaches beyond the left edge][beyond the right edge].
+template <class T>
+struct BlockCode {
+  int64_t rows, pixels;
+  StripFn<T> run[2][2];
+};
+template <class T, int S, int STRIDE>
+inline constexpr BlockCode<T> kBlock = {
+    kBlockRows<S>,
+    kBlockPixels<S>,
+    {{block_fixed<T, S, STRIDE, 0, 0>, block_fixed<T, S, STRIDE, 0, S / 2>},
+     {block_fixed<T, S, STRIDE, S / 2, 0>, block_fixed<T, S, STRIDE, S / 2, S / 2>}}};
+
+// Null where there is no such code.
+template <class T>
+const BlockCode<T>* block_code(int64_t s, int64_t stride) {
+  if (s == 3) return stride == 1 ? &kBlock<T, 3, 1> : stride == 2 ? &kBlock<T, 3, 2> : nullptr;
+  if (s == 5) return stride == 1 ? &kBlock<T, 5, 1> : stride == 2 ? &kBlock<T, 5, 2> : nullptr;
+  if (s == 7) return stride == 1 ? &kBlock<T, 7, 1> : stride == 2 ? &kBlock<T, 7, 2> : nullptr;
+  return nullptr;
+}
+
 template <class T>
 NNARCH_NOINLINE void activate_values(T* y, int64_t pixels, int64_t pixel, int64_t n,
                                      const Epilogue<T>& e) {
@@ -102,7 +125,11 @@ class Runner {
  private:
   void run_columns(int64_t x_first) {
     Tile<T> tile(c_, plan_, task_, work_.tile, x_first);
-    for (int64_t oy = task_.first; oy < task_.last; ++oy) {
+    int64_t oy = task_.first;
+    if (const BlockCode<T>* code = find_block(x_first))
+      for (; oy + code->rows <= task_.last; oy += code->rows)
+        run_block_rows(tile, *code, oy, x_first, smaller(plan_.columns, c_.passes->ow - x_first));
+    for (; oy < task_.last; ++oy) {
       tile.load(oy);
       for (int64_t i = 0; i < c_.pass_count; ++i) {
         const DepthwisePass<T>& pass = c_.passes[i];
@@ -112,10 +139,98 @@ class Runner {
     }
   }
 
+  // The code for the columns from x_first on; null where blocks do not serve them.
+  const BlockCode<T>* find_block(int64_t x_first) const {
+    const DepthwisePass<T>& pass = *c_.passes;
+    if (!plan_.blocks) return nullptr;
+    const BlockCode<T>* code = block_code<T>(pass.s, c_.stride_w);
+    const int64_t n = smaller(plan_.columns, pass.ow - x_first);
+    if (code == nullptr || code->rows > kBlockRowsMost || n < code->pixels) return nullptr;
+    return code;
+  }
+
+  // `n` pixels of each of code.rows output rows.
+  void run_block_rows(Tile<T>& tile, const BlockCode<T>& code, int64_t oy, int64_t x_first,
+                      int64_t n) {
+    const DepthwisePass<T>& pass = *c_.passes;
+    const int64_t iy = oy * c_.stride_h + pass.row;
+    const int64_t reach = (code.rows - 1) * c_.stride_h + pass.r;
+    tile.load(oy), tile.load(oy + code.rows - 1);
+    for (int64_t r = 0; r < reach; ++r)
+      work_.rows[r] = iy + r < 0 || iy + r >= c_.h ? nullptr : tile.row(iy + r, r);
+    Strip<T> a{};
+    a.rows = work_.rows;
+    a.pixel = tile.pixel();
+    a.weight_block = pass.r * pass.s * kDepthwiseBlock;
+    a.weight = pass.weight + task_.channel / kDepthwiseBlock * a.weight_block;
+    a.channels = task_.channels;
+    a.epilogue = &epilogue_;
+    const int64_t offset = pass.y_offset + oy * c_.y_row + x_first * c_.y_pixel;
+    T* y = c_.y + offset + task_.channel / c_.group * c_.y_channel;
+    T* out = work_.stage ? work_.stage : y;
+    a.y_pixel = work_.stage ? pitch() : c_.y_pixel;
+    a.y_row = work_.stage ? plan_.columns * pitch() : c_.y_row;
+    a.residual_pixel = c_.y_channel == 1 ? c_.y_pixel : pitch();
+    a.residual_row = c_.y_channel == 1 ? c_.y_row : plan_.columns * pitch();
+    const T* residual = epilogue_.residual ? residual_rows(offset, n, code.rows) : nullptr;
+    a.stream = plan_.stream;
+    bool all = true;
+    for (int64_t x = 0; x < n; x += a.strips * code.pixels)
+      all &=
+          run_block_strips(tile, a, code, x_first, smaller(x, n - code.pixels), n, out, residual);
+    for (int64_t r = 0; r < code.rows; ++r) {
+      if (!is_clamp(epilogue_.activation))
+        activate_values(out + r * a.y_row, n, a.y_pixel, task_.channels, epilogue_);
+      if (work_.stage) unstage(out + r * a.y_row, n, y + r * c_.y_row);
+    }
+    for (int64_t x = 0; x < n && !all; x += code.pixels)
+      run_odd_edge(tile, code, oy, x_first + smaller(x, n - code.pixels));
+  }
+
+  // How many columns of a strip of a block lie outside the image.
+  int64_t block_left(const Tile<T>& tile, int64_t x) const {
+    return tile.missing_left(x * c_.stride_w + c_.passes->column);
+  }
+  int64_t block_right(const Tile<T>& tile, const BlockCode<T>& code, int64_t x) const {
+    const int64_t last = x + code.pixels - 1;
+    return tile.missing_right(last * c_.stride_w + c_.passes->column + c_.passes->s - 1);
+  }
+  static bool has_code(int64_t s, int64_t left, int64_t right) {
+    return (left == 0 || left == s / 2) && (right == 0 || right == s / 2);
+  }
+
+  // Where the strip at x reaches beyond the image in a way that blocks have no code for, row by
+  // row.
+  void run_odd_edge(Tile<T>& tile, const BlockCode<T>& code, int64_t oy, int64_t x) {
+    const DepthwisePass<T>& pass = *c_.passes;
+    if (has_code(pass.s, block_left(tile, x), block_right(tile, code, x))) return;
+    for (int64_t r = 0; r < code.rows; ++r) run_row(tile, pass, oy + r, x, code.pixels);
+  }
+
+  // The strip at x, and as many after it as lie within the image like it. False: there is no code
+  // for it.
+  bool run_block_strips(const Tile<T>& tile, Strip<T>& a, const BlockCode<T>& code, int64_t x_first,
+                        int64_t x, int64_t n, T* y, const T* residual) const {
+    const DepthwisePass<T>& pass = *c_.passes;
+    const int64_t left = block_left(tile, x_first + x),
+                  right = block_right(tile, code, x_first + x);
+    a.strips = 1;
+    if (!has_code(pass.s, left, right)) return false;
+    a.x = tile.offset((x_first + x) * c_.stride_w + pass.column + left);
+    a.y = y + x * a.y_pixel;
+    a.residual = residual ? residual + x * a.residual_pixel : nullptr;
+    if (left == 0 && right == 0)
+      while (x + (a.strips + 1) * code.pixels <= n &&
+             block_right(tile, code, x_first + x + a.strips * code.pixels) == 0)
+        ++a.strips;
+    code.run[left != 0][right != 0](a);
+    return true;
+  }
+
   // `n` pixels of an output row.
   void run_row(Tile<T>& tile, const DepthwisePass<T>& pass, int64_t oy, int64_t x_first,
                int64_t n) {
-    Strip<T> a;
+    Strip<T> a{};
     find_rows(tile, pass, oy, &a);
     a.rows = work_.rows;
     a.pixel = tile.pixel() * c_.dilation_w;
@@ -124,7 +239,7 @@ class Runner {
     a.epilogue = &epilogue_;
     const int64_t offset = pass.y_offset + oy * c_.y_row + x_first * c_.y_pixel;
     T* y = c_.y + offset + task_.channel / c_.group * c_.y_channel;
-    const T* residual = epilogue_.residual ? residual_row(offset, n) : nullptr;
+    const T* residual = epilogue_.residual ? residual_rows(offset, n, 1) : nullptr;
     T* out = work_.stage ? work_.stage : y;
     const int64_t y_pixel = work_.stage ? pitch() : c_.y_pixel;
     const int64_t residual_pixel = c_.y_channel == 1 ? c_.y_pixel : pitch();
@@ -134,7 +249,7 @@ class Runner {
                  residual ? residual + j * residual_pixel : nullptr);
     if (!is_clamp(epilogue_.activation))
       activate_values(out, n, y_pixel, task_.channels, epilogue_);
-    if (work_.stage) unstage(n, y);
+    if (work_.stage) unstage(work_.stage, n, y);
   }
 
   // The kernel rows of an output row that lie in the image.
@@ -195,20 +310,23 @@ class Runner {
     code.run[0][0](a);
   }
 
-  // Residual values in the layout that the strips write.
-  const T* residual_row(int64_t offset, int64_t n) const {
+  // Residual values of one or more rows in the layout that the strips write.
+  const T* residual_rows(int64_t offset, int64_t n, int64_t rows) const {
     const T* from = c_.epilogue.residual + offset + task_.channel * c_.y_channel;
     if (c_.y_channel == 1) return from;
-    transpose_kernel<T>()(from, c_.y_channel, work_.residual, pitch(), task_.channels, n);
+    for (int64_t r = 0; r < rows; ++r)
+      transpose_kernel<T>()(from + r * c_.y_row, c_.y_channel,
+                            work_.residual + r * plan_.columns * pitch(), pitch(), task_.channels,
+                            n);
     return work_.residual;
   }
 
   // A staged row to where it belongs.
-  void unstage(int64_t n, T* y) const {
+  void unstage(const T* stage, int64_t n, T* y) const {
     if (c_.group == 1 && c_.y_pixel == 1)
-      return transpose_kernel<T>()(work_.stage, pitch(), y, c_.y_channel, n, task_.channels);
+      return transpose_kernel<T>()(stage, pitch(), y, c_.y_channel, n, task_.channels);
     for (int64_t x = 0; x < n; ++x) {
-      const T* from = work_.stage + x * pitch();
+      const T* from = stage + x * pitch();
       T* to = y + x * c_.y_pixel;
       for (int64_t k = 0; k < task_.channels; k += c_.group, to += c_.y_channel) {
         T sum = from[k];
@@ -236,6 +354,9 @@ template <class T>
 void run(const DepthwiseConv<T>& c, const DepthwisePlan& plan, const DepthwiseTask& task,
          const DepthwiseWork<T>& work) {
   Runner<T>(c, plan, task, work).run();
+#if defined(NNARCH_ISA_avx2) || defined(NNARCH_ISA_avx512)
+  if (plan.stream) _mm_sfence();
+#endif
 }
 
 }  // namespace

@@ -1,140 +1,131 @@
 // The part of the weight gradient that a task sums up.
+#include "depthwise/cpu_grad_block.h"
 #include "depthwise/cpu_kernels.h"
 #include "depthwise/cpu_tile.h"
 
 namespace nnarch::NNARCH_ISA {
 namespace {
 
-// One row of g against some kernel rows of x.
+// Any kernel: tap by tap, in four sums, whose latencies overlap. `step` leads from the x of one
+// pixel to that of the next, `tap` from one tap to the next.
 template <class T>
-struct GradRow {
-  const T* const* rows;  // of x, at the first tap of the first output
-  const T* g;
-  int64_t n;         // pixels of g
-  int64_t channels;  // whole vectors
-  int64_t g_pixel;
-  int64_t x_step, x_tap;  // from one output to the next, from one tap to the next
-  int64_t taps;           // of a kernel row
-  T* partial;             // at the first of the kernel rows
-  int64_t block;          // from one block of channels to the next
-};
-
-template <class T>
-NNARCH_INLINE T* partial_of(const GradRow<T>& a, int64_t k) {
-  return a.partial + k / kDepthwiseBlock * a.block + k % kDepthwiseBlock;
-}
-
-template <class T>
-NNARCH_INLINE const T* next_tap(const T*& x, int64_t tap) {
-  const T* here = x;
-  x += tap;
-  keep_pointer(x);
-  return here;
-}
-
-// A pixel of g times the taps of one kernel row.
-template <class T, int... J>
-NNARCH_INLINE void add_taps(const T* x, int64_t tap, Vec<T> g, Vec<T>* sum, Indices<J...>) {
-  ((sum[J] += load(next_tap(x, tap)) * g), ...);
-}
-
-// R kernel rows of S taps in R·S sums: a load for every multiply-add, and one for g.
-template <class T, int R, int S, int... I>
-NNARCH_INLINE void add_rows(const GradRow<T>& a, Indices<I...>) {
-  for (int64_t k = 0; k < a.channels; k += kLanes<T>) {
-    T* partial = partial_of(a, k);
-    Vec<T> sum[R * S];
-    for (int i = 0; i < R * S; ++i) sum[i] = load(partial + i * kDepthwiseBlock);
-    const T* x[R] = {(a.rows[I] + k)...};
-    const T* g = a.g + k;
-    for (int64_t p = 0; p < a.n; ++p, g += a.g_pixel) {
-      const Vec<T> value = load(g);
-      (add_taps<T>(x[I], a.x_tap, value, sum + I * S, MakeIndices<S>{}), ...);
-      ((x[I] += a.x_step), ...);
-    }
-    for (int i = 0; i < R * S; ++i) store(partial + i * kDepthwiseBlock, sum[i]);
-  }
-}
-
-// Up to AT_ONCE kernel rows at a time, as many as the registers hold sums for.
-template <class T, int S, int AT_ONCE>
-void add_all_rows(GradRow<T> a, int64_t count) {
-  for (int64_t r = 0; r < count;) {
-    const int64_t left = count - r;
-    int done = 1;
-    if constexpr (AT_ONCE >= 3) {
-      if (left >= 3) add_rows<T, 3, S>(a, MakeIndices<3>{}), done = 3;
-    }
-    if (done == 1 && left >= 2) add_rows<T, 2, S>(a, MakeIndices<2>{}), done = 2;
-    if (done == 1) add_rows<T, 1, S>(a, MakeIndices<1>{});
-    r += done;
-    a.rows += done;
-    a.partial += done * S * kDepthwiseBlock;
-  }
-}
-
-// Any width: tap by tap, in four sums, whose latencies overlap.
-template <class T>
-void add_general(const GradRow<T>& a, int64_t count) {
+void add_general(const GradRow<T>& a, int64_t count, int64_t taps, int64_t step, int64_t tap_step) {
   for (int64_t k = 0; k < a.channels; k += kLanes<T>)
-    for (int64_t tap = 0; tap < count * a.taps; ++tap) {
-      const T* x = a.rows[tap / a.taps] + tap % a.taps * a.x_tap + k;
+    for (int64_t tap = 0; tap < count * taps; ++tap) {
+      const T* x = a.rows[tap / taps] + a.x + tap % taps * tap_step + k;
       const T* g = a.g + k;
       Vec<T> s0{}, s1{}, s2{}, s3{};
       int64_t p = 0;
-      for (; p + 4 <= a.n; p += 4, x += 4 * a.x_step, g += 4 * a.g_pixel) {
+      for (; p + 4 <= a.n; p += 4, x += 4 * step, g += 4 * a.g_pixel) {
         s0 += load(x) * load(g);
-        s1 += load(x + a.x_step) * load(g + a.g_pixel);
-        s2 += load(x + 2 * a.x_step) * load(g + 2 * a.g_pixel);
-        s3 += load(x + 3 * a.x_step) * load(g + 3 * a.g_pixel);
+        s1 += load(x + step) * load(g + a.g_pixel);
+        s2 += load(x + 2 * step) * load(g + 2 * a.g_pixel);
+        s3 += load(x + 3 * step) * load(g + 3 * a.g_pixel);
       }
-      for (; p < a.n; ++p, x += a.x_step, g += a.g_pixel) s0 += load(x) * load(g);
+      for (; p < a.n; ++p, x += step, g += a.g_pixel) s0 += load(x) * load(g);
       T* partial = partial_of(a, k) + tap * kDepthwiseBlock;
       store(partial, load(partial) + ((s0 + s1) + (s2 + s3)));
     }
 }
 
+// So many blocks share one load and one store of the sums.
+inline constexpr int64_t kRunPixels = 4 * kGradPixels;
+
 template <class T>
-void add_row(const GradRow<T>& a, int64_t count) {
-  switch (a.taps) {
-    case 3:
-      return add_all_rows<T, 3, 3>(a, count);
-    case 5:
-      return add_all_rows<T, 5, 2>(a, count);
-    case 7:
-      return add_all_rows<T, 7, 2>(a, count);
-    default:
-      return add_general<T>(a, count);
+class GradRunner {
+ public:
+  GradRunner(const DepthwiseWeightGrad<T>& problem, const DepthwisePlan& plan,
+             const DepthwiseTask& task, const DepthwiseWork<T>& work)
+      : problem_(problem),
+        c_(problem.conv),
+        pass_(c_.passes[0]),
+        plan_(plan),
+        task_(task),
+        work_(work),
+        code_(c_.dilation_w == 1 ? grad_code<T>(pass_.s, c_.stride_w) : nullptr) {}
+
+  void run() {
+    for (int64_t x = 0; x < pass_.ow; x += plan_.columns) {
+      Tile<T> tile(c_, plan_, task_, work_.tile, x);
+      for (int64_t oy = task_.first; oy < task_.last; ++oy)
+        run_row(tile, oy, x, smaller(plan_.columns, pass_.ow - x));
+    }
   }
-}
+
+ private:
+  void run_row(Tile<T>& tile, int64_t oy, int64_t x_first, int64_t n) {
+    tile.load(oy);
+    int64_t first, last;
+    kernel_rows(c_, pass_, oy, &first, &last);
+    const int64_t iy = oy * c_.stride_h + pass_.row;
+    for (int64_t r = first; r < last; ++r)
+      work_.rows[r - first] = tile.row(iy + r * c_.dilation_h, r);
+    GradRow<T> a;
+    a.rows = work_.rows;
+    a.x_pixel = tile.pixel();
+    a.channels = task_.channels;
+    a.block = pass_.r * pass_.s * kDepthwiseBlock;
+    a.partial = problem_.partial + task_.channel / kDepthwiseBlock * a.block +
+                first * pass_.s * kDepthwiseBlock;
+    set_grad(&a, oy, x_first, n);
+    run_pixels(tile, a, last - first, x_first, n);
+  }
+
+  // grad in place where its vectors are whole; else a copy.
+  void set_grad(GradRow<T>* a, int64_t oy, int64_t x_first, int64_t n) const {
+    const T* g = problem_.g + oy * c_.y_row + x_first * c_.y_pixel + task_.channel * c_.y_channel;
+    a->g = g, a->g_pixel = c_.y_pixel;
+    if (c_.y_channel == 1 && task_.channels % kLanes<T> == 0) return;
+    const int64_t pitch = round_up(task_.channels, kLanes<T>);
+    load_pixels(g, c_.y_pixel, c_.y_channel, work_.stage, pitch, n, task_.channels);
+    a->g = work_.stage, a->g_pixel = pitch;
+  }
+
+  void run_pixels(const Tile<T>& tile, const GradRow<T>& row, int64_t rows, int64_t x_first,
+                  int64_t n) const {
+    for (int64_t x = 0, done; x < n; x += done) {
+      GradRow<T> a = row;
+      const int64_t column = (x_first + x) * c_.stride_w + pass_.column;
+      const int64_t left = tile.missing_left(column);
+      a.g += x * a.g_pixel;
+      a.x = tile.offset(column + left);
+      if (code_ == nullptr) {
+        a.n = done = n;
+        add_general(a, rows, pass_.s, c_.stride_w * a.x_pixel, c_.dilation_w * a.x_pixel);
+      } else if (n - x < kGradPixels) {
+        a.n = done = n - x;
+        code_->single(a, rows);
+      } else if (left != 0 || misses_right(tile, column, 1)) {
+        a.n = done = kGradPixels;
+        (left != 0 ? code_->left : code_->right)(a, rows);
+      } else {
+        int64_t blocks = smaller(n - x, kRunPixels) / kGradPixels;
+        while (misses_right(tile, column, blocks)) --blocks;
+        a.n = done = blocks * kGradPixels;
+        code_->inside(a, rows);
+      }
+    }
+  }
+
+  // Whether so many blocks from input column `column` on reach beyond the right edge of the image.
+  bool misses_right(const Tile<T>& tile, int64_t column, int64_t blocks) const {
+    const int64_t last = (blocks * kGradPixels - 1) * c_.stride_w + pass_.s - 1;
+    return tile.missing_right(column + last) != 0;
+  }
+
+  const DepthwiseWeightGrad<T>& problem_;
+  const DepthwiseConv<T>& c_;
+  const DepthwisePass<T>& pass_;
+  const DepthwisePlan& plan_;
+  const DepthwiseTask& task_;
+  const DepthwiseWork<T>& work_;
+  const GradCode<T>* code_;
+};
 
 template <class T>
 void run(const DepthwiseWeightGrad<T>& problem, const DepthwisePlan& plan,
          const DepthwiseTask& task, const DepthwiseWork<T>& work) {
-  const DepthwiseConv<T>& c = problem.conv;
-  const DepthwisePass<T>& pass = c.passes[0];
-  for (int64_t x_first = 0; x_first < pass.ow; x_first += plan.columns) {
-    Tile<T> tile(c, plan, task, work.tile, x_first);
-    const int64_t n = smaller(plan.columns, pass.ow - x_first), pixel = tile.pixel();
-    const int64_t column = tile.offset(x_first * c.stride_w + pass.column);
-    for (int64_t oy = task.first; oy < task.last; ++oy) {
-      tile.load(oy);
-      int64_t first, last;
-      kernel_rows(c, pass, oy, &first, &last);
-      const int64_t iy = oy * c.stride_h + pass.row;
-      for (int64_t r = first; r < last; ++r)
-        work.rows[r - first] = tile.row(iy + r * c.dilation_h, r) + column;
-      const T* g = problem.g + oy * c.y_row + x_first * c.y_pixel + task.channel * c.y_channel;
-      load_pixels(g, c.y_pixel, c.y_channel, work.stage, pixel, n, task.channels);
-      const int64_t block = pass.r * pass.s * kDepthwiseBlock;
-      add_row<T>(
-          {work.rows, work.stage, n, pixel, pixel, c.stride_w * pixel, c.dilation_w * pixel, pass.s,
-           problem.partial + task.channel / kDepthwiseBlock * block +
-               first * pass.s * kDepthwiseBlock,
-           block},
-          last - first);
-    }
-  }
+  GradRunner<T>(problem, plan, task, work).run();
 }
 
 }  // namespace

@@ -1,0 +1,98 @@
+// A block: ROWS output rows by P pixels in accumulators, strip after strip of a row.
+//
+// Strips (cpu_strip.h) serve every kernel and every edge, one function call and one loop over
+// kernel rows each. Blocks are for the common case, a square kernel of width S without dilation:
+// nothing is counted at run time but channels and strips, and an input row that is loaded serves
+// both output rows. 128 channels at 56×56, 3×3, packed, all else equal, Zen 4: strips of 8 pixels
+// 78 µs, the same unrolled 70 µs, blocks of 2 by 4 64 µs; the multiply-adds alone take 61 µs.
+#pragma once
+
+#include "depthwise/cpu_strip.h"
+
+namespace nnarch::NNARCH_ISA {
+
+// Wider kernels need S weights for each of two rows: more than the registers of AVX2 hold.
+template <int S>
+inline constexpr int kBlockRows = kVectorBytes == 64 || S == 3 ? 2 : 1;
+template <int S>
+inline constexpr int kBlockPixels = kBlockRows<S> == 2 ? 4
+                                    : S == 7           ? 7
+                                                       : 8;
+
+// All arrays here are flat and indexed by constants only: an array of arrays, or a loop over rows,
+// stays in memory.
+
+// Kernel row K of the packed weights; nothing where the kernel has no such row.
+template <class T, int S, int K>
+NNARCH_INLINE void load_weights(const T* w, Vec<T>* weight) {
+  if constexpr (K >= 0 && K < S)
+    for (int s = 0; s < S; ++s) weight[s] = load(w + (K * S + s) * kDepthwiseBlock);
+}
+
+// The multiply-adds of column J of an input row that meets kernel row K.
+template <class T, int S, int STRIDE, int P, int K, int J>
+NNARCH_INLINE void use_in_row(Vec<T> value, const Vec<T>* weight, Vec<T>* acc) {
+  if constexpr (K >= 0 && K < S)
+    use_pixel<T, S, STRIDE, P, J>(value, weight, acc, MakeIndices<S>{});
+}
+
+template <class T, int S, int STRIDE, int P, bool PRESENT, int LEFT, int I, int J, int... R>
+NNARCH_INLINE void block_column(const T*& x, const Steps& pixel, const Vec<T>* weight, Vec<T>* acc,
+                                Indices<R...>) {
+  if constexpr (PRESENT) {
+    Vec<T> value = load(step<J - LEFT>(x, pixel));
+    keep_in_register(value);
+    (use_in_row<T, S, STRIDE, P, I - R * STRIDE, J>(value, weight + R * S, acc + R * P), ...);
+  }
+}
+
+// Input row I of a block, for output rows R; a null one lies outside the image.
+template <class T, int S, int STRIDE, int P, int LEFT, int RIGHT, int I, int... R, int... J>
+NNARCH_INLINE void block_row(const T* row, int64_t offset, const Steps& pixel, const T* w,
+                             Vec<T>* acc, Indices<R...> rows, Indices<J...>) {
+  if (row == nullptr) return;
+  constexpr int columns = sizeof...(J);
+  const T* x = row + offset;
+  Vec<T> weight[sizeof...(R) * S];
+  (load_weights<T, S, I - R * STRIDE>(w, weight + R * S), ...);
+  (block_column<T, S, STRIDE, P, (J >= LEFT && J < columns - RIGHT), LEFT, I, J>(x, pixel, weight,
+                                                                                 acc, rows),
+   ...);
+}
+
+template <class T, int S, int STRIDE, int P, int LEFT, int RIGHT, class Rows, int... I>
+NNARCH_INLINE void block_rows(const T* const* rows, int64_t offset, const Steps& pixel, const T* w,
+                              Vec<T>* acc, Rows out, Indices<I...>) {
+  (block_row<T, S, STRIDE, P, LEFT, RIGHT, I>(rows[I], offset, pixel, w, acc, out,
+                                              MakeIndices<(P - 1) * STRIDE + S>{}),
+   ...);
+}
+
+template <class T, int P, int... R>
+NNARCH_INLINE void finish_rows(const Strip<T>& a, int64_t k, Vec<T>* acc, Indices<R...>) {
+  (finish(a, k, R, acc + R * P, MakeIndices<P>{}), ...);
+}
+
+// `a.strips` strips; all reach LEFT columns beyond the left edge of the image, or RIGHT beyond the
+// right one, so there is more than one only where both are 0.
+template <class T, int S, int STRIDE, int LEFT, int RIGHT>
+void block_fixed(const Strip<T>& a) {
+  constexpr int rows = kBlockRows<S>, pixels = kBlockPixels<S>;
+  const Steps pixel(a.pixel);
+  Strip<T> b = a;
+  for (int64_t strip = 0; strip < a.strips; ++strip) {
+    for (int64_t k = 0; k < b.channels; k += kLanes<T>) {
+      Vec<T> acc[rows * pixels];
+      start<T, rows * pixels>(*b.epilogue, k, acc);
+      block_rows<T, S, STRIDE, pixels, LEFT, RIGHT>(b.rows, b.x + k, pixel, weight_of(b, k), acc,
+                                                    MakeIndices<rows>{},
+                                                    MakeIndices<(rows - 1) * STRIDE + S>{});
+      finish_rows<T, pixels>(b, k, acc, MakeIndices<rows>{});
+    }
+    b.x += pixels * STRIDE * b.pixel;
+    b.y += pixels * b.y_pixel;
+    if (b.residual) b.residual += pixels * b.residual_pixel;
+  }
+}
+
+}  // namespace nnarch::NNARCH_ISA
