@@ -43,6 +43,37 @@ void run_images(const DepthwiseConv<T>& conv, int64_t images, int64_t x_image, i
   });
 }
 
+// Whether planes are convolved as they lie, vectors along their rows.
+bool has_plane_code(const ConvShape& p) {
+  return p.r == p.s && (p.s == 3 || p.s == 5 || p.s == 7) && p.stride_h == p.stride_w &&
+         p.stride_h <= 2 && p.dilation_h == 1 && p.dilation_w == 1;
+}
+bool is_planar(const Tensor& t) { return t.is_contiguous() && !is_channels_last(t); }
+
+// `plane`: the first one. Each of `inputs` planes gives `multiplier` planes of the output, in
+// every image; packed weights and the epilogue start at channel 0.
+template <class T>
+void run_planes(const DepthwisePlane<T>& plane, int64_t images, int64_t inputs,
+                int64_t multiplier) {
+  const int64_t channels = inputs * multiplier, taps = plane.s * plane.s;
+  const int64_t work = std::max<int64_t>(1, plane.oh * plane.ow * taps);
+  const int64_t share = std::max<int64_t>(1, kTaskWork / work), planes = images * channels;
+  const auto run = NNARCH_SELECT(depthwise_plane_run<T>());
+  parallel_tasks(ceil_div(planes, share), [&](int64_t task) {
+    for (int64_t i = task * share; i < std::min(planes, (task + 1) * share); ++i) {
+      const int64_t k = i % channels;
+      DepthwisePlane<T> mine = plane;
+      mine.x += i / multiplier * plane.h * plane.w;
+      mine.y += i * plane.oh * plane.ow;
+      mine.weight += k / kDepthwiseBlock * taps * kDepthwiseBlock + k % kDepthwiseBlock;
+      mine.epilogue = plane.epilogue.from_channel(k);
+      if (plane.epilogue.residual)
+        mine.epilogue.residual = plane.epilogue.residual + i * plane.oh * plane.ow;
+      run(mine);
+    }
+  });
+}
+
 const char* algorithm(const ConvShape& p) {
   if (p.r == p.s && p.stride_w / std::gcd(p.stride_w, p.dilation_w) <= 2) {
     if (p.s == 3) return "depthwise_3x3";
@@ -62,6 +93,10 @@ template <class T>
 void forward(const Tensor& x, const T* packed, const Tensor& y, const ConvShape& p,
              const Layout& out, const Epilogue<T>& epilogue) {
   const int64_t multiplier = p.k / p.c;
+  if (is_planar(x) && out.pixel == 1 && has_plane_code(p))
+    return run_planes<T>({data<T>(x), p.h, p.w, mutable_data<T>(y), p.oh, p.ow, packed, p.s,
+                          p.stride_h, -p.top, -p.left, epilogue},
+                         p.n, p.c, multiplier);
   const SourceImage image(x, multiplier);
   const ChannelSource<T> source(p.k, multiplier);
   const DepthwisePass<T> pass{packed, p.r, p.s, -p.top, -p.left, p.oh, p.ow, 0};
@@ -151,6 +186,22 @@ void input_grad(const Tensor& grad, const Tensor& weight, const Tensor& dx, cons
       next += packed_depthwise_size(p.k, taps.count());
     }
 
+  if (is_planar(grad) && out.pixel == 1 && has_plane_code(p) && p.stride_h == 1 && p.k == p.c) {
+    const DepthwisePass<T>& pass = passes.front();
+    return run_planes<T>({data<T>(grad),
+                          p.oh,
+                          p.ow,
+                          mutable_data<T>(dx),
+                          p.h,
+                          p.w,
+                          pass.weight,
+                          p.s,
+                          1,
+                          pass.row,
+                          pass.column,
+                          {}},
+                         p.n, p.c, 1);
+  }
   const SourceImage image(grad, 1);
   DepthwiseConv<T> conv = input_of<T>(image, p);
   conv.h = p.oh, conv.w = p.ow, conv.x_channels = p.k;

@@ -127,6 +127,22 @@ struct DepthwiseWeightGrad {
   T* partial;
 };
 
+// One plane of an image that lies channel by channel (NCHW): a square kernel of width 3, 5 or 7,
+// stride 1 or 2, no dilation. Rows are dense.
+template <class T>
+struct DepthwisePlane {
+  const T* x;
+  int64_t h, w;
+  T* y;
+  int64_t oh, ow;
+  const T* weight;  // tap i is weight[i · kDepthwiseBlock]
+  int64_t s, stride;
+  int64_t row, column;   // as in DepthwisePass
+  Epilogue<T> epilogue;  // of this channel
+};
+
+template <class T>
+using DepthwisePlaneRun = void (*)(const DepthwisePlane<T>&);
 template <class T>
 using DepthwiseRun = void (*)(const DepthwiseConv<T>&, const DepthwisePlan&, const DepthwiseTask&,
                               const DepthwiseWork<T>&);
@@ -137,6 +153,7 @@ using DepthwiseWeightGradRun = void (*)(const DepthwiseWeightGrad<T>&, const Dep
 
 NNARCH_PER_ISA(template <class T> int64_t depthwise_lanes();
                template <class T> DepthwiseRun<T> depthwise_run();
+               template <class T> DepthwisePlaneRun<T> depthwise_plane_run();
                template <class T> DepthwiseWeightGradRun<T> depthwise_weight_grad_run();)
 
 }  // namespace nnarch
