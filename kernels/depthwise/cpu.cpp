@@ -43,13 +43,6 @@ void run_images(const DepthwiseConv<T>& conv, int64_t images, int64_t x_image, i
   });
 }
 
-// Whether planes are convolved as they lie, vectors along their rows.
-bool has_plane_code(const ConvShape& p) {
-  return p.r == p.s && (p.s == 3 || p.s == 5 || p.s == 7) && p.stride_h == p.stride_w &&
-         p.stride_h <= 2 && p.dilation_h == 1 && p.dilation_w == 1;
-}
-bool is_planar(const Tensor& t) { return t.is_contiguous() && !is_channels_last(t); }
-
 // `plane`: the first one. Each of `inputs` planes gives `multiplier` planes of the output, in
 // every image; packed weights and the epilogue start at channel 0.
 template <class T>

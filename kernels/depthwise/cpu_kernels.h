@@ -141,6 +141,20 @@ struct DepthwisePlane {
   Epilogue<T> epilogue;  // of this channel
 };
 
+// The weight gradient of one channel, over all images: dw[s · s], dense.
+template <class T>
+struct DepthwisePlaneGrad {
+  const T* x;
+  const T* g;
+  int64_t images, x_image, g_image;  // and the distance of their planes of this channel
+  int64_t h, w, oh, ow;
+  T* dw;
+  int64_t s, stride;
+  int64_t row, column;  // as in DepthwisePass
+};
+
+template <class T>
+using DepthwisePlaneGradRun = void (*)(const DepthwisePlaneGrad<T>&);
 template <class T>
 using DepthwisePlaneRun = void (*)(const DepthwisePlane<T>&);
 template <class T>
@@ -154,6 +168,7 @@ using DepthwiseWeightGradRun = void (*)(const DepthwiseWeightGrad<T>&, const Dep
 NNARCH_PER_ISA(template <class T> int64_t depthwise_lanes();
                template <class T> DepthwiseRun<T> depthwise_run();
                template <class T> DepthwisePlaneRun<T> depthwise_plane_run();
+               template <class T> DepthwisePlaneGradRun<T> depthwise_plane_grad_run();
                template <class T> DepthwiseWeightGradRun<T> depthwise_weight_grad_run();)
 
 }  // namespace nnarch

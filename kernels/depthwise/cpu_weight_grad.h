@@ -32,8 +32,38 @@ DepthwiseConv<T> input_of(const SourceImage& image, const ConvShape& p) {
 // How many partial sums: work for this many threads, and rounding errors that do not add up.
 inline constexpr int64_t kPartialSums = 16;
 
+// Narrower planes fill too little of a vector: 960 channels of 7×7, N 8: 579 µs, in tiles about
+// 390.
+inline constexpr int64_t kPlaneColumns = 8;
+
+// Whether planes are convolved as they lie, vectors along their rows.
+inline bool has_plane_code(const ConvShape& p) {
+  return p.r == p.s && (p.s == 3 || p.s == 5 || p.s == 7) && p.stride_h == p.stride_w &&
+         p.stride_h <= 2 && p.dilation_h == 1 && p.dilation_w == 1 &&
+         (p.ow >= kPlaneColumns || p.stride_h == 2);
+}
+inline bool is_planar(const Tensor& t) { return t.is_contiguous() && !is_channels_last(t); }
+
+// Where x and grad lie channel by channel: a channel is one sum, in the order of its pixels.
+template <class T>
+void weight_grad_of_planes(const Tensor& grad, const Tensor& x, const Tensor& dw,
+                           const ConvShape& p) {
+  const int64_t multiplier = p.k / p.c, plane = p.h * p.w, out = p.oh * p.ow;
+  const int64_t work = std::max<int64_t>(1, p.n * out * p.taps());
+  const int64_t share = std::max<int64_t>(1, kTaskWork / work);
+  const auto run = NNARCH_SELECT(depthwise_plane_grad_run<T>());
+  parallel_tasks(ceil_div(p.k, share), [&](int64_t task) {
+    for (int64_t k = task * share; k < std::min(p.k, (task + 1) * share); ++k)
+      run({data<T>(x) + k / multiplier * plane, data<T>(grad) + k * out, p.n, p.c * plane,
+           p.k * out, p.h, p.w, p.oh, p.ow, mutable_data<T>(dw) + k * p.taps(), p.s, p.stride_h,
+           -p.top, -p.left});
+  });
+}
+
 template <class T>
 void weight_grad(const Tensor& grad, const Tensor& x, const Tensor& dw, const ConvShape& p) {
+  if (is_planar(x) && is_planar(grad) && has_plane_code(p))
+    return weight_grad_of_planes<T>(grad, x, dw, p);
   const int64_t multiplier = p.k / p.c;
   const SourceImage image(x, multiplier), g(grad, 1);
   const ChannelSource<T> source(p.k, multiplier);

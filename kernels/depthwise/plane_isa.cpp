@@ -11,15 +11,19 @@
 namespace nnarch::NNARCH_ISA {
 namespace {
 
+// Whether all weights stay in registers. The compiler would broadcast each for every multiply-add.
+template <int S>
+inline constexpr bool kHoldsWeights = S == 3 ? kVectorBytes >= 32 : S == 5 && kVectorBytes == 64;
+
 // The multiply-adds of an input row with kernel row K; nothing where the kernel has no such row.
 template <class T, int S, int K, int... C>
-NNARCH_INLINE void use_taps(const Vec<T>* value, const T* weight, Vec<T>& sum, Indices<C...>) {
-  if constexpr (K >= 0 && K < S) ((sum += value[C] * broadcast(weight[K * S + C])), ...);
+NNARCH_INLINE void use_taps(const Vec<T>* value, const Vec<T>* weight, Vec<T>& sum, Indices<C...>) {
+  if constexpr (K >= 0 && K < S) ((sum += value[C] * weight[K * S + C]), ...);
 }
 
 // Input row I of a block, for output rows R; a null one lies outside the image.
 template <class T, int S, int STRIDE, bool INSIDE, int I, int... R>
-NNARCH_INLINE void use_row(const T* row, int64_t at, int64_t w, const T* weight, Vec<T>* sum,
+NNARCH_INLINE void use_row(const T* row, int64_t at, int64_t w, const Vec<T>* weight, Vec<T>* sum,
                            Indices<R...>) {
   if (row == nullptr) return;
   Vec<T> value[S];
@@ -28,7 +32,7 @@ NNARCH_INLINE void use_row(const T* row, int64_t at, int64_t w, const T* weight,
 }
 
 template <class T, int S, int STRIDE, bool INSIDE, class Rows, int... I>
-NNARCH_INLINE void use_rows(const T* const* rows, int64_t at, int64_t w, const T* weight,
+NNARCH_INLINE void use_rows(const T* const* rows, int64_t at, int64_t w, const Vec<T>* weight,
                             Vec<T>* sum, Rows out, Indices<I...>) {
   (use_row<T, S, STRIDE, INSIDE, I>(rows[I], at, w, weight, sum, out), ...);
 }
@@ -49,7 +53,7 @@ NNARCH_INLINE void finish(const Epilogue<T>& e, Vec<T> v, int64_t offset, int64_
 }
 
 template <class T, int S, int STRIDE, int ROWS, bool INSIDE>
-NNARCH_INLINE void block(const DepthwisePlane<T>& a, const T* const* rows, const T* weight,
+NNARCH_INLINE void block(const DepthwisePlane<T>& a, const T* const* rows, const Vec<T>* weight,
                          int64_t oy, int64_t ox) {
   Vec<T> sum[ROWS];
   for (int r = 0; r < ROWS; ++r) sum[r] = Vec<T>{};
@@ -60,13 +64,20 @@ NNARCH_INLINE void block(const DepthwisePlane<T>& a, const T* const* rows, const
 }
 
 template <class T, int S, int STRIDE, int ROWS>
-NNARCH_NOINLINE void block_row(const DepthwisePlane<T>& a, const T* weight, int64_t oy) {
+NNARCH_NOINLINE void block_row(const DepthwisePlane<T>& a, const Vec<T>* given, int64_t oy) {
   constexpr int reach = (ROWS - 1) * STRIDE + S, w = kLanes<T>;
   const T* rows[reach];
   for (int i = 0; i < reach; ++i) {
     const int64_t iy = oy * STRIDE + a.row + i;
     rows[i] = iy >= 0 && iy < a.h ? a.x + iy * a.w : nullptr;
   }
+  Vec<T> held[S * S];
+  if constexpr (kHoldsWeights<S>)
+    for (int i = 0; i < S * S; ++i) {
+      held[i] = given[i];
+      keep_in_register(held[i]);
+    }
+  const Vec<T>* weight = kHoldsWeights<S> ? held : given;
   // Of the columns that a block reads; at stride 2 the last pair of loads reads one more.
   constexpr int span = (STRIDE == 1 ? w + S - 1 : 2 * w + S - 1);
   for (int64_t ox = 0; ox < a.ow; ox += w) {
@@ -81,8 +92,8 @@ NNARCH_NOINLINE void block_row(const DepthwisePlane<T>& a, const T* weight, int6
 template <class T, int S, int STRIDE>
 void plane(const DepthwisePlane<T>& a) {
   constexpr int rows = STRIDE == 1 ? 4 : 2;
-  T weight[S * S];
-  for (int i = 0; i < S * S; ++i) weight[i] = a.weight[i * kDepthwiseBlock];
+  Vec<T> weight[S * S];
+  for (int i = 0; i < S * S; ++i) weight[i] = broadcast(a.weight[i * kDepthwiseBlock]);
   int64_t oy = 0;
   for (; oy + rows <= a.oh; oy += rows) block_row<T, S, STRIDE, rows>(a, weight, oy);
   if (oy < a.oh && a.oh >= rows)  // again some rows that were done, rather than row by row
