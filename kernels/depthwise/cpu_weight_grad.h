@@ -39,8 +39,7 @@ inline constexpr int64_t kPlaneColumns = 8;
 // Whether planes are convolved as they lie, vectors along their rows.
 inline bool has_plane_code(const ConvShape& p) {
   return p.r == p.s && (p.s == 3 || p.s == 5 || p.s == 7) && p.stride_h == p.stride_w &&
-         p.stride_h <= 2 && p.dilation_h == 1 && p.dilation_w == 1 &&
-         (p.ow >= kPlaneColumns || p.stride_h == 2);
+         p.stride_h <= 2 && p.dilation_h == 1 && p.dilation_w == 1 && p.ow >= kPlaneColumns;
 }
 inline bool is_planar(const Tensor& t) { return t.is_contiguous() && !is_channels_last(t); }
 

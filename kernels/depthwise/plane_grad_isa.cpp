@@ -24,18 +24,18 @@ NNARCH_INLINE void use_taps(const Vec<T>* value, Vec<T> g, Vec<T>* sum, Indices<
 
 // Input row I of a block against grad rows R; a null one lies outside the image.
 template <class T, int S, int STRIDE, int K_COUNT, bool INSIDE, int I, int... R>
-NNARCH_INLINE void use_row(const T* row, int64_t at, int64_t w, const Vec<T>* g, Vec<T>* sum,
-                           Indices<R...>) {
+NNARCH_INLINE void use_row(const T* row, int64_t at, const RowMask<T>* mask, const Vec<T>* g,
+                           Vec<T>* sum, Indices<R...>) {
   if (row == nullptr) return;
   Vec<T> value[S];
-  load_taps<STRIDE, INSIDE, S>(row, at, w, value, MakeIndices<S>{});
+  load_taps<STRIDE, INSIDE, S>(row + at, mask, value, MakeIndices<S>{});
   (use_taps<T, S, I - R * STRIDE, K_COUNT>(value, g[R], sum, MakeIndices<S>{}), ...);
 }
 
 template <class T, int S, int STRIDE, int K_COUNT, bool INSIDE, class Rows, int... I>
-NNARCH_INLINE void use_rows(const T* const* rows, int64_t at, int64_t w, const Vec<T>* g,
-                            Vec<T>* sum, Rows grads, Indices<I...>) {
-  (use_row<T, S, STRIDE, K_COUNT, INSIDE, I>(rows[I], at, w, g, sum, grads), ...);
+NNARCH_INLINE void use_rows(const T* const* rows, int64_t at, const RowMask<T>* mask,
+                            const Vec<T>* g, Vec<T>* sum, Rows grads, Indices<I...>) {
+  (use_row<T, S, STRIDE, K_COUNT, INSIDE, I>(rows[I], at, mask, g, sum, grads), ...);
 }
 
 // Rows oy, … of grad; `row`: of x, the one that kernel row 0 of this group meets for output 0.
@@ -53,12 +53,15 @@ NNARCH_INLINE void block_row(const DepthwisePlaneGrad<T>& a, const T* x, const T
     const int64_t first = ox * STRIDE + a.column, n = a.ow - ox;
     Vec<T> grad[ROWS];
     for (int r = 0; r < ROWS; ++r) grad[r] = load_n(g + (oy + r) * a.ow + ox, n < w ? n : w);
-    if (first >= 0 && first + span <= a.w && n >= w)
-      use_rows<T, S, STRIDE, K_COUNT, true>(rows, first, a.w, grad, sum, MakeIndices<ROWS>{},
+    RowMask<T> mask[S + 1] = {};
+    if (first >= 0 && first + span <= a.w && n >= w) {
+      use_rows<T, S, STRIDE, K_COUNT, true>(rows, first, mask, grad, sum, MakeIndices<ROWS>{},
                                             MakeIndices<reach>{});
-    else
-      use_rows<T, S, STRIDE, K_COUNT, false>(rows, first, a.w, grad, sum, MakeIndices<ROWS>{},
+    } else {
+      make_masks<STRIDE, S, T>(first, a.w, n < w ? n : w, mask);
+      use_rows<T, S, STRIDE, K_COUNT, false>(rows, first, mask, grad, sum, MakeIndices<ROWS>{},
                                              MakeIndices<reach>{});
+    }
   }
 }
 

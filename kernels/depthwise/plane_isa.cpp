@@ -23,18 +23,18 @@ NNARCH_INLINE void use_taps(const Vec<T>* value, const Vec<T>* weight, Vec<T>& s
 
 // Input row I of a block, for output rows R; a null one lies outside the image.
 template <class T, int S, int STRIDE, bool INSIDE, int I, int... R>
-NNARCH_INLINE void use_row(const T* row, int64_t at, int64_t w, const Vec<T>* weight, Vec<T>* sum,
-                           Indices<R...>) {
+NNARCH_INLINE void use_row(const T* row, int64_t at, const RowMask<T>* mask, const Vec<T>* weight,
+                           Vec<T>* sum, Indices<R...>) {
   if (row == nullptr) return;
   Vec<T> value[S];
-  load_taps<STRIDE, INSIDE, S>(row, at, w, value, MakeIndices<S>{});
+  load_taps<STRIDE, INSIDE, S>(row + at, mask, value, MakeIndices<S>{});
   (use_taps<T, S, I - R * STRIDE>(value, weight, sum[R], MakeIndices<S>{}), ...);
 }
 
 template <class T, int S, int STRIDE, bool INSIDE, class Rows, int... I>
-NNARCH_INLINE void use_rows(const T* const* rows, int64_t at, int64_t w, const Vec<T>* weight,
-                            Vec<T>* sum, Rows out, Indices<I...>) {
-  (use_row<T, S, STRIDE, INSIDE, I>(rows[I], at, w, weight, sum, out), ...);
+NNARCH_INLINE void use_rows(const T* const* rows, int64_t at, const RowMask<T>* mask,
+                            const Vec<T>* weight, Vec<T>* sum, Rows out, Indices<I...>) {
+  (use_row<T, S, STRIDE, INSIDE, I>(rows[I], at, mask, weight, sum, out), ...);
 }
 
 // Scale, shift, residual, clamp, and the first n columns of one row to memory.
@@ -55,11 +55,14 @@ NNARCH_INLINE void finish(const Epilogue<T>& e, Vec<T> v, int64_t offset, int64_
 template <class T, int S, int STRIDE, int ROWS, bool INSIDE>
 NNARCH_INLINE void block(const DepthwisePlane<T>& a, const T* const* rows, const Vec<T>* weight,
                          int64_t oy, int64_t ox) {
+  const int64_t at = ox * STRIDE + a.column, left = a.ow - ox;
+  const int64_t n = left < kLanes<T> ? left : kLanes<T>;
+  RowMask<T> mask[S + 1] = {};
+  if constexpr (!INSIDE) make_masks<STRIDE, S, T>(at, a.w, n, mask);
   Vec<T> sum[ROWS];
   for (int r = 0; r < ROWS; ++r) sum[r] = Vec<T>{};
-  use_rows<T, S, STRIDE, INSIDE>(rows, ox * STRIDE + a.column, a.w, weight, sum,
-                                 MakeIndices<ROWS>{}, MakeIndices<(ROWS - 1) * STRIDE + S>{});
-  const int64_t left = a.ow - ox, n = left < kLanes<T> ? left : kLanes<T>;
+  use_rows<T, S, STRIDE, INSIDE>(rows, at, mask, weight, sum, MakeIndices<ROWS>{},
+                                 MakeIndices<(ROWS - 1) * STRIDE + S>{});
   for (int r = 0; r < ROWS; ++r) finish(a.epilogue, sum[r], (oy + r) * a.ow + ox, n, a.y);
 }
 
