@@ -65,19 +65,21 @@ NNARCH_INLINE void block_row(const DepthwisePlaneGrad<T>& a, const T* x, const T
   }
 }
 
-// Kernel rows k_first, … of one image.
-template <class T, int S, int STRIDE, int K_COUNT>
+// Kernel rows k_first, … of one image. Sums are named one by one: in a loop, they would stay in
+// memory.
+template <class T, int S, int STRIDE, int K_COUNT, int... I>
 NNARCH_NOINLINE void add_plane(const DepthwisePlaneGrad<T>& a, const T* x, const T* g,
-                               int64_t k_first) {
-  constexpr int rows = kGradRows<S, STRIDE>, taps = K_COUNT * S;
-  Vec<T> sum[taps];
-  for (int i = 0; i < taps; ++i) sum[i] = Vec<T>{};
+                               int64_t k_first, Indices<I...>) {
+  constexpr int rows = kGradRows<S, STRIDE>;
+  Vec<T> sum[K_COUNT * S];
+  ((sum[I] = Vec<T>{}), ...);
   const int64_t row = a.row + k_first;
   int64_t oy = 0;
   for (; oy + rows <= a.oh; oy += rows)
     block_row<T, S, STRIDE, K_COUNT, rows>(a, x, g, row, oy, sum);
   for (; oy < a.oh; ++oy) block_row<T, S, STRIDE, K_COUNT, 1>(a, x, g, row, oy, sum);
-  for (int i = 0; i < taps; ++i) a.dw[k_first * S + i] += horizontal_sum<T>(sum[i]);
+  T* dw = a.dw + k_first * S;
+  ((dw[I] += horizontal_sum<T>(sum[I])), ...);
 }
 
 template <class T, int S, int STRIDE>
@@ -87,8 +89,10 @@ void channel(const DepthwisePlaneGrad<T>& a) {
   for (int64_t n = 0; n < a.images; ++n) {
     const T* x = a.x + n * a.x_image;
     const T* g = a.g + n * a.g_image;
-    for (int64_t k = 0; k + most <= S; k += most) add_plane<T, S, STRIDE, most>(a, x, g, k);
-    if constexpr (rest > 0) add_plane<T, S, STRIDE, rest>(a, x, g, S - rest);
+    for (int64_t k = 0; k + most <= S; k += most)
+      add_plane<T, S, STRIDE, most>(a, x, g, k, MakeIndices<most * S>{});
+    if constexpr (rest > 0)
+      add_plane<T, S, STRIDE, rest>(a, x, g, S - rest, MakeIndices<rest * S>{});
   }
 }
 

@@ -67,28 +67,40 @@ NNARCH_INLINE void block(const DepthwisePlane<T>& a, const T* const* rows, const
 }
 
 template <class T, int S, int STRIDE, int ROWS>
-NNARCH_NOINLINE void block_row(const DepthwisePlane<T>& a, const Vec<T>* given, int64_t oy) {
-  constexpr int reach = (ROWS - 1) * STRIDE + S, w = kLanes<T>;
-  const T* rows[reach];
-  for (int i = 0; i < reach; ++i) {
-    const int64_t iy = oy * STRIDE + a.row + i;
-    rows[i] = iy >= 0 && iy < a.h ? a.x + iy * a.w : nullptr;
-  }
-  Vec<T> held[S * S];
-  if constexpr (kHoldsWeights<S>)
-    for (int i = 0; i < S * S; ++i) {
-      held[i] = given[i];
-      keep_in_register(held[i]);
-    }
-  const Vec<T>* weight = kHoldsWeights<S> ? held : given;
+NNARCH_INLINE void blocks(const DepthwisePlane<T>& a, const T* const* rows, const Vec<T>* weight,
+                          int64_t oy) {
+  constexpr int w = kLanes<T>;
   // Of the columns that a block reads; at stride 2 the last pair of loads reads one more.
-  constexpr int span = (STRIDE == 1 ? w + S - 1 : 2 * w + S - 1);
+  constexpr int span = STRIDE == 1 ? w + S - 1 : 2 * w + S - 1;
   for (int64_t ox = 0; ox < a.ow; ox += w) {
     const int64_t first = ox * STRIDE + a.column;
     if (first >= 0 && first + span <= a.w)
       block<T, S, STRIDE, ROWS, true>(a, rows, weight, oy, ox);
     else
       block<T, S, STRIDE, ROWS, false>(a, rows, weight, oy, ox);
+  }
+}
+
+// One by one: filled in a loop, they would stay in memory.
+template <class T, int... I>
+NNARCH_INLINE void hold(const Vec<T>* weight, Vec<T>* held, Indices<I...>) {
+  ((held[I] = weight[I], keep_in_register(held[I])), ...);
+}
+
+template <class T, int S, int STRIDE, int ROWS>
+NNARCH_NOINLINE void block_row(const DepthwisePlane<T>& a, const Vec<T>* weight, int64_t oy) {
+  constexpr int reach = (ROWS - 1) * STRIDE + S;
+  const T* rows[reach];
+  for (int i = 0; i < reach; ++i) {
+    const int64_t iy = oy * STRIDE + a.row + i;
+    rows[i] = iy >= 0 && iy < a.h ? a.x + iy * a.w : nullptr;
+  }
+  if constexpr (kHoldsWeights<S>) {
+    Vec<T> held[S * S];
+    hold<T>(weight, held, MakeIndices<S * S>{});
+    blocks<T, S, STRIDE, ROWS>(a, rows, held, oy);
+  } else {
+    blocks<T, S, STRIDE, ROWS>(a, rows, weight, oy);
   }
 }
 
