@@ -37,8 +37,8 @@ inline constexpr int64_t kPlaneColumns = 8;
 
 // Whether planes are convolved as they lie, vectors along their rows.
 inline bool has_plane_code(const ConvShape& p) {
-  // Width 7 holds no weights in registers: 568 µs for 96 channels of 56×56 against 495 in tiles,
-  // but 4717 against 6400 for eight images.
+  // Width 7 holds no weights in registers: planes are 0.85 times as fast as eager torch for one
+  // image of 96 channels of 56×56, tiles about as fast; for eight images 1.15 and 0.84 times.
   const bool width = p.s == 3 || p.s == 5 || (p.s == 7 && p.n > 1);
   return p.r == p.s && width && p.stride_h == p.stride_w && p.stride_h <= 2 && p.dilation_h == 1 &&
          p.dilation_w == 1 && p.ow >= kPlaneColumns;
