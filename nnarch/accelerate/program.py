@@ -143,7 +143,8 @@ class Guard:
             if tensors.get(name) is not tensor:
                 return False
         for module, cache in self._packed:
-            if module._packed is not cache or not cache.is_current(module._parameters["weight"]):
+            weight = module._parameters["weight"]
+            if module._packed is not cache or weight is None or not cache.is_current(weight):
                 return False
         return True
 
