@@ -27,7 +27,7 @@ from torch.nn import functional as TF
 
 import nnarch
 from nnarch import functional as F
-from nnarch.kernels.pooling import op, reference
+from nnarch.kernels.pooling import maximum, reference
 
 # kernel_size, stride, padding, dilation, ceil_mode
 MAX = {
@@ -127,7 +127,7 @@ def test_window_of_padding_alone(memory_format):
     assert bool(y.isneginf().all()) and bool((indices == -1).all())
     (gradient,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(gradient, torch.zeros_like(x))
-    assert torch.equal(op.max_pool2d_gather(x.detach(), indices), torch.zeros_like(y))
+    assert torch.equal(maximum.max_pool2d_gather(x.detach(), indices), torch.zeros_like(y))
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
@@ -151,7 +151,7 @@ def test_taps_are_positions(window, dtype, memory_format):
     arguments = (*pairs, (dilation, dilation) if isinstance(dilation, int) else dilation)
     for size in SIZES:
         x = awkward_image(size, dtype, memory_format)
-        y, taps = on_fresh_memory(partial(op.max_pool2d_taps_op, x, *arguments, ceil_mode))
+        y, taps = on_fresh_memory(partial(maximum.max_pool2d_taps_op, x, *arguments, ceil_mode))
         positions = reference.max_pool2d_positions(taps, x.shape, *arguments)
         assert_same((y, positions), TF.max_pool2d(x, *window, return_indices=True))
 
@@ -170,14 +170,14 @@ def test_taps_of_no_window(dilation, memory_format):
         size = [(n - 1) * s - 2 * p + dilation * (k - 1) + 1 for n, k, s, p in axes]
         sample = (grad, taps, (2, 17, *size), *arguments, False)
         expected = reference.max_pool2d_taps_grad(*sample)
-        torch.testing.assert_close(op.max_pool2d_taps_grad(*sample), expected)
+        torch.testing.assert_close(maximum.max_pool2d_taps_grad(*sample), expected)
 
 
 def test_gradient_without_saved_indices():
     """The operation that saved its input finds the positions in the backward pass."""
     x = image((2, 3, 9, 10)).requires_grad_()
     arguments = ((3, 3), (2, 2), (1, 1), (1, 1), False)
-    y, indices = op.max_pool2d_op(x, *arguments, False)
+    y, indices = maximum.max_pool2d_op(x, *arguments, False)
     assert indices.numel() == 0
     expected = torch.autograd.grad(TF.max_pool2d(x, 3, 2, 1).square().sum(), x)
     assert_same(torch.autograd.grad(y.square().sum(), x), expected)
