@@ -54,21 +54,21 @@ class Accelerated(nn.Module):
 
     def _run_body(self, x: Tensor) -> Any:
         """The graph on one input, by its program where there is one."""
-        if torch.compiler.is_compiling() or not isinstance(self.body, GraphModule):
-            return self.body(x)
-        inputs = [x]
+        body, inputs = self.body, [x]
+        if torch.compiler.is_compiling() or not isinstance(body, GraphModule):
+            return body(x)
         if not program.can_run(inputs):
-            return self.body(x)
+            return body(x)
         key = program.signature(inputs)
         known = self._programs.get(key, _NEW)
         if isinstance(known, Program) and known.is_current():
             try:
                 return known(inputs)
             except RuntimeError:
-                return self.body(x)  # says which layer refuses, and why
+                return body(x)  # says which layer refuses, and why
         if known is None:
-            return self.body(x)
-        output, self._programs[key] = program.record(self.body, inputs)
+            return body(x)
+        output, self._programs[key] = program.record(body, inputs)
         if len(self._programs) > _MOST_PROGRAMS:
             oldest, *_ = list(self._programs)  # in one step: other threads may be here
             self._programs.pop(oldest, None)

@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from nnarch import library
+from nnarch.accelerate.graph import layer_of
+from nnarch.accelerate.trace import is_layer
 from nnarch.backends import positional
 from nnarch.nn.packing import PackedWeightMixin
 
@@ -74,11 +77,11 @@ def can_run(inputs: list[Any]) -> bool:
     """Whether a program may stand for the graph in this call: nobody watches, nothing is wanted
     but the outputs for plain CPU tensors."""
     if (
-        torch._C._len_torch_dispatch_stack()
+        library.native is None
+        or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._is_any_autocast_enabled()
         or torch._C._are_functorch_transforms_active()
-        or library.native is None
     ):
         return False
     grad = torch.is_grad_enabled()
@@ -93,13 +96,14 @@ def signature(inputs: list[Tensor]) -> tuple[Any, ...]:
     return tuple((x.shape, x.stride(), x.dtype) for x in inputs)
 
 
-def record(body: nn.Module, inputs: list[Tensor]) -> tuple[Any, Program | None]:
+def record(body: GraphModule, inputs: list[Tensor]) -> tuple[Any, Program | None]:
     """Run `body`; return its output, and its program where one can stand for it."""
+    if not all(is_layer(layer_of(body, node)) for node in body.graph.find_nodes(op="call_module")):
+        return body(*inputs), None  # a module of the user's keeps its own control flow
     recorder = _Recorder(inputs)
     with recorder:
         output = body(*inputs)
-    guard = Guard(body)
-    return output, recorder.program(output, guard)
+    return output, recorder.program(output, Guard(body))
 
 
 class Guard:

@@ -147,6 +147,23 @@ def test_unknown_operations_stay_with_the_graph(x):
     assert programs(accelerated) == [None]
 
 
+@pytest.mark.filterwarnings("ignore:accelerate")
+def test_modules_with_control_flow_stay_with_the_graph(x):
+    class Alternating(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.calls = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1), 0
+
+        def forward(self, x):
+            self.calls += len(x) > 0  # a length cannot be traced
+            return self.a(x) if self.calls % 2 else self.b(x)
+
+    accelerated = nnarch.accelerate(nn.Sequential(Alternating(), nn.ReLU()).eval())
+    outputs = [accelerated(x) for _ in range(4)]
+    assert torch.equal(outputs[0], outputs[2]) and torch.equal(outputs[1], outputs[3])
+    assert not torch.equal(outputs[0], outputs[1])
+
+
 # ------------------------------------------------------------------------- what a program must see
 
 
