@@ -121,7 +121,7 @@ def max_pool2d_taps(
     x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, ceil_mode: bool
 ) -> None:
     """As max_pool2d, with taps that a byte can tell apart."""
-    op = "max_pool2d_taps"
+    op = "max_pool2d"  # whose training form it is
     image(op, x)
     output_size(op, x.shape, kernel, stride, padding, dilation, ceil_mode)
     _few_taps(op, kernel)

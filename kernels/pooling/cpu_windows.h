@@ -103,7 +103,7 @@ inline Windows adaptive_windows(int64_t inputs, int64_t outputs) {
     w.count.push_back(w.end.back() - w.start.back());
     regular &= w.count.back() == w.count.front() && w.start.back() == i * (inputs / outputs);
   }
-  if (regular && outputs > 0) {
+  if (regular && 0 < outputs && outputs <= inputs) {  // more outputs share their inputs
     w.kernel = w.count.front();
     w.stride = std::max<int64_t>(1, inputs / outputs);
   }

@@ -222,6 +222,17 @@ def test_empty_output(size, pool, memory_format):
     assert torch.equal(gradient, torch.zeros_like(x))
 
 
+def test_every_small_adaptive_size():
+    """More outputs than inputs, fewer, windows that overlap and windows that do not."""
+    for inputs in range(1, 8):
+        x = torch.randn(1, 2, inputs, inputs, dtype=torch.float64)
+        for outputs in range(1, 16):
+            size = (outputs, inputs)
+            expected = TF.adaptive_avg_pool2d(x, size)
+            torch.testing.assert_close(F.adaptive_avg_pool2d(x, size), expected)
+            assert torch.equal(F.adaptive_max_pool2d(x, size), TF.adaptive_max_pool2d(x, size))
+
+
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
 @pytest.mark.parametrize("pool", [F.avg_pool2d, F.adaptive_avg_pool2d])
 def test_average_of_infinities(pool, memory_format):
