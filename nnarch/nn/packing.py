@@ -66,11 +66,13 @@ def _probes(weight: Tensor) -> tuple[tuple[Any, int], ...]:
     if kind is None or weight.numel() == 0:
         return ()
     # The largest elements of three rows: a bulk update is least likely to leave these alone.
-    rows = weight.detach().flatten(1)
+    weight = weight.detach()
     cells = []
-    for row in sorted({0, len(rows) // 2, len(rows) - 1})[:_PROBES]:
-        column = int(rows[row].abs().argmax())
-        cell = kind.from_address(rows[row, column].data_ptr())
+    for row in sorted({0, len(weight) // 2, len(weight) - 1})[:_PROBES]:
+        values = weight[row]
+        place = torch.unravel_index(values.abs().flatten().argmax(), values.shape)
+        # Of the weight itself: flattening copies what is not contiguous, channels_last say.
+        cell = kind.from_address(values[place].data_ptr())
         cells.append((cell, cell.value))
     return tuple(cells)
 

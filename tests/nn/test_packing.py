@@ -15,6 +15,10 @@ import nnarch.nn as nn
 
 MODULES = {
     "conv": (lambda: nn.Conv2d(3, 8, 3), (1, 3, 6, 6)),
+    "conv in channels_last": (
+        lambda: nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last),
+        (1, 3, 6, 6),
+    ),
     "depthwise": (lambda: nn.Conv2d(8, 8, 3, groups=8), (1, 8, 6, 6)),
     "linear": (lambda: nn.Linear(7, 5), (2, 7)),
 }
