@@ -115,7 +115,8 @@ def _load_assign(module):
 
 
 def _prune(module):
-    torch.nn.utils.prune.l1_unstructured(module, "weight", amount=0.5)
+    mask = module.weight.detach().abs() > module.weight.detach().abs().median()
+    torch.nn.utils.prune.custom_from_mask(module, "weight", mask)
 
 
 CHANGES = [
