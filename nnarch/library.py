@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
-import inspect
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -18,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 NAMESPACE = "nnarch"
@@ -328,112 +326,6 @@ def _functorch_function(op: Op, backward_formula: Any, setup: Any) -> Any:
             return backward_formula(ctx, *grads)
 
     return Function
-
-
-# ----------------------------------------------------------------------- public functions' arrays
-
-
-def public(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a function of tensors also take NumPy, CuPy and other DLPack arrays, without copies.
-
-    The result comes back as the kind of array that the first argument is. Anything that overrides
-    ``__torch_function__`` (an fx Proxy, say) sees the call as PyTorch's own functions show theirs.
-    """
-    return _public(function, lower_precision=False)
-
-
-def public_lower_precision(function: Callable[..., Any]) -> Callable[..., Any]:
-    """As :func:`public`, for a function whose inputs `torch.autocast` rounds to its dtype."""
-    return _public(function, lower_precision=True)
-
-
-def _public(function: Callable[..., Any], lower_precision: bool) -> Callable[..., Any]:
-    name = next(iter(inspect.signature(function).parameters))
-    in_autocast = torch._C._is_any_autocast_enabled if lower_precision else bool  # bool() is False
-
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else kwargs.get(name)
-        if isinstance(x, torch.Tensor):
-            if in_autocast():
-                args, kwargs = _autocast(x.device.type, args, kwargs)
-            return function(*args, **kwargs)
-        if hasattr(x, "__torch_function__"):
-            return torch.overrides.handle_torch_function(wrapper, (x,), *args, **kwargs)
-        return _on_arrays(function, name, x, args, kwargs)
-
-    return wrapper
-
-
-def _autocast(device: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """The arguments as torch.autocast gives them to torch's own function."""
-    if not torch.is_autocast_enabled(device):
-        return args, kwargs
-    dtype = torch.get_autocast_dtype(device)
-
-    def cast(value: Any) -> Any:
-        eligible = (
-            isinstance(value, torch.Tensor)
-            and value.is_floating_point()
-            and value.dtype != torch.float64
-        )
-        return value.to(dtype) if eligible else value
-
-    # Packed weights stay: they are kept in the dtype that kernels compute in.
-    named = {name: a if name == "packed" else cast(a) for name, a in kwargs.items()}
-    return tuple(map(cast, args)), named
-
-
-def _on_arrays(function: Callable[..., Any], first: str, x: Any, args: tuple, kwargs: dict) -> Any:
-    op = function.__name__
-    if not hasattr(x, "__dlpack__"):
-        raise TypeError(
-            f"{op}: {first} must be a tensor or an array with DLPack, got {type(x).__name__}"
-        )
-    try:
-        arguments = inspect.signature(function).bind(*args, **kwargs).arguments
-    except TypeError as error:
-        raise TypeError(f"{op}: {error}") from None
-    with torch.no_grad():
-        result = function(**{name: _to_tensor(op, name, a) for name, a in arguments.items()})
-    back = _array_converter(x)
-    return tuple(map(back, result)) if isinstance(result, tuple) else back(result)
-
-
-def _to_tensor(op: str, name: str, value: Any) -> Any:
-    if isinstance(value, torch.Tensor) or not hasattr(value, "__dlpack__"):
-        return value
-    try:
-        return _from_numpy(value) if isinstance(value, np.ndarray) else torch.from_dlpack(value)
-    except (BufferError, RuntimeError, TypeError, ValueError) as error:
-        raise TypeError(f"{op}: {name} cannot become a tensor: {error}") from None
-
-
-def _from_numpy(array: np.ndarray) -> torch.Tensor:
-    """A tensor on the array's memory, or on a copy where strides are negative: torch has none."""
-    if isinstance(array, np.ma.MaskedArray):
-        raise TypeError("its mask would be lost")
-    backwards = any(stride < 0 for stride in array.strides)
-    if array.flags.writeable and not backwards:
-        return torch.from_numpy(array)
-    with warnings.catch_warnings():  # kernels do not write to their inputs
-        warnings.simplefilter("ignore")
-        tensor = torch.from_numpy(array.copy() if backwards else array)
-    setattr(tensor, _READ_ONLY, True)
-    return tensor
-
-
-_READ_ONLY = "_nnarch_read_only"
-
-
-def is_read_only(tensor: torch.Tensor | None) -> bool:
-    """Whether an update in place would not reach, or not be welcome to, the caller's array."""
-    return getattr(tensor, _READ_ONLY, False)
-
-
-def _array_converter(like: Any) -> Callable[[torch.Tensor], Any]:
-    module = importlib.import_module(type(like).__module__.split(".", 1)[0])
-    return module.from_dlpack
 
 
 # ------------------------------------------------------------------------------- shared helpers

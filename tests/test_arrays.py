@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.nn import functional as TF
 
+from nnarch import arrays
 from nnarch import functional as F
-from nnarch import library
 
 RANDOM = np.random.default_rng(0)
 
@@ -101,7 +101,7 @@ def test_nothing_is_copied():
     seen: list[int] = []
     result = torch.empty(5, 3)
 
-    @library.public
+    @arrays.public
     def spy(x, weight):
         seen.extend((x.data_ptr(), weight.data_ptr()))
         return result

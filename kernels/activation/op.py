@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnarch import library
+from nnarch import arrays, library
 
 from . import kinds, reference
 
@@ -109,7 +109,7 @@ activation_grad_grad = library.declare(
 # ------------------------------------------------------------------------------ public function
 
 
-@library.public
+@arrays.public
 def activation(x: Tensor, kind: str | None, *, alpha: float | None = None) -> Tensor:
     """An activation function, elementwise.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnarch import library
+from nnarch import arrays, library
 from nnarch.kernels.activation import kinds
 from nnarch.kernels.conv2d import reference
 from nnarch.kernels.conv2d.geometry import check_conv, output_size, padding_of, two
@@ -175,7 +175,7 @@ pack = library.declare(
 # ------------------------------------------------------------------------------- public functions
 
 
-@library.public_lower_precision
+@arrays.public_lower_precision
 def conv2d(
     x: Tensor,
     weight: Tensor,

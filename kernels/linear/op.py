@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnarch import library
+from nnarch import arrays, library
 from nnarch.kernels.activation import kinds
 from nnarch.kernels.epilogue import (
     check_epilogue,
@@ -123,7 +123,7 @@ pack = library.declare(
 )
 
 
-@library.public_lower_precision
+@arrays.public_lower_precision
 def linear(
     x: Tensor,
     weight: Tensor,

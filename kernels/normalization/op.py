@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnarch import library
+from nnarch import arrays, library
 from nnarch.kernels.activation import kinds
 from nnarch.kernels.activation.op import activation_grad, activation_op
 
@@ -230,7 +230,7 @@ batch_norm_backward_backward = library.declare(
 # ------------------------------------------------------------------------------ public function
 
 
-@library.public
+@arrays.public
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -274,7 +274,7 @@ def batch_norm(
         return affine(input, scale, shift, residual, code, alpha)
     checks.enough_values(input)
     checks.running_statistics(input, running_mean, running_var)
-    if library.is_read_only(running_mean) or library.is_read_only(running_var):
+    if arrays.is_read_only(running_mean) or arrays.is_read_only(running_var):
         raise ValueError("batch_norm: training updates running_mean and running_var: not read-only")
     split = kinds.needs_split(code, input, weight, bias, residual)
     y, mean, invstd = batch_norm_train(

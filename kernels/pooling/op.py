@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnarch import library
+from nnarch import arrays
 
 from . import checks
 from .average import adaptive_avg_pool2d_op, avg_pool2d_op
@@ -18,7 +18,7 @@ from .maximum import adaptive_max_pool2d_op, max_pool2d_op, max_pool2d_taps_op
 IntOrPair = int | Sequence[int]
 
 
-@library.public
+@arrays.public
 def max_pool2d(
     input: Tensor,
     kernel_size: IntOrPair,
@@ -66,7 +66,7 @@ def max_pool2d(
     return _maximum(op, max_pool2d_op, input, arguments, return_indices)
 
 
-@library.public
+@arrays.public
 def adaptive_max_pool2d(
     input: Tensor,
     output_size: int | Sequence[int | None] | None,
@@ -92,7 +92,7 @@ def adaptive_max_pool2d(
     return _maximum(op, adaptive_max_pool2d_op, input, (size,), return_indices)
 
 
-@library.public
+@arrays.public
 def avg_pool2d(
     input: Tensor,
     kernel_size: IntOrPair,
@@ -129,7 +129,7 @@ def avg_pool2d(
     return y if x is input else y.squeeze(0)
 
 
-@library.public
+@arrays.public
 def adaptive_avg_pool2d(input: Tensor, output_size: int | Sequence[int | None] | None) -> Tensor:
     """The average over windows that divide the input evenly; output size 1 is global pooling.
 
