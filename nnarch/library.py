@@ -363,11 +363,6 @@ def check_device(
         raise ValueError(f"{op}: {name} must be on {like.device} as {of}, got {tensor.device}")
 
 
-def pair(value: Any) -> tuple[int, int]:
-    """An int twice, or the two numbers given."""
-    return (value, value) if isinstance(value, int) else tuple(value)
-
-
 def output_format(x: torch.Tensor) -> torch.memory_format:
     """The memory format of a 4-D output that follows `x` (the native code has the same rule)."""
     if x.dim() != 4 or x.is_contiguous():

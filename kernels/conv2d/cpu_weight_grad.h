@@ -46,6 +46,7 @@ template <class T, class Rows>
 void position_block(const GradView<T>& grad, Rows& rows, int64_t taps, int64_t depth, int64_t first,
                     int64_t count, bool add, T* sums) {
   const GemmTable<T>& table = gemm<T>();
+  // Not a power of two apart: rows of grad would share few sets of the cache.
   const int64_t lda = WeightGradPlan::positions + 16, nr = table.nr;
   Scratch<T> grad_t(grad.k * lda);
   transpose_fn<T>()(grad.data + first * grad.stride, grad.stride, grad_t.get(), lda, count, grad.k);
