@@ -7,6 +7,7 @@ from nnarch.accelerate import accelerate
 from nnarch.backends import backends, trace, use_backend
 from nnarch.library import FallbackWarning, empty_cache
 from nnarch.models import create_model, list_models, model_info, summary
+from nnarch.precision import get_precision, set_precision
 
 __all__ = [
     "FallbackWarning",
@@ -15,9 +16,11 @@ __all__ = [
     "create_model",
     "empty_cache",
     "functional",
+    "get_precision",
     "list_models",
     "model_info",
     "nn",
+    "set_precision",
     "summary",
     "trace",
     "use_backend",

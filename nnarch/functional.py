@@ -1,7 +1,7 @@
 """Every operation's public function, with the signatures of `torch.nn.functional` first."""
 
 from nnarch.kernels.activation.op import activation
-from nnarch.kernels.conv2d.op import conv2d, pack_conv2d_weight
+from nnarch.kernels.conv2d.op import conv2d, conv2d_tile, pack_conv2d_weight
 from nnarch.kernels.linear.op import linear, pack_linear_weight
 from nnarch.kernels.normalization.op import batch_norm
 from nnarch.kernels.pooling.op import (
@@ -18,6 +18,7 @@ __all__ = [
     "avg_pool2d",
     "batch_norm",
     "conv2d",
+    "conv2d_tile",
     "linear",
     "max_pool2d",
     "pack_conv2d_weight",

@@ -1,10 +1,10 @@
 // conv2d on the CPU: entry points, and the choice of the algorithm.
+#include "conv2d/cpu_product.h"
 #include "conv2d/cpu_shape.h"
 #include "conv2d/cpu_stem.h"
 #include "conv2d/cpu_weight_grad.h"
+#include "conv2d/cpu_winograd_grad.h"
 #include "cpu/epilogue_fold.h"
-#include "cpu/gather_gemm.h"
-#include "cpu/pack_weight.h"
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
 
@@ -35,10 +35,17 @@ WeightView<T> forward_weight(const Tensor& weight, const ConvShape& p, int64_t g
 }
 
 template <class T>
-void pack_groups(const Tensor& weight, const ConvShape& p, T* dst) {
-  const int64_t size = packed_size<T>(p.group_k(), p.taps(), p.group_c());
+int64_t group_size(const ConvShape& p, int64_t tile) {
+  return conv_packed_size<T>(p.group_k(), p.taps(), p.group_c(), tile);
+}
+
+template <class T>
+Tensor pack_groups(const Tensor& weight, const ConvShape& p, int64_t tile) {
+  const int64_t size = group_size<T>(p, tile);
+  Tensor packed = new_contiguous({checked_product(size, p.groups)}, weight.scalar_type());
   for (int64_t g = 0; g < p.groups; ++g)
-    pack_weight(forward_weight<T>(weight, p, g), dst + g * size);
+    conv_pack(forward_weight<T>(weight, p, g), tile, mutable_data<T>(packed) + g * size);
+  return packed;
 }
 
 // The image of a forward convolution as seen by one group.
@@ -62,36 +69,73 @@ GridImage<T> forward_image(const T* x, const ConvShape& p, int64_t group) {
   return image;
 }
 
+// How a weight that is packed for this convolution should be packed.
 template <class T>
-void forward(const Tensor& x, const T* packed, const Tensor& y, const ConvShape& p,
-             const Epilogue<T>& epilogue) {
-  if (stem_serves(p)) {
-    set_algorithm("stem");
-    return stem_forward<T>(x, packed, mutable_data<T>(y), p, epilogue);
-  }
-  set_algorithm(p.pointwise() ? "gemm_1x1" : "implicit_gemm");
-  const Tensor image = as_channels_last(x);
-  const int64_t size = packed_size<T>(p.group_k(), p.taps(), p.group_c());
-  const OutputGrid out{p.oh * p.ow * p.k, p.ow * p.k, p.k};
-  for (int64_t g = 0; g < p.groups; ++g)
-    gather_gemm<T>(forward_image<T>(data<T>(image), p, g), packed + g * size, p.group_k(),
-                   mutable_data<T>(y) + g * p.group_k(), out,
-                   epilogue.from_channel(g * p.group_k()));
+int64_t forward_tile(const ConvShape& p, bool packed) {
+  if (stem_serves(p) || !winograd_serves(forward_image<T>(nullptr, p, 0))) return 0;
+  return choose_tile({p.n, p.oh, p.ow, p.group_c(), p.group_k(), packed});
 }
 
-Tensor conv2d_pack(const Tensor& weight_in, int64_t groups) {
+// How a packed weight was packed; throws where it does not belong to this convolution.
+template <class T>
+int64_t tile_of(const Tensor& packed, const ConvShape& p) {
+  const bool may_be_transformed = winograd_serves(forward_image<T>(nullptr, p, 0));
+  for (int64_t tile : {0, 2, 4, 5, 6})
+    if (packed.numel() == p.groups * group_size<T>(p, tile) && (tile == 0 || may_be_transformed))
+      return tile;
+  throw std::runtime_error("conv2d: packed does not belong to this weight");
+}
+
+const char* algorithm_name(const ConvShape& p, int64_t tile) {
+  switch (tile) {
+    case 2: return "winograd_2x2";
+    case 4: return "winograd_4x4";
+    case 5: return "winograd_5x5";
+    case 6: return "winograd_6x6";
+    default: return p.pointwise() ? "gemm_1x1" : "implicit_gemm";
+  }
+}
+
+// `packed` may be null.
+template <class T>
+void forward(const Tensor& x, const Tensor& weight, const T* packed, int64_t tile, const Tensor& y,
+             const ConvShape& p, const Epilogue<T>& epilogue) {
+  if (stem_serves(p) && tile == 0) {
+    set_algorithm("stem");
+    const OptTensor own = packed ? std::nullopt : OptTensor(pack_groups<T>(weight, p, 0));
+    return stem_forward<T>(x, own ? data<T>(*own) : packed, mutable_data<T>(y), p, epilogue);
+  }
+  set_algorithm(algorithm_name(p, tile));
+  const Tensor image = as_channels_last(x);
+  const OutputGrid out{p.oh * p.ow * p.k, p.ow * p.k, p.k};
+  for (int64_t g = 0; g < p.groups; ++g)
+    conv_product<T>(forward_image<T>(data<T>(image), p, g), tile,
+                    packed ? packed + g * group_size<T>(p, tile) : nullptr,
+                    forward_weight<T>(weight, p, g), mutable_data<T>(y) + g * p.group_k(), out,
+                    epilogue.from_channel(g * p.group_k()));
+}
+
+// How conv2d_pack should pack the weight for an input of this size.
+int64_t conv2d_tile(const Tensor& weight, const IntList& input_size, const IntList& stride,
+                    const IntList& padding, const IntList& dilation, int64_t groups) {
+  const ConvShape p = conv_shape(input_size, sizes_of(weight), stride, padding, dilation, groups);
+  return with_scalar_type(weight.scalar_type(), "conv2d_tile", [&](auto scalar) {
+    return forward_tile<decltype(scalar)>(p, true);
+  });
+}
+
+Tensor conv2d_pack(const Tensor& weight_in, int64_t groups, int64_t tile) {
   const Tensor weight = to_compute_type(weight_in);
   require(weight.dim() == 4 && groups > 0 && weight.size(0) % groups == 0,
           "conv2d_pack: weight must be 4-D and groups must divide its first size");
   const IntList size = sizes_of(weight);
+  require(tile == 0 || ((tile == 2 || (tile >= 4 && tile <= 6)) && size[2] == 3 && size[3] == 3 &&
+                        weight.scalar_type() == ScalarType::Float),
+          "conv2d_pack: tile must be 0, or 2, 4, 5 or 6 for a 3x3 weight in float32");
   ConvShape p{};  // packing asks for nothing but the weight's sizes
   p.c = size[1] * groups, p.k = size[0], p.r = size[2], p.s = size[3], p.groups = groups;
   return with_scalar_type(weight.scalar_type(), "conv2d_pack", [&](auto scalar) {
-    using T = decltype(scalar);
-    const int64_t each = packed_size<T>(p.group_k(), p.taps(), p.group_c());
-    Tensor packed = new_contiguous({checked_product(each, groups)}, weight.scalar_type());
-    pack_groups<T>(weight, p, mutable_data<T>(packed));
-    return packed;
+    return pack_groups<decltype(scalar)>(weight, p, tile);
   });
 }
 
@@ -112,16 +156,14 @@ Tensor conv2d(const Tensor& x_in, const Tensor& weight_in, const OptTensor& bias
                   sh = to_compute_type(shift);
   const OptTensor res =
       residual ? OptTensor(as_channels_last(to_compute_type(*residual))) : std::nullopt;
+  require(!packed_in || (packed_in->is_contiguous() && packed_in->scalar_type() == x.scalar_type()),
+          "conv2d: packed does not belong to this weight");
   const Tensor y = new_channels_last(p.output_size(), x.scalar_type());
   with_scalar_type(x.scalar_type(), "conv2d", [&](auto scalar) {
     using T = decltype(scalar);
-    const int64_t size = p.groups * packed_size<T>(p.group_k(), p.taps(), p.group_c());
-    const bool usable = packed_in && packed_in->numel() == size && packed_in->is_contiguous() &&
-                        packed_in->scalar_type() == x.scalar_type();
-    require(usable || !packed_in, "conv2d: packed does not belong to this weight");
-    const Tensor packed = usable ? *packed_in : conv2d_pack(weight, groups);
+    const int64_t tile = packed_in ? tile_of<T>(*packed_in, p) : forward_tile<T>(p, false);
     const FoldedEpilogue<T> epilogue({b, sc, sh, res, activation, alpha}, p.k);
-    forward<T>(x, data<T>(packed), y, p, epilogue.get());
+    forward<T>(x, weight, packed_in ? data<T>(*packed_in) : nullptr, tile, y, p, epilogue.get());
   });
   return to_type(in_format_of(y, x_in), type);
 }
@@ -139,7 +181,7 @@ std::vector<Phase> phases(int64_t size, int64_t stride, int64_t pad, int64_t ker
   std::vector<Phase> all;
   for (int64_t first = 0; first < std::min(stride, size); ++first) {
     Phase phase{first, ceil_div(size - first, stride), {}, {}};
-    for (int64_t r = 0; r < kernel; ++r) {
+    for (int64_t r = kernel - 1; r >= 0; --r) {  // so that the upper left tap comes first
       const int64_t at = first + pad - r * dilation;
       if (at % stride != 0) continue;
       phase.taps.push_back(r);
@@ -176,12 +218,14 @@ void input_grad_phase(const T* grad, const Tensor& weight, T* dx, const ConvShap
       view.tap_offset.push_back(rows.taps[i] * weight.stride(2) +
                                 columns.taps[j] * weight.stride(3));
     }
-  const Tensor packed =
-      new_contiguous({packed_size<T>(view.columns, view.taps(), view.depth)}, weight.scalar_type());
-  pack_weight(view, mutable_data<T>(packed));
+  const int64_t tile =
+      winograd_serves(image)
+          ? choose_tile({p.n, rows.count, columns.count, view.depth, view.columns, false})
+          : 0;
   T* first = dx + group * p.group_c() + (rows.first * p.w + columns.first) * p.c;
-  gather_gemm<T>(image, data<T>(packed), p.group_c(), first,
-                 {p.h * p.w * p.c, p.stride_h * p.w * p.c, p.stride_w * p.c}, {});
+  conv_product<T>(image, tile, nullptr, view, first,
+                  {p.h * p.w * p.c, p.stride_h * p.w * p.c, p.stride_w * p.c}, {});
+  if (tile > 0) set_algorithm(algorithm_name(p, tile));
 }
 
 Tensor conv2d_input_grad(const Tensor& grad_in, const Tensor& weight_in, const IntList& input_size,
@@ -225,6 +269,13 @@ void weight_grad_group(const Tensor& grad, const Tensor& x, const ConvShape& p, 
     return weight_grad<T>(
         view, p.r, p.s * p.c, [&] { return StemRows<T>(x, p, WeightGradPlan::positions); }, sums);
   const GridImage<T> image = forward_image<T>(data<T>(x), p, group);
+  if constexpr (std::is_same_v<T, float>) {
+    if (const char* e = getenv("WGG"); e && winograd_serves(image)) {
+      GridImage<T> g{.data = view.data, .h = p.oh, .w = p.ow, .pixel = p.k, .n = p.n, .grid_h = p.oh, .grid_w = p.ow, .step_y = 1, .step_x = 1, .taps = {}, .depth = p.group_k()};
+      set_algorithm("winograd_weight_grad");
+      return WinogradWeightGrad(image, g, atoi(e)).run(sums);
+    }
+  }
   weight_grad<T>(
       view, p.taps(), p.group_c(), [&] { return TapRows<T>(image, WeightGradPlan::positions); },
       sums);
@@ -269,4 +320,5 @@ NNARCH_OPS(conv2d, ops) {
   ops.impl("conv2d_input_grad", TORCH_BOX(&nnarch::conv2d_input_grad));
   ops.impl("conv2d_weight_grad", TORCH_BOX(&nnarch::conv2d_weight_grad));
   ops.impl("conv2d_pack", TORCH_BOX(&nnarch::conv2d_pack));
+  ops.impl("conv2d_tile", TORCH_BOX(&nnarch::conv2d_tile));
 }

@@ -23,6 +23,7 @@ from nnarch.kernels.epilogue import (
 
 _EPILOGUE = "Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual"
 _GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation, int groups"
+_TILES = (0, 2, 4, 5, 6)  # 0: as it is; else Winograd's output tile
 _GPU = "nnarch.kernels.conv2d.triton_kernel"
 
 # --------------------------------------------------------------------------------- the operation
@@ -149,7 +150,7 @@ weight_grad = library.declare(
 )
 
 
-def _check_pack(weight: Tensor, groups: int) -> None:
+def _check_pack(weight: Tensor, groups: int, tile: int) -> None:
     check_tensor("conv2d_pack", "weight", weight)
     if weight.dim() != 4:
         raise ValueError(f"conv2d_pack: weight must be 4-D, got shape {tuple(weight.shape)}")
@@ -157,19 +158,31 @@ def _check_pack(weight: Tensor, groups: int) -> None:
         raise ValueError(
             f"conv2d_pack: groups must divide the {weight.shape[0]} output channels, got {groups}"
         )
+    if tile not in _TILES:
+        raise ValueError(f"conv2d_pack: tile must be one of {_TILES}, got {tile}")
+    if tile and (weight.shape[2:] != (3, 3) or weight.dtype == torch.float64):
+        raise ValueError(
+            "conv2d_pack: only a weight of 3×3 and at most float32 can be transformed, got "
+            f"{tuple(weight.shape)}, {weight.dtype}"
+        )
 
 
-def _fake_pack(weight: Tensor, groups: int) -> Tensor:
+def _fake_pack(weight: Tensor, groups: int, tile: int) -> Tensor:
     size = torch.library.get_ctx().new_dynamic_size()
     return weight.new_empty(size)
 
 
 pack = library.declare(
-    "conv2d_pack(Tensor weight, int groups) -> Tensor",
+    "conv2d_pack(Tensor weight, int groups, int tile) -> Tensor",
     reference=reference.conv2d_pack,
     fake=_fake_pack,
     check=_check_pack,
     gpu=f"{_GPU}:conv2d_pack",
+)
+
+# How the native convolution wants its weight packed for an input of a given size.
+_native_tile = library.define_native(
+    f"conv2d_tile(Tensor weight, int[] input_size, {_GEOMETRY}) -> int"
 )
 
 # ------------------------------------------------------------------------------- public functions
@@ -248,12 +261,44 @@ def is_depthwise(x: Tensor, weight: Tensor, groups: int) -> bool:
     return x.dim() == 4 and groups == x.shape[1] and weight.dim() == 4 and weight.shape[1] == 1
 
 
-def pack_conv2d_weight(weight: Tensor, groups: int = 1) -> Tensor | None:
+def conv2d_tile(
+    weight: Tensor,
+    input_size: Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> int:
+    """How :func:`pack_conv2d_weight` should pack `weight` for inputs of this size: its `tile`.
+
+    Args:
+        weight: [K, C / groups, R, S] on the CPU.
+        input_size: [N, C, H, W] of the input.
+        stride, padding, dilation, groups: as in :func:`conv2d`.
+
+    Returns:
+        0 for the direct product, or the size m of the m × m output tiles with which Winograd's
+        algorithm is faster and :func:`nnarch.set_precision` allows it.
+    """
+    if weight.device.type != "cpu" or library.native is None or groups == input_size[1]:
+        return 0
+    steps, gaps = two(stride), two(dilation)
+    pads = padding_of(padding, weight, steps, gaps)
+    try:
+        return _native_tile(weight, input_size, steps, pads, gaps, groups)
+    except RuntimeError:
+        check_conv("conv2d_tile", weight.new_empty(1).expand(tuple(input_size)), weight, steps, pads,
+                   gaps, groups)  # fmt: skip
+        raise
+
+
+def pack_conv2d_weight(weight: Tensor, groups: int = 1, *, tile: int = 0) -> Tensor | None:
     """The weight in the order that the native kernels read, to pass as `packed=` again and again.
 
     Args:
         weight: [K, C / groups, R, S] on the CPU; its values must not change afterwards.
         groups: as in :func:`conv2d`.
+        tile: what :func:`conv2d_tile` says; 0 serves every input.
 
     Returns:
         An opaque tensor; None where no native kernel runs (another device).
@@ -267,4 +312,4 @@ def pack_conv2d_weight(weight: Tensor, groups: int = 1) -> Tensor | None:
         from nnarch.kernels.depthwise.op import pack as pack_depthwise
 
         return pack_depthwise(weight.detach())
-    return pack(weight.detach(), groups)
+    return pack(weight.detach(), groups, tile)

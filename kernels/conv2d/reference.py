@@ -64,7 +64,7 @@ def conv2d_weight_grad(
     return transposed.conv2d_weight(_pad(x, padding), tuple(weight_size), grad, *geometry)
 
 
-def conv2d_pack(weight: Tensor, groups: int) -> Tensor:
+def conv2d_pack(weight: Tensor, groups: int, tile: int) -> Tensor:
     """Nothing to pack: only the native kernels read packed weights."""
     return weight.new_empty(0)
 

@@ -12,7 +12,7 @@ from nnarch.kernels.gpu.static import StaticCase, meta
 __all__ = ["STATIC_CASES", "conv2d", "conv2d_input_grad", "conv2d_pack", "conv2d_weight_grad"]
 
 
-def conv2d_pack(weight: torch.Tensor, groups: int) -> torch.Tensor:
+def conv2d_pack(weight: torch.Tensor, groups: int, tile: int) -> torch.Tensor:
     """An empty tensor: the GPU kernels read the weight as it is."""
     return weight.new_empty(0)
 

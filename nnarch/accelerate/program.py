@@ -26,6 +26,7 @@ from nnarch.accelerate.graph import layer_of
 from nnarch.accelerate.trace import is_layer
 from nnarch.backends import positional
 from nnarch.nn.packing import PackedWeightMixin
+from nnarch.precision import get_precision
 
 # The integers that kernels/cpu/program.cpp reads.
 _END, _VIEW = -1, -2
@@ -134,11 +135,12 @@ class Guard:
             for name, tensor in tensors.items()
         ]
         self.owned = {id(tensor) for *_, tensor in self._tensors}
-        self.owned |= {id(cache.packed) for _, cache in self._packed}
+        self.owned |= {id(packed) for _, cache in self._packed for packed in cache.packed.values()}
+        self._precision = get_precision()  # packed weights follow it
 
     def holds(self) -> bool:
         """Whether all of it is as it was."""
-        if any(self._hooks):
+        if any(self._hooks) or get_precision() != self._precision:
             return False
         for state in self._states:
             if state["training"] or "forward" in state:

@@ -78,7 +78,7 @@ def has_kernel_dtype(module: nn.Module) -> bool:
 
 
 def pack_weights(body: nn.Module) -> None:
-    """Pack every weight now instead of in the first call."""
+    """Pack now, instead of in the first call, what does not depend on the input's size."""
     for module in body.modules():
         if isinstance(module, PackedWeightMixin):
             module._packed_weight(module.weight, None)  # type: ignore[arg-type]

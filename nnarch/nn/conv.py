@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from nnarch import functional as F
 from nnarch.kernels.activation.kinds import Activation
 from nnarch.nn.checks import check_dtype
 from nnarch.nn.packing import PackedWeightMixin
+from nnarch.precision import get_precision
 
 
 class Conv2d(PackedWeightMixin, torch.nn.Conv2d):
@@ -67,8 +69,27 @@ class Conv2d(PackedWeightMixin, torch.nn.Conv2d):
             packed=self._packed_weight(weight, x),
         )
 
-    def _pack(self, weight: Tensor) -> Tensor | None:
-        return F.pack_conv2d_weight(weight, self.groups)
+    def _layout(self, weight: Tensor, x: Tensor | None) -> int | None:
+        """Winograd's tile, or 0: see nnarch.functional.conv2d_tile."""
+        if self.kernel_size != (3, 3) or self.stride != (1, 1) or weight.shape[1] == 1:
+            return 0
+        if x is None:
+            return None
+        size = x.shape if x.dim() == 4 else (1, *x.shape)
+        padding = self.padding if self.padding_mode == "zeros" else 0
+        return _tile(
+            weight.shape, weight.dtype, size, padding, self.dilation, self.groups, get_precision()
+        )
+
+    def _pack(self, weight: Tensor, layout: int) -> Tensor | None:
+        return F.pack_conv2d_weight(weight, self.groups, tile=layout)
+
+
+@lru_cache(maxsize=4096)
+def _tile(weight_size, dtype, input_size, padding, dilation, groups, precision) -> int:
+    """The tile for these sizes at this precision, asked once."""
+    weight = torch.empty(1, dtype=dtype).expand(weight_size)
+    return F.conv2d_tile(weight, input_size, 1, padding, dilation, groups)
 
 
 class LazyConv2d(torch.nn.LazyConv2d):

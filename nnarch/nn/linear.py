@@ -46,7 +46,7 @@ class Linear(PackedWeightMixin, torch.nn.Linear):
             packed=self._packed_weight(weight, x),
         )
 
-    def _pack(self, weight: Tensor) -> Tensor | None:
+    def _pack(self, weight: Tensor, layout: int) -> Tensor | None:
         return F.pack_linear_weight(weight)
 
 

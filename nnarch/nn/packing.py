@@ -3,7 +3,8 @@
 Packing costs about as much as reading the weight twice, which a batch of one feels. The packed
 copy is a cache and nothing else: it is absent from the state_dict, from pickles and from deep
 copies, and it is rebuilt when the weight changes. A change is noticed through the parameter's
-identity, its data pointer and strides and its version counter. Writes that PyTorch does not count
+identity, its data pointer and strides and its version counter. Where the best layout depends on the
+input (:class:`Conv2d`), a module keeps one packed copy for each layout that it met. Writes that PyTorch does not count
 (`weight.data.mul_(2)`, a NumPy view) are noticed through a few probed elements, so they are caught
 when they touch the whole weight; after such a write to single elements, call
 :func:`drop_packed_weights`. A weight in shared memory, which another process may write, is never
@@ -30,19 +31,28 @@ _PROBES = 3
 
 
 class _PackedWeight:
-    """A packed weight and what its source looked like when it was packed."""
+    """The packed forms of a weight, and what it looked like when they were made.
 
-    __slots__ = ("packed", "pointer", "probes", "source", "strides", "version", "witness")
+    Args:
+        source: the weight.
+        may_pack: whether anything may be packed; its probes are read only then.
 
-    def __init__(self, source: Parameter, packed: Tensor | None) -> None:
-        self.packed = packed
+    Attributes:
+        packed: by layout (:meth:`PackedWeightMixin._layout`).
+    """
+
+    __slots__ = ("may_pack", "packed", "pointer", "probes", "source", "strides", "version", "witness")
+
+    def __init__(self, source: Parameter, may_pack: bool) -> None:
+        self.packed: dict[int, Tensor | None] = {}
+        self.may_pack = may_pack
         self.source = source
         # Keeps the storage alive, so that no later weight can have its address.
         self.witness = source.detach()
         self.pointer = source.data_ptr()
         self.strides = source.stride()
         self.version = source._version
-        self.probes = _probes(source) if packed is not None else ()
+        self.probes = _probes(source) if may_pack else ()
 
     def is_current(self, weight: Tensor) -> bool:
         """Whether `weight` is still what was packed."""
@@ -85,7 +95,11 @@ class PackedWeightMixin(Module):
 
     _packed: _PackedWeight | None = None
 
-    def _pack(self, weight: Tensor) -> Tensor | None:
+    def _layout(self, weight: Tensor, x: Tensor | None) -> int | None:
+        """The layout that serves input `x` best; None where that is open as long as `x` is."""
+        return 0
+
+    def _pack(self, weight: Tensor, layout: int) -> Tensor | None:
         """The packed form of `weight`, or None where no kernel of its device takes one."""
         raise NotImplementedError
 
@@ -97,22 +111,19 @@ class PackedWeightMixin(Module):
             weight.requires_grad or (isinstance(x, Tensor) and x.requires_grad)
         ):
             return None
+        if weight.device.type != "cpu" or weight.is_inference():  # which has no version counter
+            self._drop_packed()
+            return None
         cache = self._packed
         if cache is None or not cache.is_current(weight):
-            cache = self._refresh(weight)
-        return None if cache is None else cache.packed
-
-    def _refresh(self, weight: Parameter) -> _PackedWeight | None:
-        self._drop_packed()
-        if weight.device.type != "cpu" or weight.is_inference():  # which has no version counter
+            cache = self.__dict__["_packed"] = _PackedWeight(weight, not weight.is_shared())
+        layout = self._layout(weight, x)
+        if layout is None or not cache.may_pack:
             return None
-        packed = None
-        if not weight.is_shared():
+        if layout not in cache.packed:
             with _disable_current_modes():  # a forced backend would pack for itself
-                packed = self._pack(weight.detach())
-        cache = _PackedWeight(weight, packed)
-        self.__dict__["_packed"] = cache
-        return cache
+                cache.packed[layout] = self._pack(weight.detach(), layout)
+        return cache.packed[layout]
 
     def _drop_packed(self) -> None:
         self.__dict__.pop("_packed", None)

@@ -1,0 +1,43 @@
+// The product behind a convolution and behind the gradient of its input: direct, or by Winograd
+// with m × m output tiles. `tile` is m, or 0 for the direct product (cpu/gather_gemm.h); it says
+// which form the packed weight has.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "conv2d/cpu_winograd.h"
+#include "conv2d/winograd_choice.h"
+#include "cpu/gather_gemm.h"
+#include "cpu/pack_weight.h"
+
+namespace nnarch {
+
+template <class T>
+int64_t conv_packed_size(int64_t columns, int64_t taps, int64_t depth, int64_t tile) {
+  return tile == 0 ? packed_size<T>(columns, taps, depth)
+                   : winograd_packed_size(columns, depth, tile);
+}
+
+template <class T>
+void conv_pack(const WeightView<T>& weight, int64_t tile, T* dst) {
+  if constexpr (std::is_same_v<T, float>)
+    if (tile > 0) return winograd_pack(weight, tile, dst);
+  pack_weight(weight, dst);
+}
+
+// y[position][column] = epilogue(Σ_tap image · weight); `packed` is what conv_pack made of the
+// weight, or null.
+template <class T>
+void conv_product(const GridImage<T>& image, int64_t tile, const T* packed,
+                  const WeightView<T>& weight, T* y, const OutputGrid& out,
+                  const Epilogue<T>& epilogue) {
+  if constexpr (std::is_same_v<T, float>)
+    if (tile > 0) return winograd_gemm(image, tile, packed, weight, y, out, epilogue);
+  if (packed) return gather_gemm<T>(image, packed, weight.columns, y, out, epilogue);
+  Scratch<T> own(packed_size<T>(weight.columns, weight.taps(), weight.depth));
+  pack_weight(weight, own.get());
+  gather_gemm<T>(image, own.get(), weight.columns, y, out, epilogue);
+}
+
+}  // namespace nnarch

@@ -1,0 +1,235 @@
+// Winograd convolution, 3×3 with stride 1: blocks of tiles are transformed, multiplied and
+// transformed back while they are in cache.
+//
+// A block of tiles becomes V[xi][tile][channel], (m + 2)² small matrices. Panel by panel of output
+// channels, each is multiplied by the panel's transformed weights, [panel][xi][channel][nr] in
+// memory and read strictly in that order; the products [xi][tile][nr] become outputs at once.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "conv2d/cpu_shape.h"
+#include "conv2d/winograd.h"
+#include "cpu/arena.h"
+#include "cpu/gather_gemm.h"
+#include "cpu/pack_weight.h"
+#include "cpu/parallel.h"
+
+namespace nnarch {
+
+// The grid of m × m tiles that covers the outputs of a 3×3 convolution with step 1. The image's
+// first tap is the upper left one.
+struct WinogradTiles {
+  const GridImage<float>& image;
+  int64_t m;
+
+  int64_t size() const { return m + 2; }
+  int64_t planes() const { return size() * size(); }
+  int64_t rows() const { return ceil_div(image.grid_h, m); }
+  int64_t columns() const { return ceil_div(image.grid_w, m); }
+  int64_t count() const { return image.n * rows() * columns(); }
+};
+
+// The first output of a tile.
+struct TilePlace {
+  int64_t image, y, x;
+  TilePlace(const WinogradTiles& tiles, int64_t tile)
+      : image(tile / (tiles.rows() * tiles.columns())),
+        y(tile / tiles.columns() % tiles.rows() * tiles.m),
+        x(tile % tiles.columns() * tiles.m) {}
+};
+
+// Rows a multiple of 4 KB apart share a set of the L1 cache, as do planes: an odd number of lines.
+inline int64_t winograd_row(int64_t channels) {
+  return round_up(channels, 16) + (channels % 256 == 0 ? 16 : 0);
+}
+inline int64_t winograd_plane(int64_t elements) {
+  const int64_t lines = ceil_div(elements, 16);
+  return (lines + (lines % 2 == 0)) * 16;
+}
+
+// The windows of an image that tiles transform, and where they put them: V[xi][tile][channel].
+struct WinogradWindows {
+  const GridImage<float>& image;
+  int64_t dy, dx, size;  // of a tile's window, from its first output on
+  void (*transform)(const float* const* pixels, int64_t channels, float* planes, int64_t plane);
+  int64_t row, plane;  // elements of V from tile to tile, from plane to plane
+
+  // The tiles from `first` on, channels [from, from + channels).
+  void run(const WinogradTiles& tiles, int64_t first, int64_t count, int64_t from,
+           int64_t channels, float* v) const {
+    Scratch<float> zeros(channels);
+    std::memset(zeros.get(), 0, static_cast<size_t>(channels) * sizeof(float));
+    const float* pixels[64];
+    for (int64_t t = 0; t < count; ++t) {
+      const TilePlace at(tiles, first + t);
+      const float* base = image.data + at.image * image.h * image.w * image.pixel + from;
+      const float** next = pixels;
+      for (int64_t y = at.y + dy; y < at.y + dy + size; ++y)
+        for (int64_t x = at.x + dx; x < at.x + dx + size; ++x)
+          *next++ = y >= 0 && y < image.h && x >= 0 && x < image.w
+                        ? base + (y * image.w + x) * image.pixel
+                        : zeros.get();
+      transform(pixels, channels, v + t * row + from, plane);
+    }
+  }
+};
+
+inline WinogradWindows input_windows(const WinogradTiles& tiles, int64_t row, int64_t plane) {
+  const Tap& corner = tiles.image.taps.front();
+  return {tiles.image, corner.dy, corner.dx, tiles.size(), winograd().transforms(tiles.m).input,
+          row,         plane};
+}
+
+// How many tiles a block has: V stays in L2 as far as it goes, in whole register tiles.
+struct WinogradBlocking {
+  int64_t tiles, row, plane, product_plane;
+
+  explicit WinogradBlocking(const WinogradTiles& all) : row(winograd_row(all.image.depth)) {
+    constexpr int64_t cache = int64_t{512} << 10, most = 112;
+    const int64_t mr = winograd().mr, nr = winograd().nr;
+    const int64_t fit = cache / (all.planes() * row * int64_t{sizeof(float)});
+    tiles = std::clamp(fit / mr * mr, mr, round_up(most, mr));
+    tiles = std::min(tiles, all.count());
+    plane = winograd_plane(tiles * row);
+    product_plane = winograd_plane(tiles * nr);
+  }
+};
+
+// Where the outputs go and what is done to them.
+struct WinogradOutput {
+  float* y;
+  int64_t channels;
+  const OutputGrid& grid;
+  const Epilogue<float>& epilogue;
+  bool stream;
+
+  int64_t panels() const { return ceil_div(channels, winograd().nr); }
+};
+
+// Outputs of tiles [first, first + count) in panel p of the channels.
+inline void multiply_panel(const WinogradTiles& tiles, const WinogradBlocking& block,
+                           const float* v, const float* weights, int64_t first, int64_t count,
+                           int64_t p, const WinogradOutput& output) {
+  const WinogradTable& table = winograd();
+  const int64_t depth = tiles.image.depth, channel = p * table.nr;
+  Scratch<float> products(tiles.planes() * block.product_plane);
+  for (int64_t xi = 0; xi < tiles.planes(); ++xi)
+    table.panel_product({.a = v + xi * block.plane,
+                         .a_step = block.row,
+                         .b = weights + xi * winograd_plane(depth * table.nr),
+                         .depth = depth,
+                         .c = products.get() + xi * block.product_plane,
+                         .c_step = table.nr,
+                         .rows = count});
+  const auto transform = table.transforms(tiles.m).output;
+  const Epilogue<float> epilogue = output.epilogue.from_channel(channel);
+  const OutputGrid& grid = output.grid;
+  for (int64_t t = 0; t < count; ++t) {
+    const TilePlace at(tiles, first + t);
+    const OutputTile place{
+        .offset = at.image * grid.image_step + at.y * grid.row_step + at.x * grid.column_step,
+        .row_step = grid.row_step,
+        .column_step = grid.column_step,
+        .rows = std::min(tiles.m, tiles.image.grid_h - at.y),
+        .columns = std::min(tiles.m, tiles.image.grid_w - at.x)};
+    transform(products.get() + t * table.nr, block.product_plane, output.channels - channel,
+              epilogue, place, output.y + channel, output.stream);
+  }
+}
+
+// Elements of a panel of transformed weights, [xi][depth][nr].
+inline int64_t winograd_panel(int64_t depth, int64_t m) {
+  return (m + 2) * (m + 2) * winograd_plane(depth * winograd().nr);
+}
+
+inline int64_t winograd_packed_size(int64_t columns, int64_t depth, int64_t m) {
+  return checked_product(ceil_div(columns, winograd().nr), winograd_panel(depth, m));
+}
+
+// The transformed weights of panel p.
+inline void winograd_pack_panel(const WeightView<float>& view, int64_t m, int64_t p, float* dst) {
+  constexpr int64_t some = 16;  // channels at once: they stay in L1
+  const WinogradTable& table = winograd();
+  WeightView<float> part = view;
+  part.data += p * table.nr * view.column_stride;
+  part.columns = std::min(table.nr, view.columns - p * table.nr);
+  Scratch<float> direct(view.taps() * some * table.nr);
+  for (int64_t d = 0; d < view.depth; d += some, part.data += some * view.depth_stride) {
+    part.depth = std::min(some, view.depth - d);
+    pack_weight(part, direct.get());
+    table.transforms(m).weight(direct.get(), part.depth, dst + d * table.nr,
+                               winograd_plane(view.depth * table.nr));
+  }
+}
+
+inline void winograd_pack(const WeightView<float>& view, int64_t m, float* dst) {
+  const int64_t panel = winograd_panel(view.depth, m);
+  parallel_tasks(ceil_div(view.columns, winograd().nr),
+                 [&](int64_t p) { winograd_pack_panel(view, m, p, dst + p * panel); });
+}
+
+// A block of tiles for a task, which goes through all panels.
+inline void winograd_by_blocks(const WinogradTiles& tiles, const WinogradBlocking& block,
+                               const WinogradWindows& windows, const float* packed,
+                               const WinogradOutput& output) {
+  const int64_t panel = winograd_panel(tiles.image.depth, tiles.m);
+  parallel_tasks(ceil_div(tiles.count(), block.tiles), [&](int64_t b) {
+    const int64_t first = b * block.tiles, count = std::min(block.tiles, tiles.count() - first);
+    Scratch<float> v(tiles.planes() * block.plane);
+    windows.run(tiles, first, count, 0, tiles.image.depth, v.get());
+    for (int64_t p = 0; p < output.panels(); ++p)
+      multiply_panel(tiles, block, v.get(), packed + p * panel, first, count, p, output);
+  });
+}
+
+// A panel of output channels for a task, which goes through all blocks of tiles; the weights, where
+// they come as they are, are transformed on the way and never leave the cache.
+inline void winograd_by_panels(const WinogradTiles& tiles, const WinogradBlocking& block,
+                               const WinogradWindows& windows, const float* packed,
+                               const WeightView<float>& view, const WinogradOutput& output) {
+  constexpr int64_t channels = 64;
+  const int64_t depth = tiles.image.depth, panel = winograd_panel(depth, tiles.m);
+  const int64_t blocks = ceil_div(tiles.count(), block.tiles), each = tiles.planes() * block.plane;
+  const int64_t parts = ceil_div(depth, channels);
+  const auto first = [&](int64_t b) { return b * block.tiles; };
+  const auto count = [&](int64_t b) { return std::min(block.tiles, tiles.count() - first(b)); };
+  Scratch<float> v(blocks * each);
+  parallel_tasks(blocks * parts, [&](int64_t task) {
+    const int64_t b = task / parts, from = task % parts * channels;
+    windows.run(tiles, first(b), count(b), from, std::min(channels, depth - from),
+                v.get() + b * each);
+  });
+  parallel_tasks(output.panels(), [&](int64_t p) {
+    Scratch<float> transformed(packed ? 0 : panel);
+    if (!packed) winograd_pack_panel(view, tiles.m, p, transformed.get());
+    const float* weights = packed ? packed + p * panel : transformed.get();
+    for (int64_t b = 0; b < blocks; ++b)
+      multiply_panel(tiles, block, v.get() + b * each, weights, first(b), count(b), p, output);
+  });
+}
+
+// As gather_gemm (cpu/gather_gemm.h): y[position][column] = epilogue(Σ_tap image · weights). The
+// weights are what winograd_pack made, or, where that is null, those of the view.
+inline void winograd_gemm(const GridImage<float>& image, int64_t m, const float* packed,
+                          const WeightView<float>& view, float* y, const OutputGrid& out,
+                          const Epilogue<float>& epilogue) {
+  const WinogradTiles tiles{image, m};
+  if (tiles.count() == 0 || view.columns == 0) return;
+  const WinogradBlocking block(tiles);
+  const WinogradWindows windows = input_windows(tiles, block.row, block.plane);
+  const WinogradOutput output{y, view.columns, out, epilogue,
+                              outgrows_caches<float>(y, image.positions(), out.column_step)};
+  constexpr int64_t few = 4, together = int64_t{8} << 20;  // blocks; bytes of V
+  const int64_t bytes = tiles.planes() * tiles.count() * block.row * int64_t{sizeof(float)};
+  if (tiles.count() < few * block.tiles || (!packed && bytes <= together))
+    return winograd_by_panels(tiles, block, windows, packed, view, output);
+  if (packed) return winograd_by_blocks(tiles, block, windows, packed, output);
+  Scratch<float> transformed(winograd_packed_size(view.columns, view.depth, m));
+  winograd_pack(view, m, transformed.get());
+  winograd_by_blocks(tiles, block, windows, transformed.get(), output);
+}
+
+}  // namespace nnarch

@@ -1,0 +1,115 @@
+// The weight gradient by Winograd: an m × m tile of the output's gradient is a filter over the
+// (m + 2)² inputs around it, with 3 × 3 outputs. Transformed, the sum over tiles is a matrix product
+// for each of (m + 2)² planes; one inverse transform at the end makes dw.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "conv2d/cpu_winograd.h"
+
+namespace nnarch {
+
+class WinogradWeightGrad {
+ public:
+  // grad is an image with its own channels; image.taps are the 3×3 taps.
+  WinogradWeightGrad(const GridImage<float>& image, const GridImage<float>& grad, int64_t m)
+      : tiles_{image, m},
+        depth_(image.depth),
+        k_(grad.depth),
+        c_row_(winograd_row(depth_)),
+        k_row_(winograd_row(k_)),
+        columns_(round_up(depth_, winograd().nr / 2)),
+        block_(tiles_a_block()),
+        inputs_(input_windows(tiles_, c_row_, winograd_plane(block_ * c_row_))),
+        grads_{grad,   0,     0, m, winograd().transforms(m).grad,
+               k_row_, winograd_plane(block_ * k_row_)} {}
+
+  // sums[k][tap][c]
+  void run(float* sums) const {
+    Scratch<float> v(tiles_.planes() * inputs_.plane), g(tiles_.planes() * grads_.plane);
+    if (block_ == tiles_.count()) return by_channels(v.get(), g.get(), sums);
+    by_planes(v.get(), g.get(), sums);
+  }
+
+ private:
+  static constexpr int64_t kFloat = sizeof(float);
+
+  // All tiles, if their planes are no larger than the sums, which then stay in L2 part by part.
+  // Else blocks: the slices of a plane stay in L2, all planes in L3, and the sums, which are read
+  // and written once a block, are paid for by many tiles.
+  int64_t tiles_a_block() const {
+    constexpr int64_t slice = int64_t{512} << 10, all = int64_t{6} << 20, least = 32;
+    if (tiles_.count() * (c_row_ + k_row_) <= k_ * columns_) return tiles_.count();
+    const int64_t bytes = (c_row_ + k_row_) * kFloat;
+    const int64_t fit = std::min(slice / bytes, all / (tiles_.planes() * bytes));
+    return std::min(std::max(fit, least), tiles_.count());
+  }
+
+  void transform(int64_t first, int64_t count, float* v, float* g) const {
+    constexpr int64_t few = 8;
+    parallel_tasks(ceil_div(count, few), [&](int64_t i) {
+      const int64_t from = i * few, some = std::min(few, count - from);
+      inputs_.run(tiles_, first + from, some, 0, depth_, v + from * c_row_);
+      grads_.run(tiles_, first + from, some, 0, k_, g + from * k_row_);
+    });
+  }
+
+  // sums of channels [k, k + rows) in plane xi, put in or added to c[row][columns].
+  void multiply(int64_t xi, int64_t k, int64_t rows, int64_t count, bool add, const float* v,
+                const float* g, float* c) const {
+    winograd().outer_product({.a = g + xi * grads_.plane + k,
+                              .a_step = k_row_,
+                              .b = v + xi * inputs_.plane,
+                              .b_step = c_row_,
+                              .depth = count,
+                              .c = c,
+                              .c_step = columns_,
+                              .rows = rows,
+                              .columns = columns_,
+                              .add = add});
+  }
+
+  // dw of channel k from its sums.
+  void finish(const float* products, int64_t plane, int64_t k, float* sums) const {
+    winograd().transforms(tiles_.m).weight_grad(products, plane, depth_, sums + k * 9 * depth_,
+                                                depth_);
+  }
+
+  void by_channels(float* v, float* g, float* sums) const {
+    constexpr int64_t cache = int64_t{512} << 10;
+    transform(0, tiles_.count(), v, g);
+    const int64_t mr = winograd().mr, fit = cache / (tiles_.planes() * columns_ * kFloat);
+    const int64_t rows = std::clamp(fit / mr * mr, mr, round_up(k_, mr));
+    const int64_t plane = winograd_plane(rows * columns_);
+    parallel_tasks(ceil_div(k_, rows), [&](int64_t i) {
+      const int64_t k = i * rows, some = std::min(rows, k_ - k);
+      Scratch<float> products(tiles_.planes() * plane);
+      for (int64_t xi = 0; xi < tiles_.planes(); ++xi)
+        multiply(xi, k, some, tiles_.count(), false, v, g, products.get() + xi * plane);
+      for (int64_t r = 0; r < some; ++r)
+        finish(products.get() + r * columns_, plane, k + r, sums);
+    });
+  }
+
+  void by_planes(float* v, float* g, float* sums) const {
+    const int64_t plane = winograd_plane(k_ * columns_);
+    Scratch<float> products(tiles_.planes() * plane);
+    for (int64_t first = 0; first < tiles_.count(); first += block_) {
+      const int64_t count = std::min(block_, tiles_.count() - first);
+      transform(first, count, v, g);
+      parallel_tasks(tiles_.planes(), [&](int64_t xi) {
+        multiply(xi, 0, k_, count, first > 0, v, g, products.get() + xi * plane);
+      });
+    }
+    parallel_tasks(k_, [&](int64_t k) {
+      finish(products.get() + k * columns_, plane, k, sums);
+    });
+  }
+
+  WinogradTiles tiles_;
+  int64_t depth_, k_, c_row_, k_row_, columns_, block_;
+  WinogradWindows inputs_, grads_;
+};
+
+}  // namespace nnarch

@@ -1,0 +1,76 @@
+// Winograd convolution's SIMD parts: the transforms of a tile and the product between them.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/epilogue.h"
+#include "cpu/isa.h"
+
+namespace nnarch {
+
+// Where a tile of outputs goes: row i, column j < rows, columns to y + i * row_step + j *
+// column_step; the residual has the same offsets.
+struct OutputTile {
+  int64_t offset, row_step, column_step;
+  int64_t rows, columns;  // of the m × m that lie in the output
+};
+
+// The transforms of m × m output tiles, (m + 2)² values a tile and channel. Transformed values are
+// (m + 2)² planes, `plane` elements apart.
+struct WinogradTransforms {
+  // planes[xi][c] of one tile; pixels: (m + 2)² pointers, row by row, to `channels` values each.
+  void (*input)(const float* const* pixels, int64_t channels, float* planes, int64_t plane);
+  // One packed panel [9][channels][nr] (cpu/pack_weight.h) to planes [channels][nr].
+  void (*weight)(const float* packed, int64_t channels, float* planes, int64_t plane);
+  // y of one tile, two vectors of channels wide or `channels`, whichever is less.
+  void (*output)(const float* planes, int64_t plane, int64_t channels,
+                 const Epilogue<float>& epilogue, const OutputTile& tile, float* y, bool stream);
+  // The weight gradient's counterparts: a tile of m × m gradients to planes, and summed planes to
+  // the 3 × 3 gradients of `channels` weights, `tap` elements from one tap to the next.
+  void (*grad)(const float* const* pixels, int64_t channels, float* planes, int64_t plane);
+  void (*weight_grad)(const float* planes, int64_t plane, int64_t channels, float* dw, int64_t tap);
+};
+
+// c[i][j] = Σ_k a[i][k] · b[k][j] for i < rows, j < nr. b is dense; the panel that follows it comes
+// into cache meanwhile.
+struct PanelProduct {
+  const float* a;
+  int64_t a_step;
+  const float* b;
+  int64_t depth;
+  float* c;
+  int64_t c_step;
+  int64_t rows;
+};
+
+// c[i][j] = or += Σ_k a[k][i] · b[k][j] for i < rows, j < columns: the sum over tiles of a weight
+// gradient. Columns are padded to whole vectors.
+struct OuterProduct {
+  const float* a;
+  int64_t a_step;
+  const float* b;
+  int64_t b_step;
+  int64_t depth;
+  float* c;
+  int64_t c_step;
+  int64_t rows, columns;
+  bool add;
+};
+
+struct WinogradTable {
+  int64_t nr;  // columns of a panel
+  int64_t mr;  // rows of the register tile
+  WinogradTransforms of_2, of_4, of_5, of_6;
+  void (*panel_product)(const PanelProduct& p);
+  void (*outer_product)(const OuterProduct& p);
+
+  const WinogradTransforms& transforms(int64_t m) const {
+    return m == 2 ? of_2 : m == 4 ? of_4 : m == 5 ? of_5 : of_6;
+  }
+};
+
+NNARCH_PER_ISA(const WinogradTable& winograd_table();)
+
+inline const WinogradTable& winograd() { return NNARCH_SELECT(winograd_table()); }
+
+}  // namespace nnarch

@@ -1,0 +1,40 @@
+#include "cpu/machine.h"
+
+#include <atomic>
+#include <fstream>
+#include <string>
+
+namespace nnarch {
+namespace {
+
+std::atomic<Precision> chosen_precision = Precision::high;
+
+// What Linux says of the first core's cache; sysconf(3) adds up the caches of several cores on some
+// machines.
+int64_t reported_or(int index, int64_t usual) {
+  std::ifstream file("/sys/devices/system/cpu/cpu0/cache/index" + std::to_string(index) + "/size");
+  int64_t size = 0;
+  char unit = 'K';
+  if (!(file >> size >> unit) || size <= 0) return usual;
+  return size << (unit == 'M' ? 20 : 10);
+}
+
+}  // namespace
+
+int64_t l2_bytes() {
+  static const int64_t bytes = reported_or(2, int64_t{512} << 10);
+  return bytes;
+}
+
+int64_t l3_bytes() {
+  static const int64_t bytes = reported_or(3, int64_t{8} << 20);
+  return bytes;
+}
+
+Precision precision() { return chosen_precision.load(std::memory_order_relaxed); }
+
+}  // namespace nnarch
+
+extern "C" __attribute__((visibility("default"))) void nnarch_set_precision(int64_t level) {
+  nnarch::chosen_precision.store(static_cast<nnarch::Precision>(level), std::memory_order_relaxed);
+}

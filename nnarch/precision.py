@@ -1,0 +1,34 @@
+"""How much rounding an algorithm may add to be faster."""
+
+from __future__ import annotations
+
+import ctypes
+
+from nnarch import library
+
+LEVELS = ("highest", "high", "medium")
+_state = {"level": "high"}
+
+
+def set_precision(level: str) -> None:
+    """Choose which algorithms convolutions may use on the CPU, for the whole process.
+
+    Args:
+        level: "highest": sums of products only, as the definition has them. "high", the default:
+            also Winograd's algorithm with tiles of 2×2 and 4×4 outputs, whose error stays within
+            3 times that of a direct kernel (5e-6 of the largest output, for inputs of unit
+            variance). "medium": also 5×5 and 6×6, with errors up to 3e-5.
+
+    Raises:
+        ValueError: another level.
+    """
+    if level not in LEVELS:
+        raise ValueError(f"set_precision: level must be one of {', '.join(LEVELS)}, got {level!r}")
+    _state["level"] = level
+    if library.native is not None:
+        library.native.nnarch_set_precision(ctypes.c_int64(LEVELS.index(level)))
+
+
+def get_precision() -> str:
+    """The level that :func:`set_precision` chose."""
+    return _state["level"]
