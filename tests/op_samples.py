@@ -163,7 +163,11 @@ _SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "channel_sum": lambda: [(tensor(*_NCHW),), (tensor(300, 7),)],
     "channel_dot": lambda: [(tensor(*_NCHW), tensor(*_NCHW))],
     "conv2d": lambda: [*_conv2d(12, 10), *_conv2d(3, 9)],
-    "conv2d_pack": lambda: [(tensor(10, 6, 3, 4), 2), (tensor(9, 3, 3, 3), 1)],
+    "conv2d_pack": lambda: [
+        (tensor(10, 6, 3, 4), 2, 0),
+        (tensor(9, 3, 3, 3), 1, 0),
+        (tensor(20, 7, 3, 3), 2, 4),
+    ],
     "linear": _linear,
     "linear_pack": lambda: [(tensor(35, 21),)],
 }

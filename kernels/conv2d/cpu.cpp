@@ -115,15 +115,6 @@ void forward(const Tensor& x, const Tensor& weight, const T* packed, int64_t til
                     epilogue.from_channel(g * p.group_k()));
 }
 
-// How conv2d_pack should pack the weight for an input of this size.
-int64_t conv2d_tile(const Tensor& weight, const IntList& input_size, const IntList& stride,
-                    const IntList& padding, const IntList& dilation, int64_t groups) {
-  const ConvShape p = conv_shape(input_size, sizes_of(weight), stride, padding, dilation, groups);
-  return with_scalar_type(weight.scalar_type(), "conv2d_tile", [&](auto scalar) {
-    return forward_tile<decltype(scalar)>(p, true);
-  });
-}
-
 Tensor conv2d_pack(const Tensor& weight_in, int64_t groups, int64_t tile) {
   const Tensor weight = to_compute_type(weight_in);
   require(weight.dim() == 4 && groups > 0 && weight.size(0) % groups == 0,
@@ -261,21 +252,40 @@ void unpack_weight_grad(const T* sums, const ConvShape& p, T* dw) {
   });
 }
 
+// How the weight's gradient is computed: Winograd's tile, or 0.
 template <class T>
-void weight_grad_group(const Tensor& grad, const Tensor& x, const ConvShape& p, int64_t group,
-                       T* sums) {
+int64_t weight_grad_tile(const ConvShape& p) {
+  if (!winograd_serves(forward_image<T>(nullptr, p, 0))) return 0;
+  return choose_weight_grad_tile({p.n, p.oh, p.ow, p.group_c(), p.group_k(), false});
+}
+
+// The gradient of one group's outputs, as an image.
+template <class T>
+GridImage<T> grad_image(const T* grad, const ConvShape& p, int64_t group) {
+  return {.data = grad + group * p.group_k(),
+          .h = p.oh,
+          .w = p.ow,
+          .pixel = p.k,
+          .n = p.n,
+          .grid_h = p.oh,
+          .grid_w = p.ow,
+          .step_y = 1,
+          .step_x = 1,
+          .taps = {},
+          .depth = p.group_k()};
+}
+
+template <class T>
+void weight_grad_group(const Tensor& grad, const Tensor& x, const ConvShape& p, int64_t tile,
+                       int64_t group, T* sums) {
   const GradView<T> view{data<T>(grad) + group * p.group_k(), p.k, p.n * p.oh * p.ow, p.group_k()};
-  if (stem_serves(p))
+  if (stem_serves(p) && tile == 0)
     return weight_grad<T>(
         view, p.r, p.s * p.c, [&] { return StemRows<T>(x, p, WeightGradPlan::positions); }, sums);
   const GridImage<T> image = forward_image<T>(data<T>(x), p, group);
-  if constexpr (std::is_same_v<T, float>) {
-    if (const char* e = getenv("WGG"); e && winograd_serves(image)) {
-      GridImage<T> g{.data = view.data, .h = p.oh, .w = p.ow, .pixel = p.k, .n = p.n, .grid_h = p.oh, .grid_w = p.ow, .step_y = 1, .step_x = 1, .taps = {}, .depth = p.group_k()};
-      set_algorithm("winograd_weight_grad");
-      return WinogradWeightGrad(image, g, atoi(e)).run(sums);
-    }
-  }
+  if constexpr (std::is_same_v<T, float>)
+    if (tile > 0)
+      return WinogradWeightGrad(image, grad_image(data<T>(grad), p, group), tile).run(sums);
   weight_grad<T>(
       view, p.taps(), p.group_c(), [&] { return TapRows<T>(image, WeightGradPlan::positions); },
       sums);
@@ -283,14 +293,17 @@ void weight_grad_group(const Tensor& grad, const Tensor& x, const ConvShape& p, 
 
 template <class T>
 void weight_grad_groups(const Tensor& grad, const Tensor& x_in, const ConvShape& p, T* dw) {
-  const bool stem = stem_serves(p);
-  set_algorithm(stem ? "stem_weight_grad" : "weight_grad_gemm");
+  const int64_t tile = weight_grad_tile<T>(p);
+  const bool stem = stem_serves(p) && tile == 0;
+  set_algorithm(stem       ? "stem_weight_grad"
+                : tile > 0 ? "winograd_weight_grad"
+                           : "weight_grad_gemm");
   const Tensor x = stem ? x_in : as_channels_last(x_in);
   const int64_t each = p.group_k() * p.taps() * p.group_c();
   const bool in_place = p.taps() == 1;  // then sums have the order of dw
   Scratch<T> sums(in_place ? 0 : each);
   for (int64_t g = 0; g < p.groups; ++g) {
-    weight_grad_group<T>(grad, x, p, g, in_place ? dw + g * each : sums.get());
+    weight_grad_group<T>(grad, x, p, tile, g, in_place ? dw + g * each : sums.get());
     if (!in_place) unpack_weight_grad(sums.get(), p, dw + g * each);
   }
 }
@@ -320,5 +333,18 @@ NNARCH_OPS(conv2d, ops) {
   ops.impl("conv2d_input_grad", TORCH_BOX(&nnarch::conv2d_input_grad));
   ops.impl("conv2d_weight_grad", TORCH_BOX(&nnarch::conv2d_weight_grad));
   ops.impl("conv2d_pack", TORCH_BOX(&nnarch::conv2d_pack));
-  ops.impl("conv2d_tile", TORCH_BOX(&nnarch::conv2d_tile));
+}
+
+// How conv2d_pack should pack a float32 weight for an input of this size: sizes of input and weight,
+// stride, padding, dilation and groups, 4 + 4 + 2 + 4 + 2 + 1 numbers. −1: they make no convolution.
+extern "C" __attribute__((visibility("default"))) int64_t nnarch_conv2d_tile(const int64_t* n) {
+  using nnarch::IntList;
+  try {
+    return nnarch::forward_tile<float>(
+        nnarch::conv_shape(IntList(n, n + 4), IntList(n + 4, n + 8), IntList(n + 8, n + 10),
+                           IntList(n + 10, n + 14), IntList(n + 14, n + 16), n[16]),
+        true);
+  } catch (const std::exception&) {
+    return -1;
+  }
 }

@@ -50,6 +50,11 @@ inline int64_t winograd_plane(int64_t elements) {
   return (lines + (lines % 2 == 0)) * 16;
 }
 
+template <bool ForWriting>
+void prefetch_line(const float* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(p + i, ForWriting, 2);
+}
+
 // The windows of an image that tiles transform, and where they put them: V[xi][tile][channel].
 struct WinogradWindows {
   const GridImage<float>& image;
@@ -74,6 +79,16 @@ struct WinogradWindows {
                         : zeros.get();
       transform(pixels, channels, v + t * row + from, plane);
     }
+  }
+
+  // Brings what run() will read first of a tile into L2, channels [from, from + channels).
+  void prefetch(const WinogradTiles& tiles, int64_t tile, int64_t from, int64_t channels) const {
+    const TilePlace at(tiles, tile);
+    const float* base = image.data + at.image * image.h * image.w * image.pixel + from;
+    const int64_t y_end = std::min(at.y + tiles.m, image.h), x_end = std::min(at.x + tiles.m, image.w);
+    for (int64_t y = at.y; y < y_end; ++y)
+      for (int64_t x = at.x; x < x_end; ++x)
+        prefetch_line<false>(base + (y * image.w + x) * image.pixel, channels);
   }
 };
 
@@ -107,30 +122,54 @@ struct WinogradOutput {
   bool stream;
 
   int64_t panels() const { return ceil_div(channels, winograd().nr); }
+
+  int64_t offset(const TilePlace& at) const {
+    return at.image * grid.image_step + at.y * grid.row_step + at.x * grid.column_step;
+  }
+
+  void prefetch(const WinogradTiles& tiles, int64_t tile, int64_t channel) const {
+    const TilePlace at(tiles, tile);
+    const int64_t rows = std::min(tiles.m, tiles.image.grid_h - at.y), from = offset(at) + channel;
+    const int64_t columns = std::min(tiles.m, tiles.image.grid_w - at.x);
+    const int64_t count = std::min(winograd().nr, channels - channel);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) {
+        const int64_t at_pixel = from + i * grid.row_step + j * grid.column_step;
+        prefetch_line<true>(y + at_pixel, count);
+        if (epilogue.residual) prefetch_line<false>(epilogue.residual + at_pixel, count);
+      }
+  }
 };
 
-// Outputs of tiles [first, first + count) in panel p of the channels.
-inline void multiply_panel(const WinogradTiles& tiles, const WinogradBlocking& block,
-                           const float* v, const float* weights, int64_t first, int64_t count,
-                           int64_t p, const WinogradOutput& output) {
+// Outputs of tiles [first, first + count) in panel p of the channels. Between the products,
+// meanwhile(begin, end) may prefetch for that part of as many other tiles: the memory would wait.
+template <class Meanwhile>
+void multiply_panel(const WinogradTiles& tiles, const WinogradBlocking& block, const float* v,
+                    const float* weights, int64_t first, int64_t count, int64_t p,
+                    const WinogradOutput& output, const Meanwhile& meanwhile) {
   const WinogradTable& table = winograd();
   const int64_t depth = tiles.image.depth, channel = p * table.nr;
   Scratch<float> products(tiles.planes() * block.product_plane);
-  for (int64_t xi = 0; xi < tiles.planes(); ++xi)
+  for (int64_t xi = 0; xi < tiles.planes(); ++xi) {
+    const int64_t begin = count * xi / tiles.planes(), end = count * (xi + 1) / tiles.planes();
+    meanwhile(begin, end);
+    for (int64_t t = begin; t < end && !output.stream; ++t) output.prefetch(tiles, first + t, channel);
     table.panel_product({.a = v + xi * block.plane,
                          .a_step = block.row,
                          .b = weights + xi * winograd_plane(depth * table.nr),
                          .depth = depth,
                          .c = products.get() + xi * block.product_plane,
                          .c_step = table.nr,
-                         .rows = count});
+                         .rows = count,
+                         .columns = output.channels - channel});
+  }
   const auto transform = table.transforms(tiles.m).output;
   const Epilogue<float> epilogue = output.epilogue.from_channel(channel);
   const OutputGrid& grid = output.grid;
   for (int64_t t = 0; t < count; ++t) {
     const TilePlace at(tiles, first + t);
     const OutputTile place{
-        .offset = at.image * grid.image_step + at.y * grid.row_step + at.x * grid.column_step,
+        .offset = output.offset(at),
         .row_step = grid.row_step,
         .column_step = grid.column_step,
         .rows = std::min(tiles.m, tiles.image.grid_h - at.y),
@@ -153,6 +192,7 @@ inline int64_t winograd_packed_size(int64_t columns, int64_t depth, int64_t m) {
 inline void winograd_pack_panel(const WeightView<float>& view, int64_t m, int64_t p, float* dst) {
   constexpr int64_t some = 16;  // channels at once: they stay in L1
   const WinogradTable& table = winograd();
+  const int64_t plane = winograd_plane(view.depth * table.nr);
   WeightView<float> part = view;
   part.data += p * table.nr * view.column_stride;
   part.columns = std::min(table.nr, view.columns - p * table.nr);
@@ -160,9 +200,10 @@ inline void winograd_pack_panel(const WeightView<float>& view, int64_t m, int64_
   for (int64_t d = 0; d < view.depth; d += some, part.data += some * view.depth_stride) {
     part.depth = std::min(some, view.depth - d);
     pack_weight(part, direct.get());
-    table.transforms(m).weight(direct.get(), part.depth, dst + d * table.nr,
-                               winograd_plane(view.depth * table.nr));
+    table.transforms(m).weight(direct.get(), part.depth, dst + d * table.nr, plane);
   }
+  for (int64_t xi = 0; xi < (m + 2) * (m + 2); ++xi)  // what lies between the planes
+    std::fill(dst + xi * plane + view.depth * table.nr, dst + (xi + 1) * plane, 0.0f);
 }
 
 inline void winograd_pack(const WeightView<float>& view, int64_t m, float* dst) {
@@ -180,8 +221,15 @@ inline void winograd_by_blocks(const WinogradTiles& tiles, const WinogradBlockin
     const int64_t first = b * block.tiles, count = std::min(block.tiles, tiles.count() - first);
     Scratch<float> v(tiles.planes() * block.plane);
     windows.run(tiles, first, count, 0, tiles.image.depth, v.get());
-    for (int64_t p = 0; p < output.panels(); ++p)
-      multiply_panel(tiles, block, v.get(), packed + p * panel, first, count, p, output);
+    const int64_t panels = output.panels(), depth = tiles.image.depth;
+    for (int64_t p = 0; p < panels; ++p) {
+      const int64_t from = depth * p / panels, channels = depth * (p + 1) / panels - from;
+      const auto next_block = [&](int64_t begin, int64_t end) {
+        for (int64_t t = first + count + begin; t < first + count + end && t < tiles.count(); ++t)
+          windows.prefetch(tiles, t, from, channels);
+      };
+      multiply_panel(tiles, block, v.get(), packed + p * panel, first, count, p, output, next_block);
+    }
   });
 }
 
@@ -207,7 +255,8 @@ inline void winograd_by_panels(const WinogradTiles& tiles, const WinogradBlockin
     if (!packed) winograd_pack_panel(view, tiles.m, p, transformed.get());
     const float* weights = packed ? packed + p * panel : transformed.get();
     for (int64_t b = 0; b < blocks; ++b)
-      multiply_panel(tiles, block, v.get() + b * each, weights, first(b), count(b), p, output);
+      multiply_panel(tiles, block, v.get() + b * each, weights, first(b), count(b), p, output,
+                     [](int64_t, int64_t) {});
   });
 }
 

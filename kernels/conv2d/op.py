@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -180,11 +181,6 @@ pack = library.declare(
     gpu=f"{_GPU}:conv2d_pack",
 )
 
-# How the native convolution wants its weight packed for an input of a given size.
-_native_tile = library.define_native(
-    f"conv2d_tile(Tensor weight, int[] input_size, {_GEOMETRY}) -> int"
-)
-
 # ------------------------------------------------------------------------------- public functions
 
 
@@ -280,16 +276,14 @@ def conv2d_tile(
         0 for the direct product, or the size m of the m × m output tiles with which Winograd's
         algorithm is faster and :func:`nnarch.set_precision` allows it.
     """
-    if weight.device.type != "cpu" or library.native is None or groups == input_size[1]:
-        return 0
     steps, gaps = two(stride), two(dilation)
     pads = padding_of(padding, weight, steps, gaps)
-    try:
-        return _native_tile(weight, input_size, steps, pads, gaps, groups)
-    except RuntimeError:
-        check_conv("conv2d_tile", weight.new_empty(1).expand(tuple(input_size)), weight, steps, pads,
-                   gaps, groups)  # fmt: skip
-        raise
+    x = weight.new_empty(1).expand(tuple(input_size))  # takes no memory
+    check_conv("conv2d_tile", x, weight, steps, pads, gaps, groups)
+    if library.native is None or weight.device.type != "cpu" or weight.dtype == torch.float64:
+        return 0
+    numbers = (*x.shape, *weight.shape, *steps, *pads, *gaps, groups)
+    return library.native.nnarch_conv2d_tile((ctypes.c_int64 * len(numbers))(*numbers))
 
 
 def pack_conv2d_weight(weight: Tensor, groups: int = 1, *, tile: int = 0) -> Tensor | None:

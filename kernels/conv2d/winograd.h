@@ -31,8 +31,8 @@ struct WinogradTransforms {
   void (*weight_grad)(const float* planes, int64_t plane, int64_t channels, float* dw, int64_t tap);
 };
 
-// c[i][j] = Σ_k a[i][k] · b[k][j] for i < rows, j < nr. b is dense; the panel that follows it comes
-// into cache meanwhile.
+// c[i][j] = Σ_k a[i][k] · b[k][j] for i < rows, j < columns. b is a dense panel of nr columns; the
+// one that follows it comes into cache meanwhile.
 struct PanelProduct {
   const float* a;
   int64_t a_step;
@@ -40,7 +40,7 @@ struct PanelProduct {
   int64_t depth;
   float* c;
   int64_t c_step;
-  int64_t rows;
+  int64_t rows, columns;
 };
 
 // c[i][j] = or += Σ_k a[k][i] · b[k][j] for i < rows, j < columns: the sum over tiles of a weight

@@ -1,14 +1,100 @@
 #include "conv2d/winograd_choice.h"
 
-#include <cstdlib>
+#include <algorithm>
 
+#include "conv2d/cpu_winograd.h"
 #include "cpu/machine.h"
 
 namespace nnarch {
+namespace {
+
+// Costs are in the time of one FMA on vectors, which is the yardstick on every instruction set. The
+// constants were fitted to 79 shapes under AVX2 and AVX-512; README.md says how well.
+constexpr double kDirect = 1.06;       // of an FMA in the direct product, with its overheads
+constexpr double kProduct = 1.08;      // of an FMA in the products between the transforms
+constexpr double kLeastRowTile = 4.5;  // of a step of the register tile, however few its rows are
+constexpr double kTransform = 8;       // of a value transformed
+constexpr double kPackDirect = 2, kPackTransformed = 9;  // of a vector of packed weights
+constexpr double kCall = 25000, kStages = 3000;          // of a call, and of its parts in Winograd
+// Bytes of weights that come from the last-level cache, and from memory, during an FMA of one lane.
+constexpr double kCacheRate = 1, kMemoryRate = 0.4;
+
+// Of the weight gradient: an FMA of either product, a vector of sums put in order, transformed back.
+constexpr double kGradProduct = 1.15, kGradOrder = 8, kGradBack = 6;
+
+double vectors(int64_t channels) { return double(ceil_div(channels, winograd().nr / 2)); }
+
+double direct_cost(const ConvWork& w) {
+  const double positions = double(w.n) * double(w.grid_h) * double(w.grid_w);
+  const double weights = 9 * double(w.depth) * vectors(w.columns);
+  return positions * weights * kDirect + (w.packed ? 0 : weights * kPackDirect) + kCall;
+}
+
+// Of reading transformed weights once, which goes on beside the products.
+double read_cost(double bytes) {
+  const double lanes = double(winograd().nr / 2);
+  if (bytes < double(l2_bytes()) * 0.4) return 0;
+  const double cached = double(l3_bytes()) * 0.75, rest = std::max(0.0, bytes - cached);
+  return (bytes - rest) / (lanes * kCacheRate) + rest / (lanes * kMemoryRate);
+}
+
+GridImage<float> image_of(const ConvWork& w) {
+  GridImage<float> image{};
+  image.n = w.n, image.grid_h = w.grid_h, image.grid_w = w.grid_w, image.depth = w.depth;
+  return image;
+}
+
+double winograd_cost(const ConvWork& w, int64_t m) {
+  const GridImage<float> image = image_of(w);
+  const WinogradTiles tiles{image, m};
+  const double planes = double(tiles.planes()), count = double(tiles.count());
+  const int64_t block = WinogradBlocking(tiles).tiles, row_tiles = ceil_div(block, winograd().mr);
+  const double rows = double(block) / double(row_tiles);
+  const double weights = planes * double(w.depth) * vectors(w.columns);
+  const double step = std::max(1.0, kLeastRowTile / (2 * rows));
+  const double products = count * weights * kProduct * step;
+  const double values = count * planes * (vectors(w.depth) + vectors(w.columns));
+  const double bytes = weights * double(winograd().nr / 2) * sizeof(float);
+  return std::max(products, w.packed ? read_cost(bytes) : 0) + values * kTransform +
+         (w.packed ? 0 : weights * kPackTransformed) + kCall + kStages;
+}
+
+double direct_weight_grad_cost(const ConvWork& w) {
+  const double positions = double(w.n) * double(w.grid_h) * double(w.grid_w);
+  return 9 * double(w.columns) * vectors(w.depth) * (positions * kGradProduct + kGradOrder) + kCall;
+}
+
+double winograd_weight_grad_cost(const ConvWork& w, int64_t m) {
+  const GridImage<float> image = image_of(w);
+  const WinogradTiles tiles{image, m};
+  const double planes = double(tiles.planes()), count = double(tiles.count());
+  const double sums = planes * double(w.columns) * vectors(w.depth);
+  const double values = count * planes * (vectors(w.depth) + vectors(w.columns));
+  return sums * (count * kGradProduct + kGradBack) + values * kTransform + kCall;
+}
+
+// The tile of least cost, or 0 for the direct product.
+template <class Cost>
+int64_t cheapest(const ConvWork& work, double direct, const Cost& cost_of) {
+  if (precision() == Precision::highest || work.n == 0) return 0;
+  int64_t best = 0;
+  double least = direct;
+  for (const int64_t m : {2, 4, 5, 6}) {
+    if (m > 4 && precision() != Precision::medium) break;
+    const double cost = cost_of(work, m);
+    if (cost < least) best = m, least = cost;
+  }
+  return best;
+}
+
+}  // namespace
 
 int64_t choose_tile(const ConvWork& work) {
-  if (precision() == Precision::highest) return 0;
-  return work.depth >= 16 && work.columns >= 16 ? 4 : 0;
+  return cheapest(work, direct_cost(work), winograd_cost);
+}
+
+int64_t choose_weight_grad_tile(const ConvWork& work) {
+  return cheapest(work, direct_weight_grad_cost(work), winograd_weight_grad_cost);
 }
 
 }  // namespace nnarch

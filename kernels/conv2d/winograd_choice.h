@@ -8,7 +8,7 @@
 namespace nnarch {
 
 // What the choice depends on: a 3×3 kernel over `n` grids of outputs, and whether the weight comes
-// transformed.
+// packed.
 struct ConvWork {
   int64_t n, grid_h, grid_w;
   int64_t depth, columns;  // input and output channels of a group
@@ -17,6 +17,9 @@ struct ConvWork {
 
 // The size m of the fastest algorithm's output tiles that the precision allows; 0: the direct one.
 int64_t choose_tile(const ConvWork& work);
+
+// The same for the gradient of the weight.
+int64_t choose_weight_grad_tile(const ConvWork& work);
 
 // Whether Winograd can compute it: a dense 3×3 kernel, its upper left tap first, and stride 1.
 template <class T>

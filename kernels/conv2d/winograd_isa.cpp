@@ -173,9 +173,20 @@ constexpr int kRows = 6;
 // A longer chain of additions loses accuracy: at 1024 channels, parts of 256 have half the error.
 constexpr int64_t kChain = 256;
 
+// c = or += the accumulators, whose indices are constants everywhere, or they would be in memory.
+template <bool Half, int... I>
+NNARCH_INLINE void put(V* left, V* right, float* c, int64_t step, bool add) {
+  if (add) {
+    ((left[I] += load(c + I * step)), ...);
+    if constexpr (!Half) ((right[I] += load(c + I * step + kWidth)), ...);
+  }
+  ((store(c + I * step, left[I])), ...);
+  if constexpr (!Half) ((store(c + I * step + kWidth, right[I])), ...);
+}
+
 // The register tile's rows are a constant distance apart, so a few registers address them all. The
-// bases are opaque, or GCC would keep a pointer for every row.
-template <int... I>
+// bases are opaque, or GCC would keep a pointer for every row. `Half`: the left vector only.
+template <bool Half, int... I>
 NNARCH_INLINE void panel_tile(Indices<I...>, const PanelProduct& p, int64_t row, int64_t from,
                               int64_t count) {
   const int64_t step = p.a_step;
@@ -189,43 +200,21 @@ NNARCH_INLINE void panel_tile(Indices<I...>, const PanelProduct& p, int64_t row,
   for (int64_t k = 0; k < count; ++k) {
     asm("" : "+r"(a0), "+r"(a7));
     __builtin_prefetch(b + next, 0, 2);
-    __builtin_prefetch(b + next + kWidth, 0, 2);
-    V b0 = load(b), b1 = load(b + kWidth), x;
+    V b0 = load(b), b1, x;
     keep_in_register(b0);
-    keep_in_register(b1);
-    ((x = broadcast(I < 7 ? a0[I * step] : a7[(I - 7) * step]), left[I] += x * b0,
-      right[I] += x * b1),
-     ...);
+    if constexpr (Half) {
+      ((left[I] += broadcast(I < 7 ? a0[I * step] : a7[(I - 7) * step]) * b0), ...);
+    } else {
+      __builtin_prefetch(b + next + kWidth, 0, 2);
+      b1 = load(b + kWidth);
+      keep_in_register(b1);
+      ((x = broadcast(I < 7 ? a0[I * step] : a7[(I - 7) * step]), left[I] += x * b0,
+        right[I] += x * b1),
+       ...);
+    }
     ++a0, ++a7, b += 2 * kWidth;
   }
-  float* c = p.c + row * p.c_step;
-  if (from > 0)
-    ((left[I] += load(c + I * p.c_step), right[I] += load(c + I * p.c_step + kWidth)), ...);
-  ((store(c + I * p.c_step, left[I]), store(c + I * p.c_step + kWidth, right[I])), ...);
-}
-
-template <int Rows>
-NNARCH_NOINLINE void panel_tile_of(const PanelProduct& p, int64_t row, int64_t from,
-                                   int64_t count) {
-  panel_tile(MakeIndices<Rows>{}, p, row, from, count);
-}
-
-template <int... I>
-NNARCH_INLINE auto panel_tile_with(Indices<I...>, int64_t rows) {
-  using Fn = void (*)(const PanelProduct&, int64_t, int64_t, int64_t);
-  static constexpr Fn tiles[] = {panel_tile_of<I + 1>...};
-  return tiles[rows - 1];
-}
-
-void panel_product(const PanelProduct& p) {
-  const int64_t tiles = (p.rows + kRows - 1) / kRows, chains = (p.depth + kChain - 1) / kChain;
-  for (int64_t i = 0; i < chains; ++i) {
-    const int64_t from = p.depth * i / chains, to = p.depth * (i + 1) / chains;
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t row = p.rows * t / tiles, end = p.rows * (t + 1) / tiles;
-      panel_tile_with(MakeIndices<kRows>{}, end - row)(p, row, from, to - from);
-    }
-  }
+  put<Half, I...>(left, right, p.c + row * p.c_step, p.c_step, from > 0);
 }
 
 // c of `Rows` rows by two vectors, or one with `Half`.
@@ -236,43 +225,70 @@ NNARCH_INLINE void outer_tile(Indices<I...>, const OuterProduct& p, int64_t row,
   V left[sizeof...(I)] = {(static_cast<void>(I), V{})...};
   V right[sizeof...(I)] = {(static_cast<void>(I), V{})...};
   for (int64_t k = 0; k < p.depth; ++k, a += p.a_step, b += p.b_step) {
-    V b0 = load(b), b1 = Half ? b0 : load(b + kWidth), x;
+    V b0 = load(b), b1, x;
     keep_in_register(b0);
-    keep_in_register(b1);
-    ((x = broadcast(a[I]), left[I] += x * b0), ...);
-    if constexpr (!Half) ((x = broadcast(a[I]), right[I] += x * b1), ...);
+    if constexpr (Half) {
+      ((left[I] += broadcast(a[I]) * b0), ...);
+    } else {
+      b1 = load(b + kWidth);
+      keep_in_register(b1);
+      ((x = broadcast(a[I]), left[I] += x * b0, right[I] += x * b1), ...);
+    }
   }
-  float* c = p.c + row * p.c_step + column;
-  if (p.add) {
-    ((left[I] += load(c + I * p.c_step)), ...);
-    if constexpr (!Half) ((right[I] += load(c + I * p.c_step + kWidth)), ...);
-  }
-  ((store(c + I * p.c_step, left[I])), ...);
-  if constexpr (!Half) ((store(c + I * p.c_step + kWidth, right[I])), ...);
+  put<Half, I...>(left, right, p.c + row * p.c_step + column, p.c_step, p.add);
 }
 
+template <bool Half, int Rows>
+NNARCH_NOINLINE void panel_tile_of(const PanelProduct& p, int64_t row, int64_t from,
+                                   int64_t count) {
+  panel_tile<Half>(MakeIndices<Rows>{}, p, row, from, count);
+}
 template <bool Half, int Rows>
 NNARCH_NOINLINE void outer_tile_of(const OuterProduct& p, int64_t row, int64_t column) {
   outer_tile<Half>(MakeIndices<Rows>{}, p, row, column);
 }
 
 template <bool Half, int... I>
+NNARCH_INLINE auto panel_tile_with(Indices<I...>, int64_t rows) {
+  static constexpr decltype(&panel_tile_of<Half, 1>) tiles[] = {panel_tile_of<Half, I + 1>...};
+  return tiles[rows - 1];
+}
+template <bool Half, int... I>
 NNARCH_INLINE auto outer_tile_with(Indices<I...>, int64_t rows) {
-  using Fn = void (*)(const OuterProduct&, int64_t, int64_t);
-  static constexpr Fn tiles[] = {outer_tile_of<Half, I + 1>...};
+  static constexpr decltype(&outer_tile_of<Half, 1>) tiles[] = {outer_tile_of<Half, I + 1>...};
   return tiles[rows - 1];
 }
 
+// f(first, count) for tiles of nearly equal height.
+template <class F>
+NNARCH_INLINE void for_row_tiles(int64_t rows, const F& f) {
+  const int64_t tiles = (rows + kRows - 1) / kRows;
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t first = rows * t / tiles;
+    f(first, rows * (t + 1) / tiles - first);
+  }
+}
+
+void panel_product(const PanelProduct& p) {
+  const int64_t chains = (p.depth + kChain - 1) / kChain;
+  for (int64_t i = 0; i < chains; ++i) {
+    const int64_t from = p.depth * i / chains, count = p.depth * (i + 1) / chains - from;
+    for_row_tiles(p.rows, [&](int64_t row, int64_t rows) {
+      const auto tile = p.columns <= kWidth ? panel_tile_with<true>(MakeIndices<kRows>{}, rows)
+                                            : panel_tile_with<false>(MakeIndices<kRows>{}, rows);
+      tile(p, row, from, count);
+    });
+  }
+}
+
 void outer_product(const OuterProduct& p) {
-  const int64_t tiles = (p.rows + kRows - 1) / kRows;
   for (int64_t column = 0; column < p.columns; column += 2 * kWidth)
-    for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t row = p.rows * t / tiles, end = p.rows * (t + 1) / tiles;
+    for_row_tiles(p.rows, [&](int64_t row, int64_t rows) {
       const bool half = p.columns - column <= kWidth;
-      const auto tile = half ? outer_tile_with<true>(MakeIndices<kRows>{}, end - row)
-                             : outer_tile_with<false>(MakeIndices<kRows>{}, end - row);
+      const auto tile = half ? outer_tile_with<true>(MakeIndices<kRows>{}, rows)
+                             : outer_tile_with<false>(MakeIndices<kRows>{}, rows);
       tile(p, row, column);
-    }
+    });
 }
 
 template <int M>
