@@ -171,7 +171,7 @@ constexpr int kRows = 6;
 #endif
 
 // A longer chain of additions loses accuracy: at 1024 channels, parts of 256 have half the error.
-constexpr int64_t kChain = 256;
+constexpr int64_t kChain = 128;
 
 // c = or += the accumulators, whose indices are constants everywhere, or they would be in memory.
 template <bool Half, int... I>

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from nnarch import functional as F
 from nnarch.kernels.activation.kinds import Activation
@@ -88,8 +89,9 @@ class Conv2d(PackedWeightMixin, torch.nn.Conv2d):
 @lru_cache(maxsize=4096)
 def _tile(weight_size, dtype, input_size, padding, dilation, groups, precision) -> int:
     """The tile for these sizes at this precision, asked once."""
-    weight = torch.empty(1, dtype=dtype).expand(weight_size)
-    return F.conv2d_tile(weight, input_size, 1, padding, dilation, groups)
+    with _disable_current_modes():  # who records operations should not see this one
+        weight = torch.empty(1, dtype=dtype).expand(weight_size)
+        return F.conv2d_tile(weight, input_size, 1, padding, dilation, groups)
 
 
 class LazyConv2d(torch.nn.LazyConv2d):

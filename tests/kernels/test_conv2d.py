@@ -36,6 +36,14 @@ from nnarch import library
 from nnarch.kernels.conv2d.geometry import padding_of
 
 
+@pytest.fixture(autouse=True)
+def direct():
+    """Sums of products only: Winograd has tests and tolerances of its own (test_winograd.py)."""
+    nnarch.set_precision("highest")
+    yield
+    nnarch.set_precision("high")
+
+
 @dataclass(frozen=True)
 class Conv:
     """Sizes of one convolution; `padding` as conv2d takes it."""
