@@ -1,38 +1,14 @@
-// conv2d on the CPU: entry points, and the choice of the algorithm.
+// conv2d on the CPU: the convolution and its packed weights. The gradients are in cpu_grad.cpp.
 #include "conv2d/cpu_product.h"
 #include "conv2d/cpu_shape.h"
 #include "conv2d/cpu_stem.h"
-#include "conv2d/cpu_weight_grad.h"
-#include "conv2d/cpu_winograd_grad.h"
+#include "conv2d/cpu_views.h"
 #include "cpu/epilogue_fold.h"
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
 
 namespace nnarch {
 namespace {
-
-std::vector<Tap> forward_taps(const ConvShape& p) {
-  std::vector<Tap> taps;
-  for (int64_t r = 0; r < p.r; ++r)
-    for (int64_t s = 0; s < p.s; ++s)
-      taps.push_back({r * p.dilation_h - p.top, s * p.dilation_w - p.left});
-  return taps;
-}
-
-// The weight of one group with output channels as columns.
-template <class T>
-WeightView<T> forward_weight(const Tensor& weight, const ConvShape& p, int64_t group) {
-  WeightView<T> view{.data = data<T>(weight) + group * p.group_k() * weight.stride(0),
-                     .columns = p.group_k(),
-                     .depth = p.group_c(),
-                     .column_stride = weight.stride(0),
-                     .depth_stride = weight.stride(1),
-                     .tap_offset = {}};
-  for (int64_t r = 0; r < p.r; ++r)
-    for (int64_t s = 0; s < p.s; ++s)
-      view.tap_offset.push_back(r * weight.stride(2) + s * weight.stride(3));
-  return view;
-}
 
 template <class T>
 int64_t group_size(const ConvShape& p, int64_t tile) {
@@ -46,27 +22,6 @@ Tensor pack_groups(const Tensor& weight, const ConvShape& p, int64_t tile) {
   for (int64_t g = 0; g < p.groups; ++g)
     conv_pack(forward_weight<T>(weight, p, g), tile, mutable_data<T>(packed) + g * size);
   return packed;
-}
-
-// The image of a forward convolution as seen by one group.
-template <class T>
-GridImage<T> forward_image(const T* x, const ConvShape& p, int64_t group) {
-  GridImage<T> image{.data = x + group * p.group_c(),
-                     .h = p.h,
-                     .w = p.w,
-                     .pixel = p.c,
-                     .n = p.n,
-                     .grid_h = p.oh,
-                     .grid_w = p.ow,
-                     .step_y = p.stride_h,
-                     .step_x = p.stride_w,
-                     .taps = forward_taps(p),
-                     .depth = p.group_c()};
-  if (p.pointwise()) {  // every pixel for itself: one long row
-    image.h = image.grid_h = image.n = 1;
-    image.w = image.grid_w = p.n * p.h * p.w;
-  }
-  return image;
 }
 
 // How a weight that is packed for this convolution should be packed.
@@ -84,16 +39,6 @@ int64_t tile_of(const Tensor& packed, const ConvShape& p) {
     if (packed.numel() == p.groups * group_size<T>(p, tile) && (tile == 0 || may_be_transformed))
       return tile;
   throw std::runtime_error("conv2d: packed does not belong to this weight");
-}
-
-const char* algorithm_name(const ConvShape& p, int64_t tile) {
-  switch (tile) {
-    case 2: return "winograd_2x2";
-    case 4: return "winograd_4x4";
-    case 5: return "winograd_5x5";
-    case 6: return "winograd_6x6";
-    default: return p.pointwise() ? "gemm_1x1" : "implicit_gemm";
-  }
 }
 
 // `packed` may be null.
@@ -159,184 +104,17 @@ Tensor conv2d(const Tensor& x_in, const Tensor& weight_in, const OptTensor& bias
   return to_type(in_format_of(y, x_in), type);
 }
 
-// One phase of the input rows or columns: the positions phase, phase + stride, … and the taps that
-// reach them.
-struct Phase {
-  int64_t first, count;
-  std::vector<int64_t> taps;    // r or s
-  std::vector<int64_t> offset;  // dy or dx of each: output position = index in the phase + offset
-};
-
-std::vector<Phase> phases(int64_t size, int64_t stride, int64_t pad, int64_t kernel,
-                          int64_t dilation) {
-  std::vector<Phase> all;
-  for (int64_t first = 0; first < std::min(stride, size); ++first) {
-    Phase phase{first, ceil_div(size - first, stride), {}, {}};
-    for (int64_t r = kernel - 1; r >= 0; --r) {  // so that the upper left tap comes first
-      const int64_t at = first + pad - r * dilation;
-      if (at % stride != 0) continue;
-      phase.taps.push_back(r);
-      phase.offset.push_back(at / stride);
-    }
-    all.push_back(phase);
-  }
-  return all;
-}
-
-template <class T>
-void input_grad_phase(const T* grad, const Tensor& weight, T* dx, const ConvShape& p, int64_t group,
-                      const Phase& rows, const Phase& columns) {
-  GridImage<T> image{.data = grad + group * p.group_k(),
-                     .h = p.oh,
-                     .w = p.ow,
-                     .pixel = p.k,
-                     .n = p.n,
-                     .grid_h = rows.count,
-                     .grid_w = columns.count,
-                     .step_y = 1,
-                     .step_x = 1,
-                     .taps = {},
-                     .depth = p.group_k()};
-  WeightView<T> view{.data = data<T>(weight) + group * p.group_k() * weight.stride(0),
-                     .columns = p.group_c(),  // the channels of the input
-                     .depth = p.group_k(),
-                     .column_stride = weight.stride(1),
-                     .depth_stride = weight.stride(0),
-                     .tap_offset = {}};
-  for (size_t i = 0; i < rows.taps.size(); ++i)
-    for (size_t j = 0; j < columns.taps.size(); ++j) {
-      image.taps.push_back({rows.offset[i], columns.offset[j]});
-      view.tap_offset.push_back(rows.taps[i] * weight.stride(2) +
-                                columns.taps[j] * weight.stride(3));
-    }
-  const int64_t tile =
-      winograd_serves(image)
-          ? choose_tile({p.n, rows.count, columns.count, view.depth, view.columns, false})
-          : 0;
-  T* first = dx + group * p.group_c() + (rows.first * p.w + columns.first) * p.c;
-  conv_product<T>(image, tile, nullptr, view, first,
-                  {p.h * p.w * p.c, p.stride_h * p.w * p.c, p.stride_w * p.c}, {});
-  if (tile > 0) set_algorithm(algorithm_name(p, tile));
-}
-
-Tensor conv2d_input_grad(const Tensor& grad_in, const Tensor& weight_in, const IntList& input_size,
-                         const IntList& stride, const IntList& padding, const IntList& dilation,
-                         int64_t groups) {
-  const ScalarType type = grad_in.scalar_type();
-  require(weight_in.scalar_type() == type,
-          "conv2d_input_grad: grad and weight must have one dtype");
-  const ConvShape p =
-      conv_shape(input_size, sizes_of(weight_in), stride, padding, dilation, groups);
-  require(sizes_of(grad_in) == p.output_size(),
-          "conv2d_input_grad: grad must have the shape of the output");
-  const Tensor grad = as_channels_last(to_compute_type(grad_in));
-  const Tensor weight = to_compute_type(weight_in);
-  const Tensor dx = new_channels_last(input_size, grad.scalar_type());
-  set_algorithm(p.stride_h * p.stride_w > 1 ? "implicit_gemm_phases" : "implicit_gemm");
-  with_scalar_type(grad.scalar_type(), "conv2d_input_grad", [&](auto scalar) {
-    using T = decltype(scalar);
-    for (const Phase& rows : phases(p.h, p.stride_h, p.top, p.r, p.dilation_h))
-      for (const Phase& columns : phases(p.w, p.stride_w, p.left, p.s, p.dilation_w))
-        for (int64_t g = 0; g < p.groups; ++g)
-          input_grad_phase<T>(data<T>(grad), weight, mutable_data<T>(dx), p, g, rows, columns);
-  });
-  return to_type(in_format_of(dx, grad_in), type);
-}
-
-// sums[k][tap][c] of one group to dw[k][c][tap].
-template <class T>
-void unpack_weight_grad(const T* sums, const ConvShape& p, T* dw) {
-  const int64_t taps = p.taps(), c = p.group_c();
-  parallel_tasks(p.group_k(), [&](int64_t k) {
-    transpose_fn<T>()(sums + k * taps * c, c, dw + k * taps * c, taps, taps, c);
-  });
-}
-
-// How the weight's gradient is computed: Winograd's tile, or 0.
-template <class T>
-int64_t weight_grad_tile(const ConvShape& p) {
-  if (!winograd_serves(forward_image<T>(nullptr, p, 0))) return 0;
-  return choose_weight_grad_tile({p.n, p.oh, p.ow, p.group_c(), p.group_k(), false});
-}
-
-// The gradient of one group's outputs, as an image.
-template <class T>
-GridImage<T> grad_image(const T* grad, const ConvShape& p, int64_t group) {
-  return {.data = grad + group * p.group_k(),
-          .h = p.oh,
-          .w = p.ow,
-          .pixel = p.k,
-          .n = p.n,
-          .grid_h = p.oh,
-          .grid_w = p.ow,
-          .step_y = 1,
-          .step_x = 1,
-          .taps = {},
-          .depth = p.group_k()};
-}
-
-template <class T>
-void weight_grad_group(const Tensor& grad, const Tensor& x, const ConvShape& p, int64_t tile,
-                       int64_t group, T* sums) {
-  const GradView<T> view{data<T>(grad) + group * p.group_k(), p.k, p.n * p.oh * p.ow, p.group_k()};
-  if (stem_serves(p) && tile == 0)
-    return weight_grad<T>(
-        view, p.r, p.s * p.c, [&] { return StemRows<T>(x, p, WeightGradPlan::positions); }, sums);
-  const GridImage<T> image = forward_image<T>(data<T>(x), p, group);
-  if constexpr (std::is_same_v<T, float>)
-    if (tile > 0)
-      return WinogradWeightGrad(image, grad_image(data<T>(grad), p, group), tile).run(sums);
-  weight_grad<T>(
-      view, p.taps(), p.group_c(), [&] { return TapRows<T>(image, WeightGradPlan::positions); },
-      sums);
-}
-
-template <class T>
-void weight_grad_groups(const Tensor& grad, const Tensor& x_in, const ConvShape& p, T* dw) {
-  const int64_t tile = weight_grad_tile<T>(p);
-  const bool stem = stem_serves(p) && tile == 0;
-  set_algorithm(stem       ? "stem_weight_grad"
-                : tile > 0 ? "winograd_weight_grad"
-                           : "weight_grad_gemm");
-  const Tensor x = stem ? x_in : as_channels_last(x_in);
-  const int64_t each = p.group_k() * p.taps() * p.group_c();
-  const bool in_place = p.taps() == 1;  // then sums have the order of dw
-  Scratch<T> sums(in_place ? 0 : each);
-  for (int64_t g = 0; g < p.groups; ++g) {
-    weight_grad_group<T>(grad, x, p, tile, g, in_place ? dw + g * each : sums.get());
-    if (!in_place) unpack_weight_grad(sums.get(), p, dw + g * each);
-  }
-}
-
-Tensor conv2d_weight_grad(const Tensor& grad_in, const Tensor& x_in, const IntList& weight_size,
-                          const IntList& stride, const IntList& padding, const IntList& dilation,
-                          int64_t groups) {
-  const ScalarType type = grad_in.scalar_type();
-  require(x_in.scalar_type() == type, "conv2d_weight_grad: grad and x must have one dtype");
-  const ConvShape p = conv_shape(sizes_of(x_in), weight_size, stride, padding, dilation, groups);
-  require(sizes_of(grad_in) == p.output_size(),
-          "conv2d_weight_grad: grad must have the shape of the output");
-  const Tensor grad = as_channels_last(to_compute_type(grad_in));
-  const Tensor dw = new_contiguous(weight_size, grad.scalar_type());
-  with_scalar_type(grad.scalar_type(), "conv2d_weight_grad", [&](auto scalar) {
-    using T = decltype(scalar);
-    if (dw.numel() > 0) weight_grad_groups<T>(grad, to_compute_type(x_in), p, mutable_data<T>(dw));
-  });
-  return to_type(dw, type);
-}
-
 }  // namespace
 }  // namespace nnarch
 
 NNARCH_OPS(conv2d, ops) {
   ops.impl("conv2d", TORCH_BOX(&nnarch::conv2d));
-  ops.impl("conv2d_input_grad", TORCH_BOX(&nnarch::conv2d_input_grad));
-  ops.impl("conv2d_weight_grad", TORCH_BOX(&nnarch::conv2d_weight_grad));
   ops.impl("conv2d_pack", TORCH_BOX(&nnarch::conv2d_pack));
 }
 
-// How conv2d_pack should pack a float32 weight for an input of this size: sizes of input and weight,
-// stride, padding, dilation and groups, 4 + 4 + 2 + 4 + 2 + 1 numbers. −1: they make no convolution.
+// How conv2d_pack should pack a float32 weight for an input of this size: sizes of input and
+// weight, stride, padding, dilation and groups, 4 + 4 + 2 + 4 + 2 + 1 numbers. −1: they make no
+// convolution.
 extern "C" __attribute__((visibility("default"))) int64_t nnarch_conv2d_tile(const int64_t* n) {
   using nnarch::IntList;
   try {

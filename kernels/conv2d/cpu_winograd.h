@@ -63,8 +63,8 @@ struct WinogradWindows {
   int64_t row, plane;  // elements of V from tile to tile, from plane to plane
 
   // The tiles from `first` on, channels [from, from + channels).
-  void run(const WinogradTiles& tiles, int64_t first, int64_t count, int64_t from,
-           int64_t channels, float* v) const {
+  void run(const WinogradTiles& tiles, int64_t first, int64_t count, int64_t from, int64_t channels,
+           float* v) const {
     Scratch<float> zeros(channels);
     std::memset(zeros.get(), 0, static_cast<size_t>(channels) * sizeof(float));
     const float* pixels[64];
@@ -85,7 +85,8 @@ struct WinogradWindows {
   void prefetch(const WinogradTiles& tiles, int64_t tile, int64_t from, int64_t channels) const {
     const TilePlace at(tiles, tile);
     const float* base = image.data + at.image * image.h * image.w * image.pixel + from;
-    const int64_t y_end = std::min(at.y + tiles.m, image.h), x_end = std::min(at.x + tiles.m, image.w);
+    const int64_t y_end = std::min(at.y + tiles.m, image.h),
+                  x_end = std::min(at.x + tiles.m, image.w);
     for (int64_t y = at.y; y < y_end; ++y)
       for (int64_t x = at.x; x < x_end; ++x)
         prefetch_line<false>(base + (y * image.w + x) * image.pixel, channels);
@@ -153,7 +154,8 @@ void multiply_panel(const WinogradTiles& tiles, const WinogradBlocking& block, c
   for (int64_t xi = 0; xi < tiles.planes(); ++xi) {
     const int64_t begin = count * xi / tiles.planes(), end = count * (xi + 1) / tiles.planes();
     meanwhile(begin, end);
-    for (int64_t t = begin; t < end && !output.stream; ++t) output.prefetch(tiles, first + t, channel);
+    for (int64_t t = begin; t < end && !output.stream; ++t)
+      output.prefetch(tiles, first + t, channel);
     table.panel_product({.a = v + xi * block.plane,
                          .a_step = block.row,
                          .b = weights + xi * winograd_plane(depth * table.nr),
@@ -168,12 +170,11 @@ void multiply_panel(const WinogradTiles& tiles, const WinogradBlocking& block, c
   const OutputGrid& grid = output.grid;
   for (int64_t t = 0; t < count; ++t) {
     const TilePlace at(tiles, first + t);
-    const OutputTile place{
-        .offset = output.offset(at),
-        .row_step = grid.row_step,
-        .column_step = grid.column_step,
-        .rows = std::min(tiles.m, tiles.image.grid_h - at.y),
-        .columns = std::min(tiles.m, tiles.image.grid_w - at.x)};
+    const OutputTile place{.offset = output.offset(at),
+                           .row_step = grid.row_step,
+                           .column_step = grid.column_step,
+                           .rows = std::min(tiles.m, tiles.image.grid_h - at.y),
+                           .columns = std::min(tiles.m, tiles.image.grid_w - at.x)};
     transform(products.get() + t * table.nr, block.product_plane, output.channels - channel,
               epilogue, place, output.y + channel, output.stream);
   }
@@ -228,7 +229,8 @@ inline void winograd_by_blocks(const WinogradTiles& tiles, const WinogradBlockin
         for (int64_t t = first + count + begin; t < first + count + end && t < tiles.count(); ++t)
           windows.prefetch(tiles, t, from, channels);
       };
-      multiply_panel(tiles, block, v.get(), packed + p * panel, first, count, p, output, next_block);
+      multiply_panel(tiles, block, v.get(), packed + p * panel, first, count, p, output,
+                     next_block);
     }
   });
 }

@@ -1,6 +1,6 @@
 // The weight gradient by Winograd: an m × m tile of the output's gradient is a filter over the
-// (m + 2)² inputs around it, with 3 × 3 outputs. Transformed, the sum over tiles is a matrix product
-// for each of (m + 2)² planes; one inverse transform at the end makes dw.
+// (m + 2)² inputs around it, with 3 × 3 outputs. Transformed, the sum over tiles is a matrix
+// product for each of (m + 2)² planes; one inverse transform at the end makes dw.
 #pragma once
 
 #include <algorithm>
@@ -22,8 +22,9 @@ class WinogradWeightGrad {
         columns_(round_up(depth_, winograd().nr / 2)),
         block_(tiles_a_block()),
         inputs_(input_windows(tiles_, c_row_, winograd_plane(block_ * c_row_))),
-        grads_{grad,   0,     0, m, winograd().transforms(m).grad,
-               k_row_, winograd_plane(block_ * k_row_)} {}
+        grads_{
+            grad, 0, 0, m, winograd().transforms(m).grad, k_row_, winograd_plane(block_ * k_row_)} {
+  }
 
   // sums[k][tap][c]
   void run(float* sums) const {
@@ -87,8 +88,7 @@ class WinogradWeightGrad {
       Scratch<float> products(tiles_.planes() * plane);
       for (int64_t xi = 0; xi < tiles_.planes(); ++xi)
         multiply(xi, k, some, tiles_.count(), false, v, g, products.get() + xi * plane);
-      for (int64_t r = 0; r < some; ++r)
-        finish(products.get() + r * columns_, plane, k + r, sums);
+      for (int64_t r = 0; r < some; ++r) finish(products.get() + r * columns_, plane, k + r, sums);
     });
   }
 
@@ -102,9 +102,7 @@ class WinogradWeightGrad {
         multiply(xi, 0, k_, count, first > 0, v, g, products.get() + xi * plane);
       });
     }
-    parallel_tasks(k_, [&](int64_t k) {
-      finish(products.get() + k * columns_, plane, k, sums);
-    });
+    parallel_tasks(k_, [&](int64_t k) { finish(products.get() + k * columns_, plane, k, sums); });
   }
 
   WinogradTiles tiles_;

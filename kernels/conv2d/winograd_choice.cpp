@@ -19,7 +19,8 @@ constexpr double kCall = 25000, kStages = 3000;          // of a call, and of it
 // Bytes of weights that come from the last-level cache, and from memory, during an FMA of one lane.
 constexpr double kCacheRate = 1, kMemoryRate = 0.4;
 
-// Of the weight gradient: an FMA of either product, a vector of sums put in order, transformed back.
+// Of the weight gradient: an FMA of either product, a vector of sums put in order, transformed
+// back.
 constexpr double kGradProduct = 1.15, kGradOrder = 8, kGradBack = 6;
 
 double vectors(int64_t channels) { return double(ceil_div(channels, winograd().nr / 2)); }
@@ -76,11 +77,13 @@ double winograd_weight_grad_cost(const ConvWork& w, int64_t m) {
 // The tile of least cost, or 0 for the direct product.
 template <class Cost>
 int64_t cheapest(const ConvWork& work, double direct, const Cost& cost_of) {
+  constexpr int64_t most = int64_t{64} << 20;  // values of a transformed weight: memory has an end
   if (precision() == Precision::highest || work.n == 0) return 0;
   int64_t best = 0;
   double least = direct;
   for (const int64_t m : {2, 4, 5, 6}) {
     if (m > 4 && precision() != Precision::medium) break;
+    if ((m + 2) * (m + 2) * work.depth * work.columns > most) break;
     const double cost = cost_of(work, m);
     if (cost < least) best = m, least = cost;
   }

@@ -1,7 +1,7 @@
 // Winograd's transforms on vectors of channels, and the two matrix products between them.
 #include "conv2d/winograd.h"
 
-#include "conv2d/winograd_lines.h"
+#include "conv2d/winograd_lines_isa.h"
 #include "cpu/epilogue_isa.h"
 #include "cpu/simd.h"
 
@@ -292,9 +292,9 @@ void outer_product(const OuterProduct& p) {
 }
 
 template <int M>
-constexpr WinogradTransforms transforms = {
-    spread_channels<InputMatrix<M>>, weight_panel<M>, output_channels<M>,
-    spread_channels<GradMatrix<M>>, weight_grad_channels<M>};
+constexpr WinogradTransforms transforms = {spread_channels<InputMatrix<M>>, weight_panel<M>,
+                                           output_channels<M>, spread_channels<GradMatrix<M>>,
+                                           weight_grad_channels<M>};
 
 }  // namespace
 

@@ -36,11 +36,11 @@ template <int M>
 struct Winograd {
   static constexpr int outputs = M, taps = 3, size = M + 2, pairs = (size - 2) / 2;
 
-  double input[size][size] = {};          // Bᵀ
-  double weight[size][taps] = {};         // G: of a filter of 3 taps
-  double output[size][M] = {};            // A: to m outputs
-  double weight_of_grad[size][M] = {};    // G of m taps: the gradient as a filter over the input
-  double output_of_grad[size][taps] = {}; // A to 3 outputs: the gradient of the filter
+  double input[size][size] = {};           // Bᵀ
+  double weight[size][taps] = {};          // G: of a filter of 3 taps
+  double output[size][M] = {};             // A: to m outputs
+  double weight_of_grad[size][M] = {};     // G of m taps: the gradient as a filter over the input
+  double output_of_grad[size][taps] = {};  // A to 3 outputs: the gradient of the filter
 
   constexpr Winograd() {
     constexpr int n = size - 1;

@@ -3,12 +3,12 @@
 Packing costs about as much as reading the weight twice, which a batch of one feels. The packed
 copy is a cache and nothing else: it is absent from the state_dict, from pickles and from deep
 copies, and it is rebuilt when the weight changes. A change is noticed through the parameter's
-identity, its data pointer and strides and its version counter. Where the best layout depends on the
-input (:class:`Conv2d`), a module keeps one packed copy for each layout that it met. Writes that PyTorch does not count
+identity, its data pointer and strides and its version counter. Writes that PyTorch does not count
 (`weight.data.mul_(2)`, a NumPy view) are noticed through a few probed elements, so they are caught
 when they touch the whole weight; after such a write to single elements, call
 :func:`drop_packed_weights`. A weight in shared memory, which another process may write, is never
-packed.
+packed. Where the best layout depends on the input (:class:`Conv2d`), a module keeps one packed copy
+for each layout that it met.
 """
 
 from __future__ import annotations
@@ -41,7 +41,16 @@ class _PackedWeight:
         packed: by layout (:meth:`PackedWeightMixin._layout`).
     """
 
-    __slots__ = ("may_pack", "packed", "pointer", "probes", "source", "strides", "version", "witness")
+    __slots__ = (
+        "may_pack",
+        "packed",
+        "pointer",
+        "probes",
+        "source",
+        "strides",
+        "version",
+        "witness",
+    )
 
     def __init__(self, source: Parameter, may_pack: bool) -> None:
         self.packed: dict[int, Tensor | None] = {}

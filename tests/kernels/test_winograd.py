@@ -121,7 +121,8 @@ def test_gradients(shape, memory_format, precision_level):
         lambda x, weight, bias: torch_conv2d(x, weight, bias, padding, groups),
         {"x": x, "weight": weight, "bias": bias},
         torch.randn_like(y),
-        **TOLERANCE[4 if precision_level == "high" else 6] | {"ulps": 64 if precision_level == "medium" else 16},
+        **TOLERANCE[4 if precision_level == "high" else 6]
+        | {"ulps": 64 if precision_level == "medium" else 16},
     )
 
 
@@ -145,7 +146,9 @@ def test_double_backward():
 
     truth = penalty(TF.conv2d, x.double(), weight.double())
     for mine, exact in zip(penalty(F.conv2d, x, weight), truth, strict=True):
-        torch.testing.assert_close(mine.double(), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item())
+        torch.testing.assert_close(
+            mine.double(), exact, rtol=1e-4, atol=1e-5 * exact.abs().max().item()
+        )
 
 
 @tiles
@@ -216,7 +219,9 @@ def test_past_the_caches():
     """An output of 9 MB is streamed."""
     x, weight, bias = tensors((9, 16, 64, 64, 64, 1, 1))
     y = by_tile(x, weight, bias, 1, 1, 4, activation="relu")
-    torch.testing.assert_close(y, TF.conv2d(x, weight, bias, padding=1).relu(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        y, TF.conv2d(x, weight, bias, padding=1).relu(), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_precision_decides():
@@ -231,7 +236,7 @@ def test_precision_decides():
     assert algorithms == {
         "highest": "implicit_gemm", "high": "winograd_4x4", "medium": "winograd_6x6"
     }  # fmt: skip
-    with pytest.raises(ValueError, match="set_precision: .*highest, high, medium.*'low'"):
+    with pytest.raises(ValueError, match=r"set_precision: .*highest, high, medium.*'low'"):
         nnarch.set_precision("low")
 
 

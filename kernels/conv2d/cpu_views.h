@@ -1,0 +1,90 @@
+// A convolution's tensors as the products see them, group by group.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "conv2d/cpu_shape.h"
+#include "cpu/grid_image.h"
+#include "cpu/pack_weight.h"
+#include "cpu/tensor.h"
+
+namespace nnarch {
+
+inline std::vector<Tap> forward_taps(const ConvShape& p) {
+  std::vector<Tap> taps;
+  for (int64_t r = 0; r < p.r; ++r)
+    for (int64_t s = 0; s < p.s; ++s)
+      taps.push_back({r * p.dilation_h - p.top, s * p.dilation_w - p.left});
+  return taps;
+}
+
+// The weight of one group with output channels as columns.
+template <class T>
+WeightView<T> forward_weight(const Tensor& weight, const ConvShape& p, int64_t group) {
+  WeightView<T> view{.data = data<T>(weight) + group * p.group_k() * weight.stride(0),
+                     .columns = p.group_k(),
+                     .depth = p.group_c(),
+                     .column_stride = weight.stride(0),
+                     .depth_stride = weight.stride(1),
+                     .tap_offset = {}};
+  for (int64_t r = 0; r < p.r; ++r)
+    for (int64_t s = 0; s < p.s; ++s)
+      view.tap_offset.push_back(r * weight.stride(2) + s * weight.stride(3));
+  return view;
+}
+
+// The image of a forward convolution as seen by one group.
+template <class T>
+GridImage<T> forward_image(const T* x, const ConvShape& p, int64_t group) {
+  GridImage<T> image{.data = x + group * p.group_c(),
+                     .h = p.h,
+                     .w = p.w,
+                     .pixel = p.c,
+                     .n = p.n,
+                     .grid_h = p.oh,
+                     .grid_w = p.ow,
+                     .step_y = p.stride_h,
+                     .step_x = p.stride_w,
+                     .taps = forward_taps(p),
+                     .depth = p.group_c()};
+  if (p.pointwise()) {  // every pixel for itself: one long row
+    image.h = image.grid_h = image.n = 1;
+    image.w = image.grid_w = p.n * p.h * p.w;
+  }
+  return image;
+}
+
+// The gradient of one group's outputs, as an image.
+template <class T>
+GridImage<T> grad_image(const T* grad, const ConvShape& p, int64_t group) {
+  return {.data = grad + group * p.group_k(),
+          .h = p.oh,
+          .w = p.ow,
+          .pixel = p.k,
+          .n = p.n,
+          .grid_h = p.oh,
+          .grid_w = p.ow,
+          .step_y = 1,
+          .step_x = 1,
+          .taps = {},
+          .depth = p.group_k()};
+}
+
+// The algorithm's name in nnarch.trace(); `tile` is Winograd's, or 0.
+inline const char* algorithm_name(const ConvShape& p, int64_t tile) {
+  switch (tile) {
+    case 2:
+      return "winograd_2x2";
+    case 4:
+      return "winograd_4x4";
+    case 5:
+      return "winograd_5x5";
+    case 6:
+      return "winograd_6x6";
+    default:
+      return p.pointwise() ? "gemm_1x1" : "implicit_gemm";
+  }
+}
+
+}  // namespace nnarch
