@@ -33,6 +33,8 @@ struct GemmBlock {
   int64_t depth = 0;
   // Packed B: panels of `nr` columns; panel j starts at b + j * taps * depth * nr.
   const T* b = nullptr;
+  const T* b_after =
+      nullptr;  // the panel that another block will read next, fetched ahead; or null
   // Row m of the output starts at c + c_offset[m]; columns are dense.
   T* c = nullptr;
   const int64_t* c_offset = nullptr;

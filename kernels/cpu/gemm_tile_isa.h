@@ -47,13 +47,13 @@ struct Panel {
   const GemmBlock<T>& g;
   const Chunk& chunk;
   const T* b;        // the chunk's part of the panel
-  int64_t next;      // elements from there to the next panel's, or 0
+  const T* next;     // that part of the panel that comes next, or null
   T* c;              // the panel's first column
   int64_t columns;   // of the panel: whole, or fewer at the end
   bool add, stream;  // C is added to; C is written past the caches
   bool plain;        // whole vectors, and nothing but a lower bound between sum and store:
   T low;             // 0 or -infinity
-  bool meets_rows;   // reads rows of A for the first time
+  bool meets_rows;   // reads its rows of A for the first time
   Epilogue<T> epilogue;
   alignas(kVectorBytes) T start[kColumns<T>];  // what sums begin with: the shift, or zeros
 
@@ -62,7 +62,7 @@ struct Panel {
         chunk(part),
         b(block.b + column * block.taps * block.depth +
           (part.first_tap * block.depth + part.from) * kColumns<T>),
-        next(column + kColumns<T> < block.n ? block.taps * block.depth * kColumns<T> : 0),
+        next(nullptr),
         c(block.c + column),
         columns(block.n - column),
         add(!part.first || block.accumulate),
@@ -75,7 +75,12 @@ struct Panel {
     plain = whole() && !add && (!part.last || (untouched && epilogue.activation <= kRelu));
     const bool relu = part.last && epilogue.activation == kRelu;
     low = relu ? T{0} : -static_cast<T>(__builtin_huge_val());
-    meets_rows = column == 0 && block.taps == 1;
+    meets_rows = column == 0;
+    const bool last_panel = column + kColumns<T> >= block.n;
+    const int64_t panel = block.taps * block.depth * kColumns<T>;
+    if (!last_panel) next = b + panel;
+    if (last_panel && block.b_after)
+      next = block.b_after + (b - block.b - column * block.taps * block.depth);
   }
 
   bool whole() const { return columns >= kColumns<T>; }
@@ -139,19 +144,36 @@ struct AnyRows {
   NNARCH_INLINE void next() {}
 };
 
+// The first of the two lines that every step brings into cache: evenly apart, or of listed rows.
+template <class T>
+struct EvenLines {
+  const T* at;
+  int64_t stride;
+  NNARCH_INLINE const T* next() {
+    const T* line = at;
+    at += stride;
+    return line;
+  }
+};
+template <class T>
+struct ListedLines {
+  const T* const* rows;
+  int64_t column;
+  NNARCH_INLINE const T* next() { return *rows++ + column; }
+};
+
 // left[I], right[I] += `count` products of row I with the panel's two vectors; with `Half`, with
-// the left one only. Meanwhile two lines a step come into cache: `line` and another `second`
-// elements further. (In one burst the same prefetches delay a tile by 50 cycles.)
-template <class T, bool Half, class Rows, int... I>
+// the left one only. Meanwhile two lines a step come into cache, `second` elements
+// apart. (In one burst the same prefetches delay a tile by 50 cycles.)
+template <class T, bool Half, class Rows, class Lines, int... I>
 NNARCH_INLINE void multiply(Indices<I...>, Rows& rows, int64_t from, int64_t count, const T*& b,
-                            const T* line, int64_t second, int64_t stride, Vec<T>* left,
-                            Vec<T>* right) {
+                            Lines line, int64_t second, Vec<T>* left, Vec<T>* right) {
   constexpr int w = kLanes<T>;
 #pragma GCC unroll 4
   for (int64_t k = from; k < from + count; ++k) {
-    __builtin_prefetch(line);
-    __builtin_prefetch(line + second);
-    line += stride;
+    const T* fetched = line.next();
+    __builtin_prefetch(fetched);
+    __builtin_prefetch(fetched + second);
     Vec<T> b0 = load(b);
     keep_in_register(b0);
     if constexpr (Half) {
@@ -179,7 +201,7 @@ struct Ahead {
   // its weights from memory (1 % of a ResNet-50's time).
   static NNARCH_INLINE Ahead next_panel(const Panel<T>& p) {
     const int64_t rows = (p.chunk.last_tap - p.chunk.first_tap) * p.chunk.count;
-    return {p.b + p.next, kLanes<T>, kColumns<T>, kFetchSteps * kColumns<T>,
+    return {p.next, kLanes<T>, kColumns<T>, kFetchSteps * kColumns<T>,
             p.next ? (rows + kFetchSteps - 1) / kFetchSteps : 0};
   }
   // The rows of the next tile: a matrix product meets each row of A first in its first panel, and
@@ -187,15 +209,19 @@ struct Ahead {
   static NNARCH_INLINE Ahead next_rows(int64_t count, int64_t step, const T* a) {
     return {a, kLine<T>, step, 2 * kLine<T>, (count + 2 * kLine<T> - 1) / (2 * kLine<T>)};
   }
-  NNARCH_INLINE void turn() { at += advance, --turns; }
+  NNARCH_INLINE EvenLines<T> turn() {
+    const EvenLines<T> lines{at, stride};
+    at += advance, --turns;
+    return lines;
+  }
 };
 
 // The products of a tile of even rows. While its first steps run, the lines of C that it will
-// write come into cache, then those of the residual, then what is `ahead`.
+// write come into cache, then those of the residual, the next tile's rows and the next panel.
 template <class T, bool Half, int... I>
-NNARCH_INLINE void add_products(Indices<I...> each, const EvenPanel<T>& p, Ahead<T>& ahead,
-                                const T* a, const T* c, const T* residual, Vec<T>* left,
-                                Vec<T>* right) {
+NNARCH_INLINE void add_products(Indices<I...> each, const EvenPanel<T>& p, Ahead<T>& next_rows,
+                                Ahead<T>& next_panel, const T* a, const T* c, const T* residual,
+                                Vec<T>* left, Vec<T>* right) {
   const T* b = p.b;
   const T* lines = p.stream ? residual : c;
   const int64_t* tap = p.first_tap;
@@ -203,16 +229,17 @@ NNARCH_INLINE void add_products(Indices<I...> each, const EvenPanel<T>& p, Ahead
     EvenRows<T> rows(a + *tap, p.a_step);
     for (int64_t k = p.count; k > 0; k -= kFetchSteps) {
       const int64_t steps = k < kFetchSteps ? k : kFetchSteps;
-      const T* line = b;  // in cache anyway
-      int64_t second = 0, stride = 0;
+      EvenLines<T> line{b, 0};  // in cache anyway
+      int64_t second = 0;
       if (lines) {
-        line = lines, second = kColumns<T> - 1, stride = p.c_step;
+        line = {lines, p.c_step}, second = kColumns<T> - 1;
         lines = lines == residual ? nullptr : residual;
-      } else if (ahead.turns > 0) {
-        line = ahead.at, second = ahead.second, stride = ahead.stride;
-        ahead.turn();
+      } else if (next_rows.turns > 0) {
+        line = next_rows.turn(), second = next_rows.second;
+      } else if (next_panel.turns > 0) {
+        line = next_panel.turn(), second = next_panel.second;
       }
-      multiply<T, Half>(each, rows, 0, steps, b, line, second, stride, left, right);
+      multiply<T, Half>(each, rows, 0, steps, b, line, second, left, right);
     }
   } while (++tap != p.last_tap);
 }
@@ -223,25 +250,45 @@ NNARCH_INLINE bool in_padding(Indices<I...>, const T* const* at, const T* zeros)
   return at[0] == zeros && ((at[I] == zeros) && ...);
 }
 
-// The same for rows anywhere; `m` is the first of them.
+// Lines of C for rows [m + first, m + last) of a tile.
+template <class T>
+NNARCH_INLINE void fetch_rows(const Panel<T>& p, int64_t m, int64_t first, int64_t last) {
+  for (int64_t i = m + first; i < m + last; ++i) {
+    const T* c = p.c + p.g.c_offset[i];
+    __builtin_prefetch(c);
+    __builtin_prefetch(c + kColumns<T> - 1);
+  }
+}
+
+// The same for rows anywhere; `m` is the first of them. Each tap fetches a few lines of C, and in
+// the first panel the rows that the next tile will read.
 template <class T, bool Half, int... I>
-NNARCH_INLINE void add_products(Indices<I...> each, const Panel<T>& p, Ahead<T>& ahead, int64_t m,
-                                Vec<T>* left, Vec<T>* right) {
+NNARCH_INLINE void add_products(Indices<I...> each, const Panel<T>& p, Ahead<T>& next_panel,
+                                int64_t m, Vec<T>* left, Vec<T>* right) {
+  constexpr int64_t mr = sizeof...(I);
   const Chunk& chunk = p.chunk;
+  const int64_t taps = chunk.last_tap - chunk.first_tap;
+  const bool next_rows = p.meets_rows && m + mr + kFetchSteps <= p.g.m;
   const T* b = p.b;
-  for (int64_t tap = chunk.first_tap; tap < chunk.last_tap; ++tap) {
-    const T* const* at = p.g.rows + tap * p.g.row_stride + m;
+  for (int64_t i = 0; i < taps; ++i) {
+    const T* const* at = p.g.rows + (chunk.first_tap + i) * p.g.row_stride + m;
+    if (p.whole() && !p.stream) fetch_rows(p, m, mr * i / taps, mr * (i + 1) / taps);
     if (in_padding<T>(each, at, p.g.zeros)) {
       b += chunk.count * kColumns<T>;
       continue;
     }
-    AnyRows<T, sizeof...(I)> rows{{(at[I] + chunk.from)...}};
-    for (int64_t k = 0; k < chunk.count; k += kFetchSteps) {
+    AnyRows<T, mr> rows{{(at[I] + chunk.from)...}};
+    int64_t k = 0;
+    for (int64_t column = 0; next_rows && k + kFetchSteps <= chunk.count && column < chunk.count;
+         k += kFetchSteps, column += 2 * kLine<T>)
+      multiply<T, Half>(each, rows, k, kFetchSteps, b, ListedLines<T>{at + mr, chunk.from + column},
+                        kLine<T>, left, right);
+    for (; k < chunk.count; k += kFetchSteps) {
       const int64_t steps = chunk.count - k < kFetchSteps ? chunk.count - k : kFetchSteps;
-      const bool fetch = ahead.turns > 0;
-      multiply<T, Half>(each, rows, k, steps, b, fetch ? ahead.at : b, fetch ? ahead.second : 0,
-                        fetch ? ahead.stride : 0, left, right);
-      ahead.turn();
+      const bool fetch = next_panel.turns > 0;
+      const int64_t second = fetch ? next_panel.second : 0;
+      const EvenLines<T> line = fetch ? next_panel.turn() : EvenLines<T>{b, 0};
+      multiply<T, Half>(each, rows, k, steps, b, line, second, left, right);
     }
   }
 }
@@ -314,30 +361,30 @@ NNARCH_INLINE void even_tiles(Indices<I...> each, const Panel<T>& panel, Ahead<T
       panel.low, panel.stream};
   const T* a = strip.a + first * p.a_step + panel.chunk.from;
   int64_t at = strip.c + first * p.c_step;
-  const bool meets_rows = panel.meets_rows;
-  Ahead<T> ahead = next_panel;
+  const bool meets_rows = panel.meets_rows && g.taps == 1;
+  Ahead<T> ahead = next_panel, next_rows;
   for (; tiles > 0; --tiles) {
     const T* start = panel.start;
-    asm(""
-        : "+r"(start));  // loaded anew: kept, the two vectors would be spilled and loaded as well
+    // Loaded anew: kept, the two vectors would be spilled, and loaded as well.
+    asm("" : "+r"(start));
     const Vec<T> s0 = load(start), s1 = load(start + kLanes<T>);
     Vec<T> left[sizeof...(I)] = {(static_cast<void>(I), s0)...};
     Vec<T> right[sizeof...(I)] = {(static_cast<void>(I), s1)...};
-    if (meets_rows) ahead = Ahead<T>::next_rows(p.count, p.a_step, a + sizeof...(I) * p.a_step);
+    if (meets_rows) next_rows = Ahead<T>::next_rows(p.count, p.a_step, a + sizeof...(I) * p.a_step);
     T* c = panel.c + at;
     if constexpr (Plain) {
-      add_products<T, Half>(each, p, ahead, a, c, nullptr, left, right);
+      add_products<T, Half>(each, p, next_rows, ahead, a, c, nullptr, left, right);
       finish_plain<T>(each, p, c, left, right);
     } else {
       const T* residual = panel.epilogue.residual ? panel.epilogue.residual + at : nullptr;
-      add_products<T, Half>(each, p, ahead, a, c, residual, left, right);
+      add_products<T, Half>(each, p, next_rows, ahead, a, c, residual, left, right);
       const int64_t offset[sizeof...(I)] = {(at + I * p.c_step)...};
       finish<T>(each, panel, offset, left, right);
     }
     a += sizeof...(I) * p.a_step;
     at += sizeof...(I) * p.c_step;
   }
-  if (!meets_rows) next_panel = ahead;
+  next_panel = ahead;
 }
 template <class T, bool Plain, bool Half, int MR>
 NNARCH_NOINLINE void even_tiles_of(const Panel<T>& panel, Ahead<T>& next_panel,
