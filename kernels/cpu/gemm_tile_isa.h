@@ -217,11 +217,11 @@ struct Ahead {
 };
 
 // The products of a tile of even rows. While its first steps run, the lines of C that it will
-// write come into cache, then those of the residual, the next tile's rows and the next panel.
+// write come into cache, then those of the residual, then what is `ahead`.
 template <class T, bool Half, int... I>
-NNARCH_INLINE void add_products(Indices<I...> each, const EvenPanel<T>& p, Ahead<T>& next_rows,
-                                Ahead<T>& next_panel, const T* a, const T* c, const T* residual,
-                                Vec<T>* left, Vec<T>* right) {
+NNARCH_INLINE void add_products(Indices<I...> each, const EvenPanel<T>& p, Ahead<T>& ahead,
+                                const T* a, const T* c, const T* residual, Vec<T>* left,
+                                Vec<T>* right) {
   const T* b = p.b;
   const T* lines = p.stream ? residual : c;
   const int64_t* tap = p.first_tap;
@@ -234,10 +234,8 @@ NNARCH_INLINE void add_products(Indices<I...> each, const EvenPanel<T>& p, Ahead
       if (lines) {
         line = {lines, p.c_step}, second = kColumns<T> - 1;
         lines = lines == residual ? nullptr : residual;
-      } else if (next_rows.turns > 0) {
-        line = next_rows.turn(), second = next_rows.second;
-      } else if (next_panel.turns > 0) {
-        line = next_panel.turn(), second = next_panel.second;
+      } else if (ahead.turns > 0) {
+        line = ahead.turn(), second = ahead.second;
       }
       multiply<T, Half>(each, rows, 0, steps, b, line, second, left, right);
     }
@@ -362,7 +360,7 @@ NNARCH_INLINE void even_tiles(Indices<I...> each, const Panel<T>& panel, Ahead<T
   const T* a = strip.a + first * p.a_step + panel.chunk.from;
   int64_t at = strip.c + first * p.c_step;
   const bool meets_rows = panel.meets_rows && g.taps == 1;
-  Ahead<T> ahead = next_panel, next_rows;
+  Ahead<T> ahead = next_panel;
   for (; tiles > 0; --tiles) {
     const T* start = panel.start;
     // Loaded anew: kept, the two vectors would be spilled, and loaded as well.
@@ -370,21 +368,21 @@ NNARCH_INLINE void even_tiles(Indices<I...> each, const Panel<T>& panel, Ahead<T
     const Vec<T> s0 = load(start), s1 = load(start + kLanes<T>);
     Vec<T> left[sizeof...(I)] = {(static_cast<void>(I), s0)...};
     Vec<T> right[sizeof...(I)] = {(static_cast<void>(I), s1)...};
-    if (meets_rows) next_rows = Ahead<T>::next_rows(p.count, p.a_step, a + sizeof...(I) * p.a_step);
+    if (meets_rows) ahead = Ahead<T>::next_rows(p.count, p.a_step, a + sizeof...(I) * p.a_step);
     T* c = panel.c + at;
     if constexpr (Plain) {
-      add_products<T, Half>(each, p, next_rows, ahead, a, c, nullptr, left, right);
+      add_products<T, Half>(each, p, ahead, a, c, nullptr, left, right);
       finish_plain<T>(each, p, c, left, right);
     } else {
       const T* residual = panel.epilogue.residual ? panel.epilogue.residual + at : nullptr;
-      add_products<T, Half>(each, p, next_rows, ahead, a, c, residual, left, right);
+      add_products<T, Half>(each, p, ahead, a, c, residual, left, right);
       const int64_t offset[sizeof...(I)] = {(at + I * p.c_step)...};
       finish<T>(each, panel, offset, left, right);
     }
     a += sizeof...(I) * p.a_step;
     at += sizeof...(I) * p.c_step;
   }
-  next_panel = ahead;
+  if (!meets_rows) next_panel = ahead;
 }
 template <class T, bool Plain, bool Half, int MR>
 NNARCH_NOINLINE void even_tiles_of(const Panel<T>& panel, Ahead<T>& next_panel,
