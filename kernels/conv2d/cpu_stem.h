@@ -48,23 +48,22 @@ void copy_padded_rows(const Tensor& x, int64_t image, int64_t y, int64_t rows, c
   }
 }
 
-// The row pointers of consecutive output positions, as TapRows gives them for other convolutions,
-// with a kernel row for a tap.
+// The padded rows under consecutive output positions, of one task.
 template <class T>
-class StemRows {
+class StemImage {
  public:
-  StemRows(const Tensor& x, const ConvShape& p, int64_t capacity)
+  StemImage(const Tensor& x, const ConvShape& p, int64_t capacity)
       : x_(x),
         p_(p),
-        capacity_(capacity),
         width_((p.ow - 1) * p.stride_w + p.s),
-        pointers_(p.r * capacity),
         image_(rows_of(most_lines(capacity)) * width_ * p.c) {}
 
-  int64_t stride() const { return capacity_; }
-  const T* const* get() const { return pointers_.get(); }
+  int64_t line() const { return width_ * p_.c; }  // elements from one padded row to the next
 
-  void build(int64_t first, int64_t count) {
+  // Calls f(pixel, i, run) for positions [first + i, first + i + run), of one output row each. The
+  // kernel's first row at position i begins at `pixel`; both advance by stride_w pixels.
+  template <class F>
+  void for_each_line(int64_t first, int64_t count, const F& f) {
     const int64_t plane = p_.oh * p_.ow;
     T* scratch = image_.get();
     for (int64_t done = 0; done < count;) {  // the part of one image
@@ -73,23 +72,21 @@ class StemRows {
       const int64_t top = inside / p_.ow, bottom = (inside + run - 1) / p_.ow;
       const int64_t rows = rows_of(bottom - top + 1);
       copy_padded_rows<T>(x_, image, top * p_.stride_h - p_.top, rows, p_, width_, scratch);
-      build_lines(scratch, inside % p_.ow, done, run);
-      scratch += rows * width_ * p_.c;
+      lines(scratch, inside % p_.ow, done, run, f);
+      scratch += rows * line();
       done += run;
     }
   }
 
  private:
-  // Rows [row, row + count): the output positions from column `gx` of the first line on, line after
-  // line, over a padded image. (A division per position would cost a fifth of a 3x3 stem.)
-  void build_lines(const T* image, int64_t gx, int64_t row, int64_t count) {
-    const int64_t step = p_.stride_w * p_.c, line = width_ * p_.c;
-    for (const int64_t end = row + count; row < end; gx = 0, image += p_.stride_h * line) {
-      const int64_t run = std::min(p_.ow - gx, end - row);
-      const T* pixel = image + gx * step;
-      for (int64_t r = 0; r < p_.r; ++r, pixel += line)
-        for (int64_t i = 0; i < run; ++i) pointers_[r * capacity_ + row + i] = pixel + i * step;
-      row += run;
+  // From column `gx` of the first line on, line after line, over a padded image. (A division per
+  // position would cost a fifth of a 3x3 stem.)
+  template <class F>
+  void lines(const T* image, int64_t gx, int64_t i, int64_t count, const F& f) const {
+    for (const int64_t end = i + count; i < end; gx = 0, image += p_.stride_h * line()) {
+      const int64_t run = std::min(p_.ow - gx, end - i);
+      f(image + gx * p_.stride_w * p_.c, i, run);
+      i += run;
     }
   }
 
@@ -103,9 +100,34 @@ class StemRows {
 
   const Tensor& x_;
   const ConvShape& p_;
-  int64_t capacity_, width_;
-  Scratch<const T*> pointers_;
+  int64_t width_;
   Scratch<T> image_;
+};
+
+// The row pointers of consecutive output positions, as TapRows gives them for other convolutions,
+// with a kernel row for a tap.
+template <class T>
+class StemRows {
+ public:
+  StemRows(const Tensor& x, const ConvShape& p, int64_t capacity)
+      : p_(p), capacity_(capacity), image_(x, p, capacity), pointers_(p.r * capacity) {}
+
+  int64_t stride() const { return capacity_; }
+  const T* const* get() const { return pointers_.get(); }
+
+  void build(int64_t first, int64_t count) {
+    const int64_t step = p_.stride_w * p_.c;
+    image_.for_each_line(first, count, [&](const T* pixel, int64_t row, int64_t run) {
+      for (int64_t r = 0; r < p_.r; ++r, pixel += image_.line())
+        for (int64_t i = 0; i < run; ++i) pointers_[r * capacity_ + row + i] = pixel + i * step;
+    });
+  }
+
+ private:
+  const ConvShape& p_;
+  int64_t capacity_;
+  StemImage<T> image_;
+  Scratch<const T*> pointers_;
 };
 
 template <class T>
@@ -118,22 +140,26 @@ void stem_forward(const Tensor& x, const T* packed, T* y, const ConvShape& p,
   parallel_tasks(p.n * blocks, [&](int64_t task) {
     const int64_t first = task / blocks * plane + task % blocks * block;
     const int64_t count = std::min(block, plane - task % blocks * block);
-    StemRows<T> rows(x, p, block);
-    rows.build(first, count);
-    Scratch<int64_t> offsets(count);
-    for (int64_t i = 0; i < count; ++i) offsets[i] = (first + i) * p.k;
-    gemm<T>().run({.rows = rows.get(),
-                   .row_stride = rows.stride(),
-                   .taps = p.r,
+    StemImage<T> image(x, p, block);
+    Scratch<Strip<T>> strips(count / p.ow + 2);
+    int64_t used = 0;
+    image.for_each_line(first, count, [&](const T* pixel, int64_t i, int64_t run) {
+      strips[used++] = {pixel, (first + i) * p.k, run};
+    });
+    Scratch<int64_t> tap_offset(p.r);
+    for (int64_t r = 0; r < p.r; ++r) tap_offset[r] = r * image.line();
+    gemm<T>().run({.taps = p.r,
                    .depth = p.s * p.c,
                    .b = packed,
                    .c = y,
-                   .c_offset = offsets.get(),
-                   .m = count,
                    .n = p.k,
-                   .accumulate = false,
                    .epilogue = epilogue,
-                   .stream = stream});
+                   .stream = stream,
+                   .strips = strips.get(),
+                   .strip_count = used,
+                   .a_step = p.stride_w * p.c,
+                   .c_step = p.k,
+                   .tap_offset = tap_offset.get()});
   });
 }
 

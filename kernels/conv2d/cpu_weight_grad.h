@@ -50,12 +50,7 @@ void position_block(const GradView<T>& grad, Rows& rows, int64_t taps, int64_t d
   const int64_t lda = WeightGradPlan::positions + 16, nr = table.nr;
   Scratch<T> grad_t(grad.k * lda);
   transpose_fn<T>()(grad.data + first * grad.stride, grad.stride, grad_t.get(), lda, count, grad.k);
-  Scratch<const T*> a(grad.k);
-  Scratch<int64_t> offsets(grad.k);
-  for (int64_t i = 0; i < grad.k; ++i) {
-    a[i] = grad_t.get() + i * lda;
-    offsets[i] = i * taps * depth;
-  }
+  const Strip<T> a{grad_t.get(), 0, grad.k};
   rows.build(first, count);
   constexpr int64_t c_block = 128;
   Scratch<T> panels(count * round_up(std::min(c_block, depth), nr));
@@ -65,17 +60,15 @@ void position_block(const GradView<T>& grad, Rows& rows, int64_t taps, int64_t d
       for (int64_t j = 0; j < columns; j += nr)
         table.pack_rows(rows.get() + tap * rows.stride(), c + j, count, std::min(nr, columns - j),
                         panels.get() + j * count);
-      table.run({.rows = a.get(),
-                 .row_stride = 0,
-                 .taps = 1,
-                 .depth = count,
+      table.run({.depth = count,
                  .b = panels.get(),
                  .c = sums + tap * depth + c,
-                 .c_offset = offsets.get(),
-                 .m = grad.k,
                  .n = columns,
                  .accumulate = add,
-                 .epilogue = {}});
+                 .strips = &a,
+                 .strip_count = 1,
+                 .a_step = lda,
+                 .c_step = taps * depth});
     }
   }
 }

@@ -42,6 +42,56 @@ Blocking choose_blocking(const GridImage<T>& image, int64_t columns) {
           round_up(ceil_div(columns, column_blocks), nr)};
 }
 
+// Whether a convolution reads one pixel for every position, none of them in the padding, in rows
+// long enough for register tiles of their own. Then no row pointers are needed.
+template <class T>
+bool reads_evenly(const GridImage<T>& g) {
+  if (g.taps.size() != 1) return false;
+  const auto inside = [](int64_t grid, int64_t step, int64_t offset, int64_t size) {
+    return offset >= 0 && (grid - 1) * step + offset < size;
+  };
+  constexpr int64_t least = 4;
+  const bool joined = g.grid_h == 1 || (g.step_y == 1 && g.step_x == 1 && g.grid_w == g.w);
+  return (joined || g.grid_w >= least) && inside(g.grid_h, g.step_y, g.taps[0].dy, g.h) &&
+         inside(g.grid_w, g.step_x, g.taps[0].dx, g.w);
+}
+
+// The strips of a block of such positions.
+template <class T>
+class BlockStrips {
+ public:
+  BlockStrips(const GridImage<T>& image, const OutputGrid& out, int64_t first, int64_t count)
+      : strips_(count / image.grid_w + 2), a_step_(image.step_x * image.pixel) {
+    const Tap& tap = image.taps[0];
+    for_each_run(first, count, image, [&](const Run& run) {
+      const int64_t y = run.gy * image.step_y + tap.dy, x = run.gx * image.step_x + tap.dx;
+      add({image.data + ((run.image * image.h + y) * image.w + x) * image.pixel,
+           run.image * out.image_step + run.gy * out.row_step + run.gx * out.column_step,
+           run.count},
+          out.column_step);
+    });
+  }
+
+  const Strip<T>* get() const { return strips_.get(); }
+  int64_t count() const { return count_; }
+  int64_t a_step() const { return a_step_; }
+
+ private:
+  void add(const Strip<T>& strip, int64_t c_step) {
+    if (count_ > 0) {
+      Strip<T>& last = strips_[count_ - 1];
+      if (last.a + last.rows * a_step_ == strip.a && last.c + last.rows * c_step == strip.c) {
+        last.rows += strip.rows;
+        return;
+      }
+    }
+    strips_[count_++] = strip;
+  }
+
+  Scratch<Strip<T>> strips_;
+  int64_t a_step_, count_ = 0;
+};
+
 // c[position][column] = epilogue(Σ_tap image[position at tap] · b). The epilogue's vectors are
 // padded to whole panels.
 template <class T>
@@ -56,10 +106,25 @@ void gather_gemm(const GridImage<T>& image, const T* b, int64_t columns, T* c,
   const int64_t tasks = ceil_div(positions, block.rows) * column_blocks;
   const PaddingClasses classes(image);
   const bool stream = outgrows_caches<T>(c, positions, out.column_step);
+  const bool evenly = reads_evenly(image);
   parallel_tasks(tasks, [&](int64_t task) {
     const int64_t first = task / column_blocks * block.rows;
     const int64_t column = task % column_blocks * block.columns;
     const int64_t count = std::min(block.rows, positions - first);
+    GemmBlock<T> g{.taps = taps,
+                   .depth = image.depth,
+                   .b = b + column * taps * image.depth,
+                   .b_after = b + (task + 1) % column_blocks * block.columns * taps * image.depth,
+                   .c = c + column,
+                   .n = std::min(block.columns, columns - column),
+                   .epilogue = epilogue.from_channel(column),
+                   .stream = stream};
+    if (evenly) {
+      const BlockStrips<T> strips(image, out, first, count);
+      g.strips = strips.get(), g.strip_count = strips.count();
+      g.a_step = strips.a_step(), g.c_step = out.column_step;
+      return table.run(g);
+    }
     TapRows<T> rows(image, block.rows);
     Scratch<int64_t> offsets(count);
     PaddingOrder order(classes);
@@ -68,21 +133,10 @@ void gather_gemm(const GridImage<T>& image, const T* b, int64_t columns, T* c,
       int64_t at = run.image * out.image_step + run.gy * out.row_step + run.gx * out.column_step;
       for (int64_t i = row; i < row + run.count; ++i, at += out.column_step) offsets[i] = at;
     });
-    table.run({.rows = rows.get(),
-               .row_stride = rows.stride(),
-               .taps = taps,
-               .depth = image.depth,
-               .b = b + column * taps * image.depth,
-               .c = c + column,
-               .c_offset = offsets.get(),
-               .m = count,
-               .n = std::min(block.columns, columns - column),
-               .accumulate = false,
-               .epilogue = epilogue.from_channel(column),
-               .zeros = rows.zeros(),
-               .segment_end = order.segment_end(),
-               .segments = order.segments(),
-               .stream = stream});
+    g.rows = rows.get(), g.row_stride = rows.stride(), g.zeros = rows.zeros();
+    g.c_offset = offsets.get(), g.m = count;
+    g.segment_end = order.segment_end(), g.segments = order.segments();
+    table.run(g);
   });
 }
 

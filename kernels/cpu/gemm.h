@@ -15,22 +15,33 @@
 
 namespace nnarch {
 
+// Rows of A and of C that lie evenly: row i starts at a + i * a_step and at c + i * c_step. Their
+// tiles start and end in half the time.
+template <class T>
+struct Strip {
+  const T* a;
+  int64_t c;  // offset from the block's c
+  int64_t rows;
+};
+
 template <class T>
 struct GemmBlock {
   // rows[tap * row_stride + m] points to `depth` values of A.
-  const T* const* rows;
-  int64_t row_stride;
-  int64_t taps;
-  int64_t depth;
+  const T* const* rows = nullptr;
+  int64_t row_stride = 0;
+  int64_t taps = 1;
+  int64_t depth = 0;
   // Packed B: panels of `nr` columns; panel j starts at b + j * taps * depth * nr.
-  const T* b;
+  const T* b = nullptr;
+  const T* b_after =
+      nullptr;  // the panel that another block will read next, fetched ahead; or null
   // Row m of the output starts at c + c_offset[m]; columns are dense.
-  T* c;
-  const int64_t* c_offset;
-  int64_t m;        // rows
-  int64_t n;        // columns; the last panel may be partial
-  bool accumulate;  // add to what C holds; then the epilogue is applied to the sum
-  Epilogue<T> epilogue;
+  T* c = nullptr;
+  const int64_t* c_offset = nullptr;
+  int64_t m = 0;            // rows
+  int64_t n = 0;            // columns; the last panel may be partial
+  bool accumulate = false;  // add to what C holds; then the epilogue is applied to the sum
+  Epilogue<T> epilogue = {};
   // Where a row of A lies in the padding, or null where none does.
   const T* zeros = nullptr;
   // Rows that belong together, so that no register tile mixes them: segment i ends before row
@@ -38,6 +49,11 @@ struct GemmBlock {
   const int64_t* segment_end = nullptr;
   int64_t segments = 1;
   bool stream = false;  // write C past the caches: see outgrows_caches
+  // In place of rows, c_offset, m, zeros and segments; no tile mixes two strips.
+  const Strip<T>* strips = nullptr;
+  int64_t strip_count = 0;
+  int64_t a_step = 0, c_step = 0;
+  const int64_t* tap_offset = nullptr;  // of every tap from the strip's a; null: one tap, at a
 };
 
 // Whether an output is written past the caches. What is larger than a good part of the last-level

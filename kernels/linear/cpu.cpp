@@ -73,24 +73,17 @@ void pack_and_multiply(const Rows& x, const Tensor& w, T* y, const Epilogue<T>& 
       table.pack_panel(view.data + (first + j) * view.column_stride, view.depth_stride,
                        view.column_stride, view.depth, std::min(table.nr, n - j),
                        packed.get() + j * view.depth);
-    Scratch<const T*> rows(x.m);
-    Scratch<int64_t> offsets(x.m);
-    for (int64_t i = 0; i < x.m; ++i) {
-      rows[i] = data<T>(x.tensor) + i * x.stride;
-      offsets[i] = i * view.columns;
-    }
-    table.run({.rows = rows.get(),
-               .row_stride = 0,
-               .taps = 1,
-               .depth = view.depth,
+    const Strip<T> rows{data<T>(x.tensor), 0, x.m};
+    table.run({.depth = view.depth,
                .b = packed.get(),
                .c = y + first,
-               .c_offset = offsets.get(),
-               .m = x.m,
                .n = n,
-               .accumulate = false,
                .epilogue = epilogue.from_channel(first),
-               .stream = stream});
+               .stream = stream,
+               .strips = &rows,
+               .strip_count = 1,
+               .a_step = x.stride,
+               .c_step = view.columns});
   });
 }
 

@@ -1,0 +1,409 @@
+// The register tile of the matrix product: up to kRows rows by two vectors of columns, every
+// accumulator in a register. For gemm_isa.cpp.
+//
+// The cost of a tile beside its multiplications is what decides with few channels: 1800 cycles of
+// FMAs at depth 64. It was 150 cycles, of which prefetching C's lines in one burst cost 50, row
+// pointers and a call for every tile 65, and 35 (28 stores at two cycles each) are left.
+#pragma once
+
+#include "cpu/epilogue_isa.h"
+#include "cpu/gemm.h"
+#include "cpu/simd.h"
+
+namespace nnarch::NNARCH_ISA {
+namespace {
+
+#if defined(NNARCH_ISA_avx512)
+constexpr int kRows = 14;  // 28 accumulators, 2 vectors of B, 1 broadcast: 31 of 32 registers
+#else
+constexpr int kRows = 6;  // 12 accumulators, 2 vectors of B, 1 broadcast: 15 of 16 registers
+#endif
+template <class T>
+constexpr int kColumns = 2 * kLanes<T>;
+template <class T>
+constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));  // elements of a cache line
+
+// What comes before in the source stays before, and what comes after stays after.
+template <class T, class V>
+NNARCH_INLINE void keep_order(T*& p, V& a, V& b) {
+#if defined(__x86_64__)
+  asm volatile("" : "+r"(p), "+v"(a), "+v"(b) : : "memory");
+#elif defined(__aarch64__)
+  asm volatile("" : "+r"(p), "+w"(a), "+w"(b) : : "memory");
+#endif
+}
+
+// The part of the sum that one pass over a block adds: taps [first, last), depth [from,
+// from+count).
+struct Chunk {
+  int64_t first_tap, last_tap;
+  int64_t from, count;
+  bool first, last;
+};
+
+// What the tiles of one chunk and one panel of columns have in common.
+template <class T>
+struct Panel {
+  const GemmBlock<T>& g;
+  const Chunk& chunk;
+  const T* b;        // the chunk's part of the panel
+  const T* next;     // that part of the panel that comes next, or null
+  T* c;              // the panel's first column
+  int64_t columns;   // of the panel: whole, or fewer at the end
+  bool add, stream;  // C is added to; C is written past the caches
+  bool plain;        // whole vectors, and nothing but a lower bound between sum and store:
+  T low;             // 0 or -infinity
+  bool meets_rows;   // reads its rows of A for the first time
+  Epilogue<T> epilogue;
+  alignas(kVectorBytes) T start[kColumns<T>];  // what sums begin with: the shift, or zeros
+
+  Panel(const GemmBlock<T>& block, const Chunk& part, int64_t column)
+      : g(block),
+        chunk(part),
+        b(block.b + column * block.taps * block.depth +
+          (part.first_tap * block.depth + part.from) * kColumns<T>),
+        next(nullptr),
+        c(block.c + column),
+        columns(block.n - column),
+        add(!part.first || block.accumulate),
+        stream(block.stream && part.first && part.last && !add && columns >= kColumns<T>),
+        epilogue(block.epilogue.from_channel(column)) {
+    const bool shifted = part.last && !add && epilogue.shift && !epilogue.scale;
+    for (int i = 0; i < kColumns<T>; ++i) start[i] = shifted ? epilogue.shift[i] : T{0};
+    if (shifted) epilogue.shift = nullptr;
+    const bool untouched = !epilogue.scale && !epilogue.shift && !epilogue.residual;
+    plain = whole() && !add && (!part.last || (untouched && epilogue.activation <= kRelu));
+    const bool relu = part.last && epilogue.activation == kRelu;
+    low = relu ? T{0} : -static_cast<T>(__builtin_huge_val());
+    meets_rows = column == 0;
+    const bool last_panel = column + kColumns<T> >= block.n;
+    const int64_t panel = block.taps * block.depth * kColumns<T>;
+    if (!last_panel) next = b + panel;
+    if (last_panel && block.b_after)
+      next = block.b_after + (b - block.b - column * block.taps * block.depth);
+  }
+
+  bool whole() const { return columns >= kColumns<T>; }
+};
+
+// What tiles of even rows read of it all, in registers as far as there are any.
+template <class T>
+struct EvenPanel {
+  const T* b;
+  const int64_t *first_tap, *last_tap;  // their offsets
+  int64_t count, a_step, c_step;
+  T low;
+  bool stream;
+};
+
+// Rows that lie `step` apart. Three pointers and two multiples of the step reach 14 rows with
+// the scales 1, 2, 4 and 8 of an address; one pointer a row would not fit the registers.
+template <class T>
+struct EvenRows {
+  const char *p0, *p5, *p10;
+  int64_t step, step3;
+
+  NNARCH_INLINE EvenRows(const T* a, int64_t elements)
+      : p0(reinterpret_cast<const char*>(a)), step(elements * int64_t{sizeof(T)}), step3(3 * step) {
+    p5 = p0 + 5 * step;
+    p10 = p5 + 5 * step;
+  }
+  template <int I>
+  NNARCH_INLINE T* row() const {
+    const char* at = p0;
+    if constexpr (I == 1 || I == 2 || I == 4 || I == 8) at = p0 + I * step;
+    if constexpr (I == 3 || I == 6 || I == 12) at = p0 + I / 3 * step3;
+    if constexpr (I == 5) at = p5;
+    if constexpr (I == 7 || I == 9 || I == 13) at = p5 + (I - 5) * step;
+    if constexpr (I == 11) at = p5 + 2 * step3;
+    if constexpr (I == 10) at = p10;
+    return reinterpret_cast<T*>(const_cast<char*>(at));
+  }
+  template <int I>
+  NNARCH_INLINE T value(int64_t) const {
+    return *row<I>();
+  }
+  // To the next column.
+  NNARCH_INLINE void next() {
+    p0 += sizeof(T), p5 += sizeof(T), p10 += sizeof(T);
+    pin();
+  }
+  // The compiler may not make a running pointer of its own for every row.
+  NNARCH_INLINE void pin() { asm("" : "+r"(p0), "+r"(p5), "+r"(p10)); }
+};
+
+// Rows of A that lie anywhere.
+template <class T, int MR>
+struct AnyRows {
+  const T* at[MR];
+
+  template <int I>
+  NNARCH_INLINE T value(int64_t k) const {
+    return at[I][k];
+  }
+  NNARCH_INLINE void next() {}
+};
+
+// The first of the two lines that every step brings into cache: evenly apart, or of listed rows.
+template <class T>
+struct EvenLines {
+  const T* at;
+  int64_t stride;
+  NNARCH_INLINE const T* next() {
+    const T* line = at;
+    at += stride;
+    return line;
+  }
+};
+template <class T>
+struct ListedLines {
+  const T* const* rows;
+  int64_t column;
+  NNARCH_INLINE const T* next() { return *rows++ + column; }
+};
+
+// left[I], right[I] += `count` products of row I with the panel's two vectors; with `Half`, with
+// the left one only. Meanwhile two lines a step come into cache, `second` elements
+// apart. (In one burst the same prefetches delay a tile by 50 cycles.)
+template <class T, bool Half, class Rows, class Lines, int... I>
+NNARCH_INLINE void multiply(Indices<I...>, Rows& rows, int64_t from, int64_t count, const T*& b,
+                            Lines line, int64_t second, Vec<T>* left, Vec<T>* right) {
+  constexpr int w = kLanes<T>;
+#pragma GCC unroll 4
+  for (int64_t k = from; k < from + count; ++k) {
+    const T* fetched = line.next();
+    __builtin_prefetch(fetched);
+    __builtin_prefetch(fetched + second);
+    Vec<T> b0 = load(b);
+    keep_in_register(b0);
+    if constexpr (Half) {
+      ((left[I] += broadcast(rows.template value<I>(k)) * b0), ...);
+    } else {
+      Vec<T> b1 = load(b + w);
+      keep_in_register(b1);
+      Vec<T> x;
+      ((x = broadcast(rows.template value<I>(k)), left[I] += x * b0, right[I] += x * b1), ...);
+    }
+    b += 2 * w;
+    rows.next();
+  }
+}
+
+// Lines that are fetched ahead: two every step, `second` apart, for kFetchSteps steps at a time.
+constexpr int64_t kFetchSteps = (kRows + 3) / 4 * 4;  // a tile's rows, in whole unrolled turns
+template <class T>
+struct Ahead {
+  const T* at = nullptr;
+  int64_t second = 0, stride = 0, advance = 0;
+  int64_t turns = 0;  // that are left
+
+  // The next panel's part of a chunk, during the first tiles of a panel: at batch 1 a network reads
+  // its weights from memory (1 % of a ResNet-50's time).
+  static NNARCH_INLINE Ahead next_panel(const Panel<T>& p) {
+    const int64_t rows = (p.chunk.last_tap - p.chunk.first_tap) * p.chunk.count;
+    return {p.next, kLanes<T>, kColumns<T>, kFetchSteps * kColumns<T>,
+            p.next ? (rows + kFetchSteps - 1) / kFetchSteps : 0};
+  }
+  // The rows of the next tile: a matrix product meets each row of A first in its first panel, and
+  // straight from memory.
+  static NNARCH_INLINE Ahead next_rows(int64_t count, int64_t step, const T* a) {
+    return {a, kLine<T>, step, 2 * kLine<T>, (count + 2 * kLine<T> - 1) / (2 * kLine<T>)};
+  }
+  NNARCH_INLINE EvenLines<T> turn() {
+    const EvenLines<T> lines{at, stride};
+    at += advance, --turns;
+    return lines;
+  }
+};
+
+// The products of a tile of even rows. While its first steps run, the lines of C that it will
+// write come into cache, then those of the residual, then what is `ahead`.
+template <class T, bool Half, int... I>
+NNARCH_INLINE void add_products(Indices<I...> each, const EvenPanel<T>& p, Ahead<T>& ahead,
+                                const T* a, const T* c, const T* residual, Vec<T>* left,
+                                Vec<T>* right) {
+  const T* b = p.b;
+  const T* lines = p.stream ? residual : c;
+  const int64_t* tap = p.first_tap;
+  do {
+    EvenRows<T> rows(a + *tap, p.a_step);
+    for (int64_t k = p.count; k > 0; k -= kFetchSteps) {
+      const int64_t steps = k < kFetchSteps ? k : kFetchSteps;
+      EvenLines<T> line{b, 0};  // in cache anyway
+      int64_t second = 0;
+      if (lines) {
+        line = {lines, p.c_step}, second = kColumns<T> - 1;
+        lines = lines == residual ? nullptr : residual;
+      } else if (ahead.turns > 0) {
+        line = ahead.turn(), second = ahead.second;
+      }
+      multiply<T, Half>(each, rows, 0, steps, b, line, second, left, right);
+    }
+  } while (++tap != p.last_tap);
+}
+
+// Whether all rows of a tile lie in the padding.
+template <class T, int... I>
+NNARCH_INLINE bool in_padding(Indices<I...>, const T* const* at, const T* zeros) {
+  return at[0] == zeros && ((at[I] == zeros) && ...);
+}
+
+// Lines of C for rows [m + first, m + last) of a tile.
+template <class T>
+NNARCH_INLINE void fetch_rows(const Panel<T>& p, int64_t m, int64_t first, int64_t last) {
+  for (int64_t i = m + first; i < m + last; ++i) {
+    const T* c = p.c + p.g.c_offset[i];
+    __builtin_prefetch(c);
+    __builtin_prefetch(c + kColumns<T> - 1);
+  }
+}
+
+// The same for rows anywhere; `m` is the first of them. Each tap fetches a few lines of C, and in
+// the first panel the rows that the next tile will read.
+template <class T, bool Half, int... I>
+NNARCH_INLINE void add_products(Indices<I...> each, const Panel<T>& p, Ahead<T>& next_panel,
+                                int64_t m, Vec<T>* left, Vec<T>* right) {
+  constexpr int64_t mr = sizeof...(I);
+  const Chunk& chunk = p.chunk;
+  const int64_t taps = chunk.last_tap - chunk.first_tap;
+  const bool next_rows = p.meets_rows && m + mr + kFetchSteps <= p.g.m;
+  const T* b = p.b;
+  for (int64_t i = 0; i < taps; ++i) {
+    const T* const* at = p.g.rows + (chunk.first_tap + i) * p.g.row_stride + m;
+    if (p.whole() && !p.stream) fetch_rows(p, m, mr * i / taps, mr * (i + 1) / taps);
+    if (in_padding<T>(each, at, p.g.zeros)) {
+      b += chunk.count * kColumns<T>;
+      continue;
+    }
+    AnyRows<T, mr> rows{{(at[I] + chunk.from)...}};
+    int64_t k = 0;
+    for (int64_t column = 0; next_rows && k + kFetchSteps <= chunk.count && column < chunk.count;
+         k += kFetchSteps, column += 2 * kLine<T>)
+      multiply<T, Half>(each, rows, k, kFetchSteps, b, ListedLines<T>{at + mr, chunk.from + column},
+                        kLine<T>, left, right);
+    for (; k < chunk.count; k += kFetchSteps) {
+      const int64_t steps = chunk.count - k < kFetchSteps ? chunk.count - k : kFetchSteps;
+      const bool fetch = next_panel.turns > 0;
+      const int64_t second = fetch ? next_panel.second : 0;
+      const EvenLines<T> line = fetch ? next_panel.turn() : EvenLines<T>{b, 0};
+      multiply<T, Half>(each, rows, k, steps, b, line, second, left, right);
+    }
+  }
+}
+
+// All that may follow the products: what C holds is added, then the epilogue. `offset` is where
+// the rows of C start.
+template <class T, int... I>
+NNARCH_INLINE void finish(Indices<I...> each, const Panel<T>& p, const int64_t* offset,
+                          Vec<T>* left, Vec<T>* right) {
+  constexpr int w = kLanes<T>;
+  T* c = p.c;
+  const int64_t n0 = p.columns < w ? p.columns : w, n1 = p.columns > w ? p.columns - w : 0;
+  // Added last: the rounding error of a running sum grows with its length, so chunks start anew.
+  if (p.add && p.whole()) {
+    ((left[I] += load(c + offset[I]), right[I] += load(c + offset[I] + w)), ...);
+  } else if (p.add) {
+    ((left[I] += load_n(c + offset[I], n0), right[I] += load_n(c + offset[I] + w, n1)), ...);
+  }
+  if (p.chunk.last) apply_epilogue<T>(each, p.epilogue, offset, p.columns, left, right);
+  if (p.chunk.last && !is_clamp(p.epilogue.activation)) {
+    alignas(kVectorBytes) T sums[sizeof...(I) * kColumns<T>];
+    ((store(sums + I * kColumns<T>, left[I]), store(sums + I * kColumns<T> + w, right[I])), ...);
+    activate_tile<T>(p.epilogue, sums, c, offset, sizeof...(I), p.columns, p.stream);
+  } else if (p.stream) {
+    ((stream(c + offset[I], left[I]), stream(c + offset[I] + w, right[I])), ...);
+  } else if (p.whole()) {
+    ((store(c + offset[I], left[I]), store(c + offset[I] + w, right[I])), ...);
+  } else {
+    ((store_n(c + offset[I], left[I], n0), store_n(c + offset[I] + w, right[I], n1)), ...);
+  }
+}
+
+// A row of the common case: whole vectors, and at most a relu (without, `low` is -infinity). It is
+// stored before the next one is bounded, in this order and with these few instructions: with all
+// bounds before all stores the next tile starts 40 cycles later.
+template <class T, bool Stream>
+NNARCH_INLINE void store_row(T* c, Vec<T> low, Vec<T> left, Vec<T> right) {
+  keep_order(c, left, right);
+  left = at_least<T>(left, low), right = at_least<T>(right, low);
+  if constexpr (Stream) {
+    stream(c, left), stream(c + kLanes<T>, right);
+  } else {
+    store(c, left), store(c + kLanes<T>, right);
+  }
+}
+
+template <class T, int... I>
+NNARCH_INLINE void finish_plain(Indices<I...>, const EvenPanel<T>& p, T* c, Vec<T>* left,
+                                Vec<T>* right) {
+  EvenRows<T> to(c, p.c_step);
+  to.pin();
+  const Vec<T> low = broadcast(p.low);
+  if (p.stream)
+    (store_row<T, true>(to.template row<I>(), low, left[I], right[I]), ...);
+  else
+    (store_row<T, false>(to.template row<I>(), low, left[I], right[I]), ...);
+}
+
+// `tiles` tiles of MR rows from row `first` of a strip on. Every access to an accumulator has a
+// constant index, or GCC would keep them in memory.
+template <class T, bool Plain, bool Half, int... I>
+NNARCH_INLINE void even_tiles(Indices<I...> each, const Panel<T>& panel, Ahead<T>& next_panel,
+                              const Strip<T>& strip, int64_t first, int64_t tiles) {
+  static constexpr int64_t no_offset = 0;
+  const GemmBlock<T>& g = panel.g;
+  const Chunk& chunk = panel.chunk;
+  const int64_t* tap = g.tap_offset ? g.tap_offset : &no_offset;
+  const EvenPanel<T> p = {
+      panel.b,   tap + chunk.first_tap, tap + chunk.last_tap, chunk.count, g.a_step, g.c_step,
+      panel.low, panel.stream};
+  const T* a = strip.a + first * p.a_step + panel.chunk.from;
+  int64_t at = strip.c + first * p.c_step;
+  const bool meets_rows = panel.meets_rows && g.taps == 1;
+  Ahead<T> ahead = next_panel;
+  for (; tiles > 0; --tiles) {
+    const T* start = panel.start;
+    // Loaded anew: kept, the two vectors would be spilled, and loaded as well.
+    asm("" : "+r"(start));
+    const Vec<T> s0 = load(start), s1 = load(start + kLanes<T>);
+    Vec<T> left[sizeof...(I)] = {(static_cast<void>(I), s0)...};
+    Vec<T> right[sizeof...(I)] = {(static_cast<void>(I), s1)...};
+    if (meets_rows) ahead = Ahead<T>::next_rows(p.count, p.a_step, a + sizeof...(I) * p.a_step);
+    T* c = panel.c + at;
+    if constexpr (Plain) {
+      add_products<T, Half>(each, p, ahead, a, c, nullptr, left, right);
+      finish_plain<T>(each, p, c, left, right);
+    } else {
+      const T* residual = panel.epilogue.residual ? panel.epilogue.residual + at : nullptr;
+      add_products<T, Half>(each, p, ahead, a, c, residual, left, right);
+      const int64_t offset[sizeof...(I)] = {(at + I * p.c_step)...};
+      finish<T>(each, panel, offset, left, right);
+    }
+    a += sizeof...(I) * p.a_step;
+    at += sizeof...(I) * p.c_step;
+  }
+  if (!meets_rows) next_panel = ahead;
+}
+template <class T, bool Plain, bool Half, int MR>
+NNARCH_NOINLINE void even_tiles_of(const Panel<T>& panel, Ahead<T>& next_panel,
+                                   const Strip<T>& strip, int64_t first, int64_t tiles) {
+  even_tiles<T, Plain, Half>(MakeIndices<MR>{}, panel, next_panel, strip, first, tiles);
+}
+
+template <class T, bool Half, int... I>
+NNARCH_INLINE void any_tile(Indices<I...> each, const Panel<T>& p, Ahead<T>& ahead, int64_t m) {
+  const Vec<T> s0 = load(p.start), s1 = load(p.start + kLanes<T>);
+  Vec<T> left[sizeof...(I)] = {(static_cast<void>(I), s0)...};
+  Vec<T> right[sizeof...(I)] = {(static_cast<void>(I), s1)...};
+  add_products<T, Half>(each, p, ahead, m, left, right);
+  finish<T>(each, p, p.g.c_offset + m, left, right);
+}
+
+// The same for rows anywhere.
+template <class T, bool Half, int MR>
+NNARCH_NOINLINE void any_tiles(const Panel<T>& p, Ahead<T>& panel, int64_t first, int64_t tiles) {
+  for (; tiles > 0; --tiles, first += MR) any_tile<T, Half>(MakeIndices<MR>{}, p, panel, first);
+}
+
+}  // namespace
+}  // namespace nnarch::NNARCH_ISA
