@@ -5,6 +5,7 @@
 
 #include "cpu/dense.h"
 #include "cpu/parallel.h"
+#include "cpu/streaming.h"
 #include "cpu/tensor.h"
 #include "pooling/cpu_kernels.h"
 
@@ -48,6 +49,18 @@ void over_rows(int64_t units, int64_t rows, int64_t elements_per_row, const F& f
                         [&](int64_t first, int64_t last, int64_t from, int64_t to) {
                           for (int64_t unit = first; unit < last; ++unit) f(unit, from, to);
                         });
+}
+
+// The longest rows that are worth reading ahead: two of them stay in the second-level cache.
+inline constexpr int64_t kFarRowBytes = 1 << 18;
+
+// Of channels_last images.
+template <class T>
+Traffic image_traffic(const T* y, int64_t images, int64_t channels, const Axis& h, const Axis& w) {
+  const int64_t size = sizeof(T), in = h.inputs * w.inputs, out = h.outputs * w.outputs;
+  const bool far = images * channels * (in + out) * size >= kFarBytes;
+  return {far && w.inputs * channels * size <= kFarRowBytes,
+          outgrows_caches(y, images * out, channels)};
 }
 
 inline void check_images(const Tensor& x) {
