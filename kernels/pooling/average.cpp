@@ -21,7 +21,8 @@ void average_channels_last(const T* x, int64_t images, int64_t channels, const A
                               [&](int64_t n, int64_t from, int64_t to) {
                                 table.average_rows(x + n * in, channels, h, w, from, to,
                                                    y + n * out, traffic);
-                              });
+                              },
+                              traffic.far);
 }
 
 bool all_equal(const int64_t* v, int64_t n) {

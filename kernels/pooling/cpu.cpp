@@ -24,7 +24,8 @@ void max_channels_last(const T* x, const Tensor& shape, const Axis& h, const Axi
                              [&](int64_t n, int64_t from, int64_t to) {
                                table.max_rows(x + n * in, channels, h, w, from, to, y + n * out,
                                               indices ? indices + n * out : nullptr, traffic);
-                             });
+                             },
+                             traffic.far);
 }
 
 template <class T>

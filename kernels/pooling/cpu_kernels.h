@@ -56,6 +56,9 @@ struct PlaneBuffer {
   typename LaneIndex<T>::Type* positions;  // as `values`, or null where no indices are wanted
 };
 
+// Rows that are read at a time where x comes from memory.
+inline constexpr int64_t kFarRows = 4;
+
 // How an image passes through the caches (cpu/streaming.h).
 struct Traffic {
   bool far = false;     // x comes from memory: its rows are read from end to end ahead of use

