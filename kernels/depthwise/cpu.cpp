@@ -3,6 +3,7 @@
 
 #include "cpu/epilogue_fold.h"
 #include "cpu/registry.h"
+#include "cpu/streaming.h"
 #include "depthwise/cpu_image.h"
 #include "depthwise/cpu_plan.h"
 #include "depthwise/cpu_weight_grad.h"
@@ -10,21 +11,14 @@
 namespace nnarch {
 namespace {
 
-// Whether the output consists of whole cache lines that each vector store fills or halves.
-template <class T>
-bool fills_lines(const DepthwiseConv<T>& c) {
-  constexpr int64_t line = 64;
-  return c.y_channel == 1 && c.epilogue.activation <= kRelu6 &&
-         reinterpret_cast<uintptr_t>(c.y) % line == 0 &&
-         c.y_pixel * static_cast<int64_t>(sizeof(T)) % line == 0;
-}
-
 // Runs a convolution that is given for its first image on all of them.
 template <class T>
 void run_images(const DepthwiseConv<T>& conv, int64_t images, int64_t x_image, int64_t y_image) {
   const DepthwisePlanner<T> planner(conv, images, /*weight_grad=*/false);
   DepthwisePlan plan = planner.plan();
-  plan.stream = plan.far && plan.blocks && fills_lines(conv);
+  const DepthwisePass<T>& pass = *conv.passes;
+  plan.stream = plan.blocks && conv.y_channel == 1 && conv.epilogue.activation <= kRelu6 &&
+                outgrows_caches(conv.y, images * pass.oh * pass.ow, conv.channels);
   const bool staged = conv.y_channel != 1 || conv.group > 1;
   const bool residual_staged = conv.epilogue.residual && conv.y_channel != 1;
   const auto run = NNARCH_SELECT(depthwise_run<T>());

@@ -7,6 +7,7 @@
 // 78 µs, the same unrolled 70 µs, blocks of 2 by 4 64 µs; the multiply-adds alone take 61 µs.
 #pragma once
 
+#include "depthwise/cpu_row.h"
 #include "depthwise/cpu_strip.h"
 
 namespace nnarch::NNARCH_ISA {
@@ -14,10 +15,12 @@ namespace nnarch::NNARCH_ISA {
 // Wider kernels need S weights for each of two rows: more than the registers of AVX2 hold.
 template <int S>
 inline constexpr int kBlockRows = kVectorBytes == 64 || S == 3 ? 2 : 1;
-template <int S>
-inline constexpr int kBlockPixels = kBlockRows<S> == 2 ? 4
-                                    : S == 7           ? 7
-                                                       : 8;
+
+// The channels of a vector that are loaded; all of them where it is WHOLE.
+template <class T, bool WHOLE>
+struct BlockLanes {
+  RowMask<T> mask;
+};
 
 // All arrays here are flat and indexed by constants only: an array of arrays, or a loop over rows,
 // stays in memory.
@@ -36,34 +39,38 @@ NNARCH_INLINE void use_in_row(Vec<T> value, const Vec<T>* weight, Vec<T>* acc) {
     use_pixel<T, S, STRIDE, P, J>(value, weight, acc, MakeIndices<S>{});
 }
 
-template <class T, int S, int STRIDE, int P, bool PRESENT, int LEFT, int I, int J, int... R>
-NNARCH_INLINE void block_column(const T*& x, const Steps& pixel, const Vec<T>* weight, Vec<T>* acc,
-                                Indices<R...>) {
+template <class T, int S, int STRIDE, int P, bool PRESENT, int LEFT, int I, int J, bool WHOLE,
+          int... R>
+NNARCH_INLINE void block_column(const T*& x, const Steps& pixel, const BlockLanes<T, WHOLE>& lanes,
+                                const Vec<T>* weight, Vec<T>* acc, Indices<R...>) {
   if constexpr (PRESENT) {
-    Vec<T> value = load(step<J - LEFT>(x, pixel));
+    Vec<T> value = load_in_row<WHOLE>(step<J - LEFT>(x, pixel), lanes.mask);
     keep_in_register(value);
     (use_in_row<T, S, STRIDE, P, I - R * STRIDE, J>(value, weight + R * S, acc + R * P), ...);
   }
 }
 
 // Input row I of a block, for output rows R; a null one lies outside the image.
-template <class T, int S, int STRIDE, int P, int LEFT, int RIGHT, int I, int... R, int... J>
-NNARCH_INLINE void block_row(const T* row, int64_t offset, const Steps& pixel, const T* w,
-                             Vec<T>* acc, Indices<R...> rows, Indices<J...>) {
+template <class T, int S, int STRIDE, int P, int LEFT, int RIGHT, int I, bool WHOLE, int... R,
+          int... J>
+NNARCH_INLINE void block_row(const T* row, int64_t offset, const Steps& pixel,
+                             const BlockLanes<T, WHOLE>& lanes, const T* w, Vec<T>* acc,
+                             Indices<R...> rows, Indices<J...>) {
   if (row == nullptr) return;
   constexpr int columns = sizeof...(J);
   const T* x = row + offset;
   Vec<T> weight[sizeof...(R) * S];
   (load_weights<T, S, I - R * STRIDE>(w, weight + R * S), ...);
-  (block_column<T, S, STRIDE, P, (J >= LEFT && J < columns - RIGHT), LEFT, I, J>(x, pixel, weight,
-                                                                                 acc, rows),
+  (block_column<T, S, STRIDE, P, (J >= LEFT && J < columns - RIGHT), LEFT, I, J>(x, pixel, lanes,
+                                                                                 weight, acc, rows),
    ...);
 }
 
-template <class T, int S, int STRIDE, int P, int LEFT, int RIGHT, class Rows, int... I>
-NNARCH_INLINE void block_rows(const T* const* rows, int64_t offset, const Steps& pixel, const T* w,
-                              Vec<T>* acc, Rows out, Indices<I...>) {
-  (block_row<T, S, STRIDE, P, LEFT, RIGHT, I>(rows[I], offset, pixel, w, acc, out,
+template <class T, int S, int STRIDE, int P, int LEFT, int RIGHT, class Lanes, class Rows, int... I>
+NNARCH_INLINE void block_rows(const T* const* rows, int64_t offset, const Steps& pixel,
+                              const Lanes& lanes, const T* w, Vec<T>* acc, Rows out,
+                              Indices<I...>) {
+  (block_row<T, S, STRIDE, P, LEFT, RIGHT, I>(rows[I], offset, pixel, lanes, w, acc, out,
                                               MakeIndices<(P - 1) * STRIDE + S>{}),
    ...);
 }
@@ -73,25 +80,37 @@ NNARCH_INLINE void finish_rows(const Strip<T>& a, int64_t k, Vec<T>* acc, Indice
   (finish(a, k, R, acc + R * P, MakeIndices<P>{}), ...);
 }
 
+// One vector of channels, from channel k on.
+template <class T, int S, int STRIDE, int P, int LEFT, int RIGHT, bool WHOLE>
+NNARCH_INLINE void block_vector(const Strip<T>& a, const Steps& pixel,
+                                const BlockLanes<T, WHOLE>& lanes, int64_t k) {
+  constexpr int rows = kBlockRows<S>;
+  Vec<T> acc[rows * P];
+  start<T, rows * P>(*a.epilogue, k, acc);
+  block_rows<T, S, STRIDE, P, LEFT, RIGHT>(a.rows, a.x + k, pixel, lanes, weight_of(a, k), acc,
+                                           MakeIndices<rows>{},
+                                           MakeIndices<(rows - 1) * STRIDE + S>{});
+  finish_rows<T, P>(a, k, acc, MakeIndices<rows>{});
+}
+
 // `a.strips` strips; all reach LEFT columns beyond the left edge of the image, or RIGHT beyond the
 // right one, so there is more than one only where both are 0.
-template <class T, int S, int STRIDE, int LEFT, int RIGHT>
+template <class T, int S, int STRIDE, int P, int LEFT, int RIGHT>
 void block_fixed(const Strip<T>& a) {
-  constexpr int rows = kBlockRows<S>, pixels = kBlockPixels<S>;
   const Steps pixel(a.pixel);
   Strip<T> b = a;
   for (int64_t strip = 0; strip < a.strips; ++strip) {
-    for (int64_t k = 0; k < b.channels; k += kLanes<T>) {
-      Vec<T> acc[rows * pixels];
-      start<T, rows * pixels>(*b.epilogue, k, acc);
-      block_rows<T, S, STRIDE, pixels, LEFT, RIGHT>(b.rows, b.x + k, pixel, weight_of(b, k), acc,
-                                                    MakeIndices<rows>{},
-                                                    MakeIndices<(rows - 1) * STRIDE + S>{});
-      finish_rows<T, pixels>(b, k, acc, MakeIndices<rows>{});
-    }
-    b.x += pixels * STRIDE * b.pixel;
-    b.y += pixels * b.y_pixel;
-    if (b.residual) b.residual += pixels * b.residual_pixel;
+    int64_t k = 0;
+    for (; k + kLanes<T> <= b.channels; k += kLanes<T>)
+      block_vector<T, S, STRIDE, P, LEFT, RIGHT>(b, pixel, BlockLanes<T, true>{}, k);
+    if constexpr (kMaskedTails<T>)
+      if (k < b.channels) {
+        const BlockLanes<T, false> lanes{lanes_in_row<T>(k, b.channels)};
+        block_vector<T, S, STRIDE, P, LEFT, RIGHT>(b, pixel, lanes, k);
+      }
+    b.x += P * STRIDE * b.pixel;
+    b.y += P * b.y_pixel;
+    if (b.residual) b.residual += P * b.residual_pixel;
   }
 }
 

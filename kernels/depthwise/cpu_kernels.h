@@ -165,7 +165,9 @@ template <class T>
 using DepthwiseWeightGradRun = void (*)(const DepthwiseWeightGrad<T>&, const DepthwisePlan&,
                                         const DepthwiseTask&, const DepthwiseWork<T>&);
 
+// Blocks of channels that are no multiple of depthwise_lanes are read in place.
 NNARCH_PER_ISA(template <class T> int64_t depthwise_lanes();
+               template <class T> bool depthwise_masked_tails();
                template <class T> DepthwiseRun<T> depthwise_run();
                template <class T> DepthwisePlaneRun<T> depthwise_plane_run();
                template <class T> DepthwisePlaneGradRun<T> depthwise_plane_grad_run();

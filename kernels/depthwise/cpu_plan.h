@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <numeric>
 
+#include "cpu/streaming.h"
 #include "cpu/tensor.h"
 #include "depthwise/cpu_kernels.h"
 
@@ -19,14 +20,10 @@ inline constexpr int64_t kSetBytes = 2048;
 // The same for blocks, which need a line at most three times: 14×14 pixels of 512 channels, 2048
 // bytes apart, take 25 µs where pixels of 528 take 17, still less than with a copy.
 inline constexpr int64_t kBlockSetBytes = 4096;
-// Direct reading takes whole vectors of every instruction set.
-inline constexpr int64_t kLanesMost = 16;
 // Input rows that are read in place stay in this much of the first-level cache; where they come
 // from memory, in this much of the second level: whole rows are what the hardware prefetches well.
 inline constexpr int64_t kDirectBytes = 24576;
 inline constexpr int64_t kFarRowBytes = 1 << 18;
-// Input and output of this size together are taken to come from memory.
-inline constexpr int64_t kFarBytes = 16 << 20;
 // A ring of more rows than this many times those used at once is not worth its memory.
 inline constexpr int64_t kRingWaste = 4;
 // Tasks to aim at where the layer has so much work, and the multiply-adds of the smallest.
@@ -39,7 +36,8 @@ class DepthwisePlanner {
   // `weight_grad`: the plan is for the weight gradient, where an output pixel is one of grad.
   DepthwisePlanner(const DepthwiseConv<T>& c, int64_t images, bool weight_grad) : c_(c) {
     scan_passes();
-    plan_.blocks = !weight_grad && has_blocks() && can_read_directly(kBlockSetBytes);
+    const bool tails = NNARCH_SELECT(depthwise_masked_tails<T>());
+    plan_.blocks = !weight_grad && has_blocks() && can_read_directly(kBlockSetBytes, tails);
     if (plan_.blocks || (weight_grad ? has_grad_blocks() : can_read_directly(kSetBytes))) {
       plan_direct(images);
       if (weight_grad) plan_.columns = ow_;
@@ -104,10 +102,11 @@ class DepthwisePlanner {
            c_.dilation_w == 1;
   }
 
-  // Pixels must not be a multiple of so many bytes apart.
-  bool can_read_directly(int64_t set_bytes) const {
+  // Pixels must not be a multiple of so many bytes apart, and consist of whole vectors where there
+  // is no code for tails.
+  bool can_read_directly(int64_t set_bytes, bool tails = false) const {
     return c_.x_channel == 1 && c_.lane_source == nullptr && c_.group == 1 &&
-           c_.channels % kLanesMost == 0 &&
+           (tails || c_.channels % NNARCH_SELECT(depthwise_lanes<T>()) == 0) &&
            c_.channels * c_.dilation_w * static_cast<int64_t>(sizeof(T)) % set_bytes != 0;
   }
 

@@ -1,66 +1,10 @@
 // A task of a depthwise convolution: its output rows, cut into strips, from a tile of the input.
-#include "depthwise/cpu_block.h"
+#include "depthwise/cpu_code.h"
 #include "depthwise/cpu_kernels.h"
-#include "depthwise/cpu_strip.h"
 #include "depthwise/cpu_tile.h"
 
 namespace nnarch::NNARCH_ISA {
 namespace {
-
-template <class T>
-using StripFn = void (*)(const Strip<T>&);
-
-// The code for strips of one length, for those that lie within the image and for those that reach
-// half a kernel beyond its left or right edge, as strips under 'same' padding do.
-template <class T>
-struct StripCode {
-  int64_t pixels;
-  StripFn<T> run[2][2];
-};
-template <class T>
-struct StripSet {
-  int64_t reach;  // how far beyond an edge; 0: no code for such strips
-  StripCode<T> lengths[4];
-};
-
-template <class T, int S, int STRIDE, int P>
-inline constexpr StripCode<T> kCode = {
-    P,
-    {{strip_fixed<T, S, STRIDE, P, 0, 0>, strip_fixed<T, S, STRIDE, P, 0, S / 2>},
-     {strip_fixed<T, S, STRIDE, P, S / 2, 0>, strip_fixed<T, S, STRIDE, P, S / 2, S / 2>}}};
-template <class T, int S, int STRIDE>
-inline constexpr StripSet<T> kFixed = {S / 2,
-                                       {kCode<T, S, STRIDE, 8>, kCode<T, S, STRIDE, 7>,
-                                        kCode<T, S, STRIDE, 4>, kCode<T, S, STRIDE, 1>}};
-template <class T, int STRIDE>
-inline constexpr StripSet<T> kFixed<T, 7, STRIDE> = {
-    3, {kCode<T, 7, STRIDE, 7>, kCode<T, 7, STRIDE, 4>, kCode<T, 7, STRIDE, 1>}};
-template <class T>
-inline constexpr StripSet<T> kGeneral = {0,
-                                         {{8, {{strip_general<T, 8>}}},
-                                          {7, {{strip_general<T, 7>}}},
-                                          {4, {{strip_general<T, 4>}}},
-                                          {1, {{strip_general<T, 1>}}}}};
-
-// The widths with code of their own: 3, 5 and 7, and 1, 2 and 4, into which these fall apart in the
-// input gradient at stride 2.
-template <class T>
-const StripSet<T>& strip_set(int64_t s, int64_t stride) {
-  if (stride == 1) {
-    if (s == 1) return kFixed<T, 1, 1>;
-    if (s == 2) return kFixed<T, 2, 1>;
-    if (s == 3) return kFixed<T, 3, 1>;
-    if (s == 4) return kFixed<T, 4, 1>;
-    if (s == 5) return kFixed<T, 5, 1>;
-    if (s == 7) return kFixed<T, 7, 1>;
-  }
-  if (stride == 2) {
-    if (s == 3) return kFixed<T, 3, 2>;
-    if (s == 5) return kFixed<T, 5, 2>;
-    if (s == 7) return kFixed<T, 7, 2>;
-  }
-  return kGeneral<T>;
-}
 
 template <class T>
 const StripCode<T>& strip_code(const StripSet<T>& set, int64_t s, int64_t n) {
@@ -68,28 +12,6 @@ const StripCode<T>& strip_code(const StripSet<T>& set, int64_t s, int64_t n) {
   const StripCode<T>* code = set.lengths;
   while (code->pixels != pixels) ++code;
   return *code;
-}
-
-// The code for blocks: [reaches beyond the left edge][beyond the right edge].
-template <class T>
-struct BlockCode {
-  int64_t rows, pixels;
-  StripFn<T> run[2][2];
-};
-template <class T, int S, int STRIDE>
-inline constexpr BlockCode<T> kBlock = {
-    kBlockRows<S>,
-    kBlockPixels<S>,
-    {{block_fixed<T, S, STRIDE, 0, 0>, block_fixed<T, S, STRIDE, 0, S / 2>},
-     {block_fixed<T, S, STRIDE, S / 2, 0>, block_fixed<T, S, STRIDE, S / 2, S / 2>}}};
-
-// Null where there is no such code.
-template <class T>
-const BlockCode<T>* block_code(int64_t s, int64_t stride) {
-  if (s == 3) return stride == 1 ? &kBlock<T, 3, 1> : stride == 2 ? &kBlock<T, 3, 2> : nullptr;
-  if (s == 5) return stride == 1 ? &kBlock<T, 5, 1> : stride == 2 ? &kBlock<T, 5, 2> : nullptr;
-  if (s == 7) return stride == 1 ? &kBlock<T, 7, 1> : stride == 2 ? &kBlock<T, 7, 2> : nullptr;
-  return nullptr;
 }
 
 template <class T>
@@ -126,9 +48,13 @@ class Runner {
   void run_columns(int64_t x_first) {
     Tile<T> tile(c_, plan_, task_, work_.tile, x_first);
     int64_t oy = task_.first;
-    if (const BlockCode<T>* code = find_block(x_first))
-      for (; oy + code->rows <= task_.last; oy += code->rows)
-        run_block_rows(tile, *code, oy, x_first, smaller(plan_.columns, c_.passes->ow - x_first));
+    const BlockCode<T>* code = find_block(x_first);
+    if (code != nullptr && task_.last - task_.first >= code->rows) {
+      const int64_t n = smaller(plan_.columns, c_.passes->ow - x_first);
+      // The last block is moved up to end with the rows, and computes some of them twice.
+      for (; oy < task_.last; oy += code->rows)
+        run_block_rows(tile, *code, smaller(oy, task_.last - code->rows), x_first, n);
+    }
     for (; oy < task_.last; ++oy) {
       tile.load(oy);
       for (int64_t i = 0; i < c_.pass_count; ++i) {
@@ -143,8 +69,8 @@ class Runner {
   const BlockCode<T>* find_block(int64_t x_first) const {
     const DepthwisePass<T>& pass = *c_.passes;
     if (!plan_.blocks) return nullptr;
-    const BlockCode<T>* code = block_code<T>(pass.s, c_.stride_w);
     const int64_t n = smaller(plan_.columns, pass.ow - x_first);
+    const BlockCode<T>* code = block_code<T>(pass.s, c_.stride_w, n);
     if (code == nullptr || code->rows > kBlockRowsMost || n < code->pixels) return nullptr;
     return code;
   }
@@ -195,15 +121,15 @@ class Runner {
     const int64_t last = x + code.pixels - 1;
     return tile.missing_right(last * c_.stride_w + c_.passes->column + c_.passes->s - 1);
   }
-  static bool has_code(int64_t s, int64_t left, int64_t right) {
-    return (left == 0 || left == s / 2) && (right == 0 || right == s / 2);
+  static StripFn<T> edge_code(const BlockCode<T>& code, int64_t s, int64_t left, int64_t right) {
+    return left == s / 2 && right == s / 2 ? code.both : code_at(code, s / 2, left, right);
   }
 
   // Where the strip at x reaches beyond the image in a way that blocks have no code for, row by
   // row.
   void run_odd_edge(Tile<T>& tile, const BlockCode<T>& code, int64_t oy, int64_t x) {
     const DepthwisePass<T>& pass = *c_.passes;
-    if (has_code(pass.s, block_left(tile, x), block_right(tile, code, x))) return;
+    if (edge_code(code, pass.s, block_left(tile, x), block_right(tile, code, x))) return;
     for (int64_t r = 0; r < code.rows; ++r) run_row(tile, pass, oy + r, x, code.pixels);
   }
 
@@ -215,7 +141,8 @@ class Runner {
     const int64_t left = block_left(tile, x_first + x),
                   right = block_right(tile, code, x_first + x);
     a.strips = 1;
-    if (!has_code(pass.s, left, right)) return false;
+    const StripFn<T> run = edge_code(code, pass.s, left, right);
+    if (run == nullptr) return false;
     a.x = tile.offset((x_first + x) * c_.stride_w + pass.column + left);
     a.y = y + x * a.y_pixel;
     a.residual = residual ? residual + x * a.residual_pixel : nullptr;
@@ -223,7 +150,7 @@ class Runner {
       while (x + (a.strips + 1) * code.pixels <= n &&
              block_right(tile, code, x_first + x + a.strips * code.pixels) == 0)
         ++a.strips;
-    code.run[left != 0][right != 0](a);
+    run(a);
     return true;
   }
 
@@ -275,7 +202,7 @@ class Runner {
                   int64_t n, T* y, const T* residual) {
     if (pass.s != chosen_s_ || n != chosen_n_) choose_code(pass.s, n);
     const StripCode<T>& code = *code_;
-    const int64_t reach = set_->reach;
+    const bool whole = !plan_.direct || task_.channels % kLanes<T> == 0;
     const int64_t span = (code.pixels - 1) * stride_ + pass.s;  // in pixels of a.pixel
     const int64_t to_last = (span - 1) * c_.dilation_w;
     for (int64_t x = 0; x < n; x += code.pixels) {
@@ -285,14 +212,16 @@ class Runner {
       a.residual = residual ? residual + at * a.residual_pixel : nullptr;
       const int64_t left = tile.missing_left(column), right = tile.missing_right(column + to_last);
       a.x = tile.offset(column + left * c_.dilation_w);
-      if ((left == 0 || left == reach) && (right == 0 || right == reach))
-        code.run[left != 0][right != 0](a);
+      const StripFn<T> run = whole ? code_at(code, set_->reach, left, right) : nullptr;
+      if (run != nullptr)
+        run(a);
       else
         run_window(a, code, span, left, right);
     }
   }
 
-  // A strip that reaches beyond the image in another way, from a copy of its input.
+  // A strip that reaches beyond the image in another way, or that would read past its last channel,
+  // from a copy of its input.
   void run_window(Strip<T> a, const StripCode<T>& code, int64_t span, int64_t left,
                   int64_t right) const {
     const T** copies = work_.rows + plan_.kernel_rows;
@@ -307,7 +236,7 @@ class Runner {
                     task_.channels);
     }
     a.rows = copies, a.x = 0, a.pixel = pitch();
-    code.run[0][0](a);
+    code.inside(a);
   }
 
   // Residual values of one or more rows in the layout that the strips write.
@@ -361,6 +290,14 @@ void run(const DepthwiseConv<T>& c, const DepthwisePlan& plan, const DepthwiseTa
 
 }  // namespace
 
+template <>
+bool depthwise_masked_tails<float>() {
+  return kMaskedTails<float>;
+}
+template <>
+bool depthwise_masked_tails<double>() {
+  return kMaskedTails<double>;
+}
 template <>
 int64_t depthwise_lanes<float>() {
   return kLanes<float>;

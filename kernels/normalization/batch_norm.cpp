@@ -78,11 +78,12 @@ Three batch_norm_train(const Tensor& x, const OptTensor& weight, const OptTensor
     const ChannelVector<T> w(weight, x, T{1}), b(bias, x, T{0});
     const Statistics s = statistics<T>(data<T>(input), shape);
     Scratch<T> scale(channels), shift(channels);
+    T *means = mutable_data<T>(mean), *inverses = mutable_data<T>(invstd);
     for (int64_t c = 0; c < channels; ++c) {
       const double inverse =
           1.0 / std::sqrt(s.sum_of_squares[c] / static_cast<double>(shape.positions()) + eps);
-      mutable_data<T>(mean)[c] = static_cast<T>(s.mean[c]);
-      mutable_data<T>(invstd)[c] = static_cast<T>(inverse);
+      means[c] = static_cast<T>(s.mean[c]);
+      inverses[c] = static_cast<T>(inverse);
       scale[c] = static_cast<T>(w[c] * inverse);
       shift[c] = static_cast<T>(b[c] - s.mean[c] * scale[c]);
     }
@@ -164,10 +165,11 @@ Three batch_norm_backward(const Tensor& grad, const Tensor& x, const OptTensor& 
     const auto sums = channel_sums<T>(Reduction::backward, o, shape);
     const double n = static_cast<double>(shape.positions());
     Combination<T> factors(channels);
+    T *to_weight = mutable_data<T>(dweight), *to_bias = mutable_data<T>(dbias);
     for (int64_t c = 0; c < channels; ++c) {
       const double s = sigma[c], slope = w[c] * s, g = sums[c], gd = sums[channels + c];
-      mutable_data<T>(dbias)[c] = static_cast<T>(g);
-      mutable_data<T>(dweight)[c] = static_cast<T>(gd * s);
+      to_bias[c] = static_cast<T>(g);
+      to_weight[c] = static_cast<T>(gd * s);
       factors.of_grad[c] = static_cast<T>(slope);
       factors.of_x[c] = static_cast<T>(-slope * s * s * gd / n);
       factors.constant[c] = static_cast<T>(-slope * g / n);
@@ -206,13 +208,14 @@ Three batch_norm_backward_backward(const Tensor& gg_x, const Tensor& gg_weight,
     const auto sums = channel_sums<T>(Reduction::double_backward, o, shape);
     const double n = static_cast<double>(shape.positions());
     Combination<T> to_grad(channels), to_x(channels);
+    T* to_weight = mutable_data<T>(d_weight);
     for (int64_t c = 0; c < channels; ++c) {
       const double s = sigma[c], ws = w[c] * s;
       const double a = sums[c] / n, g = sums[channels + c] / n;
       const double ax = sums[2 * channels + c] * s / n, gx = sums[3 * channels + c] * s / n;
       const double q = sums[4 * channels + c] / n - a * g - ax * gx;
       const double of_pa = -ws * s * gx, of_pg = s * (ggw[c] - ws * ax);
-      mutable_data<T>(d_weight)[c] = static_cast<T>(s * n * q);
+      to_weight[c] = static_cast<T>(s * n * q);
       to_grad.of_gradgrad[c] = static_cast<T>(ws);
       to_grad.of_grad[c] = T{0};
       to_grad.of_x[c] = static_cast<T>(s * (ggw[c] - ws * ax));

@@ -146,16 +146,19 @@ class ChannelVector {
                   (is_half(x.scalar_type()) && t->scalar_type() == ScalarType::Float),
               "per-channel tensor must have the dtype of the input, or float32 beside a half type");
       tensor_ = as_contiguous(to_compute_type(*t));
+      values_ = data<T>(*tensor_);
     } else {
       std::fill(copy_.get(), copy_.get() + channels, fallback);
+      values_ = copy_.get();
     }
   }
-  const T* get() const { return tensor_ ? data<T>(*tensor_) : copy_.get(); }
-  T operator[](int64_t c) const { return get()[c]; }
+  const T* get() const { return values_; }
+  T operator[](int64_t c) const { return values_[c]; }
 
  private:
   OptTensor tensor_;
   Scratch<T> copy_;
+  const T* values_;  // torch's data_ptr() is a call of its own
 };
 
 inline void check_channels(const Tensor& x) {

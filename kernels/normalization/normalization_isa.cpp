@@ -66,20 +66,28 @@ struct Combine {
   }
 };
 
+// So many rows share the factors of a vector of channels.
+inline constexpr int64_t kRowsAtOnce = 8;
+
 template <class T, template <class, int64_t> class Step>
 void over_rows(const NormOperands<T>& o, const NormFactors<T>& f, T* out, int64_t first,
                int64_t count, int64_t channels) {
   with_activation(o.activation, [&](auto c) {
     using S = Step<T, c.code>;
     constexpr int64_t w = kLanes<T>;
-    const int64_t whole = channels / w * w;
-    for (int64_t row = 0; row < count; ++row) {
-      const int64_t at = first + row * channels;
-      for (int64_t k = 0; k < whole; k += w)
-        store(out + at + k, S::apply(o, typename S::Factors(o, f, PerLane{k, w}), at + k, w));
-      if (const int64_t n = channels - whole; n > 0)
-        store_n(out + at + whole,
-                S::apply(o, typename S::Factors(o, f, PerLane{whole, n}), at + whole, n), n);
+    for (int64_t row = 0; row < count; row += kRowsAtOnce) {
+      const int64_t rows = count - row < kRowsAtOnce ? count - row : kRowsAtOnce;
+      for (int64_t k = 0; k < channels; k += w) {
+        const int64_t n = channels - k < w ? channels - k : w;
+        const typename S::Factors factors(o, f, PerLane{k, n});
+        int64_t at = first + row * channels + k;
+        if (n == w)
+          for (int64_t r = 0; r < rows; ++r, at += channels)
+            store(out + at, S::apply(o, factors, at, w));
+        else
+          for (int64_t r = 0; r < rows; ++r, at += channels)
+            store_n(out + at, S::apply(o, factors, at, n), n);
+      }
     }
   });
 }

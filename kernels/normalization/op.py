@@ -14,6 +14,7 @@ from nnarch.kernels.activation.op import activation_grad, activation_op
 from . import checks, reference
 
 _GPU = "nnarch.kernels.normalization.triton_kernel"
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 # ------------------------------------------------------------------ affine and channel reductions
 
@@ -310,7 +311,14 @@ def _folded(
     return scale, torch.addcmul(bias, mean, scale, value=-1)
 
 
-@torch.no_grad()
+# In place, hence no declared operation: those change none of their arguments.
+_native_update = library.define_native(
+    "batch_norm_update(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor mean, "
+    "Tensor invstd, float momentum, float eps, int count) -> ()"
+)
+_HAS_UPDATE = "batch_norm_update" in library.native_op_names()
+
+
 def _update_running(
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -320,7 +328,39 @@ def _update_running(
     eps: float,
     count: int,
 ) -> None:
-    """Few operations: for a small batch their calls cost as much as the normalization."""
+    """Mix this batch's statistics into the running ones, in place."""
+    given = [s for s in (running_mean, running_var) if s is not None]
+    if _is_native(mean, given):
+        arguments = (running_mean, running_var, mean, invstd, momentum, eps, count)
+        with _BelowAutograd():
+            _native_update(*arguments)
+        torch._C._increment_version(given)  # what keeps something made of these looks at it
+    else:
+        _update_in_torch(running_mean, running_var, mean, invstd, momentum, eps, count)
+
+
+def _is_native(mean: Tensor, statistics: list[Tensor]) -> bool:
+    """Whether nothing but this thread's dispatch to the CPU will see the update."""
+    if not _HAS_UPDATE or torch.compiler.is_compiling():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    return mean.is_cpu and all(
+        type(s) is Tensor and s.dtype == mean.dtype and not s.requires_grad and not s.is_inference()
+        for s in statistics
+    )
+
+
+@torch.no_grad()
+def _update_in_torch(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    momentum: float,
+    eps: float,
+    count: int,
+) -> None:
     if running_mean is not None:
         running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
     if running_var is not None:

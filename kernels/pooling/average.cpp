@@ -16,11 +16,13 @@ void average_channels_last(const T* x, int64_t images, int64_t channels, const A
                            const Axis& w, T* y) {
   const auto& table = NNARCH_SELECT(pool_table<T>());
   const int64_t in = h.inputs * w.inputs * channels, out = h.outputs * w.outputs * channels;
+  const Traffic traffic = image_traffic(y, images, channels, h, w);
   over_rows<Denormals::flush>(images, h.outputs, ceil_div(std::max(in, out), h.outputs),
                               [&](int64_t n, int64_t from, int64_t to) {
                                 table.average_rows(x + n * in, channels, h, w, from, to,
-                                                   y + n * out);
-                              });
+                                                   y + n * out, traffic);
+                              },
+                              traffic.far);
 }
 
 bool all_equal(const int64_t* v, int64_t n) {
@@ -71,7 +73,7 @@ void average_contiguous(const T* x, int64_t images, int64_t channels, const Axis
   over_planes<Denormals::flush>(
       x, checked_product(images, channels), h, w, y, nullptr,
       [&](const T* image, int64_t lanes, int64_t from, int64_t to, T* out, int64_t*) {
-        table.average_rows(image, lanes, h, w, from, to, out);
+        table.average_rows(image, lanes, h, w, from, to, out, Traffic{});
       });
 }
 

@@ -19,11 +19,13 @@ void max_channels_last(const T* x, const Tensor& shape, const Axis& h, const Axi
   const auto& table = NNARCH_SELECT(pool_table<T>());
   const int64_t channels = shape.size(1);
   const int64_t in = h.inputs * w.inputs * channels, out = h.outputs * w.outputs * channels;
+  const Traffic traffic = image_traffic(y, shape.size(0), channels, h, w);
   over_rows<Denormals::keep>(shape.size(0), h.outputs, ceil_div(in, h.outputs),
                              [&](int64_t n, int64_t from, int64_t to) {
                                table.max_rows(x + n * in, channels, h, w, from, to, y + n * out,
-                                              indices ? indices + n * out : nullptr);
-                             });
+                                              indices ? indices + n * out : nullptr, traffic);
+                             },
+                             traffic.far);
 }
 
 template <class T>
@@ -54,7 +56,7 @@ void max_contiguous(const T* x, const Tensor& shape, const Axis& h, const Axis& 
   over_planes<Denormals::keep>(
       x, checked_product(shape.size(0), shape.size(1)), h, w, y, indices,
       [&](const T* image, int64_t lanes, int64_t from, int64_t to, T* out, int64_t* found) {
-        table.max_rows(image, lanes, h, w, from, to, out, found);
+        table.max_rows(image, lanes, h, w, from, to, out, found, Traffic{});
       });
 }
 

@@ -5,6 +5,7 @@
 
 #include "cpu/dense.h"
 #include "cpu/parallel.h"
+#include "cpu/streaming.h"
 #include "cpu/tensor.h"
 #include "pooling/cpu_kernels.h"
 
@@ -27,8 +28,8 @@ void pooling_tasks(int64_t tasks, const F& f) {
 // Calls f(first, last, from, to): output rows [from, to) of the units [first, last), which are
 // images or planes. Tasks take some rows of a large unit or all rows of some small ones.
 template <Denormals denormals, class F>
-void over_units(int64_t units, int64_t rows, int64_t elements_per_row, const F& f) {
-  constexpr int64_t task_elements = 65536;
+void over_units(int64_t units, int64_t rows, int64_t elements_per_row, const F& f,
+                int64_t task_elements = 65536) {
   if (units == 0 || rows == 0) return;
   const int64_t row = std::max<int64_t>(1, elements_per_row);
   const int64_t rows_per_task = std::clamp<int64_t>(task_elements / row, 1, rows);
@@ -43,11 +44,26 @@ void over_units(int64_t units, int64_t rows, int64_t elements_per_row, const F& 
 
 // The same with one unit at a time: f(unit, from, to).
 template <Denormals denormals, class F>
-void over_rows(int64_t units, int64_t rows, int64_t elements_per_row, const F& f) {
-  over_units<denormals>(units, rows, elements_per_row,
-                        [&](int64_t first, int64_t last, int64_t from, int64_t to) {
-                          for (int64_t unit = first; unit < last; ++unit) f(unit, from, to);
-                        });
+void over_rows(int64_t units, int64_t rows, int64_t elements_per_row, const F& f,
+               bool far = false) {
+  over_units<denormals>(
+      units, rows, elements_per_row,
+      [&](int64_t first, int64_t last, int64_t from, int64_t to) {
+        for (int64_t unit = first; unit < last; ++unit) f(unit, from, to);
+      },
+      far ? 1 << 19 : 65536);  // what was read ahead is lost where a task ends
+}
+
+// The longest rows that are worth reading ahead: eight of them stay in the second-level cache.
+inline constexpr int64_t kFarRowBytes = 1 << 16;
+
+// Of channels_last images.
+template <class T>
+Traffic image_traffic(const T* y, int64_t images, int64_t channels, const Axis& h, const Axis& w) {
+  const int64_t size = sizeof(T), in = h.inputs * w.inputs, out = h.outputs * w.outputs;
+  const bool far = images * channels * (in + out) * size >= kFarBytes;
+  return {far && w.inputs * channels * size <= kFarRowBytes,
+          outgrows_caches(y, images * out, channels)};
 }
 
 inline void check_images(const Tensor& x) {

@@ -56,14 +56,23 @@ struct PlaneBuffer {
   typename LaneIndex<T>::Type* positions;  // as `values`, or null where no indices are wanted
 };
 
+// Rows that are read at a time where x comes from memory.
+inline constexpr int64_t kFarRows = 4;
+
+// How an image passes through the caches (cpu/streaming.h).
+struct Traffic {
+  bool far = false;     // x comes from memory: its rows are read from end to end ahead of use
+  bool stream = false;  // y is written past the caches
+};
+
 template <class T>
 struct PoolTable {
   // Output rows [from, to) of an image [H][W][channels]. y and indices point to its output image;
   // indices may be null. Index -1 marks a window without any input.
   void (*max_rows)(const T* image, int64_t channels, const Axis& h, const Axis& w, int64_t from,
-                   int64_t to, T* y, int64_t* indices);
+                   int64_t to, T* y, int64_t* indices, const Traffic& traffic);
   void (*average_rows)(const T* image, int64_t channels, const Axis& h, const Axis& w, int64_t from,
-                       int64_t to, T* y);
+                       int64_t to, T* y, const Traffic& traffic);
   // The same for planes [H][W] that follow each other, and regular windows whose columns have
   // stride 1 or 2.
   void (*max_planes)(const T* x, int64_t planes, const Axis& h, const Axis& w, int64_t from,

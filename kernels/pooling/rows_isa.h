@@ -72,11 +72,45 @@ NNARCH_INLINE void over_channels(int64_t channels, const F& f) {
   for (; c < channels; c += w) f(Code<1>{}, c, channels - c < w ? channels - c : w);
 }
 
+// Reads the input rows of output rows from end to end before their windows do: windows meet the
+// cache lines of several rows and pixels in turn, an order that the hardware does not prefetch.
+template <class T>
+class ReadAhead {
+ public:
+  NNARCH_INLINE ReadAhead(const T* image, int64_t channels, const Axis& h, const Axis& w,
+                          int64_t from, bool far)
+      : image_(image), row_(w.inputs * channels), h_(h), next_(from == 0 ? 0 : h.end[from]) {
+    if (!far) next_ = h.inputs;
+  }
+
+  // Before the windows of output row `row`: the rows of the one that follows.
+  NNARCH_INLINE void before(int64_t row) {
+    const int64_t end = h_.end[row + 1 < h_.outputs ? row + 1 : row];
+    for (; next_ < end; next_ += kFarRows) read(next_);
+  }
+
+ private:
+  // kFarRows rows side by side: one stream alone reads 22 GB/s from memory, four read 24 to 28.
+  NNARCH_INLINE void read(int64_t first) const {
+    constexpr auto line = 64 / static_cast<int64_t>(sizeof(T));
+    const volatile T* rows[kFarRows];
+    for (int64_t r = 0; r < kFarRows; ++r)
+      rows[r] = image_ + (first + r < h_.inputs ? first + r : h_.inputs - 1) * row_;
+    for (int64_t i = 0; i < row_; i += line)
+      for (int64_t r = 0; r < kFarRows; ++r) (void)rows[r][i];
+  }
+
+  const T* image_;
+  int64_t row_;
+  const Axis& h_;
+  int64_t next_;
+};
+
 // All channels of one output pixel whose window has KH x KW taps, `row` and `column` elements
 // apart. There is at least one vector of channels: the last one overlaps its neighbour.
 template <class T, class Acc, int KH, int KW, int S>
 NNARCH_INLINE void reduce_pixel(const T* x, int64_t row, int64_t column, int64_t channels, T scale,
-                                typename Acc::Watch& watch, T* y) {
+                                typename Acc::Watch& watch, T* y, bool past_caches) {
   constexpr int64_t w = kLanes<T>;
   const Vec<T> factor = broadcast(scale);
   typename Acc::Watch seen;  // in a register
@@ -84,7 +118,10 @@ NNARCH_INLINE void reduce_pixel(const T* x, int64_t row, int64_t column, int64_t
     const T* p = x + c;
     const Vec<T> v = reduce<Acc, KH, KW, S>(
         seen, [&](int i, int j) NNARCH_INLINE_LAMBDA { return load(p + i * row + j * column); });
-    store(y + c, Acc::scaled(v, factor));
+    if (past_caches)
+      stream(y + c, Acc::scaled(v, factor));
+    else
+      store(y + c, Acc::scaled(v, factor));
   };
   int64_t c = 0;
   for (; c + w <= channels; c += w) vector_at(c);
@@ -99,7 +136,8 @@ NNARCH_INLINE int64_t taps(int64_t start, int64_t end, int64_t step) {
 // `news`: rows and columns of taps that no later window has, 0 where that is not known.
 template <class T, class Acc>
 NNARCH_INLINE void reduce_window(const T* image, int64_t channels, const Window& window,
-                                 int64_t news, T scale, typename Acc::Watch& watch, T* y) {
+                                 int64_t news, T scale, typename Acc::Watch& watch, T* y,
+                                 bool past_caches) {
   if (channels >= kLanes<T>) {
     const int64_t rows = taps(window.top, window.bottom, window.row_step);
     const int64_t columns = taps(window.left, window.right, window.column_step);
@@ -107,14 +145,14 @@ NNARCH_INLINE void reduce_window(const T* image, int64_t channels, const Window&
     const int64_t row = window.row_step * window.width * channels;
     const int64_t column = window.column_step * channels;
     if (rows == 3 && columns == 3 && news == 2)
-      return reduce_pixel<T, Acc, 3, 3, 2>(x, row, column, channels, scale, watch, y);
+      return reduce_pixel<T, Acc, 3, 3, 2>(x, row, column, channels, scale, watch, y, past_caches);
     if (rows == 3 && columns == 3 && news == 1)
-      return reduce_pixel<T, Acc, 3, 3, 1>(x, row, column, channels, scale, watch, y);
+      return reduce_pixel<T, Acc, 3, 3, 1>(x, row, column, channels, scale, watch, y, past_caches);
     const bool done = with_taps(rows, [&](auto kh) NNARCH_INLINE_LAMBDA {
       return with_taps(columns, [&](auto kw) NNARCH_INLINE_LAMBDA {
         constexpr int KH = decltype(kh)::is, KW = decltype(kw)::is;
         if constexpr (KH * KW > 0)
-          reduce_pixel<T, Acc, KH, KW, 3>(x, row, column, channels, scale, watch, y);
+          reduce_pixel<T, Acc, KH, KW, 3>(x, row, column, channels, scale, watch, y, past_caches);
         return KH * KW > 0;
       });
     });
@@ -127,28 +165,32 @@ NNARCH_INLINE void reduce_window(const T* image, int64_t channels, const Window&
 
 template <class T, class Acc>
 NNARCH_INLINE bool max_rows_as(const T* image, int64_t channels, const Axis& h, const Axis& w,
-                               int64_t from, int64_t to, T* y) {
+                               int64_t from, int64_t to, T* y, const Traffic& traffic) {
+  ReadAhead<T> ahead(image, channels, h, w, from, traffic.far);
   typename Acc::Watch watch;
   // Windows side by side that overlap: the last ones look at all of their taps.
   const int64_t news =
       h.kernel > 0 && w.kernel > 0 && h.step == 1 && w.step == 1 && h.stride == w.stride ? h.stride
                                                                                          : 0;
-  for (int64_t row = from; row < to; ++row)
+  for (int64_t row = from; row < to; ++row) {
+    ahead.before(row);
     for (int64_t column = 0; column < w.outputs; ++column) {
       const Window window(h, w, row, column);
       const bool last = row + 1 == to || column + 1 == w.outputs;
       reduce_window<T, Acc>(image, channels, window, last ? 0 : news, T{1}, watch,
-                            y + (row * w.outputs + column) * channels);
+                            y + (row * w.outputs + column) * channels, traffic.stream);
     }
+  }
+  if (traffic.stream) finish_streaming();
   return watch.any();
 }
 
 template <class T>
 void max_rows(const T* image, int64_t channels, const Axis& h, const Axis& w, int64_t from,
-              int64_t to, T* y, int64_t* indices) {
+              int64_t to, T* y, int64_t* indices, const Traffic& traffic) {
   if (!indices) {
-    if (max_rows_as<T, Maximum<T>>(image, channels, h, w, from, to, y))
-      max_rows_as<T, ExactMaximum<T>>(image, channels, h, w, from, to, y);
+    if (max_rows_as<T, Maximum<T>>(image, channels, h, w, from, to, y, traffic))
+      max_rows_as<T, ExactMaximum<T>>(image, channels, h, w, from, to, y, traffic);
     return;
   }
   for (int64_t row = from; row < to; ++row)
@@ -164,15 +206,19 @@ void max_rows(const T* image, int64_t channels, const Axis& h, const Axis& w, in
 
 template <class T>
 void average_rows(const T* image, int64_t channels, const Axis& h, const Axis& w, int64_t from,
-                  int64_t to, T* y) {
-  for (int64_t row = from; row < to; ++row)
+                  int64_t to, T* y, const Traffic& traffic) {
+  ReadAhead<T> ahead(image, channels, h, w, from, traffic.far);
+  for (int64_t row = from; row < to; ++row) {
+    ahead.before(row);
     for (int64_t column = 0; column < w.outputs; ++column) {
       const Window window(h, w, row, column);
       const int64_t at = (row * w.outputs + column) * channels;
       const T scale = T{1} / static_cast<T>(h.count[row] * w.count[column]);
       NoWatch watch;
-      reduce_window<T, Sum<T>>(image, channels, window, 0, scale, watch, y + at);
+      reduce_window<T, Sum<T>>(image, channels, window, 0, scale, watch, y + at, traffic.stream);
     }
+  }
+  if (traffic.stream) finish_streaming();
 }
 
 }  // namespace nnarch::NNARCH_ISA
