@@ -36,6 +36,16 @@ def _import_torchvision() -> None:
 _import_torchvision()
 
 
+@pytest.fixture
+def highest_precision():
+    """The direct kernels alone, which have to be as accurate as torch's."""
+    import nnarch
+
+    nnarch.set_precision("highest")
+    yield
+    nnarch.set_precision("high")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     """Every test draws the same random numbers, alone or in a full run."""
