@@ -273,9 +273,10 @@ inline void winograd_gemm(const GridImage<float>& image, int64_t m, const float*
   const WinogradWindows windows = input_windows(tiles, block.row, block.plane);
   const WinogradOutput output{y, view.columns, out, epilogue,
                               outgrows_caches<float>(y, image.positions(), out.column_step)};
-  constexpr int64_t few = 4, together = int64_t{8} << 20;  // blocks; bytes of V
+  constexpr int64_t few = 4, together = int64_t{8} << 20;  // blocks or panels; bytes of V
   const int64_t bytes = tiles.planes() * tiles.count() * block.row * int64_t{sizeof(float)};
-  if (tiles.count() < few * block.tiles || (!packed && bytes <= together))
+  const bool transform_late = !packed && output.panels() >= few && bytes <= together;
+  if (transform_late || ceil_div(tiles.count(), block.tiles) < few)
     return winograd_by_panels(tiles, block, windows, packed, view, output);
   if (packed) return winograd_by_blocks(tiles, block, windows, packed, output);
   Scratch<float> transformed(winograd_packed_size(view.columns, view.depth, m));
