@@ -1,0 +1,189 @@
+// One step of the matrix product's register tile: what a tile multiplies, where its rows lie, and
+// the multiplication itself. For gemm_tile_isa.h.
+#pragma once
+
+#include "cpu/epilogue_isa.h"
+#include "cpu/gemm.h"
+#include "cpu/simd.h"
+
+namespace nnarch::NNARCH_ISA {
+namespace {
+
+#if defined(NNARCH_ISA_avx512)
+constexpr int kRows = 14;  // 28 accumulators, 2 vectors of B, 1 broadcast: 31 of 32 registers
+#else
+constexpr int kRows = 6;  // 12 accumulators, 2 vectors of B, 1 broadcast: 15 of 16 registers
+#endif
+template <class T>
+constexpr int kColumns = 2 * kLanes<T>;
+template <class T>
+constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));  // elements of a cache line
+
+// What comes before in the source stays before, and what comes after stays after.
+template <class T, class V>
+NNARCH_INLINE void keep_order(T*& p, V& a, V& b) {
+#if defined(__x86_64__)
+  asm volatile("" : "+r"(p), "+v"(a), "+v"(b) : : "memory");
+#elif defined(__aarch64__)
+  asm volatile("" : "+r"(p), "+w"(a), "+w"(b) : : "memory");
+#endif
+}
+
+// The part of the sum that one pass over a block adds: taps [first, last), depth [from,
+// from+count).
+struct Chunk {
+  int64_t first_tap, last_tap;
+  int64_t from, count;
+  bool first, last;
+};
+
+// What the tiles of one chunk and one panel of columns have in common.
+template <class T>
+struct Panel {
+  const GemmBlock<T>& g;
+  const Chunk& chunk;
+  const T* b;        // the chunk's part of the panel
+  const T* next;     // that part of the panel that comes next, or null
+  T* c;              // the panel's first column
+  int64_t columns;   // of the panel: whole, or fewer at the end
+  bool add, stream;  // C is added to; C is written past the caches
+  bool plain;        // whole vectors, and nothing but a lower bound between sum and store:
+  T low;             // 0 or -infinity
+  bool meets_rows;   // reads its rows of A for the first time
+  Epilogue<T> epilogue;
+  alignas(kVectorBytes) T start[kColumns<T>];  // what sums begin with: the shift, or zeros
+
+  Panel(const GemmBlock<T>& block, const Chunk& part, int64_t column)
+      : g(block),
+        chunk(part),
+        b(block.b + column * block.taps * block.depth +
+          (part.first_tap * block.depth + part.from) * kColumns<T>),
+        next(nullptr),
+        c(block.c + column),
+        columns(block.n - column),
+        add(!part.first || block.accumulate),
+        stream(block.stream && part.first && part.last && !add && columns >= kColumns<T>),
+        epilogue(block.epilogue.from_channel(column)) {
+    const bool shifted = part.last && !add && epilogue.shift && !epilogue.scale;
+    for (int i = 0; i < kColumns<T>; ++i) start[i] = shifted ? epilogue.shift[i] : T{0};
+    if (shifted) epilogue.shift = nullptr;
+    const bool untouched = !epilogue.scale && !epilogue.shift && !epilogue.residual;
+    plain = whole() && !add && (!part.last || (untouched && epilogue.activation <= kRelu));
+    const bool relu = part.last && epilogue.activation == kRelu;
+    low = relu ? T{0} : -static_cast<T>(__builtin_huge_val());
+    meets_rows = column == 0;
+    const bool last_panel = column + kColumns<T> >= block.n;
+    const int64_t panel = block.taps * block.depth * kColumns<T>;
+    if (!last_panel) next = b + panel;
+    if (last_panel && block.b_after)
+      next = block.b_after + (b - block.b - column * block.taps * block.depth);
+  }
+
+  bool whole() const { return columns >= kColumns<T>; }
+};
+
+// What tiles of even rows read of it all, in registers as far as there are any.
+template <class T>
+struct EvenPanel {
+  const T* b;
+  const int64_t *first_tap, *last_tap;  // their offsets
+  int64_t count, a_step, c_step;
+  T low;
+  bool stream;
+};
+
+// Rows that lie `step` apart. Three pointers and two multiples of the step reach 14 rows with
+// the scales 1, 2, 4 and 8 of an address; one pointer a row would not fit the registers.
+template <class T>
+struct EvenRows {
+  const char *p0, *p5, *p10;
+  int64_t step, step3;
+
+  NNARCH_INLINE EvenRows(const T* a, int64_t elements)
+      : p0(reinterpret_cast<const char*>(a)), step(elements * int64_t{sizeof(T)}), step3(3 * step) {
+    p5 = p0 + 5 * step;
+    p10 = p5 + 5 * step;
+  }
+  template <int I>
+  NNARCH_INLINE T* row() const {
+    const char* at = p0;
+    if constexpr (I == 1 || I == 2 || I == 4 || I == 8) at = p0 + I * step;
+    if constexpr (I == 3 || I == 6 || I == 12) at = p0 + I / 3 * step3;
+    if constexpr (I == 5) at = p5;
+    if constexpr (I == 7 || I == 9 || I == 13) at = p5 + (I - 5) * step;
+    if constexpr (I == 11) at = p5 + 2 * step3;
+    if constexpr (I == 10) at = p10;
+    return reinterpret_cast<T*>(const_cast<char*>(at));
+  }
+  template <int I>
+  NNARCH_INLINE T value(int64_t) const {
+    return *row<I>();
+  }
+  // To the next column.
+  NNARCH_INLINE void next() {
+    p0 += sizeof(T), p5 += sizeof(T), p10 += sizeof(T);
+    pin();
+  }
+  // The compiler may not make a running pointer of its own for every row.
+  NNARCH_INLINE void pin() { asm("" : "+r"(p0), "+r"(p5), "+r"(p10)); }
+};
+
+// Rows of A that lie anywhere.
+template <class T, int MR>
+struct AnyRows {
+  const T* at[MR];
+
+  template <int I>
+  NNARCH_INLINE T value(int64_t k) const {
+    return at[I][k];
+  }
+  NNARCH_INLINE void next() {}
+};
+
+// The first of the two lines that every step brings into cache: evenly apart, or of listed rows.
+template <class T>
+struct EvenLines {
+  const T* at;
+  int64_t stride;
+  NNARCH_INLINE const T* next() {
+    const T* line = at;
+    at += stride;
+    return line;
+  }
+};
+template <class T>
+struct ListedLines {
+  const T* const* rows;
+  int64_t column;
+  NNARCH_INLINE const T* next() { return *rows++ + column; }
+};
+
+// left[I], right[I] += `count` products of row I with the panel's two vectors; with `Half`, with
+// the left one only. Meanwhile two lines a step come into cache, `second` elements
+// apart. (In one burst the same prefetches delay a tile by 50 cycles.)
+template <class T, bool Half, class Rows, class Lines, int... I>
+NNARCH_INLINE void multiply(Indices<I...>, Rows& rows, int64_t from, int64_t count, const T*& b,
+                            Lines line, int64_t second, Vec<T>* left, Vec<T>* right) {
+  constexpr int w = kLanes<T>;
+#pragma GCC unroll 4
+  for (int64_t k = from; k < from + count; ++k) {
+    const T* fetched = line.next();
+    __builtin_prefetch(fetched);
+    __builtin_prefetch(fetched + second);
+    Vec<T> b0 = load(b);
+    keep_in_register(b0);
+    if constexpr (Half) {
+      ((left[I] += broadcast(rows.template value<I>(k)) * b0), ...);
+    } else {
+      Vec<T> b1 = load(b + w);
+      keep_in_register(b1);
+      Vec<T> x;
+      ((x = broadcast(rows.template value<I>(k)), left[I] += x * b0, right[I] += x * b1), ...);
+    }
+    b += 2 * w;
+    rows.next();
+  }
+}
+
+}  // namespace
+}  // namespace nnarch::NNARCH_ISA
