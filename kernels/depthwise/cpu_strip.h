@@ -85,29 +85,9 @@ NNARCH_INLINE void write(T* p, const Steps& pixel, int64_t n, const Vec<T>* acc,
     (store_n(step<I>(p, pixel), acc[I], n), ...);
 }
 
-// Whole aligned vectors that should not displace what is in the caches.
-NNARCH_INLINE void store_past_caches(float* p, Vec<float> v) {
-#if defined(NNARCH_ISA_avx512)
-  _mm512_stream_ps(p, (__m512)v);
-#elif defined(NNARCH_ISA_avx2)
-  _mm256_stream_ps(p, (__m256)v);
-#else
-  store(p, v);
-#endif
-}
-NNARCH_INLINE void store_past_caches(double* p, Vec<double> v) {
-#if defined(NNARCH_ISA_avx512)
-  _mm512_stream_pd(p, (__m512d)v);
-#elif defined(NNARCH_ISA_avx2)
-  _mm256_stream_pd(p, (__m256d)v);
-#else
-  store(p, v);
-#endif
-}
-
 template <class T, int... I>
 NNARCH_INLINE void write_past_caches(T* p, const Steps& pixel, const Vec<T>* acc, Indices<I...>) {
-  (store_past_caches(step<I>(p, pixel), acc[I]), ...);
+  (stream(step<I>(p, pixel), acc[I]), ...);
 }
 
 // Scale, shift, residual and the activations that are a clamp; the others run over stored values.
@@ -125,7 +105,7 @@ NNARCH_INLINE void finish(const Strip<T>& a, int64_t k, int64_t row, Vec<T>* acc
   if (a.residual)
     add_residual(a.residual + row * a.residual_row + k, Steps(a.residual_pixel), n, acc, indices);
   if (e.activation == kRelu) {
-    ((acc[I] = Vec<T>{} > acc[I] ? Vec<T>{} : acc[I]), ...);  // NaN stays
+    ((acc[I] = at_least<T>(acc[I], Vec<T>{})), ...);
   } else if (e.activation == kRelu6) {
     const ClampBounds<T> bounds(e.activation);
     ((acc[I] = clamp<T>(acc[I], bounds.low, bounds.high)), ...);

@@ -283,9 +283,7 @@ template <class T>
 void run(const DepthwiseConv<T>& c, const DepthwisePlan& plan, const DepthwiseTask& task,
          const DepthwiseWork<T>& work) {
   Runner<T>(c, plan, task, work).run();
-#if defined(NNARCH_ISA_avx2) || defined(NNARCH_ISA_avx512)
-  if (plan.stream) _mm_sfence();
-#endif
+  if (plan.stream) finish_streaming();
 }
 
 }  // namespace

@@ -44,7 +44,7 @@ NNARCH_INLINE void finish(const Epilogue<T>& e, Vec<T> v, int64_t offset, int64_
   if (e.shift) v += broadcast(*e.shift);
   if (e.residual) v += load_n(e.residual + offset, n);
   if (e.activation == kRelu) {
-    v = Vec<T>{} > v ? Vec<T>{} : v;  // NaN stays
+    v = at_least<T>(v, Vec<T>{});
   } else if (e.activation == kRelu6) {
     const ClampBounds<T> bounds(e.activation);
     v = clamp<T>(v, bounds.low, bounds.high);

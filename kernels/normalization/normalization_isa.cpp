@@ -66,8 +66,10 @@ struct Combine {
   }
 };
 
-// So many rows share the factors of a vector of channels.
-inline constexpr int64_t kRowsAtOnce = 8;
+// So many rows share the factors of a vector of channels: 256 channels of 14×14 forward and
+// backward 165 to 153 µs. Rows of few channels are met in the order of memory, as images from there
+// like it.
+NNARCH_INLINE int64_t rows_at_once(int64_t channels) { return channels >= 128 ? 8 : 1; }
 
 template <class T, template <class, int64_t> class Step>
 void over_rows(const NormOperands<T>& o, const NormFactors<T>& f, T* out, int64_t first,
@@ -75,8 +77,9 @@ void over_rows(const NormOperands<T>& o, const NormFactors<T>& f, T* out, int64_
   with_activation(o.activation, [&](auto c) {
     using S = Step<T, c.code>;
     constexpr int64_t w = kLanes<T>;
-    for (int64_t row = 0; row < count; row += kRowsAtOnce) {
-      const int64_t rows = count - row < kRowsAtOnce ? count - row : kRowsAtOnce;
+    const int64_t most = rows_at_once(channels);
+    for (int64_t row = 0; row < count; row += most) {
+      const int64_t rows = count - row < most ? count - row : most;
       for (int64_t k = 0; k < channels; k += w) {
         const int64_t n = channels - k < w ? channels - k : w;
         const typename S::Factors factors(o, f, PerLane{k, n});

@@ -17,12 +17,12 @@ void average_channels_last(const T* x, int64_t images, int64_t channels, const A
   const auto& table = NNARCH_SELECT(pool_table<T>());
   const int64_t in = h.inputs * w.inputs * channels, out = h.outputs * w.outputs * channels;
   const Traffic traffic = image_traffic(y, images, channels, h, w);
-  over_rows<Denormals::flush>(images, h.outputs, ceil_div(std::max(in, out), h.outputs),
-                              [&](int64_t n, int64_t from, int64_t to) {
-                                table.average_rows(x + n * in, channels, h, w, from, to,
-                                                   y + n * out, traffic);
-                              },
-                              traffic.far);
+  over_rows<Denormals::flush>(
+      images, h.outputs, ceil_div(std::max(in, out), h.outputs),
+      [&](int64_t n, int64_t from, int64_t to) {
+        table.average_rows(x + n * in, channels, h, w, from, to, y + n * out, traffic);
+      },
+      traffic.far);
 }
 
 bool all_equal(const int64_t* v, int64_t n) {

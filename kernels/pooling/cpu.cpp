@@ -20,12 +20,13 @@ void max_channels_last(const T* x, const Tensor& shape, const Axis& h, const Axi
   const int64_t channels = shape.size(1);
   const int64_t in = h.inputs * w.inputs * channels, out = h.outputs * w.outputs * channels;
   const Traffic traffic = image_traffic(y, shape.size(0), channels, h, w);
-  over_rows<Denormals::keep>(shape.size(0), h.outputs, ceil_div(in, h.outputs),
-                             [&](int64_t n, int64_t from, int64_t to) {
-                               table.max_rows(x + n * in, channels, h, w, from, to, y + n * out,
-                                              indices ? indices + n * out : nullptr, traffic);
-                             },
-                             traffic.far);
+  over_rows<Denormals::keep>(
+      shape.size(0), h.outputs, ceil_div(in, h.outputs),
+      [&](int64_t n, int64_t from, int64_t to) {
+        table.max_rows(x + n * in, channels, h, w, from, to, y + n * out,
+                       indices ? indices + n * out : nullptr, traffic);
+      },
+      traffic.far);
 }
 
 template <class T>
