@@ -282,6 +282,8 @@ def conv2d_tile(
     check_conv("conv2d_tile", x, weight, steps, pads, gaps, groups)
     if library.native is None or weight.device.type != "cpu" or weight.dtype == torch.float64:
         return 0
+    if is_depthwise(x, weight, groups):
+        return 0
     numbers = (*x.shape, *weight.shape, *steps, *pads, *gaps, groups)
     return library.native.nnarch_conv2d_tile((ctypes.c_int64 * len(numbers))(*numbers))
 

@@ -76,6 +76,8 @@ class Conv2d(PackedWeightMixin, torch.nn.Conv2d):
             return 0
         if x is None:
             return None
+        if not isinstance(x, Tensor):
+            return 0
         size = x.shape if x.dim() == 4 else (1, *x.shape)
         padding = self.padding if self.padding_mode == "zeros" else 0
         return _tile(
@@ -91,7 +93,10 @@ def _tile(weight_size, dtype, input_size, padding, dilation, groups, precision) 
     """The tile for these sizes at this precision, asked once."""
     with _disable_current_modes():  # who records operations should not see this one
         weight = torch.empty(1, dtype=dtype).expand(weight_size)
-        return F.conv2d_tile(weight, input_size, 1, padding, dilation, groups)
+        try:
+            return F.conv2d_tile(weight, input_size, 1, padding, dilation, groups)
+        except (ValueError, TypeError):
+            return 0  # the convolution itself will say what is wrong
 
 
 class LazyConv2d(torch.nn.LazyConv2d):

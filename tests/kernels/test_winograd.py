@@ -277,6 +277,14 @@ def test_module_packs_for_each_kind_of_input():
     assert record.entries[0].algorithm == "implicit_gemm"
 
 
+def test_module_leaves_errors_to_the_convolution():
+    conv = nn.Conv2d(32, 48, 3).eval().requires_grad_(False)
+    with pytest.raises(ValueError, match="conv2d: weight has 32 input channels"):
+        conv(torch.randn(1, 16, 8, 8))
+    with pytest.raises(ValueError, match="conv2d: the kernel"):
+        conv(torch.randn(1, 32, 2, 2))
+
+
 def test_accelerated_model_follows_the_precision():
     model = torch.nn.Sequential(torch.nn.Conv2d(32, 32, 3, padding=1), torch.nn.ReLU()).eval()
     accelerated, x = nnarch.accelerate(model), torch.randn(1, 32, 28, 28)
