@@ -17,8 +17,8 @@ pytestmark = pytest.mark.skipif(
     library.native is None, reason="only the native kernels have Winograd"
 )
 
-# Against torch's direct kernel on the same input, whose error depends on the layout and the machine;
-# where it is nearly nothing, some units in the last place of the largest output are left.
+# Against torch's direct kernel on the same input, whose error depends on layout and machine; where
+# it is nearly nothing, some units in the last place of the largest output are left.
 TOLERANCE = {2: dict(factor=2, ulps=4), 4: dict(factor=3, ulps=16)}
 TOLERANCE |= {tile: dict(factor=12, ulps=128) for tile in (5, 6)}
 TILES = tuple(TOLERANCE)
