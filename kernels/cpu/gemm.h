@@ -1,5 +1,5 @@
 // The one matrix product under convolution, linear and their gradients: C = A·B by rows of A that
-// are reached through pointers.
+// are reached through pointers, or lie evenly in strips.
 //
 // A convolution is a sum over kernel taps of small matrix products whose A rows are input pixels:
 //     C[m, n] = Σ_tap Σ_k rows[tap][m][k] · B[tap·depth + k, n]
@@ -34,8 +34,8 @@ struct GemmBlock {
   int64_t depth = 0;
   // Packed B: panels of `nr` columns; panel j starts at b + j * taps * depth * nr.
   const T* b = nullptr;
-  const T* b_after =
-      nullptr;  // the panel that another block will read next, fetched ahead; or null
+  // The panel that another block will read next, fetched ahead; or null.
+  const T* b_after = nullptr;
   // Row m of the output starts at c + c_offset[m]; columns are dense.
   T* c = nullptr;
   const int64_t* c_offset = nullptr;
