@@ -55,7 +55,8 @@ def _conv2d_grad(name: str) -> list[tuple[Any, ...]]:
         grad = run("conv2d", x, weight, *[None] * 5, *geometry, 0, 0.0)
         by_x = (grad, weight, list(x.shape), *geometry)
         by_weight = (grad, x, list(weight.shape), *geometry)
-        samples.append(by_x if name == "conv2d_input_grad" else by_weight)
+        in_formats = [(*by_weight, channels_last) for channels_last in (False, True)]
+        samples += [by_x] if name == "conv2d_input_grad" else in_formats
     return samples
 
 

@@ -130,13 +130,14 @@ void weight_grad_group(const Tensor& grad, const Tensor& x, const ConvShape& p, 
 }
 
 template <class T>
-void weight_grad_groups(const Tensor& grad, const Tensor& x_in, const ConvShape& p, T* dw) {
+void weight_grad_groups(const Tensor& grad, const Tensor& x_in, const ConvShape& p,
+                        bool channels_last, T* dw) {
   const int64_t tile = weight_grad_tile<T>(p);
   const bool stem = stem_serves(p) && tile == 0;
   set_algorithm(stem ? "stem_weight_grad" : tile > 0 ? "winograd_weight_grad" : "weight_grad_gemm");
   const Tensor x = stem ? x_in : as_channels_last(x_in);
   const int64_t each = p.group_k() * p.taps() * p.group_c();
-  const bool in_place = p.taps() == 1;  // then sums have the order of dw
+  const bool in_place = channels_last || p.taps() == 1;  // then sums have the order of dw
   Scratch<T> sums(in_place ? 0 : each);
   for (int64_t g = 0; g < p.groups; ++g) {
     weight_grad_group<T>(grad, x, p, tile, g, in_place ? dw + g * each : sums.get());
@@ -146,17 +147,19 @@ void weight_grad_groups(const Tensor& grad, const Tensor& x_in, const ConvShape&
 
 Tensor conv2d_weight_grad(const Tensor& grad_in, const Tensor& x_in, const IntList& weight_size,
                           const IntList& stride, const IntList& padding, const IntList& dilation,
-                          int64_t groups) {
+                          int64_t groups, bool channels_last) {
   const ScalarType type = grad_in.scalar_type();
   require(x_in.scalar_type() == type, "conv2d_weight_grad: grad and x must have one dtype");
   const ConvShape p = conv_shape(sizes_of(x_in), weight_size, stride, padding, dilation, groups);
   require(sizes_of(grad_in) == p.output_size(),
           "conv2d_weight_grad: grad must have the shape of the output");
   const Tensor grad = as_channels_last(to_compute_type(grad_in));
-  const Tensor dw = new_contiguous(weight_size, grad.scalar_type());
+  const Tensor dw = channels_last ? new_channels_last(weight_size, grad.scalar_type())
+                                  : new_contiguous(weight_size, grad.scalar_type());
   with_scalar_type(grad.scalar_type(), "conv2d_weight_grad", [&](auto scalar) {
     using T = decltype(scalar);
-    if (dw.numel() > 0) weight_grad_groups<T>(grad, to_compute_type(x_in), p, mutable_data<T>(dw));
+    if (dw.numel() > 0)
+      weight_grad_groups<T>(grad, to_compute_type(x_in), p, channels_last, mutable_data<T>(dw));
   });
   return to_type(dw, type);
 }

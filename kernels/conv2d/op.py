@@ -69,7 +69,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad, y, scale, ctx.activation, ctx.alpha, (need_bias, need_shift, need_residual)
     )
     dx = input_grad(g.accumulator, weight, x.shape, *ctx.geometry) if need_x else None
-    dw = weight_grad(g.accumulator, x, weight.shape, *ctx.geometry) if need_weight else None
+    dw = _weight_grad_of(g.accumulator, x, weight, ctx.geometry) if need_weight else None
     return dx, dw, g.bias, None, g.shift, g.residual, *[None] * 7
 
 
@@ -92,7 +92,7 @@ def _check_input_grad(grad, weight, input_size, stride, padding, dilation, group
     _check_grad("conv2d_input_grad", grad, x, weight, stride, padding, dilation, groups)
 
 
-def _check_weight_grad(grad, x, weight_size, stride, padding, dilation, groups) -> None:
+def _check_weight_grad(grad, x, weight_size, stride, padding, dilation, groups, _=False) -> None:
     weight = grad.new_empty(1).expand(tuple(weight_size))
     _check_grad("conv2d_weight_grad", grad, x, weight, stride, padding, dilation, groups)
 
@@ -114,8 +114,12 @@ def _input_grad_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
     grad, weight = ctx.saved_tensors
     need_grad, need_weight = ctx.needs_input_grad[:2]
     d_grad = _plain(gg, weight, ctx.geometry) if need_grad else None
-    d_weight = weight_grad(grad, gg, weight.shape, *ctx.geometry) if need_weight else None
+    d_weight = _weight_grad_of(grad, gg, weight, ctx.geometry) if need_weight else None
     return d_grad, d_weight, *[None] * 5
+
+
+def _setup_weight_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _setup_bilinear(ctx, inputs[:7], output)
 
 
 def _weight_grad_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
@@ -123,7 +127,21 @@ def _weight_grad_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
     need_grad, need_x = ctx.needs_input_grad[:2]
     d_grad = _plain(x, gg, ctx.geometry) if need_grad else None
     d_x = input_grad(grad, gg, x.shape, *ctx.geometry) if need_x else None
-    return d_grad, d_x, *[None] * 5
+    return d_grad, d_x, *[None] * 6
+
+
+def _weight_grad_of(grad: Tensor, x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> Tensor:
+    """The gradient of `weight` in its memory format: autograd would copy any other."""
+    return weight_grad(grad, x, weight.shape, *geometry, _is_channels_last(weight))
+
+
+def _is_channels_last(t: Tensor) -> bool:
+    return not t.is_contiguous() and t.is_contiguous(memory_format=torch.channels_last)
+
+
+def _fake_weight_grad(grad, x, weight_size, stride, padding, dilation, groups, channels_last=False):
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return grad.new_empty(weight_size).contiguous(memory_format=memory_format)
 
 
 def _plain(x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> Tensor:
@@ -141,12 +159,13 @@ input_grad = library.declare(
 )
 
 weight_grad = library.declare(
-    f"conv2d_weight_grad(Tensor grad, Tensor x, int[] weight_size, {_GEOMETRY}) -> Tensor",
+    f"conv2d_weight_grad(Tensor grad, Tensor x, int[] weight_size, {_GEOMETRY}, "
+    "bool channels_last=False) -> Tensor",
     reference=reference.conv2d_weight_grad,
-    fake=lambda grad, x, weight_size, *_: grad.new_empty(weight_size),
+    fake=_fake_weight_grad,
     check=_check_weight_grad,
     gpu=f"{_GPU}:conv2d_weight_grad",
-    setup_context=_setup_bilinear,
+    setup_context=_setup_weight_grad,
     backward=_weight_grad_backward,
 )
 

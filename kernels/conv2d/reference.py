@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn import grad as transposed
@@ -58,10 +59,14 @@ def conv2d_weight_grad(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    channels_last: bool = False,
 ) -> Tensor:
     """The transpose of weight → conv2d(x, weight), applied to `grad`."""
     geometry: Any = (tuple(stride), 0, tuple(dilation), groups)
-    return transposed.conv2d_weight(_pad(x, padding), tuple(weight_size), grad, *geometry)
+    dw = transposed.conv2d_weight(_pad(x, padding), tuple(weight_size), grad, *geometry)
+    return dw.contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
 
 
 def conv2d_pack(weight: Tensor, groups: int, tile: int) -> Tensor:

@@ -230,6 +230,23 @@ def test_gradcheck(case):
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
+@pytest.mark.parametrize("precision", ["highest", "high"])
+@pytest.mark.parametrize(
+    "case", [Conv(2, 24, 9, 8, 20, padding=1), Conv(1, 3, 9, 9, 20, (5, 3))], ids=str
+)
+def test_weight_gradient_has_the_weights_format(case, precision):
+    """Autograd would copy any other; the bits are those of the contiguous one."""
+    nnarch.set_precision(precision)
+    t = case.tensors(torch.float32, torch.channels_last)
+    grads = {}
+    for memory_format in FORMATS:
+        weight = t["weight"].clone(memory_format=memory_format).requires_grad_()
+        case.ours(x=t["x"], weight=weight).square().sum().backward()
+        assert weight.grad is not None and weight.grad.is_contiguous(memory_format=memory_format)
+        grads[memory_format] = weight.grad
+    assert torch.equal(*grads.values())
+
+
 @pytest.mark.parametrize("wanted", ["x", "weight", "bias"])
 def test_gradient_of_one_input(wanted):
     case = Conv(1, 9, 5, 5, 4, padding=1)
