@@ -40,17 +40,8 @@ std::vector<Phase> phases(int64_t size, int64_t stride, int64_t pad, int64_t ker
 template <class T>
 void input_grad_phase(const T* grad, const Tensor& weight, T* dx, const ConvShape& p, int64_t group,
                       const Phase& rows, const Phase& columns) {
-  GridImage<T> image{.data = grad + group * p.group_k(),
-                     .h = p.oh,
-                     .w = p.ow,
-                     .pixel = p.k,
-                     .n = p.n,
-                     .grid_h = rows.count,
-                     .grid_w = columns.count,
-                     .step_y = 1,
-                     .step_x = 1,
-                     .taps = {},
-                     .depth = p.group_k()};
+  GridImage<T> image = grad_image(grad, p, group);
+  image.grid_h = rows.count, image.grid_w = columns.count;
   WeightView<T> view{.data = data<T>(weight) + group * p.group_k() * weight.stride(0),
                      .columns = p.group_c(),  // the channels of the input
                      .depth = p.group_k(),

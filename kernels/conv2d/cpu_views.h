@@ -55,7 +55,7 @@ GridImage<T> forward_image(const T* x, const ConvShape& p, int64_t group) {
   return image;
 }
 
-// The gradient of one group's outputs, as an image.
+// The gradient of one group's outputs, as an image; its grid is itself, without taps.
 template <class T>
 GridImage<T> grad_image(const T* grad, const ConvShape& p, int64_t group) {
   return {.data = grad + group * p.group_k(),

@@ -9,7 +9,7 @@ namespace nnarch {
 namespace {
 
 // Costs are in the time of one FMA on vectors, which is the yardstick on every instruction set. The
-// constants were fitted to 79 shapes under AVX2 and AVX-512; README.md says how well.
+// constants were fitted to 86 shapes under AVX2 and AVX-512; README.md says how well.
 constexpr double kDirect = 1.06;       // of an FMA in the direct product, with its overheads
 constexpr double kProduct = 1.08;      // of an FMA in the products between the transforms
 constexpr double kLeastRowTile = 4.5;  // of a step of the register tile, however few its rows are

@@ -55,7 +55,7 @@ void spread_channels(const float* const* pixels, int64_t channels, float* planes
                         [&](const float* p) { return load_n(p + c, channels - c); });
 }
 
-// finish(i, j, value) for every value of Matrix · planes · Matrixᵀ.
+// finish(i, line) for every row of Matrix · planes · Matrixᵀ.
 template <class Matrix, class Finish>
 NNARCH_INLINE void collect_tile(const float* planes, int64_t plane, const Finish& finish) {
   constexpr int from = Matrix::columns, to = Matrix::rows;
@@ -135,7 +135,7 @@ void weight_grad_channels(const float* planes, int64_t plane, int64_t channels, 
 }
 
 // In double: these values are rounded once and used in every product. Whole vectors are written at
-// once, because the planes lie a multiple of 4 KB apart and push each other's lines out of L1.
+// once: half a line to each of 36 planes, and the first would have left L1 before its other half.
 template <int M>
 void weight_panel(const float* packed, int64_t channels, float* planes, int64_t plane) {
   constexpr int t = M + 2;
@@ -170,7 +170,7 @@ constexpr int kRows = 14;
 constexpr int kRows = 6;
 #endif
 
-// A longer chain of additions loses accuracy: at 1024 channels, parts of 256 have half the error.
+// A longer chain of additions loses accuracy: one of 1024 has three times the error of its parts.
 constexpr int64_t kChain = 128;
 
 // c = or += the accumulators, whose indices are constants everywhere, or they would be in memory.

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_cases import check_under_isa
 from tolerances import assert_as_accurate
 from torch import Tensor
 
@@ -315,20 +312,4 @@ def _quick_check() -> None:
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    script = (
-        "import sys, torch, test_depthwise\n"
-        "from nnarch.backends import isa\n"
-        "if isa() != sys.argv[1]: sys.exit(77)\n"
-        "torch.manual_seed(0)\n"
-        "test_depthwise._quick_check()\n"
-    )
-    here = Path(__file__).parent
-    path = os.pathsep.join(map(str, (here, here.parent, os.environ.get("PYTHONPATH", ""))))
-    run = subprocess.run(
-        [sys.executable, "-c", script, isa],
-        env={**os.environ, "NNARCH_ISA": isa, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    if run.returncode == 77 or "this CPU lacks it" in run.stderr:
-        pytest.skip(f"this CPU lacks {isa}")
-    assert run.returncode == 0, run.stderr
+    check_under_isa(isa, "test_depthwise", "_quick_check")

@@ -3,17 +3,13 @@ sets."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from kernel_cases import (
     DTYPES,
     FORMATS,
     VIEWS,
+    check_under_isa,
     equal_to_torch,
     name_of,
     needs_poison,
@@ -132,23 +128,7 @@ def _against_reference() -> None:
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    script = (
-        "import sys, torch, test_pooling_memory\n"
-        "from nnarch.backends import isa\n"
-        "if isa() != sys.argv[1]: sys.exit(77)\n"
-        "torch.manual_seed(0)\n"
-        "test_pooling_memory._against_reference()\n"
-    )
-    here = Path(__file__).parent
-    path = os.pathsep.join(map(str, (here, here.parent, os.environ.get("PYTHONPATH", ""))))
-    run = subprocess.run(
-        [sys.executable, "-c", script, isa],
-        env={**os.environ, "NNARCH_ISA": isa, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    if run.returncode == 77 or "this CPU lacks it" in run.stderr:
-        pytest.skip(f"this CPU lacks {isa}")
-    assert run.returncode == 0, run.stderr
+    check_under_isa(isa, "test_pooling_memory", "_against_reference")
 
 
 def test_images_that_leave_the_caches():
