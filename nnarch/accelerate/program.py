@@ -185,7 +185,7 @@ class _Recorder(TorchDispatchMode):
     def _step(self, func: Any, args: Any, kwargs: Any, result: Any) -> _Step:
         step = _Step()
         values = positional(func, args, kwargs)
-        outputs = list(result) if isinstance(result, (tuple, list)) else [result]
+        outputs: list[Any] = list(result) if isinstance(result, (tuple, list)) else [result]
         if not all(isinstance(tensor, Tensor) for tensor in outputs):
             raise _Unknown
         if func.namespace == library.NAMESPACE:
@@ -194,10 +194,10 @@ class _Recorder(TorchDispatchMode):
                 raise _Unknown
             step.code = [library.native_op_names().index(op.name)]
             self._add_arguments(step, func, values)
-        elif func in _VIEWS and result.data_ptr() == args[0].data_ptr():
-            step.code = [_VIEW, self._read(step, values[0]), *_ints(result.shape)]
+        elif func in _VIEWS and outputs[0].data_ptr() == args[0].data_ptr():
+            step.code = [_VIEW, self._read(step, values[0]), *_ints(outputs[0].shape)]
             step.counts_outputs = False
-        elif func is _aten.add.Tensor and result.is_floating_point():
+        elif func is _aten.add.Tensor and outputs[0].is_floating_point():
             step.code = [_ADD]
             for operand in values[:2]:
                 self._add_tensor(step, operand)
