@@ -183,8 +183,8 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _step(self, func: Any, args: Any, kwargs: Any, result: Any) -> _Step:
-        step = _Step()
         values = positional(func, args, kwargs)
+        step = _Step(values)
         outputs: list[Any] = list(result) if isinstance(result, (tuple, list)) else [result]
         if not all(isinstance(tensor, Tensor) for tensor in outputs):
             raise _Unknown
@@ -231,14 +231,14 @@ class _Recorder(TorchDispatchMode):
             step.code += [_INT, int(value)]
         elif name == "FloatType":
             step.code += [_DOUBLE, *_double(value)]
-        elif isinstance(value, torch.memory_format):
-            step.code += [_MEMORY_FORMAT, _MEMORY_FORMATS.index(value)]
         elif name == "ListType" and all(type(v) is int for v in value):
             step.code += [_INTS, *_ints(value)]
         elif name == "ListType" and all(isinstance(v, Tensor) for v in value):
             step.code += [_TENSORS, len(value)]
             for tensor in value:
                 self._add_tensor(step, tensor)
+        elif value in _MEMORY_FORMATS:
+            step.code += [_MEMORY_FORMAT, _MEMORY_FORMATS.index(value)]
         else:
             raise _Unknown
 
@@ -247,6 +247,8 @@ class _Recorder(TorchDispatchMode):
             step.code += [_VALUE, self._read(step, value)]
             return
         if isinstance(value, (int, float)):  # x * 2: torch takes the number as a tensor
+            if not step.weighs_more_than_numbers:
+                raise _Unknown
             value = torch.tensor(value, dtype=torch.float64)
             self._numbers.add(id(value))
         step.code += [_CONSTANT, len(self._constants)]
@@ -288,13 +290,18 @@ class _Step:
         read: the values it reads.
         outputs: the values it makes.
         counts_outputs: whether their number is written; it is one for some operations.
+        weighs_more_than_numbers: whether an argument decides the dtype of the result, so that a
+            number may stand there as a tensor of float64.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, values: Sequence[Any]) -> None:
         self.code: list[int] = []
         self.read: list[int] = []
         self.outputs: list[int] = []
         self.counts_outputs = True
+        self.weighs_more_than_numbers = any(
+            isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 0 for v in values
+        )
 
 
 def _ints(values: Sequence[int]) -> list[int]:

@@ -198,6 +198,7 @@ def _leaves(outputs):
         lambda x: torch.clamp(x, max=0.5),  # the dispatcher's interface takes no such number
         lambda x: x[x > 0].sum(),  # sizes that follow from values
         lambda x: x * torch.nonzero(x).size(0),
+        lambda x: (x > 0).long() * 2,  # as a tensor the number would decide the dtype
     ],
 )
 def test_unknown_operations_stay_with_the_graph(x, function):
