@@ -91,20 +91,27 @@ def conv(
 ) -> Case:
     """A convolution of `channels` x `size` x `size` with bias, padded to keep the size."""
     depthwise = groups == channels > 1
+    grouped = groups > 1 and not depthwise
     step = f"s{stride}" if stride > 1 else ""
     window = f"{kernel}×{kernel} {step}".strip()
     backward = options.get("backward", False)
     widths = f"{channels}" if depthwise and channels == filters else f"{channels}→{filters}"
     kind = "dw" if depthwise else "conv"
     return Case(
-        name=f"{kind}{kernel}x{kernel}{step}_{channels}_{filters}_h{size}_n{batch}"
+        name=f"{kind}{kernel}x{kernel}{step}_{channels}_{filters}"
+        + f"_g{groups}" * grouped
+        + f"_h{size}_n{batch}"
         + "_fb" * backward,
         group=group,
         layer=lambda nn: nn.Conv2d(
             channels, filters, kernel, stride=stride, padding=kernel // 2, groups=groups
         ),
         shape=(batch, channels, size, size),
-        label="dw " * depthwise + f"{window} {widths} @{size} N{batch}" + " fwd+bwd" * backward,
+        label="dw " * depthwise
+        + f"{window} {widths}"
+        + f" g{groups}" * grouped
+        + f" @{size} N{batch}"
+        + " fwd+bwd" * backward,
         **options,
     )
 
@@ -131,6 +138,9 @@ def convolutions() -> Iterable[Case]:
             yield conv("conv3x3 stride 2", c, k, 3, size, n, stride=2, quick=short)
         yield conv("stem", 3, 64, 7, 224, n, stride=2, quick=n == 8)
         yield conv("stem", 3, 32, 3, 224, n, stride=2)
+        for c, size in ((128, 56), (256, 28), (512, 14), (1024, 7)):  # ResNeXt
+            yield conv("conv grouped", c, c, 3, size, n, groups=32)
+        yield conv("conv grouped", 96, 256, 5, 27, n, groups=2)  # AlexNet
         yield conv("conv large kernel", 64, 192, 5, 27, n)
         yield conv("conv large kernel", 32, 96, 5, 28, n)
         yield conv("conv large kernel", 3, 64, 11, 224, n, stride=4)
