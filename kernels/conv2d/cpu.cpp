@@ -41,6 +41,12 @@ Tensor pack_groups(const Tensor& weight, const ConvShape& p, int64_t tile) {
   return packed;
 }
 
+// Whether an output may be NCHW; others are converted afterwards.
+template <class T>
+bool writes_planes(const ConvShape& p) {
+  return stem_serves(p) || has_narrow_groups<T>(p);
+}
+
 // How a weight that is packed for this convolution should be packed.
 template <class T>
 int64_t forward_tile(const ConvShape& p, bool packed) {
@@ -67,7 +73,8 @@ void forward(const Tensor& x, const Tensor& weight, const T* packed, int64_t til
   if (stem_serves(p) && tile == 0) {
     set_algorithm("stem");
     const OptTensor own = packed ? std::nullopt : OptTensor(pack_groups<T>(weight, p, 0));
-    return stem_forward<T>(x, own ? data<T>(*own) : packed, mutable_data<T>(y), p, epilogue);
+    return stem_forward<T>(x, own ? data<T>(*own) : packed, mutable_data<T>(y), is_planar(y), p,
+                           epilogue);
   }
   if (tile == 0 && has_narrow_groups<T>(p)) {
     set_algorithm("narrow_groups");
@@ -124,7 +131,7 @@ Tensor conv2d(const Tensor& x_in, const Tensor& weight_in, const OptTensor& bias
   with_scalar_type(x.scalar_type(), "conv2d", [&](auto scalar) {
     using T = decltype(scalar);
     const int64_t tile = packed_in ? tile_of<T>(*packed_in, p) : forward_tile<T>(p, false);
-    const bool planar = tile == 0 && has_narrow_groups<T>(p) && !res && is_planar(x_in);
+    const bool planar = tile == 0 && writes_planes<T>(p) && !res && is_planar(x_in);
     y = planar ? new_contiguous(p.output_size(), x.scalar_type())
                : new_channels_last(p.output_size(), x.scalar_type());
     const FoldedEpilogue<T> epilogue({b, sc, sh, res, activation, alpha}, p.k);

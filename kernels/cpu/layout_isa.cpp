@@ -42,8 +42,35 @@ NNARCH_INLINE void transpose_tile(const T* src, int64_t ss, T* dst, int64_t ds) 
     for (int j = 0; j < kTile<T>; ++j) dst[j * ds + i] = src[i * ss + j];
 }
 
+// Vector PART of the interleaved vectors a, b and c: a0 b0 c0 a1 b1 c1 …
+template <int PART, class V, int... I>
+NNARCH_INLINE V interleaved(V a, V b, V c, Indices<I...>) {
+  constexpr int lanes = sizeof...(I), at = PART * lanes;
+  const V ab =
+      __builtin_shufflevector(a, b, ((at + I) % 3 == 1 ? lanes + (at + I) / 3 : (at + I) / 3)...);
+  return __builtin_shufflevector(ab, c, ((at + I) % 3 == 2 ? lanes + (at + I) / 3 : I)...);
+}
+
+// Three planes to pixels, as a photograph comes: stored one by one, its values took half as long
+// as the first convolution of a MobileNet.
+template <class T>
+void interleave_three(const T* src, int64_t ss, T* dst, int64_t pixels) {
+  constexpr int lanes = kLanes<T>;
+  constexpr MakeIndices<lanes> all;
+  int64_t i = 0;
+  for (; i + lanes <= pixels; i += lanes, dst += 3 * lanes) {
+    const Vec<T> a = load(src + i), b = load(src + ss + i), c = load(src + 2 * ss + i);
+    store(dst, interleaved<0>(a, b, c, all));
+    store(dst + lanes, interleaved<1>(a, b, c, all));
+    store(dst + 2 * lanes, interleaved<2>(a, b, c, all));
+  }
+  for (; i < pixels; ++i, dst += 3)
+    for (int j = 0; j < 3; ++j) dst[j] = src[j * ss + i];
+}
+
 template <class T>
 void transpose(const T* src, int64_t ss, T* dst, int64_t ds, int64_t rows, int64_t columns) {
+  if (rows == 3 && ds == 3) return interleave_three(src, ss, dst, columns);
   constexpr int64_t t = kTile<T>;
   const int64_t full_rows = rows / t * t, full_columns = columns / t * t;
   // Destination rows stay open for a strip of source rows, so that its lines are written whole.
