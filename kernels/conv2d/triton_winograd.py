@@ -73,9 +73,7 @@ def _convolve(x, weight, y, pads, groups: int, epilogue, tile: int, rotated: boo
         tiles_hw = cdiv(y.shape[2], tile), cdiv(y.shape[3], tile)
         v = transformed_image(x, wino.input, tile, pads, tiles_hw)
         products = v.new_empty((*v.shape[:2], y.shape[1]))
-        multiply(
-            _by_group(v, groups), _by_group(u, groups), _by_group(products, groups)
-        )
+        multiply(_by_group(v, groups), _by_group(u, groups), _by_group(products, groups))
         write_outputs(products, y, epilogue, wino, tiles_hw)
 
 

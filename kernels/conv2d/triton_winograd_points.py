@@ -70,7 +70,7 @@ def _polynomial(points: tuple[float, ...], skipped: int) -> tuple[float, ...]:
 
 
 def _powers(points: tuple[float, ...], count: int, scaled: bool) -> Matrix:
-    """1, p, p², … of each point; at infinity the last alone. `scaled`: over Π (p − other points)."""
+    """1, p, p², … of each point (`scaled`: over Π (p − others)); at infinity the last alone."""
     rows = []
     for i, point in enumerate(points):
         scale = 1.0
@@ -94,14 +94,8 @@ def _row(values, first: tl.constexpr, step: tl.constexpr, ROW: tl.constexpr):
     for j in tl.static_range(len(ROW)):
         if ROW[j] != 0:
             value = values[first + j * step]
-            if ROW[j] == 1:
-                term = value
-            else:
-                term = value * ROW[j]
-            if total is None:
-                total = term
-            else:
-                total = total + term
+            term = value if ROW[j] == 1 else value * ROW[j]
+            total = term if total is None else total + term
     return total
 
 
@@ -146,8 +140,6 @@ def square(x_ptr, offset, outside, stride_xh, stride_xw, SIZE: tl.constexpr):
     for i in tl.static_range(SIZE):
         for j in tl.static_range(SIZE):
             mask = (outside & ((1 << i) | (256 << j))) == 0
-            pixel = tl.load(
-                x_ptr + (i * stride_xh + j * stride_xw) + offset, mask=mask, other=0.0
-            )
+            pixel = tl.load(x_ptr + (i * stride_xh + j * stride_xw) + offset, mask=mask, other=0.0)
             pixels = pixels + (pixel.to(tl.float32),)
     return pixels

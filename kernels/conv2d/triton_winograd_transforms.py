@@ -29,31 +29,31 @@ def _winograd_weight_kernel(
     R_GROUP,
     O_GROUP,
     O,  # noqa: E741
+    first_tap,
     stride_wg,
     stride_wr,
     stride_wo,
     stride_wh,
     stride_ww,
-    ROTATED: tl.constexpr,
+    INT64: tl.constexpr,
     MATRIX: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr,
 ):
-    # One program: BLOCK_R by BLOCK_O filters. A weight of 2³¹ elements would have a transformed
-    # copy of 14 GB, which the choice of algorithm refuses: offsets into the weight are 32 bits.
+    # One program: BLOCK_R by BLOCK_O filters.
     tiles_o = tl.cdiv(O, BLOCK_O)
     pid = tl.program_id(0)
     r = pid // tiles_o * BLOCK_R + tl.arange(0, BLOCK_R)
     o = pid % tiles_o * BLOCK_O + tl.arange(0, BLOCK_O)
     inside = (r < R_GROUP)[:, None] & (o < O)[None, :]
-    w_ptr += (r * stride_wr)[:, None]
+    if INT64:
+        r, o = r.to(tl.int64), o.to(tl.int64)
+    w_ptr += first_tap + (r * stride_wr)[:, None]
     w_ptr += (o // O_GROUP * stride_wg + o % O_GROUP * stride_wo)[None, :]
     taps = ()
     for i in tl.static_range(3):
         for j in tl.static_range(3):
-            a: tl.constexpr = 2 - i if ROTATED else i
-            b: tl.constexpr = 2 - j if ROTATED else j
-            tap = tl.load(w_ptr + a * stride_wh + b * stride_ww, mask=inside, other=0.0)
+            tap = tl.load(w_ptr + (i * stride_wh + j * stride_ww), mask=inside, other=0.0)
             taps = taps + (tap.to(tl.float32),)
     result = transform(taps, MATRIX)
     u_ptr += r[:, None] * O + o[None, :]
@@ -72,16 +72,19 @@ def transformed_weight(weight: torch.Tensor, groups: int, rotated: bool, wino: W
         wino: the matrices.
     """
     k, c_group, _, _ = weight.shape
-    strides = named_strides("w", "orhw", weight)
+    strides = named_strides("w", "orhw", weight) | {"first_tap": 0}
     sizes = {"R_GROUP": c_group, "O_GROUP": k // groups, "O": k}
-    if rotated:
+    if rotated:  # the last tap is the first, and strides run backwards
         strides = named_strides("w", "rohw", weight)
+        row, column = strides["stride_wh"], strides["stride_ww"]
+        strides |= {"first_tap": 2 * (row + column), "stride_wh": -row, "stride_ww": -column}
         sizes = {"R_GROUP": k // groups, "O_GROUP": c_group, "O": c_group * groups}
     points = wino.size**2
     u = weight.new_empty((points, sizes["R_GROUP"], sizes["O"]), dtype=torch.float32)
     chosen = tile(BLOCK_R=8, BLOCK_O=32)
     arguments = {
-        **{"w_ptr": weight, "u_ptr": u, "ROTATED": rotated, "MATRIX": wino.weight},
+        **{"w_ptr": weight, "u_ptr": u, "MATRIX": wino.weight},
+        "INT64": needs_int64(weight, u[0]),
         **sizes,
         **strides,
         "stride_wg": weight.stride(0) * (k // groups),
