@@ -21,7 +21,7 @@ from nnarch.precision import get_precision
 
 # The share of multiply-adds among the instructions of each product's loop, compiled for sm_90: the
 # most of the peak that it can reach. The direct one is the 64×64×16 tile of MATMUL_TILES["ieee"].
-_DIRECT, _FUSED, _PRODUCTS = 0.72, 0.70, 0.80
+_DIRECT, _DIRECT_WEIGHT_GRAD, _FUSED, _PRODUCTS = 0.72, 0.64, 0.70, 0.80
 _STREAMED = 0.8  # of the bandwidth, by the transforms: an assumption
 _LAUNCH = 3e-6  # seconds between dependent kernels: an assumption
 _LEAST_GAIN = 1.25
@@ -89,12 +89,12 @@ def _whole(value: int, block: int) -> int:
     return cdiv(value, block) * block
 
 
-def direct_seconds(work: Work, target: Target) -> float:
-    """Of the implicit product, whose reduction is split where there are few pixels."""
+def direct_seconds(work: Work, target: Target, share: float = _DIRECT) -> float:
+    """Of the implicit product, or of a gradient. Its reduction is split: no wave is short."""
     rows, columns = _whole(work.pixels, 32), _whole(work.columns, 32)
     products = work.groups * rows * columns * 9 * _whole(work.depth, 16)
     moved = work.image_values + 9 * work.groups * work.depth * work.columns
-    return max(_math(products, _DIRECT, target), _memory(moved, target)) + _LAUNCH
+    return max(_math(products, share, target), _memory(moved, target)) + _LAUNCH
 
 
 def _weight_seconds(work: Work, m: int, target: Target) -> float:
@@ -153,7 +153,8 @@ def transforms_weight_grad(work: Work, target: Target) -> bool:
     """Whether the gradient of the weight goes by Winograd's algorithm."""
     if work.transformed_values(4) > _MOST_WORKSPACE or work.weight_values(4) > _MOST_WEIGHT:
         return False
-    return weight_grad_seconds(work, target) * _LEAST_GAIN < direct_seconds(work, target)
+    direct = direct_seconds(work, target, _DIRECT_WEIGHT_GRAD)
+    return weight_grad_seconds(work, target) * _LEAST_GAIN < direct
 
 
 def may_transform(
