@@ -66,15 +66,13 @@ def _convolve(x, weight, y, pads, groups: int, epilogue, tile: int, rotated: boo
     wino = winograd(tile)
     with device_guard(x):
         u = transformed_weight(weight, groups, rotated, wino)
-        x = channels_innermost(x, u.shape[1])
+        x = channels_innermost(x, x.shape[1] // groups)
         if tile == 2:
             fused(x, u, y, pads, groups, epilogue)
             return
         tiles_hw = cdiv(y.shape[2], tile), cdiv(y.shape[3], tile)
-        v = transformed_image(x, wino.input, tile, pads, tiles_hw)
-        products = v.new_empty((*v.shape[:2], y.shape[1]))
-        multiply(_by_group(v, groups), _by_group(u, groups), _by_group(products, groups))
-        write_outputs(products, y, epilogue, wino, tiles_hw)
+        v = transformed_image(x, groups, wino.input, tile, pads, tiles_hw)
+        write_outputs(multiply(v, u), y, epilogue, wino, tiles_hw)
 
 
 def winograd_weight_grad(
@@ -98,12 +96,6 @@ def winograd_weight_grad(
     with device_guard(grad):
         grad = channels_innermost(grad, dw.shape[0] // groups)
         x = channels_innermost(x, dw.shape[1])
-        g = transformed_image(grad, wino.grad, 4, (0, 0), tiles_hw)
-        v = transformed_image(x, wino.input, 4, padding[:2], tiles_hw)
-        sums = multiply_in_parts(_by_group(g, groups).transpose(2, 3), _by_group(v, groups))
-        write_weight_grad(sums.flatten(2, 3), dw, wino)
-
-
-def _by_group(t: torch.Tensor, groups: int) -> torch.Tensor:
-    """[points, a, groups·b] as [points, groups, a, b]."""
-    return t.unflatten(2, (groups, -1)).transpose(1, 2)
+        g = transformed_image(grad, groups, wino.grad, 4, (0, 0), tiles_hw)
+        v = transformed_image(x, groups, wino.input, 4, padding[:2], tiles_hw)
+        write_weight_grad(multiply_in_parts(g.transpose(2, 3), v), dw, wino)

@@ -52,7 +52,7 @@ def _coefficients(ROW: tl.constexpr, index):
 @triton.jit
 def _winograd_fused_kernel(
     x_ptr,  # [N, C, H, W], any strides
-    u_ptr,  # [16, C_GROUP, K] float32, contiguous: the transformed weight
+    u_ptr,  # [16, groups, C_STORED, K_STORED] float32, contiguous: the transformed weight
     y_ptr,  # [N, K, OH, OW], any strides
     bias_ptr,  # [K] each, or None
     scale_ptr,
@@ -68,6 +68,8 @@ def _winograd_fused_kernel(
     OW,
     C_GROUP,
     K_GROUP,
+    C_STORED,  # channels in u, rounded up to 16
+    K_STORED,
     groups,
     stride_xn,
     stride_xc,
@@ -100,18 +102,16 @@ def _winograd_fused_kernel(
     t_inside = t < TILES
     n, h, w = t // (TILES_H * TILES_W), t // TILES_W % TILES_H * 2, t % TILES_W * 2
     k = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k_inside = k < K_GROUP
+    u_mask = (k < K_STORED)[None, None, :]
     lane = tl.arange(0, BLOCK_K)
     point = tl.arange(0, 16)
     if INT64:
         n, h, k, lane = n.to(tl.int64), h.to(tl.int64), k.to(tl.int64), lane.to(tl.int64)
         group = group.to(tl.int64)
     x_ptr += group * C_GROUP * stride_xc
-    K = K_GROUP * groups
-    u_ptr += group * K_GROUP
     if INT64:
         point = point.to(tl.int64)
-    u_row = point[:, None, None] * (C_GROUP * K) + k[None, None, :]
+    u_row = (point * groups + group)[:, None, None] * (C_STORED * K_STORED) + k[None, None, :]
 
     # From here on a step is described by two numbers a thread: where its pixels start, and which of
     # them exist. What the next step needs is on its way while this one multiplies.
@@ -123,8 +123,7 @@ def _winograd_fused_kernel(
     acc = tl.zeros((16, BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, C_GROUP, BLOCK_K):
         c = start + lane
-        u_mask = (c < C_GROUP)[None, :, None] & k_inside[None, None, :]
-        u = tl.load(u_ptr + u_row + (c * K)[None, :, None], mask=u_mask, other=0.0)
+        u = tl.load(u_ptr + u_row + (c * K_STORED)[None, :, None], mask=u_mask, other=0.0)
         a = _stack(transform(pixels, INPUT), BLOCK_M, BLOCK_K)
         c += BLOCK_K
         missing = tl.where((c < C_GROUP)[None, :], outside, -1)
@@ -182,7 +181,7 @@ def fused(x: torch.Tensor, u: torch.Tensor, y: torch.Tensor, pads, groups: int, 
 
     Args:
         x: [N, C, H, W], any strides; fastest with channels innermost.
-        u: [16, C / groups, K] float32.
+        u: [16, groups, stored channels of x, stored channels of y] float32.
         y: [N, K, OH, OW], written.
         pads: (top, left); may be negative.
         groups: of the convolution.
@@ -197,6 +196,7 @@ def fused(x: torch.Tensor, u: torch.Tensor, y: torch.Tensor, pads, groups: int, 
         **{"TILES": n * tiles_h * tiles_w, "TILES_H": tiles_h, "TILES_W": tiles_w},
         **{"H": h, "W": w, "OH": oh, "OW": ow},
         **{"C_GROUP": c // groups, "K_GROUP": k // groups, "groups": groups},
+        **{"C_STORED": u.shape[2], "K_STORED": u.shape[3]},
         **named_strides("x", "nchw", x),
         **named_strides("y", "nkhw", y),
         **named_strides("r", "nkhw", epilogue["residual_ptr"]),

@@ -107,19 +107,20 @@ PRODUCTS = TileTable(
 )
 
 
-def multiply(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor) -> None:
-    """out = a · b for each point and group.
+def multiply(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a · b for each point and group: [points, groups, rows, columns].
 
     Args:
         a: [points, groups, rows, depth] float32, any strides.
         b: [points, groups, depth, columns] float32, any strides.
-        out: [points, groups, rows, columns] float32, any strides, written.
     """
+    out = a.new_empty((*a.shape[:3], b.shape[3]))
 
     def run(tile: Tile) -> None:
         _launch(a, b, out.unsqueeze(0), 1, tile)
 
     run(pick(PRODUCTS, _problem(a, b), run))
+    return out
 
 
 def multiply_in_parts(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -160,7 +161,7 @@ def _launch(a, b, out, splits: int, tile: Tile) -> None:
         **named_strides("a", "pgrd", a),
         **named_strides("b", "pgdc", b),
         **named_strides("o", "spgrc", out),
-        **{"POINTS": points, "PART": PART, "INT64": needs_int64(a[0], b[0], out[0, 0])},
+        **{"POINTS": points, "PART": PART, "INT64": needs_int64(a[0, 0], b[0, 0], out[0, 0, 0])},
     }
     programs = cdiv(rows, tile["BLOCK_M"]) * cdiv(columns, tile["BLOCK_N"])
     launch(
