@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as TF
@@ -279,7 +281,7 @@ def test_float16_is_storage(force, monkeypatch):
 
 def test_points_are_those_of_the_cpu():
     """The matrices satisfy the identity that defines them, at the points of winograd_points.h."""
-    header = (library.Path(triton_kernel.__file__).parent / "winograd_points.h").read_text()
+    header = (Path(triton_kernel.__file__).parent / "winograd_points.h").read_text()
     assert "at[] = {0, 1, -1};" in header
     assert "at[] = {0, 0.625, -0.625, 1.5, -1.5};" in header
     for tile in TILES:
