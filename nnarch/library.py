@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +65,14 @@ def native_string(symbol: str) -> str:
     function = getattr(native, symbol)
     function.restype = ctypes.c_char_p
     return function().decode()
+
+
+class _Ran(threading.local):
+    algorithm = ""
+
+
+ran = _Ran()
+"""What a launcher in Python says about itself to :func:`nnarch.trace`; native code has its own."""
 
 
 class pooled_memory:
