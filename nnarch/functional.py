@@ -3,6 +3,7 @@
 from nnarch.kernels.activation.op import activation
 from nnarch.kernels.conv2d.op import conv2d, conv2d_tile, pack_conv2d_weight
 from nnarch.kernels.linear.op import linear, pack_linear_weight
+from nnarch.kernels.local_response_norm.op import local_response_norm
 from nnarch.kernels.normalization.op import batch_norm
 from nnarch.kernels.pooling.op import (
     adaptive_avg_pool2d,
@@ -20,6 +21,7 @@ __all__ = [
     "conv2d",
     "conv2d_tile",
     "linear",
+    "local_response_norm",
     "max_pool2d",
     "pack_conv2d_weight",
     "pack_linear_weight",

@@ -33,6 +33,8 @@ TARGETS: dict[str, Target] = {
     "linear": Target(1.1, 1.2),
     "linear + GELU": Target(1.3, 1.6),
     "pooling": Target(1.5, 3.0),
+    "lrn": Target(6.0, 12.0),
+    "lrn fwd+bwd": Target(6.0, 12.0),
     "batch_norm": Target(1.0, 1.5),
     "conv3x3 fwd+bwd": Target(1.7, 2.5),
     "conv1x1 fwd+bwd": Target(1.1, 1.3),
@@ -225,6 +227,22 @@ def _overlapping_pool(nn: Any) -> Any:
     return nn.MaxPool2d(3, 2, 1)
 
 
+def local_response_norms() -> Iterable[Case]:
+    """Local response normalization of AlexNet's first layer, in training too."""
+    for backward in (False, True):
+        for n in (*BATCHES, 16):
+            yield Case(
+                f"lrn5_96_h55_n{n}" + "_fb" * backward,
+                "lrn" + " fwd+bwd" * backward,
+                lambda nn: nn.LocalResponseNorm(5, k=2.0),
+                (n, 96, 55, 55),
+                label=f"LRN 5 96 @55 N{n}" + " fwd+bwd" * backward,
+                backward=backward,
+                flops=20 * n * 96 * 55 * 55,
+                quick=n == 8,
+            )
+
+
 def _fused_batch_norm(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     from nnarch.functional import batch_norm
 
@@ -304,6 +322,7 @@ CASES: tuple[Case, ...] = (
     *depthwise_convolutions(),
     *linears(),
     *pools(),
+    *local_response_norms(),
     *batch_norms(),
     *training_convolutions(),
     *models(),

@@ -28,6 +28,7 @@ from nnarch.nn.activation import (
 from nnarch.nn.conv import Conv2d, LazyConv2d
 from nnarch.nn.fused import FusedConv2d, FusedLinear
 from nnarch.nn.linear import LazyLinear, Linear
+from nnarch.nn.local_response_norm import LocalResponseNorm
 from nnarch.nn.normalization import (
     BatchNorm1d,
     BatchNorm2d,

@@ -12,5 +12,6 @@ from nnarch.functional import (
     batch_norm,
     conv2d,
     linear,
+    local_response_norm,
     max_pool2d,
 )

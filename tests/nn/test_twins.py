@@ -52,6 +52,8 @@ CASES = [
     ("AdaptiveAvgPool2d", (1,), {}, (2, 5, 9, 10)),
     ("AdaptiveAvgPool2d", ((3, None),), {}, (2, 5, 9, 10)),
     ("AdaptiveMaxPool2d", ((2, 3),), {}, (2, 5, 9, 10)),
+    ("LocalResponseNorm", (5,), {}, (2, 12, 9, 10)),
+    ("LocalResponseNorm", (4, 0.5, 0.6, 2.0), {}, (2, 12, 9)),
 ]
 IDS = [f"{name}-{i}" for i, (name, *_) in enumerate(CASES)]
 
