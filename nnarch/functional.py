@@ -11,6 +11,7 @@ from nnarch.kernels.pooling.op import (
     avg_pool2d,
     max_pool2d,
 )
+from nnarch.kernels.upsample.op import interpolate, upsample
 
 __all__ = [
     "activation",
@@ -20,9 +21,11 @@ __all__ = [
     "batch_norm",
     "conv2d",
     "conv2d_tile",
+    "interpolate",
     "linear",
     "local_response_norm",
     "max_pool2d",
     "pack_conv2d_weight",
     "pack_linear_weight",
+    "upsample",
 ]

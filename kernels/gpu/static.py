@@ -35,6 +35,7 @@ FAMILIES = (
     "normalization",
     "activation",
     "local_response_norm",
+    "upsample",
 )
 
 _TYPE_NAMES = {

@@ -35,6 +35,8 @@ TARGETS: dict[str, Target] = {
     "pooling": Target(1.5, 3.0),
     "lrn": Target(6.0, 12.0),
     "lrn fwd+bwd": Target(6.0, 12.0),
+    "upsample": Target(1.5, 3.0),
+    "upsample fwd+bwd": Target(1.5, 3.0),
     "batch_norm": Target(1.0, 1.5),
     "conv3x3 fwd+bwd": Target(1.7, 2.5),
     "conv1x1 fwd+bwd": Target(1.1, 1.3),
@@ -227,6 +229,27 @@ def _overlapping_pool(nn: Any) -> Any:
     return nn.MaxPool2d(3, 2, 1)
 
 
+def upsamples() -> Iterable[Case]:
+    """Decoders' layers that double an image, as U-Net and DCGAN do, and a segmentation head's."""
+    for backward in (False, True):
+        for n in BATCHES:
+            # "bilin": `--only linear` shall not match.
+            for short, mode in (("nearest", "nearest"), ("bilin", "bilinear")):
+                for c, size, factor in ((64, 56, 2), (256, 14, 2), (21, 28, 8)):
+                    yield Case(
+                        f"upsample_{short}_x{factor}_{c}_h{size}_n{n}" + "_fb" * backward,
+                        "upsample" + " fwd+bwd" * backward,
+                        lambda nn, factor=factor, mode=mode: nn.Upsample(
+                            scale_factor=factor, mode=mode
+                        ),
+                        (n, c, size, size),
+                        label=f"{mode} ×{factor} {c} @{size} N{n}" + " fwd+bwd" * backward,
+                        backward=backward,
+                        flops=(7 if mode == "bilinear" else 1) * n * c * (size * factor) ** 2,
+                        quick=(c, n) == (64, 8),
+                    )
+
+
 def local_response_norms() -> Iterable[Case]:
     """Local response normalization of AlexNet's first layer, in training too."""
     for backward in (False, True):
@@ -322,6 +345,7 @@ CASES: tuple[Case, ...] = (
     *depthwise_convolutions(),
     *linears(),
     *pools(),
+    *upsamples(),
     *local_response_norms(),
     *batch_norms(),
     *training_convolutions(),
