@@ -11,6 +11,7 @@ from nnarch.kernels.pooling.op import (
     avg_pool2d,
     max_pool2d,
 )
+from nnarch.kernels.pooling.unpool import max_unpool2d
 from nnarch.kernels.upsample.op import interpolate, upsample
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "linear",
     "local_response_norm",
     "max_pool2d",
+    "max_unpool2d",
     "pack_conv2d_weight",
     "pack_linear_weight",
     "upsample",

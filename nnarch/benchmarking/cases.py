@@ -37,6 +37,7 @@ TARGETS: dict[str, Target] = {
     "lrn fwd+bwd": Target(6.0, 12.0),
     "upsample": Target(1.5, 3.0),
     "upsample fwd+bwd": Target(1.5, 3.0),
+    "unpool": Target(1.5, 3.0),
     "batch_norm": Target(1.0, 1.5),
     "conv3x3 fwd+bwd": Target(1.7, 2.5),
     "conv1x1 fwd+bwd": Target(1.1, 1.3),
@@ -229,6 +230,38 @@ def _overlapping_pool(nn: Any) -> Any:
     return nn.MaxPool2d(3, 2, 1)
 
 
+class _PoolAndUnpool(nn.Module):
+    """Unpooling of what a pooling left, with its indices made once: only the unpooling is timed."""
+
+    def __init__(self, namespace: Any, channels: int, size: int, batch: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        window = torch.randint(4, (batch, channels, size, size), generator=generator)
+        row, column = torch.arange(size)[:, None] * 2, torch.arange(size) * 2
+        indices = (row + window // 2) * (2 * size) + column + window % 2
+        self.register_buffer("indices", indices, persistent=False)
+        self.unpool = namespace.MaxUnpool2d(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        indices: Any = self.indices
+        return self.unpool(x, indices)
+
+
+def unpools() -> Iterable[Case]:
+    """SegNet's decoder: maxima put back where its encoder found them."""
+    for n in BATCHES:
+        for c, size in ((64, 56), (512, 14)):
+            yield Case(
+                f"unpool2x2_{c}_h{size}_n{n}",
+                "unpool",
+                lambda nn, c=c, size=size, n=n: _PoolAndUnpool(nn, c, size, n),
+                (n, c, size, size),
+                label=f"unpool 2×2 {c} @{size} N{n}",
+                flops=4 * n * c * size * size,
+                quick=(c, n) == (64, 8),
+            )
+
+
 def upsamples() -> Iterable[Case]:
     """Decoders' layers that double an image, as U-Net and DCGAN do, and a segmentation head's."""
     for backward in (False, True):
@@ -345,6 +378,7 @@ CASES: tuple[Case, ...] = (
     *depthwise_convolutions(),
     *linears(),
     *pools(),
+    *unpools(),
     *upsamples(),
     *local_response_norms(),
     *batch_norms(),

@@ -38,5 +38,11 @@ from nnarch.nn.normalization import (
     LazyBatchNorm3d,
 )
 from nnarch.nn.packing import drop_packed_weights
-from nnarch.nn.pooling import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, MaxPool2d
+from nnarch.nn.pooling import (
+    AdaptiveAvgPool2d,
+    AdaptiveMaxPool2d,
+    AvgPool2d,
+    MaxPool2d,
+    MaxUnpool2d,
+)
 from nnarch.nn.upsample import Upsample, UpsamplingBilinear2d, UpsamplingNearest2d

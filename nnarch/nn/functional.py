@@ -15,5 +15,6 @@ from nnarch.functional import (
     linear,
     local_response_norm,
     max_pool2d,
+    max_unpool2d,
     upsample,
 )
