@@ -31,6 +31,9 @@ LAYERS = {
     "average pool": (lambda n: n.AvgPool2d(3, 2, 1), (2, 17, 25, 25)),
     "adaptive average": (lambda n: n.AdaptiveAvgPool2d((3, 1)), (2, 17, 25, 25)),
     "batch norm": (lambda n: n.BatchNorm2d(17), (5, 17, 9, 9)),
+    "nearest": (lambda n: n.Upsample(scale_factor=2), (2, 17, 9, 11)),
+    "bilinear": (lambda n: n.Upsample((25, 13), mode="bilinear"), (2, 17, 9, 11)),
+    "LRN": (lambda n: n.LocalResponseNorm(5, 0.5), (2, 17, 9, 11)),
     "gelu": (lambda n: n.GELU(), (5, 1023)),
 }
 
