@@ -2,6 +2,11 @@
 
 from nnarch.kernels.activation.op import activation
 from nnarch.kernels.conv2d.op import conv2d, conv2d_tile, pack_conv2d_weight
+from nnarch.kernels.conv_transpose2d.op import (
+    conv_transpose2d,
+    conv_transpose2d_layout,
+    pack_conv_transpose2d_weight,
+)
 from nnarch.kernels.linear.op import linear, pack_linear_weight
 from nnarch.kernels.normalization.op import batch_norm
 from nnarch.kernels.pooling.op import (
@@ -19,8 +24,11 @@ __all__ = [
     "batch_norm",
     "conv2d",
     "conv2d_tile",
+    "conv_transpose2d",
+    "conv_transpose2d_layout",
     "linear",
     "max_pool2d",
     "pack_conv2d_weight",
+    "pack_conv_transpose2d_weight",
     "pack_linear_weight",
 ]

@@ -11,6 +11,7 @@ from nnarch.functional import (
     avg_pool2d,
     batch_norm,
     conv2d,
+    conv_transpose2d,
     linear,
     max_pool2d,
 )
