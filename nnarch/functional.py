@@ -1,6 +1,7 @@
 """Every operation's public function, with the signatures of `torch.nn.functional` first."""
 
 from nnarch.kernels.activation.op import activation
+from nnarch.kernels.conv1d.op import conv1d, conv_transpose1d
 from nnarch.kernels.conv2d.op import conv2d, conv2d_tile, pack_conv2d_weight
 from nnarch.kernels.conv_transpose2d.op import (
     conv_transpose2d,
@@ -22,8 +23,10 @@ __all__ = [
     "adaptive_max_pool2d",
     "avg_pool2d",
     "batch_norm",
+    "conv1d",
     "conv2d",
     "conv2d_tile",
+    "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose2d_layout",
     "linear",

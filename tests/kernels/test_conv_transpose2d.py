@@ -1,4 +1,4 @@
-"""conv_transpose2d against torch in float64: every algorithm, dtype, format, stride and epilogue."""
+"""conv_transpose2d against torch in float64: algorithms, dtypes, formats, strides, epilogue."""
 
 from __future__ import annotations
 

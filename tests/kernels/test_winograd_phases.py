@@ -1,4 +1,4 @@
-"""Winograd with 2×2 taps, in the phases of transposed convolutions: right, and as accurate as stated.
+"""Winograd with 2×2 taps, in the phases of transposed convolutions: its results and its errors.
 
 The README of kernels/conv_transpose2d states the errors; here they are bounds.
 """
