@@ -14,7 +14,7 @@ namespace {
 constexpr double kDirect = 1.06, kProduct = 1.08;
 constexpr double kLeastRowTile = 4.5;
 constexpr double kTransform = 8;
-constexpr double kPackDirect = 2, kPackTransformed = 9;
+constexpr double kPackDirect = 5, kPackTransformed = 9;  // of a vector, beside reading it
 constexpr double kStages = 3000;
 constexpr double kCacheRate = 1, kMemoryRate = 0.4;
 constexpr int64_t kMostWeights = int64_t{64} << 20;  // transformed values: memory has an end
@@ -77,18 +77,19 @@ double phases_cost(const TransposedShape& p, int64_t layout, bool packed) {
           tile ? winograd_cost(p, rows, columns, tile) : direct_cost(p, rows, columns);
       sum.products += cost.products, sum.rest += cost.rest, sum.bytes += cost.bytes;
     }
-  return packed ? std::max(sum.products, read_cost(sum.bytes)) : sum.products + sum.rest;
+  const double read = read_cost(sum.bytes);
+  return packed ? std::max(sum.products, read) : sum.products + sum.rest + read;
 }
 
-// Whether any phase has a tile, and its transformed weight is of a sensible size.
+// Whether any phase has a tile, and the transformed weights are of a sensible size.
 bool tiles_serve(const TransposedShape& p, int64_t layout) {
   const TransposedAxis rows = TransposedAxis::rows(p), columns = TransposedAxis::columns(p);
-  const int64_t most = (layout + 2) * (layout + 2) * p.taps();
-  if (p.group_c() * p.group_k() > kMostWeights / most) return false;
+  int64_t planes = 0;
   for (const int64_t i : rows.residues())
     for (const int64_t j : columns.residues())
-      if (phase_tile(rows, i, columns, j, layout) > 0) return true;
-  return false;
+      if (phase_tile(rows, i, columns, j, layout) > 0)
+        planes += winograd_planes(layout, rows.dense_taps(i));
+  return planes > 0 && p.c <= kMostWeights / planes / p.group_k();
 }
 
 }  // namespace
