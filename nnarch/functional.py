@@ -1,7 +1,13 @@
 """Every operation's public function, with the signatures of `torch.nn.functional` first."""
 
 from nnarch.kernels.activation.op import activation
+from nnarch.kernels.conv1d.op import conv1d, conv_transpose1d
 from nnarch.kernels.conv2d.op import conv2d, conv2d_tile, pack_conv2d_weight
+from nnarch.kernels.conv_transpose2d.op import (
+    conv_transpose2d,
+    conv_transpose2d_layout,
+    pack_conv_transpose2d_weight,
+)
 from nnarch.kernels.linear.op import linear, pack_linear_weight
 from nnarch.kernels.local_response_norm.op import local_response_norm
 from nnarch.kernels.normalization.op import batch_norm
@@ -20,14 +26,19 @@ __all__ = [
     "adaptive_max_pool2d",
     "avg_pool2d",
     "batch_norm",
+    "conv1d",
     "conv2d",
     "conv2d_tile",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose2d_layout",
     "interpolate",
     "linear",
     "local_response_norm",
     "max_pool2d",
     "max_unpool2d",
     "pack_conv2d_weight",
+    "pack_conv_transpose2d_weight",
     "pack_linear_weight",
     "upsample",
 ]

@@ -224,7 +224,7 @@ def run(name: str, *args: Any) -> Any:
 
 
 # Arguments whose gradient is the public functions' business (kernels/epilogue.py: must_split).
-_CONSTANT = {"conv2d": "scale", "depthwise_conv2d": "scale", "linear": "scale"}
+_CONSTANT = dict.fromkeys(("conv2d", "conv_transpose2d", "depthwise_conv2d", "linear"), "scale")
 
 
 def gradients(name: str, args: tuple[Any, ...], function: Callable[..., Any] | None = None):

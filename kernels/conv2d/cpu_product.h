@@ -16,7 +16,7 @@ namespace nnarch {
 template <class T>
 int64_t conv_packed_size(int64_t columns, int64_t taps, int64_t depth, int64_t tile) {
   return tile == 0 ? packed_size<T>(columns, taps, depth)
-                   : winograd_packed_size(columns, depth, tile);
+                   : winograd_packed_size(columns, depth, tile, taps == 4 ? 2 : 3);
 }
 
 template <class T>

@@ -1,7 +1,8 @@
-// Winograd convolution, 3×3 with stride 1: blocks of tiles are transformed, multiplied and
+// Winograd convolution, 3×3 or 2×2 with stride 1: blocks of tiles are transformed, multiplied and
 // transformed back while they are in cache.
 //
-// A block of tiles becomes V[xi][tile][channel], (m + 2)² small matrices. Panel by panel of output
+// A block of tiles becomes V[xi][tile][channel], (m + 2)² small matrices, or (m + 1)² with 2×2
+// taps. Panel by panel of output
 // channels, each is multiplied by the panel's transformed weights, [panel][xi][channel][nr] in
 // memory and read strictly in that order; the products [xi][tile][nr] become outputs at once.
 #pragma once
@@ -11,6 +12,7 @@
 #include <cstring>
 
 #include "conv2d/cpu_shape.h"
+#include "conv2d/two_taps.h"
 #include "conv2d/winograd.h"
 #include "cpu/arena.h"
 #include "cpu/gather_gemm.h"
@@ -19,13 +21,19 @@
 
 namespace nnarch {
 
-// The grid of m × m tiles that covers the outputs of a 3×3 convolution with step 1. The image's
+// Of m × m outputs by a kernel of `taps` × `taps`, 2 or 3.
+inline const WinogradTransforms& winograd_transforms(int64_t m, int64_t taps) {
+  return taps == 2 ? two_taps().transforms(m) : winograd().transforms(m);
+}
+
+// The grid of m × m tiles that covers the outputs of such a convolution with step 1. The image's
 // first tap is the upper left one.
 struct WinogradTiles {
   const GridImage<float>& image;
   int64_t m;
+  int64_t taps = 3;
 
-  int64_t size() const { return m + 2; }
+  int64_t size() const { return m + taps - 1; }
   int64_t planes() const { return size() * size(); }
   int64_t rows() const { return ceil_div(image.grid_h, m); }
   int64_t columns() const { return ceil_div(image.grid_w, m); }
@@ -95,8 +103,8 @@ struct WinogradWindows {
 
 inline WinogradWindows input_windows(const WinogradTiles& tiles, int64_t row, int64_t plane) {
   const Tap& corner = tiles.image.taps.front();
-  return {tiles.image, corner.dy, corner.dx, tiles.size(), winograd().transforms(tiles.m).input,
-          row,         plane};
+  const auto transform = winograd_transforms(tiles.m, tiles.taps).input;
+  return {tiles.image, corner.dy, corner.dx, tiles.size(), transform, row, plane};
 }
 
 // How many tiles a block has: V stays in L2 as far as it goes, in whole register tiles.
@@ -165,7 +173,7 @@ void multiply_panel(const WinogradTiles& tiles, const WinogradBlocking& block, c
                          .rows = count,
                          .columns = output.channels - channel});
   }
-  const auto transform = table.transforms(tiles.m).output;
+  const auto transform = winograd_transforms(tiles.m, tiles.taps).output;
   const Epilogue<float> epilogue = output.epilogue.from_channel(channel);
   const OutputGrid& grid = output.grid;
   for (int64_t t = 0; t < count; ++t) {
@@ -180,20 +188,27 @@ void multiply_panel(const WinogradTiles& tiles, const WinogradBlocking& block, c
   }
 }
 
+inline int64_t winograd_planes(int64_t m, int64_t taps) { return (m + taps - 1) * (m + taps - 1); }
+
 // Elements of a panel of transformed weights, [xi][depth][nr].
-inline int64_t winograd_panel(int64_t depth, int64_t m) {
-  return (m + 2) * (m + 2) * winograd_plane(depth * winograd().nr);
+inline int64_t winograd_panel(int64_t depth, int64_t planes) {
+  return planes * winograd_plane(depth * winograd().nr);
 }
 
-inline int64_t winograd_packed_size(int64_t columns, int64_t depth, int64_t m) {
-  return checked_product(ceil_div(columns, winograd().nr), winograd_panel(depth, m));
+inline int64_t winograd_packed_size(int64_t columns, int64_t depth, int64_t m, int64_t taps = 3) {
+  return checked_product(ceil_div(columns, winograd().nr),
+                         winograd_panel(depth, winograd_planes(m, taps)));
 }
+
+// The side of a square kernel.
+inline int64_t taps_a_side(const WeightView<float>& view) { return view.taps() == 4 ? 2 : 3; }
 
 // The transformed weights of panel p.
 inline void winograd_pack_panel(const WeightView<float>& view, int64_t m, int64_t p, float* dst) {
   constexpr int64_t some = 16;  // channels at once: they stay in L1
   const WinogradTable& table = winograd();
-  const int64_t plane = winograd_plane(view.depth * table.nr);
+  const int64_t plane = winograd_plane(view.depth * table.nr), taps = taps_a_side(view);
+  const auto transform = winograd_transforms(m, taps).weight;
   WeightView<float> part = view;
   part.data += p * table.nr * view.column_stride;
   part.columns = std::min(table.nr, view.columns - p * table.nr);
@@ -201,14 +216,14 @@ inline void winograd_pack_panel(const WeightView<float>& view, int64_t m, int64_
   for (int64_t d = 0; d < view.depth; d += some, part.data += some * view.depth_stride) {
     part.depth = std::min(some, view.depth - d);
     pack_weight(part, direct.get());
-    table.transforms(m).weight(direct.get(), part.depth, dst + d * table.nr, plane);
+    transform(direct.get(), part.depth, dst + d * table.nr, plane);
   }
-  for (int64_t xi = 0; xi < (m + 2) * (m + 2); ++xi)  // what lies between the planes
+  for (int64_t xi = 0; xi < winograd_planes(m, taps); ++xi)  // what lies between the planes
     std::fill(dst + xi * plane + view.depth * table.nr, dst + (xi + 1) * plane, 0.0f);
 }
 
 inline void winograd_pack(const WeightView<float>& view, int64_t m, float* dst) {
-  const int64_t panel = winograd_panel(view.depth, m);
+  const int64_t panel = winograd_panel(view.depth, winograd_planes(m, taps_a_side(view)));
   parallel_tasks(ceil_div(view.columns, winograd().nr),
                  [&](int64_t p) { winograd_pack_panel(view, m, p, dst + p * panel); });
 }
@@ -217,7 +232,7 @@ inline void winograd_pack(const WeightView<float>& view, int64_t m, float* dst) 
 inline void winograd_by_blocks(const WinogradTiles& tiles, const WinogradBlocking& block,
                                const WinogradWindows& windows, const float* packed,
                                const WinogradOutput& output) {
-  const int64_t panel = winograd_panel(tiles.image.depth, tiles.m);
+  const int64_t panel = winograd_panel(tiles.image.depth, tiles.planes());
   parallel_tasks(ceil_div(tiles.count(), block.tiles), [&](int64_t b) {
     const int64_t first = b * block.tiles, count = std::min(block.tiles, tiles.count() - first);
     Scratch<float> v(tiles.planes() * block.plane);
@@ -241,7 +256,7 @@ inline void winograd_by_panels(const WinogradTiles& tiles, const WinogradBlockin
                                const WinogradWindows& windows, const float* packed,
                                const WeightView<float>& view, const WinogradOutput& output) {
   constexpr int64_t channels = 64;
-  const int64_t depth = tiles.image.depth, panel = winograd_panel(depth, tiles.m);
+  const int64_t depth = tiles.image.depth, panel = winograd_panel(depth, tiles.planes());
   const int64_t blocks = ceil_div(tiles.count(), block.tiles), each = tiles.planes() * block.plane;
   const int64_t parts = ceil_div(depth, channels);
   const auto first = [&](int64_t b) { return b * block.tiles; };
@@ -267,19 +282,19 @@ inline void winograd_by_panels(const WinogradTiles& tiles, const WinogradBlockin
 inline void winograd_gemm(const GridImage<float>& image, int64_t m, const float* packed,
                           const WeightView<float>& view, float* y, const OutputGrid& out,
                           const Epilogue<float>& epilogue) {
-  const WinogradTiles tiles{image, m};
+  const WinogradTiles tiles{image, m, taps_a_side(view)};
   if (tiles.count() == 0 || view.columns == 0) return;
   const WinogradBlocking block(tiles);
   const WinogradWindows windows = input_windows(tiles, block.row, block.plane);
   const WinogradOutput output{y, view.columns, out, epilogue,
-                              outgrows_caches<float>(y, image.positions(), out.column_step)};
+                              outgrows_caches<float>(y, image.positions(), out)};
   constexpr int64_t few = 4, together = int64_t{8} << 20;  // blocks or panels; bytes of V
   const int64_t bytes = tiles.planes() * tiles.count() * block.row * int64_t{sizeof(float)};
   const bool transform_late = !packed && output.panels() >= few && bytes <= together;
   if (transform_late || ceil_div(tiles.count(), block.tiles) < few)
     return winograd_by_panels(tiles, block, windows, packed, view, output);
   if (packed) return winograd_by_blocks(tiles, block, windows, packed, output);
-  Scratch<float> transformed(winograd_packed_size(view.columns, view.depth, m));
+  Scratch<float> transformed(winograd_packed_size(view.columns, view.depth, m, tiles.taps));
   winograd_pack(view, m, transformed.get());
   winograd_by_blocks(tiles, block, windows, transformed.get(), output);
 }

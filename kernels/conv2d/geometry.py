@@ -84,7 +84,8 @@ def check_conv(
         if tensor.dim() != 4:
             raise ValueError(f"{op}: {name} must be 4-D, got shape {tuple(tensor.shape)}")
     check_same(op, "weight", weight, x)
-    _check_numbers(op, stride=stride, dilation=dilation, padding=padding)
+    check_numbers(op, {"stride": stride, "dilation": dilation}, least=1)
+    check_numbers(op, {"padding": padding}, least=0, count=4)
     if not isinstance(groups, _INT):
         raise TypeError(f"{op}: groups must be an int, got {groups!r}")
     if groups < 1:
@@ -113,10 +114,11 @@ def check_conv(
     return size
 
 
-def _check_numbers(op: str, **arguments: Sequence[int]) -> None:
+def check_numbers(
+    op: str, arguments: dict[str, Sequence[int]], *, least: int, count: int = 2
+) -> None:
+    """Raise unless each argument is `count` ints, none below `least`; they may be symbolic."""
     for name, values in arguments.items():
-        least = 0 if name == "padding" else 1
-        count = 4 if name == "padding" else 2
         if not isinstance(values, Sequence) or not all(isinstance(v, _INT) for v in values):
             raise TypeError(f"{op}: {name} must be an int or ints, got {values!r}")
         if len(values) != count:

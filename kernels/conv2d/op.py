@@ -69,7 +69,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad, y, scale, ctx.activation, ctx.alpha, (need_bias, need_shift, need_residual)
     )
     dx = input_grad(g.accumulator, weight, x.shape, *ctx.geometry) if need_x else None
-    dw = _weight_grad_of(g.accumulator, x, weight, ctx.geometry) if need_weight else None
+    dw = weight_grad_of(g.accumulator, x, weight, ctx.geometry) if need_weight else None
     return dx, dw, g.bias, None, g.shift, g.residual, *[None] * 7
 
 
@@ -114,7 +114,7 @@ def _input_grad_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
     grad, weight = ctx.saved_tensors
     need_grad, need_weight = ctx.needs_input_grad[:2]
     d_grad = _plain(gg, weight, ctx.geometry) if need_grad else None
-    d_weight = _weight_grad_of(grad, gg, weight, ctx.geometry) if need_weight else None
+    d_weight = weight_grad_of(grad, gg, weight, ctx.geometry) if need_weight else None
     return d_grad, d_weight, *[None] * 5
 
 
@@ -130,7 +130,7 @@ def _weight_grad_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
     return d_grad, d_x, *[None] * 6
 
 
-def _weight_grad_of(grad: Tensor, x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> Tensor:
+def weight_grad_of(grad: Tensor, x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> Tensor:
     """The gradient of `weight` in its memory format: autograd would copy any other."""
     return weight_grad(grad, x, weight.shape, *geometry, _is_channels_last(weight))
 

@@ -57,8 +57,9 @@ template <class T>
 void pack_weight(const WeightView<T>& w, T* dst) {
   const GemmTable<T>& table = gemm<T>();
   const int64_t nr = table.nr, taps = w.taps(), panel = taps * w.depth * nr;
+  // Every fourth tap, as a phase of a strided convolution has them, still lies dense enough.
   const bool interleaved = taps > 1 && w.depth_stride != 1 && w.column_stride != 1 &&
-                           w.tap_offset.front() + w.tap_offset.back() < 4 * taps;
+                           w.tap_offset.front() + w.tap_offset.back() <= 6 * taps;
   parallel_tasks(ceil_div(w.columns, nr), [&](int64_t p) {
     const int64_t n = std::min(nr, w.columns - p * nr);
     const T* src = w.data + p * nr * w.column_stride;

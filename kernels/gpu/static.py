@@ -29,6 +29,7 @@ from nnarch.kernels.gpu.tiles import Problem, Tile, TileTable
 
 FAMILIES = (
     "conv2d",
+    "conv_transpose2d",
     "depthwise",
     "linear",
     "pooling",

@@ -29,6 +29,8 @@ TARGETS: dict[str, Target] = {
     "conv3x3 stride 2": Target(1.1, 1.3),
     "stem": Target(1.1, 1.3),
     "conv large kernel": Target(1.1, 1.3),
+    "transposed conv": Target(1.3, 1.6),
+    "conv1d": Target(1.0, 1.3),
     "depthwise": Target(1.5, 3.0),
     "linear": Target(1.1, 1.2),
     "linear + GELU": Target(1.3, 1.6),
@@ -41,6 +43,7 @@ TARGETS: dict[str, Target] = {
     "batch_norm": Target(1.0, 1.5),
     "conv3x3 fwd+bwd": Target(1.7, 2.5),
     "conv1x1 fwd+bwd": Target(1.1, 1.3),
+    "transposed conv fwd+bwd": Target(1.0, 1.6),
     "depthwise fwd+bwd": Target(1.5, 2.5),
     "models": Target(1.0, 1.3),
     "training": Target(1.5, 2.1),
@@ -149,6 +152,68 @@ def convolutions() -> Iterable[Case]:
         yield conv("conv large kernel", 64, 192, 5, 27, n)
         yield conv("conv large kernel", 32, 96, 5, 28, n)
         yield conv("conv large kernel", 3, 64, 11, 224, n, stride=4)
+
+
+def transposed(
+    channels: int,
+    filters: int,
+    kernel: int,
+    size: int,
+    batch: int,
+    *,
+    stride: int = 2,
+    padding: int = 1,
+    extra: int = 0,
+    **options: Any,
+) -> Case:
+    """A transposed convolution of `channels` x `size` x `size` with bias."""
+    step = f"s{stride}" if stride > 1 else ""
+    backward = options.get("backward", False)
+    return Case(
+        name=f"convt{kernel}x{kernel}{step}_{channels}_{filters}_h{size}_n{batch}"
+        + "_fb" * backward,
+        group="transposed conv" + " fwd+bwd" * backward,
+        layer=lambda nn: nn.ConvTranspose2d(channels, filters, kernel, stride, padding, extra),
+        shape=(batch, channels, size, size),
+        label=f"transposed {kernel}×{kernel} {step} {channels}→{filters} @{size} N{batch}"
+        + " fwd+bwd" * backward,
+        **options,
+    )
+
+
+# (channels, filters, size): DCGAN's generator behind its first layer, and wider images.
+_GENERATOR = ((512, 256, 4), (256, 128, 8), (128, 64, 16), (64, 3, 32))
+_WIDER = ((512, 256, 16), (256, 128, 16), (128, 64, 32))
+
+
+def transposed_convolutions() -> Iterable[Case]:
+    """DCGAN's generator at batches that it samples and trains with, U-Net, decoders."""
+    product = Target(1.1, 1.3)  # 2×2 stride 2: one tap an output, a matrix product like 1×1
+    for n in (*BATCHES, 64):
+        yield transposed(100, 512, 4, 1, n, stride=1, padding=0)
+        for c, k, size in _GENERATOR:
+            yield transposed(c, k, 4, size, n, quick=(c, n) == (256, 8))
+    for n in BATCHES:
+        for c, k, size in _WIDER:
+            yield transposed(c, k, 4, size, n)
+        yield transposed(128, 64, 2, 28, n, padding=0, target=product)
+        yield transposed(64, 32, 3, 56, n, extra=1)
+
+
+def signals() -> Iterable[Case]:
+    """Convolutions along one dimension: speech and audio layers."""
+    for c, k, taps, length in ((64, 64, 3, 1000), (512, 512, 3, 200), (1, 64, 10, 16000)):
+        for n in BATCHES:
+            stride = 5 if c == 1 else 1
+            yield Case(
+                f"conv1d{taps}_{c}_{k}_l{length}_n{n}",
+                "conv1d",
+                lambda nn, c=c, k=k, taps=taps, stride=stride: nn.Conv1d(
+                    c, k, taps, stride, 0 if stride > 1 else taps // 2
+                ),
+                (n, c, length),
+                label=f"conv1d {taps} {c}→{k} L{length} N{n}",
+            )
 
 
 def depthwise(
@@ -349,6 +414,9 @@ def training_convolutions() -> Iterable[Case]:
             yield conv("conv1x1 fwd+bwd", c, k, 1, size, n, backward=True)
         for c, size in ((128, 56), (512, 14)):
             yield depthwise(c, size, n, group="depthwise fwd+bwd", backward=True)
+    for n in (8, 64):
+        for c, k, size in _GENERATOR:
+            yield transposed(c, k, 4, size, n, backward=True)
 
 
 _CONSTRUCTORS = {"googlenet": {"init_weights": False, "aux_logits": False}}
@@ -393,6 +461,8 @@ def models() -> Iterable[Case]:
 
 CASES: tuple[Case, ...] = (
     *convolutions(),
+    *transposed_convolutions(),
+    *signals(),
     *depthwise_convolutions(),
     *linears(),
     *pools(),

@@ -15,11 +15,11 @@ from nnarch.kernels.activation import kinds  # noqa: E402
 from nnarch.kernels.conv2d import (  # noqa: E402
     reference,
     triton_forward,
-    triton_input_grad,
     triton_kernel,
     triton_weight_grad,
 )
 from nnarch.kernels.conv2d.geometry import output_size  # noqa: E402
+from nnarch.kernels.conv_transpose2d import triton_phases  # noqa: E402
 from nnarch.kernels.gpu import tiles  # noqa: E402
 from nnarch.kernels.gpu.matmul import MATMUL, MATMUL_TILES  # noqa: E402
 
@@ -153,7 +153,7 @@ def test_any_strides(view):
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("name", ["3x3 same", "stem", "groups"])
 def test_split_reductions(name, memory_format, monkeypatch):
-    for module in (triton_forward, triton_input_grad, triton_weight_grad):
+    for module in (triton_forward, triton_phases, triton_weight_grad):
         monkeypatch.setattr(module, "matmul_split", lambda tile, tiles, steps: min(3, steps))
     conv = CONVS[name]
     all_three(conv, torch.float16, memory_format)
@@ -181,7 +181,7 @@ def test_every_tile(precision, tile):
 @pytest.mark.parametrize("name", ["stem", "groups", "3x3 s2, padding all different"])
 def test_int64_offsets(name, monkeypatch):
     """The branch for tensors of 2³¹ elements computes the same on small ones."""
-    for module in (triton_forward, triton_input_grad, triton_weight_grad):
+    for module in (triton_forward, triton_phases, triton_weight_grad):
         monkeypatch.setattr(module, "needs_int64", lambda *_: True)
     all_three(CONVS[name])
 

@@ -20,6 +20,15 @@ MODULES = {
         (1, 3, 6, 6),
     ),
     "depthwise": (lambda: nn.Conv2d(8, 8, 3, groups=8), (1, 8, 6, 6)),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 20, 4, 2, 1), (1, 3, 6, 6)),
+    "transposed in channels_last": (
+        lambda: nn.ConvTranspose2d(3, 20, 4, 2, 1).to(memory_format=torch.channels_last),
+        (1, 3, 6, 6),
+    ),
+    "transposed, few outputs": (lambda: nn.ConvTranspose2d(9, 3, 4, 2, 1), (1, 9, 6, 6)),
+    "transposed, one pixel": (lambda: nn.ConvTranspose2d(9, 20, 4), (2, 9, 1, 1)),
+    "signal": (lambda: nn.Conv1d(3, 8, 3), (1, 3, 9)),
+    "transposed signal": (lambda: nn.ConvTranspose1d(9, 20, 4, 2), (1, 9, 7)),
     "linear": (lambda: nn.Linear(7, 5), (2, 7)),
 }
 
@@ -33,9 +42,8 @@ def module_and_input(request):
 def expected(module, x):
     """The module's function, computed by torch.nn from the weights as they are now."""
     with torch.no_grad():
-        if isinstance(module, torch.nn.Linear):
-            return torch.nn.functional.linear(x, module.weight, module.bias)
-        return torch.nn.functional.conv2d(x, module.weight, module.bias, groups=module.groups)
+        name = type(module).__name__
+        return getattr(torch.nn, name).forward(module, x)
 
 
 @torch.no_grad()

@@ -22,6 +22,19 @@ CASES = [
     ("Conv2d", (3, 4, 3), {"padding": 1, "padding_mode": "reflect"}, (2, 3, 6, 6)),
     ("Conv2d", (3, 4, 3), {"padding": (2, 1), "padding_mode": "circular"}, (2, 3, 6, 6)),
     ("Conv2d", (3, 4, 4), {"padding": "same", "padding_mode": "replicate"}, (2, 3, 6, 6)),
+    ("ConvTranspose2d", (12, 20, 4), {"stride": 2, "padding": 1}, (2, 12, 5, 6)),
+    ("ConvTranspose2d", (12, 20, 4), {"bias": False}, (3, 12, 1, 1)),
+    ("ConvTranspose2d", (9, 3, 4, 2, 1), {}, (2, 9, 6, 5)),
+    ("ConvTranspose2d", (6, 8, 3), {"stride": 2, "output_padding": 1, "groups": 2}, (2, 6, 5, 4)),
+    ("ConvTranspose2d", (6, 6, 3, 2), {"groups": 6, "dilation": 2}, (2, 6, 5, 4)),
+    ("ConvTranspose2d", (6, 18, (3, 5)), {"stride": (2, 1), "padding": (1, 2)}, (6, 5, 4)),
+    ("Conv1d", (6, 8, 3), {}, (2, 6, 11)),
+    ("Conv1d", (6, 8, 3), {"stride": 2, "padding": 2, "dilation": 2, "groups": 2}, (2, 6, 11)),
+    ("Conv1d", (6, 12, 5), {"groups": 6, "padding": "same"}, (2, 6, 11)),
+    ("Conv1d", (3, 4, 4), {"padding": "same", "padding_mode": "circular"}, (2, 3, 8)),
+    ("Conv1d", (3, 4, 3), {"padding": 2, "padding_mode": "reflect", "bias": False}, (3, 8)),
+    ("ConvTranspose1d", (6, 18, 4), {"stride": 2, "padding": 1}, (2, 6, 7)),
+    ("ConvTranspose1d", (6, 8, 3), {"stride": 3, "output_padding": 2, "groups": 2}, (6, 7)),
     ("Linear", (7, 5), {}, (3, 7)),
     ("Linear", (7, 5), {"bias": False}, (2, 4, 7)),
     ("Linear", (7, 5), {}, (7,)),
@@ -138,6 +151,23 @@ def test_max_pooling_returns_indices_on_request(name):
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_transposed_convolutions_reach_a_given_output_size(dims, mode):
+    """For an ambiguous size, as in torch: without or with the first dimensions."""
+    ours, twin = make_pair(f"ConvTranspose{dims}d", (4, 18, 3), {"stride": 3, "padding": 1})
+    ours.train(mode)
+    x = torch.randn(2, 4, *(5, 6)[:dims])
+    smallest = twin(x).shape[2:]
+    for extra in (0, 1, 2):
+        size = [length + extra for length in smallest]
+        for wanted in (size, torch.Size((2, 18, *size))):
+            torch.testing.assert_close(ours(x, output_size=wanted), twin(x, output_size=wanted))
+            torch.testing.assert_close(ours(x, wanted), twin(x, wanted))
+    with pytest.raises(ValueError, match="output size"):
+        ours(x, output_size=[length + 3 for length in smallest])
+
+
 def test_in_place_activations_overwrite_their_input():
     for name in ("ReLU", "ReLU6", "LeakyReLU", "Hardswish", "Hardsigmoid", "SiLU"):
         x = torch.randn(4, 5)
@@ -150,6 +180,11 @@ def test_lazy_modules_become_ours():
     net = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(2))
     net(torch.randn(2, 3, 5, 5))
     assert [type(m) for m in net] == [nn.Conv2d, nn.BatchNorm2d, nn.Flatten, nn.Linear]
+    up = nn.LazyConvTranspose2d(4, 3)
+    assert up(torch.randn(2, 3, 5, 5)).shape == (2, 4, 7, 7) and type(up) is nn.ConvTranspose2d
+    signals = nn.Sequential(nn.LazyConv1d(4, 3), nn.LazyConvTranspose1d(5, 3))
+    assert signals(torch.randn(2, 3, 9)).shape == (2, 5, 9)
+    assert [type(m) for m in signals] == [nn.Conv1d, nn.ConvTranspose1d]
     net.eval()
     with torch.no_grad():
         assert net(torch.randn(2, 3, 5, 5)).shape == (2, 2)
@@ -172,6 +207,10 @@ def test_parametrized_weights_are_followed():
     ("build", "message"),
     [
         (lambda: nn.Conv2d(3, 4, 3, dtype=torch.complex64), "Conv2d: dtype"),
+        (lambda: nn.ConvTranspose2d(3, 4, 3, dtype=torch.complex64), "ConvTranspose2d: dtype"),
+        (lambda: nn.Conv1d(3, 4, 3, dtype=torch.complex64), "Conv1d: dtype"),
+        (lambda: nn.ConvTranspose1d(3, 4, 3, dtype=torch.complex64), "ConvTranspose1d: dtype"),
+        (lambda: nn.ConvTranspose2d(3, 4, 3, padding_mode="reflect"), "zeros"),
         (lambda: nn.Linear(3, 4, dtype=torch.complex64), "Linear: dtype"),
         (lambda: nn.Conv2d(3, 4, 3, padding_mode="mirror"), "padding_mode"),
         (lambda: nn.Conv2d(3, 4, 3, groups=2), "groups"),

@@ -1,0 +1,1 @@
+"""Convolutions along one dimension, by the two-dimensional kernels."""

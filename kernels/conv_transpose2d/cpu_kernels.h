@@ -1,0 +1,27 @@
+// The SIMD parts of a transposed convolution with few output channels.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/epilogue.h"
+#include "cpu/isa.h"
+
+namespace nnarch {
+
+template <class T>
+struct TransposedTable {
+  // sums[i * sum_step + j] += z[i * z_step + j] for i < count, j < run; runs may overlap.
+  void (*add_runs)(const T* z, int64_t z_step, int64_t count, int64_t run, int64_t sum_step,
+                   T* sums);
+  // The epilogue on n sums in y, whose vectors and activation are given per element.
+  void (*finish)(const Epilogue<T>& e, int64_t offset, int64_t n, T* y);
+};
+
+NNARCH_PER_ISA(template <class T> const TransposedTable<T>& transposed_table();)
+
+template <class T>
+const TransposedTable<T>& transposed_table_of() {
+  return NNARCH_SELECT(transposed_table<T>());
+}
+
+}  // namespace nnarch
