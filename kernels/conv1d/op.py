@@ -59,7 +59,7 @@ def conv1d(
         y = conv2d(
             image, kernel, bias, _pair(op, "stride", stride, 1), pads,
             _pair(op, "dilation", dilation, 1), groups, scale=scale, shift=shift,
-            residual=_row(op, "residual", residual, (2, 3)), activation=activation, packed=packed,
+            residual=_residual(op, residual), activation=activation, packed=packed,
         )  # fmt: skip
     return y.squeeze(-2)
 
@@ -111,20 +111,22 @@ def conv_transpose1d(
             image, kernel, bias, _pair(op, "stride", stride, 1), _pair(op, "padding", padding, 0),
             _pair(op, "output_padding", output_padding, 0), groups,
             _pair(op, "dilation", dilation, 1), scale=scale, shift=shift,
-            residual=_row(op, "residual", residual, (2, 3)), activation=activation, packed=packed,
+            residual=_residual(op, residual), activation=activation, packed=packed,
         )  # fmt: skip
     return y.squeeze(-2)
 
 
 def _row(op: str, name: str, tensor: Any, dims: tuple[int, ...]) -> Any:
-    """A signal as an image of one row; None stays None."""
-    if tensor is None and name == "residual":
-        return None
+    """A signal as an image of one row."""
     check_tensor(op, name, tensor)
     if tensor.dim() not in dims:
         wanted = " or ".join(f"{d}-D" for d in dims)
         raise ValueError(f"{op}: {name} must be {wanted}, got shape {tuple(tensor.shape)}")
     return tensor.unsqueeze(-2)
+
+
+def _residual(op: str, residual: Tensor | None) -> Any:
+    return None if residual is None else _row(op, "residual", residual, (2, 3))
 
 
 def _pair(op: str, name: str, value: Any, vertical: int) -> tuple[int, Any]:

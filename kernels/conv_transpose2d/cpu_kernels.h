@@ -10,9 +10,10 @@ namespace nnarch {
 
 template <class T>
 struct TransposedTable {
-  // sums[i * sum_step + j] += z[i * z_step + j] for i < count, j < run; runs may overlap.
-  void (*add_runs)(const T* z, int64_t z_step, int64_t count, int64_t run, int64_t sum_step,
-                   T* sums);
+  // to = from, and to[i * step + j] += z[i * z_step + j] for i < count, j < run: runs touch or
+  // overlap (step <= run). Both have room for a vector more, and may be one.
+  void (*add_runs)(const T* z, int64_t z_step, int64_t count, int64_t run, int64_t step,
+                   const T* from, T* to);
   // The epilogue on n sums in y, whose vectors and activation are given per element.
   void (*finish)(const Epilogue<T>& e, int64_t offset, int64_t n, T* y);
 };

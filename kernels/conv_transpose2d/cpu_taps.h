@@ -26,7 +26,7 @@ struct TapBands {
   int64_t chunk;        // input rows
 
   explicit TapBands(const TransposedShape& p) {
-    constexpr int64_t sums = int64_t{256} << 10, products = int64_t{128} << 10, wanted = 4;
+    constexpr int64_t sums = int64_t{128} << 10, products = int64_t{24} << 10, wanted = 4;
     const int64_t full = (p.w - 1) * p.stride_w + (p.s - 1) * p.dilation_w + 1;
     line = std::max(full, p.left + p.ow) * p.k;
     const int64_t fit = std::max<int64_t>(sums / (line * int64_t{sizeof(T)}), 1);
@@ -41,20 +41,47 @@ struct TapBands {
   }
 };
 
-// Adds the products of one input row to the sums of a band, rows [first, last) before padding.
+// The sums of a band's rows, each in one of two places: adding goes from one to the other.
 template <class T>
-void add_products(const T* z, int64_t row, const TransposedShape& p, const TapBands<T>& bands,
-                  int64_t first, int64_t last, T* sums) {
-  const TransposedTable<T>& table = transposed_table_of<T>();
+class BandSums {
+ public:
+  BandSums(int64_t rows, int64_t line)
+      : line_(line), rows_(rows), sums_(2 * rows * line + kPad), second_(rows) {
+    std::memset(sums_.get(), 0, static_cast<size_t>(2 * rows * line + kPad) * sizeof(T));
+    std::memset(second_.get(), 0, static_cast<size_t>(rows));
+  }
+
+  T* row(int64_t i) const { return sums_.get() + (second_[i] * rows_ + i) * line_; }
+  T* other(int64_t i) const { return sums_.get() + ((1 - second_[i]) * rows_ + i) * line_; }
+  void swap(int64_t i) const { second_[i] = 1 - second_[i]; }
+
+ private:
+  static constexpr int64_t kPad = 64;  // for vectors that begin in the last row
+  int64_t line_, rows_;
+  Scratch<T> sums_;
+  Scratch<int8_t> second_;
+};
+
+// Adds the products of one input row to the sums of rows [first, last), counted before padding.
+template <class T>
+void add_products(const T* z, int64_t row, const TransposedShape& p, int64_t first, int64_t last,
+                  const BandSums<T>& sums) {
+  const auto add_runs = transposed_table_of<T>().add_runs;
   const int64_t step = p.taps() * p.k;
-  const bool joined = p.dilation_w == 1;  // the taps of a row fall side by side
-  const int64_t parts = joined ? 1 : p.s, run = joined ? p.s * p.k : p.k;
   for (int64_t r = 0; r < p.r; ++r) {
-    const int64_t to = row * p.stride_h + r * p.dilation_h;
-    if (to < first || to >= last) continue;
-    for (int64_t s = 0; s < parts; ++s)
-      table.add_runs(z + (r * p.s + s) * p.k, step, p.w, run, p.stride_w * p.k,
-                     sums + (to - first) * bands.line + s * p.dilation_w * p.k);
+    const int64_t to = row * p.stride_h + r * p.dilation_h - first;
+    if (to < 0 || to >= last - first) continue;
+    const T* products = z + r * p.s * p.k;
+    if (p.dilation_w == 1) {  // the taps of a row fall side by side
+      add_runs(products, step, p.w, p.s * p.k, p.stride_w * p.k, sums.row(to), sums.other(to));
+      sums.swap(to);
+      continue;
+    }
+    for (int64_t s = 0; s < p.s; ++s)
+      for (int64_t i = 0; i < p.w; ++i) {
+        T* at = sums.row(to) + (i * p.stride_w + s * p.dilation_w) * p.k;
+        for (int64_t k = 0; k < p.k; ++k) at[k] += products[i * step + s * p.k + k];
+      }
   }
 }
 
@@ -69,8 +96,8 @@ void by_taps(const T* x, const T* packed, T* y, const TransposedShape& p,
     const int64_t image = task / bands.bands, top = task % bands.bands * bands.band;
     const int64_t rows = std::min(bands.band, p.oh - top);
     const int64_t first = top + p.top, last = first + rows;  // before padding
-    Scratch<T> sums(rows * bands.line), products(bands.chunk * p.w * columns);
-    std::memset(sums.get(), 0, static_cast<size_t>(rows * bands.line) * sizeof(T));
+    const BandSums<T> sums(rows, bands.line);
+    Scratch<T> products(bands.chunk * p.w * columns);
     const int64_t from =
         std::max<int64_t>(0, ceil_div(std::max<int64_t>(0, first - last_tap), p.stride_h));
     const int64_t to = std::min(p.h, (last - 1) / p.stride_h + 1);
@@ -86,14 +113,12 @@ void by_taps(const T* x, const T* packed, T* y, const TransposedShape& p,
                      .a_step = p.c,
                      .c_step = columns});
       for (int64_t row = 0; row < some; ++row)
-        add_products(products.get() + row * p.w * columns, i + row, p, bands, first, last,
-                     sums.get());
+        add_products<T>(products.get() + row * p.w * columns, i + row, p, first, last, sums);
     }
     const int64_t out = p.ow * p.k;
     for (int64_t row = 0; row < rows; ++row) {
       const int64_t at = (image * p.oh + top + row) * out;
-      std::memcpy(y + at, sums.get() + row * bands.line + p.left * p.k,
-                  static_cast<size_t>(out) * sizeof(T));
+      std::memcpy(y + at, sums.row(row) + p.left * p.k, static_cast<size_t>(out) * sizeof(T));
       transposed_table_of<T>().finish(of_row, at, out, y + at);
     }
   });

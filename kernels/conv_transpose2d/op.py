@@ -299,7 +299,14 @@ def _is_depthwise(weight: Any, groups: Any) -> bool:
     return isinstance(weight, Tensor) and weight.dim() == 4 and weight.shape[1] == 1
 
 
-def _depthwise(x, weight, geometry, groups, packed, epilogue) -> Tensor:
+def _depthwise(
+    x: Tensor,
+    weight: Tensor,
+    geometry: tuple[Any, Any, Any, Any],
+    groups: int,
+    packed: Tensor | None,
+    epilogue: tuple[Any, Any, Any, Any, int, float],
+) -> Tensor:
     """By the depthwise kernels: the gradient of their input is this operation."""
     bias, scale, shift, residual, code, alpha = epilogue
     _check(x, weight, bias, scale, shift, residual, packed, *geometry, groups, code, alpha)

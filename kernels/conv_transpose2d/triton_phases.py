@@ -24,16 +24,30 @@ from nnarch.kernels.gpu.launch import (
     needs_int64,
 )
 from nnarch.kernels.gpu.matmul import (
-    MATMUL,
+    MATMUL_TILES,
     channels_innermost,
     grouped_order,
     loads_channel_vectors,
+    matmul_cost,
+    matmul_fits,
     matmul_split,
     precision_of,
 )
 from nnarch.kernels.gpu.phases import first_tap, output_under, phase_start, pixels_in, tap_steps
 from nnarch.kernels.gpu.split import NO_EPILOGUE, finish_split
-from nnarch.kernels.gpu.tiles import Problem, Tile, pick
+from nnarch.kernels.gpu.tiles import Problem, Tile, TileTable, pick
+
+# Beside a phase's geometry and the epilogue, accumulators of the other tiles would spill: 328 bytes
+# of 128×256 on sm_90, 360 of 128×128 with 4 warps on sm_120.
+_SPILLING = {(128, 256, 64), (128, 128, 32)}
+PHASES_TILES = MATMUL_TILES | {
+    "half": tuple(
+        t
+        for t in MATMUL_TILES["half"]
+        if (t["BLOCK_M"], t["BLOCK_N"], t["BLOCK_K"]) not in _SPILLING
+    )
+}
+PHASES = TileTable("phases", PHASES_TILES, matmul_cost, matmul_fits)
 
 
 @triton.jit
@@ -237,7 +251,7 @@ def by_phases(
         _launch(arguments, y, phase_taps, epilogue, tile)
 
     with device_guard(x):
-        run(pick(MATMUL, problem, run))
+        run(pick(PHASES, problem, run))
 
 
 def _launch(arguments, y, phase_taps: int, epilogue, tile: Tile) -> None:

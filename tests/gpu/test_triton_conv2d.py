@@ -174,7 +174,7 @@ TILES = [
 @pytest.mark.parametrize("precision, tile", TILES, ids=str)
 def test_every_tile(precision, tile):
     conv = Conv((1, 18, 5, 5), 20, padding=(1, 1, 1, 1))
-    with tiles.force(**{MATMUL.name: tile}):
+    with tiles.force(**{MATMUL.name: tile, triton_phases.PHASES.name: tile}):
         all_three(conv, torch.float16 if precision == "half" else torch.float32)
 
 
