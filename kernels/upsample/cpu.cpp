@@ -22,13 +22,14 @@ Arguments arguments(const IntList& input_size, const IntList& output_size, bool 
           {input_size[3], output_size[1], bilinear, align_corners, scale_w}};
 }
 
-// Outputs of these sizes are written past the caches. 6.4 MB of a doubled 256@14, N8: 119 µs
-// through them, 245 past them; 26 MB of a doubled 64@56: 950 µs past them, twice that through them.
-// Blocks of 32 MB and more come from the system each time, which has just cleared them in the
-// cache: 21@28 eight times as large, 34 MB: 3.9 ms through the caches, 5.4 past them.
-constexpr int64_t kStreamFrom = int64_t{12} << 20, kStreamTo = int64_t{32} << 20;
+// Outputs from kStreamBytes to here are written past the caches. Blocks of 32 MB and more come from
+// the system each time, which has just cleared them in the cache: 21@28 eight times as large, 34
+// MB: 3.9 ms through the caches, 5.4 past them. What 6.4 MB take (256@14 doubled, N8) depends on
+// who else is in the caches: among the rivals of a benchmark 0.27 ms past them and 0.46 through
+// them, called again and again 0.25 and 0.15.
+constexpr int64_t kStreamTo = int64_t{32} << 20;
 
-bool leaves_caches(int64_t bytes) { return bytes >= kStreamFrom && bytes < kStreamTo; }
+bool leaves_caches(int64_t bytes) { return bytes >= kStreamBytes && bytes < kStreamTo; }
 
 // Images as planes, or as planes of one wide row after the other where pixels of few channels would
 // leave vectors half empty.

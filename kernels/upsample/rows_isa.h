@@ -34,22 +34,62 @@ void nearest_rows(const T* x, int64_t channels, const Sources<T>& h, const Sourc
   if (past_caches) finish_streaming();
 }
 
+// B vectors of channels, of which the last has n lanes, of all pixels of an output row. What two
+// rows weigh at a column of the input stays in registers until no output needs it: four loads and
+// four products for every output took 115 µs for a doubled 64@56 instead of 85.
+template <class T, int B>
+NNARCH_INLINE void bilinear_block(const T* top, const T* bottom, T weight0, T weight1,
+                                  int64_t channels, const Sources<T>& w, int64_t n, T* y,
+                                  bool past_caches) {
+  constexpr int64_t lanes = kLanes<T>;
+  const Vec<T> w0 = broadcast(weight0), w1 = broadcast(weight1);
+  Vec<T> left[B] = {}, right[B] = {};
+  int64_t left_at = -1, right_at = -1;
+  const auto column = [&](int64_t at, Vec<T>* v) NNARCH_INLINE_LAMBDA {
+    const T *a = top + at * channels, *b = bottom + at * channels;
+    for (int i = 0; i < B; ++i) {
+      const int64_t count = i + 1 < B ? lanes : n;
+      v[i] = load_n(a + i * lanes, count) * w0 + load_n(b + i * lanes, count) * w1;
+    }
+  };
+  for (int64_t j = 0; j < w.outputs; ++j, y += channels) {
+    if (w.first[j] != left_at) {
+      left_at = w.first[j];
+      if (left_at == right_at)
+        for (int i = 0; i < B; ++i) left[i] = right[i];
+      else
+        column(left_at, left);
+    }
+    if (w.second[j] != right_at) {
+      right_at = w.second[j];
+      column(right_at, right);
+    }
+    const Vec<T> across0 = broadcast(w.w0[j]), across1 = broadcast(w.w1[j]);
+    for (int i = 0; i < B; ++i) {
+      const Vec<T> v = left[i] * across0 + right[i] * across1;
+      if (past_caches)
+        stream(y + i * lanes, v);
+      else
+        store_n(y + i * lanes, v, i + 1 < B ? lanes : n);
+    }
+  }
+}
+
 template <class T>
 void bilinear_rows(const T* x, int64_t channels, const Sources<T>& h, const Sources<T>& w,
                    int64_t from, int64_t to, T* y, bool past_caches) {
+  constexpr int64_t lanes = kLanes<T>;
   for (int64_t i = from; i < to; ++i) {
     const T* top = x + h.first[i] * w.inputs * channels;
     const T* bottom = x + h.second[i] * w.inputs * channels;
     T* out = y + i * w.outputs * channels;
-    for (int64_t j = 0; j < w.outputs; ++j, out += channels) {
-      const int64_t left = w.first[j] * channels, right = w.second[j] * channels;
-      const Vec<T> a = broadcast(h.w0[i] * w.w0[j]), b = broadcast(h.w0[i] * w.w1[j]);
-      const Vec<T> c = broadcast(h.w1[i] * w.w0[j]), d = broadcast(h.w1[i] * w.w1[j]);
-      over_channels<T>(channels, out, past_caches, [&](int64_t k, int64_t n) NNARCH_INLINE_LAMBDA {
-        const Vec<T> above = load_n(top + left + k, n) * a + load_n(top + right + k, n) * b;
-        return above + load_n(bottom + left + k, n) * c + load_n(bottom + right + k, n) * d;
-      });
-    }
+    int64_t c = 0;
+    for (; c + 4 * lanes <= channels; c += 4 * lanes)
+      bilinear_block<T, 4>(top + c, bottom + c, h.w0[i], h.w1[i], channels, w, lanes, out + c,
+                           past_caches);
+    for (; c < channels; c += lanes)
+      bilinear_block<T, 1>(top + c, bottom + c, h.w0[i], h.w1[i], channels, w,
+                           channels - c < lanes ? channels - c : lanes, out + c, past_caches);
   }
   if (past_caches) finish_streaming();
 }

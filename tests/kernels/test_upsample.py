@@ -206,7 +206,7 @@ def test_reads_no_uninitialised_memory(mode, memory_format):
 
 
 def test_images_that_leave_the_caches():
-    """Outputs of 12 MB and more are written past the caches, aligned or not."""
+    """Outputs of 6 MB and more are written past the caches, aligned or not."""
     for shape in ((1, 64, 113, 115), (2, 21, 190, 101), (1, 1, 1100, 901)):
         for memory_format, mode in itertools.product(FORMATS, ("nearest", "bilinear")):
             x = small_integers(torch.empty(shape)).contiguous(memory_format=memory_format)
