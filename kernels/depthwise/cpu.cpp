@@ -3,63 +3,12 @@
 
 #include "cpu/epilogue_fold.h"
 #include "cpu/registry.h"
-#include "cpu/streaming.h"
-#include "depthwise/cpu_image.h"
-#include "depthwise/cpu_plan.h"
+#include "depthwise/cpu_input_grad.h"
+#include "depthwise/cpu_run.h"
 #include "depthwise/cpu_weight_grad.h"
 
 namespace nnarch {
 namespace {
-
-// Runs a convolution that is given for its first image on all of them.
-template <class T>
-void run_images(const DepthwiseConv<T>& conv, int64_t images, int64_t x_image, int64_t y_image) {
-  const DepthwisePlanner<T> planner(conv, images, /*weight_grad=*/false);
-  DepthwisePlan plan = planner.plan();
-  const DepthwisePass<T>& pass = *conv.passes;
-  plan.stream = plan.blocks && conv.y_channel == 1 && conv.epilogue.activation <= kRelu6 &&
-                outgrows_caches(conv.y, images * pass.oh * pass.ow, conv.channels);
-  const bool staged = conv.y_channel != 1 || conv.group > 1;
-  const bool residual_staged = conv.epilogue.residual && conv.y_channel != 1;
-  const auto run = NNARCH_SELECT(depthwise_run<T>());
-  parallel_tasks(images * planner.tasks(), [&](int64_t i) {
-    const Scratch<T> tile(plan.tile_size()), stage(staged ? plan.stage_size() : 0),
-        residual(residual_staged ? plan.stage_size() : 0);
-    const Scratch<const T*> rows(planner.row_pointers());
-    const int64_t image = i / planner.tasks();
-    DepthwiseConv<T> mine = conv;
-    mine.x += image * x_image;
-    mine.y += image * y_image;
-    if (mine.epilogue.residual) mine.epilogue.residual += image * y_image;
-    run(mine, plan, planner.task(i % planner.tasks()),
-        {tile.get(), staged ? stage.get() : nullptr, residual_staged ? residual.get() : nullptr,
-         rows.get()});
-  });
-}
-
-// `plane`: the first one. Each of `inputs` planes gives `multiplier` planes of the output, in
-// every image; packed weights and the epilogue start at channel 0.
-template <class T>
-void run_planes(const DepthwisePlane<T>& plane, int64_t images, int64_t inputs,
-                int64_t multiplier) {
-  const int64_t channels = inputs * multiplier, taps = plane.s * plane.s;
-  const int64_t work = std::max<int64_t>(1, plane.oh * plane.ow * taps);
-  const int64_t share = std::max<int64_t>(1, kTaskWork / work), planes = images * channels;
-  const auto run = NNARCH_SELECT(depthwise_plane_run<T>());
-  parallel_tasks(ceil_div(planes, share), [&](int64_t task) {
-    for (int64_t i = task * share; i < std::min(planes, (task + 1) * share); ++i) {
-      const int64_t k = i % channels;
-      DepthwisePlane<T> mine = plane;
-      mine.x += i / multiplier * plane.h * plane.w;
-      mine.y += i * plane.oh * plane.ow;
-      mine.weight += k / kDepthwiseBlock * taps * kDepthwiseBlock + k % kDepthwiseBlock;
-      mine.epilogue = plane.epilogue.from_channel(k);
-      if (plane.epilogue.residual)
-        mine.epilogue.residual = plane.epilogue.residual + i * plane.oh * plane.ow;
-      run(mine);
-    }
-  });
-}
 
 const char* algorithm(const ConvShape& p) {
   if (p.r == p.s && p.stride_w / std::gcd(p.stride_w, p.dilation_w) <= 2) {
@@ -68,12 +17,6 @@ const char* algorithm(const ConvShape& p) {
     if (p.s == 7) return "depthwise_7x7";
   }
   return "depthwise_general";
-}
-
-template <class T>
-void set_output(DepthwiseConv<T>* conv, const Tensor& y, const Layout& layout) {
-  conv->y = mutable_data<T>(y);
-  conv->y_row = layout.row, conv->y_pixel = layout.pixel, conv->y_channel = layout.channel;
 }
 
 template <class T>
@@ -149,57 +92,6 @@ Tensor depthwise_conv2d(const Tensor& x_in, const Tensor& weight_in, const OptTe
                Layout::of(p.output_size(), channels_last), epilogue.get());
   });
   return to_type(y, type);
-}
-
-// The input gradient is a convolution of grad by the flipped kernel. With a stride, the input
-// positions fall into phases, each reached by some of the taps only: no product with a zero.
-template <class T>
-void input_grad(const Tensor& grad, const Tensor& weight, const Tensor& dx, const ConvShape& p,
-                const Layout& out) {
-  const auto rows = gradient_phases(p.h, p.stride_h, p.top, p.r, p.dilation_h);
-  const auto columns = gradient_phases(p.w, p.stride_w, p.left, p.s, p.dilation_w);
-  const Scratch<T> packed(packed_depthwise_size(p.k, p.taps()));
-  std::vector<DepthwisePass<T>> passes;
-  T* next = packed.get();
-  for (const Phase& row : rows)
-    for (const Phase& column : columns) {
-      const TapList taps{row.taps, column.taps};
-      const bool none = taps.count() == 0;
-      pack_depthwise<T>(weight, taps, next);
-      passes.push_back({next, none ? 0 : static_cast<int64_t>(row.taps.size()),
-                        none ? 0 : static_cast<int64_t>(column.taps.size()), row.offset,
-                        column.offset, row.count, column.count,
-                        row.first * out.row + column.first * out.pixel});
-      next += packed_depthwise_size(p.k, taps.count());
-    }
-
-  if (is_planar(grad) && out.pixel == 1 && has_plane_code(p) && p.stride_h == 1 && p.k == p.c) {
-    const DepthwisePass<T>& pass = passes.front();
-    return run_planes<T>({data<T>(grad),
-                          p.oh,
-                          p.ow,
-                          mutable_data<T>(dx),
-                          p.h,
-                          p.w,
-                          pass.weight,
-                          p.s,
-                          1,
-                          pass.row,
-                          pass.column,
-                          {}},
-                         p.n, p.c, 1);
-  }
-  const SourceImage image(grad, 1);
-  DepthwiseConv<T> conv = input_of<T>(image, p);
-  conv.h = p.oh, conv.w = p.ow, conv.x_channels = p.k;
-  set_output(&conv, dx, out);
-  conv.y_row *= p.stride_h, conv.y_pixel *= p.stride_w;
-  conv.channels = p.k, conv.group = p.k / p.c;
-  conv.stride_h = conv.stride_w = 1;
-  conv.dilation_h = p.dilation_h / std::gcd(p.dilation_h, p.stride_h);
-  conv.dilation_w = p.dilation_w / std::gcd(p.dilation_w, p.stride_w);
-  conv.passes = passes.data(), conv.pass_count = static_cast<int64_t>(passes.size());
-  run_images(conv, p.n, image.layout.image, out.image);
 }
 
 Tensor depthwise_conv2d_input_grad(const Tensor& grad_in, const Tensor& weight_in,

@@ -127,6 +127,20 @@ struct DepthwiseWeightGrad {
   T* partial;
 };
 
+// The input gradient at stride 2, of one image in channels_last order: a square kernel of width 3,
+// 5 or 7, no dilation, an output channel for every input channel. See cpu_quad.h.
+template <class T>
+struct DepthwiseQuads {
+  const T* g;
+  int64_t gh, gw;
+  T* dx;
+  int64_t h, w, channels;
+  const T* weight;  // packed, in forward order
+  int64_t s, top, left;
+  bool stream;  // dx is written past the caches
+  bool far;     // grad comes from memory
+};
+
 // One plane of an image that lies channel by channel (NCHW): a square kernel of width 3, 5 or 7,
 // stride 1 or 2, no dilation. Rows are dense.
 template <class T>
@@ -153,6 +167,9 @@ struct DepthwisePlaneGrad {
   int64_t row, column;  // as in DepthwisePass
 };
 
+// Rows [first, last) of quads; row A of them is rows 2A and 2A + 1 of the padded image.
+template <class T>
+using DepthwiseQuadsRun = void (*)(const DepthwiseQuads<T>&, int64_t first, int64_t last);
 template <class T>
 using DepthwisePlaneGradRun = void (*)(const DepthwisePlaneGrad<T>&);
 template <class T>
@@ -169,6 +186,7 @@ using DepthwiseWeightGradRun = void (*)(const DepthwiseWeightGrad<T>&, const Dep
 NNARCH_PER_ISA(template <class T> int64_t depthwise_lanes();
                template <class T> bool depthwise_masked_tails();
                template <class T> DepthwiseRun<T> depthwise_run();
+               template <class T> DepthwiseQuadsRun<T> depthwise_quads_run();
                template <class T> DepthwisePlaneRun<T> depthwise_plane_run();
                template <class T> DepthwisePlaneGradRun<T> depthwise_plane_grad_run();
                template <class T> DepthwiseWeightGradRun<T> depthwise_weight_grad_run();)

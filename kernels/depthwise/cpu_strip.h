@@ -58,8 +58,8 @@ NNARCH_INLINE T* step(T*& p, const Steps& pixel) {
   return p + pixel.three;
 }
 
-template <class T>
-NNARCH_INLINE const T* weight_of(const Strip<T>& a, int64_t k) {
+template <class Args>
+NNARCH_INLINE auto weight_of(const Args& a, int64_t k) {
   const auto i = static_cast<uint64_t>(k);
   constexpr uint64_t block = kDepthwiseBlock;
   return a.weight + i / block * static_cast<uint64_t>(a.weight_block) + i % block;
