@@ -1,5 +1,6 @@
-// Depthwise convolution on the CPU: forward and input gradient.
+// Depthwise convolution on the CPU: the operations.
 #include <numeric>
+#include <tuple>
 
 #include "cpu/epilogue_fold.h"
 #include "cpu/registry.h"
@@ -94,50 +95,83 @@ Tensor depthwise_conv2d(const Tensor& x_in, const Tensor& weight_in, const OptTe
   return to_type(y, type);
 }
 
-Tensor depthwise_conv2d_input_grad(const Tensor& grad_in, const Tensor& weight_in,
-                                   const IntList& input_size, const IntList& stride,
-                                   const IntList& padding, const IntList& dilation) {
-  const ScalarType type = grad_in.scalar_type();
-  const ConvShape p = depthwise_shape(input_size, sizes_of(weight_in), stride, padding, dilation);
-  require(sizes_of(grad_in) == p.output_size(),
-          "depthwise_conv2d_input_grad: grad must have the shape of the output");
-  require(weight_in.scalar_type() == type,
-          "depthwise_conv2d_input_grad: grad and weight must have one dtype");
+// The checks of all gradients.
+ConvShape checked_grad_shape(const char* op, const Tensor& grad, const Tensor& other,
+                             const IntList& input_size, const IntList& weight_size,
+                             const IntList& stride, const IntList& padding,
+                             const IntList& dilation) {
+  const ConvShape p = depthwise_shape(input_size, weight_size, stride, padding, dilation);
+  if (sizes_of(grad) != p.output_size())
+    throw std::runtime_error(std::string(op) + ": grad must have the shape of the output");
+  if (other.scalar_type() != grad.scalar_type())
+    throw std::runtime_error(std::string(op) + ": all tensors must have one dtype");
   set_algorithm(algorithm(p));
-  const Tensor grad = to_compute_type(grad_in), weight = to_compute_type(weight_in);
-  const bool channels_last = follows_channels_last(grad_in);
-  const Tensor dx = channels_last ? new_channels_last(input_size, grad.scalar_type())
-                                  : new_contiguous(input_size, grad.scalar_type());
-  with_scalar_type(grad.scalar_type(), "depthwise_conv2d_input_grad", [&](auto scalar) {
-    using T = decltype(scalar);
-    input_grad<T>(grad, weight, dx, p, Layout::of(input_size, channels_last));
-  });
-  return to_type(dx, type);
+  return p;
 }
 
-Tensor depthwise_conv2d_weight_grad(const Tensor& grad_in, const Tensor& x_in,
-                                    const IntList& weight_size, const IntList& stride,
-                                    const IntList& padding, const IntList& dilation) {
-  const ScalarType type = grad_in.scalar_type();
-  const ConvShape p = depthwise_shape(sizes_of(x_in), weight_size, stride, padding, dilation);
-  require(sizes_of(grad_in) == p.output_size(),
-          "depthwise_conv2d_weight_grad: grad must have the shape of the output");
-  require(x_in.scalar_type() == type,
-          "depthwise_conv2d_weight_grad: grad and x must have one dtype");
-  set_algorithm(algorithm(p));
-  const Tensor grad = to_compute_type(grad_in), x = to_compute_type(x_in);
-  const Tensor dw = new_contiguous(weight_size, grad.scalar_type());
+Tensor new_input_grad(const Tensor& grad, const Tensor& weight, const ConvShape& p) {
+  const bool channels_last = follows_channels_last(grad);
+  const IntList size{p.n, p.c, p.h, p.w};
+  const Tensor dx = channels_last ? new_channels_last(size, grad.scalar_type())
+                                  : new_contiguous(size, grad.scalar_type());
+  with_scalar_type(grad.scalar_type(), "depthwise_conv2d_input_grad", [&](auto scalar) {
+    using T = decltype(scalar);
+    input_grad<T>(grad, weight, dx, p, Layout::of(size, channels_last));
+  });
+  return dx;
+}
+
+Tensor new_weight_grad(const Tensor& grad, const Tensor& x, const OptTensor& db,
+                       const ConvShape& p) {
+  const Tensor dw = new_contiguous({p.k, 1, p.r, p.s}, grad.scalar_type());
   with_scalar_type(grad.scalar_type(), "depthwise_conv2d_weight_grad", [&](auto scalar) {
     using T = decltype(scalar);
-    weight_grad<T>(grad, x, dw, p);
+    weight_grad<T>(grad, x, dw, db ? mutable_data<T>(*db) : nullptr, p);
   });
-  return to_type(dw, type);
+  return dw;
+}
+
+Tensor depthwise_conv2d_input_grad(const Tensor& grad, const Tensor& weight,
+                                   const IntList& input_size, const IntList& stride,
+                                   const IntList& padding, const IntList& dilation) {
+  const ConvShape p = checked_grad_shape("depthwise_conv2d_input_grad", grad, weight, input_size,
+                                         sizes_of(weight), stride, padding, dilation);
+  return to_type(new_input_grad(to_compute_type(grad), to_compute_type(weight), p),
+                 grad.scalar_type());
+}
+
+Tensor depthwise_conv2d_weight_grad(const Tensor& grad, const Tensor& x,
+                                    const IntList& weight_size, const IntList& stride,
+                                    const IntList& padding, const IntList& dilation) {
+  const ConvShape p = checked_grad_shape("depthwise_conv2d_weight_grad", grad, x, sizes_of(x),
+                                         weight_size, stride, padding, dilation);
+  return to_type(new_weight_grad(to_compute_type(grad), to_compute_type(x), {}, p),
+                 grad.scalar_type());
+}
+
+// All gradients in one call: three calls cost 10 µs more, and the bias another pass over grad.
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(
+    const Tensor& grad_in, const Tensor& x_in, const Tensor& weight_in, const IntList& stride,
+    const IntList& padding, const IntList& dilation, bool bias) {
+  const ScalarType type = grad_in.scalar_type();
+  const ConvShape p =
+      checked_grad_shape("depthwise_conv2d_backward", grad_in, x_in, sizes_of(x_in),
+                         sizes_of(weight_in), stride, padding, dilation);
+  require(weight_in.scalar_type() == type,
+          "depthwise_conv2d_backward: all tensors must have one dtype");
+  const Tensor grad = to_compute_type(grad_in), x = to_compute_type(x_in),
+               weight = to_compute_type(weight_in);
+  const Tensor db = new_contiguous({bias ? p.k : 0}, grad.scalar_type());
+  const Tensor dx = new_input_grad(grad, weight, p);
+  const Tensor dw = new_weight_grad(grad, x, bias ? OptTensor(db) : OptTensor(), p);
+  return {to_type(dx, type), to_type(dw, type), to_type(db, type)};
 }
 
 NNARCH_OPS(depthwise, ops) {
   ops.impl("depthwise_conv2d", TORCH_BOX(&depthwise_conv2d));
   ops.impl("depthwise_conv2d_input_grad", TORCH_BOX(&depthwise_conv2d_input_grad));
   ops.impl("depthwise_conv2d_weight_grad", TORCH_BOX(&depthwise_conv2d_weight_grad));
+  ops.impl("depthwise_conv2d_backward", TORCH_BOX(&depthwise_conv2d_backward));
   ops.impl("depthwise_conv2d_pack", TORCH_BOX(&depthwise_conv2d_pack));
 }
 

@@ -97,6 +97,7 @@ struct DepthwisePlan {
   int64_t reach;                    // input rows from the first to the last of an output row
   bool blocks;  // two output rows at a time (cpu_block.h), where there is code for it
   bool stream;  // the output is written past the caches
+  int64_t pair_pixels;  // of a block of the weight gradient in pairs (cpu_grad_pair.h), or 0
   bool direct;  // strips read the image itself; the tile is for those at other edges
   bool far;     // the same, where input and output are too large for the caches
   bool ring;    // the tile keeps input rows from one output row to the next
@@ -125,6 +126,7 @@ struct DepthwiseWeightGrad {
   DepthwiseConv<T> conv;
   const T* g;  // laid out as conv.y
   T* partial;
+  double* bias;  // bias[k] += Σ g[oy, ox, k] likewise, or null
 };
 
 // The input gradient at stride 2, of one image in channels_last order: a square kernel of width 3,
@@ -163,6 +165,7 @@ struct DepthwisePlaneGrad {
   int64_t images, x_image, g_image;  // and the distance of their planes of this channel
   int64_t h, w, oh, ow;
   T* dw;
+  T* db;  // the sum of g, or null
   int64_t s, stride;
   int64_t row, column;  // as in DepthwisePass
 };
@@ -189,6 +192,8 @@ NNARCH_PER_ISA(template <class T> int64_t depthwise_lanes();
                template <class T> DepthwiseQuadsRun<T> depthwise_quads_run();
                template <class T> DepthwisePlaneRun<T> depthwise_plane_run();
                template <class T> DepthwisePlaneGradRun<T> depthwise_plane_grad_run();
+               template <class T> int64_t depthwise_pair_pixels(int64_t s, int64_t ow);
+               template <class T> DepthwiseWeightGradRun<T> depthwise_pair_run();
                template <class T> DepthwiseWeightGradRun<T> depthwise_weight_grad_run();)
 
 }  // namespace nnarch

@@ -49,7 +49,7 @@ inline bool is_planar(const Tensor& t) { return t.is_contiguous() && !is_channel
 
 // Where x and grad lie channel by channel: a channel is one sum, in the order of its pixels.
 template <class T>
-void weight_grad_of_planes(const Tensor& grad, const Tensor& x, const Tensor& dw,
+void weight_grad_of_planes(const Tensor& grad, const Tensor& x, const Tensor& dw, T* db,
                            const ConvShape& p) {
   const int64_t multiplier = p.k / p.c, plane = p.h * p.w, out = p.oh * p.ow;
   const int64_t work = std::max<int64_t>(1, p.n * out * p.taps());
@@ -58,7 +58,8 @@ void weight_grad_of_planes(const Tensor& grad, const Tensor& x, const Tensor& dw
   parallel_tasks(ceil_div(p.k, share), [&](int64_t task) {
     for (int64_t k = task * share; k < std::min(p.k, (task + 1) * share); ++k)
       run({data<T>(x) + k / multiplier * plane, data<T>(grad) + k * out, p.n, p.c * plane,
-           p.k * out, p.h, p.w, p.oh, p.ow, mutable_data<T>(dw) + k * p.taps(), p.s, p.stride_h,
+           p.k * out, p.h, p.w, p.oh, p.ow, mutable_data<T>(dw) + k * p.taps(),
+           db ? db + k : nullptr, p.s, p.stride_h,
            -p.top, -p.left});
   });
 }
@@ -84,15 +85,18 @@ void add_partial_sums(const T* partial, int64_t parts, int64_t size, const ConvS
   });
 }
 
+// `db`, where it is not null, gets the sum of grad over all pixels: the gradient of a bias, nearly
+// for nothing while grad is at hand.
 template <class T>
-void weight_grad(const Tensor& grad, const Tensor& x, const Tensor& dw, const ConvShape& p) {
+void weight_grad(const Tensor& grad, const Tensor& x, const Tensor& dw, T* db,
+                 const ConvShape& p) {
   if (is_planar(x) && is_planar(grad) && has_plane_code(p))
-    return weight_grad_of_planes<T>(grad, x, dw, p);
+    return weight_grad_of_planes<T>(grad, x, dw, db, p);
   const int64_t multiplier = p.k / p.c;
   const SourceImage image(x, multiplier), g(grad, 1);
   const ChannelSource<T> source(p.k, multiplier);
   const DepthwisePass<T> pass{nullptr, p.r, p.s, -p.top, -p.left, p.oh, p.ow, 0};
-  DepthwiseWeightGrad<T> problem{input_of<T>(image, p), data<T>(g.tensor), nullptr};
+  DepthwiseWeightGrad<T> problem{input_of<T>(image, p), data<T>(g.tensor), nullptr, nullptr};
   DepthwiseConv<T>& conv = problem.conv;
   source.set(&conv);
   conv.y_row = g.layout.row, conv.y_pixel = g.layout.pixel, conv.y_channel = g.layout.channel;
@@ -109,7 +113,10 @@ void weight_grad(const Tensor& grad, const Tensor& x, const Tensor& dw, const Co
   const int64_t size = packed_depthwise_size(p.k, p.taps());
   const Scratch<T> partial(checked_product(std::max<int64_t>(parts, 1), size));
   if (parts == 0) std::fill_n(partial.get(), size, T{0});
-  const auto run = NNARCH_SELECT(depthwise_weight_grad_run<T>());
+  const int64_t all = round_up(p.k, kDepthwiseBlock);
+  const Scratch<double> bias(db ? checked_product(std::max<int64_t>(parts, 1), all) : 0);
+  const auto run = plan.pair_pixels ? NNARCH_SELECT(depthwise_pair_run<T>())
+                                    : NNARCH_SELECT(depthwise_weight_grad_run<T>());
   parallel_tasks(parts * channel_tasks, [&](int64_t i) {
     const int64_t part = i / channel_tasks, block = i % channel_tasks;
     const Scratch<T> tile(plan.tile_size()), stage(plan.stage_size());
@@ -119,6 +126,10 @@ void weight_grad(const Tensor& grad, const Tensor& x, const Tensor& dw, const Co
     const int64_t channel = block * plan.block;
     const int64_t channels = round_up(std::min(plan.block, p.k - channel), kDepthwiseBlock);
     std::fill_n(mine.partial + channel * p.taps(), channels * p.taps(), T{0});
+    if (db) {
+      mine.bias = bias.get() + part * all;
+      std::fill_n(mine.bias + channel, channels, 0.0);
+    }
     for (int64_t unit = part * units / parts; unit < (part + 1) * units / parts; ++unit) {
       const int64_t n = unit / row_tasks;
       mine.conv.x = conv.x + n * image.layout.image;
@@ -129,6 +140,11 @@ void weight_grad(const Tensor& grad, const Tensor& x, const Tensor& dw, const Co
   });
 
   add_partial_sums(partial.get(), parts, size, p, mutable_data<T>(dw));
+  for (int64_t k = 0; k < p.k && db; ++k) {
+    double sum = 0;
+    for (int64_t part = 0; part < parts; ++part) sum += bias[part * all + k];
+    db[k] = static_cast<T>(sum);
+  }
 }
 
 }  // namespace nnarch
