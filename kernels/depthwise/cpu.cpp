@@ -27,7 +27,7 @@ void forward(const Tensor& x, const T* packed, const Tensor& y, const ConvShape&
   if (is_planar(x) && out.pixel == 1 && has_plane_code(p))
     return run_planes<T>({data<T>(x), p.h, p.w, mutable_data<T>(y), p.oh, p.ow, packed, p.s,
                           p.stride_h, -p.top, -p.left, epilogue},
-                         p.n, p.c, multiplier);
+                         p.n, p.c, multiplier, NNARCH_SELECT(depthwise_plane_run<T>()));
   const SourceImage image(x, multiplier);
   const ChannelSource<T> source(p.k, multiplier);
   const DepthwisePass<T> pass{packed, p.r, p.s, -p.top, -p.left, p.oh, p.ow, 0};
@@ -140,9 +140,9 @@ Tensor depthwise_conv2d_input_grad(const Tensor& grad, const Tensor& weight,
                  grad.scalar_type());
 }
 
-Tensor depthwise_conv2d_weight_grad(const Tensor& grad, const Tensor& x,
-                                    const IntList& weight_size, const IntList& stride,
-                                    const IntList& padding, const IntList& dilation) {
+Tensor depthwise_conv2d_weight_grad(const Tensor& grad, const Tensor& x, const IntList& weight_size,
+                                    const IntList& stride, const IntList& padding,
+                                    const IntList& dilation) {
   const ConvShape p = checked_grad_shape("depthwise_conv2d_weight_grad", grad, x, sizes_of(x),
                                          weight_size, stride, padding, dilation);
   return to_type(new_weight_grad(to_compute_type(grad), to_compute_type(x), {}, p),
@@ -154,9 +154,8 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_backward(
     const Tensor& grad_in, const Tensor& x_in, const Tensor& weight_in, const IntList& stride,
     const IntList& padding, const IntList& dilation, bool bias) {
   const ScalarType type = grad_in.scalar_type();
-  const ConvShape p =
-      checked_grad_shape("depthwise_conv2d_backward", grad_in, x_in, sizes_of(x_in),
-                         sizes_of(weight_in), stride, padding, dilation);
+  const ConvShape p = checked_grad_shape("depthwise_conv2d_backward", grad_in, x_in, sizes_of(x_in),
+                                         sizes_of(weight_in), stride, padding, dilation);
   require(weight_in.scalar_type() == type,
           "depthwise_conv2d_backward: all tensors must have one dtype");
   const Tensor grad = to_compute_type(grad_in), x = to_compute_type(x_in),

@@ -32,8 +32,7 @@ struct GradPair {
 
 template <class T, int STRIDE, int P, int K, int J>
 NNARCH_INLINE void use_pair_taps(Vec<T> value, const Vec<T>* g, Vec<T>* sum) {
-  if constexpr (K >= 0 && K < 3)
-    use_taps<T, STRIDE, P, J>(value, g, sum + 3 * K, MakeIndices<3>{});
+  if constexpr (K >= 0 && K < 3) use_taps<T, STRIDE, P, J>(value, g, sum + 3 * K, MakeIndices<3>{});
 }
 
 template <class T, int STRIDE, int P, bool PRESENT, int LEFT, int I, int J, int... R>
@@ -54,7 +53,7 @@ NNARCH_INLINE void pair_row(const T* row, int64_t at, const Steps& pixel, const 
   constexpr int columns = sizeof...(J);
   const T* x = row + at;
   (pair_column<T, STRIDE, P, (J >= LEFT && J < columns - RIGHT), LEFT, I, J>(x, pixel, g, sum,
-                                                                            grads),
+                                                                             grads),
    ...);
 }
 

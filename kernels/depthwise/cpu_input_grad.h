@@ -44,6 +44,15 @@ void run_quads(const T* grad, const Tensor& weight, T* dx, const ConvShape& p) {
   });
 }
 
+// The same channel by channel.
+template <class T>
+void run_plane_quads(const T* grad, const Tensor& weight, T* dx, const ConvShape& p) {
+  const Scratch<T> packed(packed_depthwise_size(p.k, p.taps()));
+  pack_depthwise<T>(weight, TapList::whole(p.r, p.s), packed.get());
+  run_planes<T>({grad, p.oh, p.ow, dx, p.h, p.w, packed.get(), p.s, 2, -p.top, -p.left, {}}, p.n,
+                p.c, 1, NNARCH_SELECT(depthwise_plane_quads_run<T>()));
+}
+
 // The input gradient is a convolution of grad by the flipped kernel. With a stride, the input
 // positions fall into phases, each reached by some of the taps only: no product with a zero.
 template <class T>
@@ -51,6 +60,8 @@ void input_grad(const Tensor& grad, const Tensor& weight, const Tensor& dx, cons
                 const Layout& out) {
   if (out.channel == 1 && has_quads(p) && is_channels_last(grad))
     return run_quads(data<T>(grad), weight, mutable_data<T>(dx), p);
+  if (out.pixel == 1 && has_quads(p) && is_planar(grad))
+    return run_plane_quads(data<T>(grad), weight, mutable_data<T>(dx), p);
   const auto rows = gradient_phases(p.h, p.stride_h, p.top, p.r, p.dilation_h);
   const auto columns = gradient_phases(p.w, p.stride_w, p.left, p.s, p.dilation_w);
   const Scratch<T> packed(packed_depthwise_size(p.k, p.taps()));
@@ -82,7 +93,7 @@ void input_grad(const Tensor& grad, const Tensor& weight, const Tensor& dx, cons
                           pass.row,
                           pass.column,
                           {}},
-                         p.n, p.c, 1);
+                         p.n, p.c, 1, NNARCH_SELECT(depthwise_plane_run<T>()));
   }
   const SourceImage image(grad, 1);
   DepthwiseConv<T> conv = input_of<T>(image, p);

@@ -95,12 +95,12 @@ struct DepthwisePlan {
   int64_t tile_rows, tile_columns;  // input rows and columns that a tile holds
   int64_t kernel_rows;              // of the tallest pass
   int64_t reach;                    // input rows from the first to the last of an output row
-  bool blocks;  // two output rows at a time (cpu_block.h), where there is code for it
-  bool stream;  // the output is written past the caches
+  bool blocks;          // two output rows at a time (cpu_block.h), where there is code for it
+  bool stream;          // the output is written past the caches
   int64_t pair_pixels;  // of a block of the weight gradient in pairs (cpu_grad_pair.h), or 0
-  bool direct;  // strips read the image itself; the tile is for those at other edges
-  bool far;     // the same, where input and output are too large for the caches
-  bool ring;    // the tile keeps input rows from one output row to the next
+  bool direct;          // strips read the image itself; the tile is for those at other edges
+  bool far;             // the same, where input and output are too large for the caches
+  bool ring;            // the tile keeps input rows from one output row to the next
 
   int64_t tile_size() const { return tile_rows * tile_columns * block; }
   int64_t stage_size() const { return (blocks ? kBlockRowsMost : 1) * columns * block; }
@@ -153,7 +153,7 @@ struct DepthwisePlane {
   int64_t oh, ow;
   const T* weight;  // tap i is weight[i · kDepthwiseBlock]
   int64_t s, stride;
-  int64_t row, column;   // as in DepthwisePass
+  int64_t row, column;   // as in DepthwisePass; in quads, of y's first pixel from the padded one
   Epilogue<T> epilogue;  // of this channel
 };
 
@@ -191,6 +191,7 @@ NNARCH_PER_ISA(template <class T> int64_t depthwise_lanes();
                template <class T> DepthwiseRun<T> depthwise_run();
                template <class T> DepthwiseQuadsRun<T> depthwise_quads_run();
                template <class T> DepthwisePlaneRun<T> depthwise_plane_run();
+               template <class T> DepthwisePlaneRun<T> depthwise_plane_quads_run();
                template <class T> DepthwisePlaneGradRun<T> depthwise_plane_grad_run();
                template <class T> int64_t depthwise_pair_pixels(int64_t s, int64_t ow);
                template <class T> DepthwiseWeightGradRun<T> depthwise_pair_run();

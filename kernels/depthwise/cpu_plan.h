@@ -39,7 +39,8 @@ class DepthwisePlanner {
     const bool tails = NNARCH_SELECT(depthwise_masked_tails<T>());
     plan_.blocks = !weight_grad && has_blocks() && can_read_directly(kBlockSetBytes, tails);
     if (weight_grad) plan_.pair_pixels = pair_pixels();
-    if (plan_.blocks || plan_.pair_pixels || (weight_grad ? has_grad_blocks() : can_read_directly(kSetBytes))) {
+    if (plan_.blocks || plan_.pair_pixels ||
+        (weight_grad ? has_grad_blocks() : can_read_directly(kSetBytes))) {
       plan_direct(images);
       if (weight_grad) plan_.columns = ow_;
     } else {

@@ -45,12 +45,11 @@ void run_images(const DepthwiseConv<T>& conv, int64_t images, int64_t x_image, i
 // `plane`: the first one. Each of `inputs` planes gives `multiplier` planes of the output, in
 // every image; packed weights and the epilogue start at channel 0.
 template <class T>
-void run_planes(const DepthwisePlane<T>& plane, int64_t images, int64_t inputs,
-                int64_t multiplier) {
+void run_planes(const DepthwisePlane<T>& plane, int64_t images, int64_t inputs, int64_t multiplier,
+                DepthwisePlaneRun<T> run) {
   const int64_t channels = inputs * multiplier, taps = plane.s * plane.s;
   const int64_t work = std::max<int64_t>(1, plane.oh * plane.ow * taps);
   const int64_t share = std::max<int64_t>(1, kTaskWork / work), planes = images * channels;
-  const auto run = NNARCH_SELECT(depthwise_plane_run<T>());
   parallel_tasks(ceil_div(planes, share), [&](int64_t task) {
     for (int64_t i = task * share; i < std::min(planes, (task + 1) * share); ++i) {
       const int64_t k = i % channels;

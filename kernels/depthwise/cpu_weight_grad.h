@@ -59,8 +59,7 @@ void weight_grad_of_planes(const Tensor& grad, const Tensor& x, const Tensor& dw
     for (int64_t k = task * share; k < std::min(p.k, (task + 1) * share); ++k)
       run({data<T>(x) + k / multiplier * plane, data<T>(grad) + k * out, p.n, p.c * plane,
            p.k * out, p.h, p.w, p.oh, p.ow, mutable_data<T>(dw) + k * p.taps(),
-           db ? db + k : nullptr, p.s, p.stride_h,
-           -p.top, -p.left});
+           db ? db + k : nullptr, p.s, p.stride_h, -p.top, -p.left});
   });
 }
 
@@ -88,8 +87,7 @@ void add_partial_sums(const T* partial, int64_t parts, int64_t size, const ConvS
 // `db`, where it is not null, gets the sum of grad over all pixels: the gradient of a bias, nearly
 // for nothing while grad is at hand.
 template <class T>
-void weight_grad(const Tensor& grad, const Tensor& x, const Tensor& dw, T* db,
-                 const ConvShape& p) {
+void weight_grad(const Tensor& grad, const Tensor& x, const Tensor& dw, T* db, const ConvShape& p) {
   if (is_planar(x) && is_planar(grad) && has_plane_code(p))
     return weight_grad_of_planes<T>(grad, x, dw, db, p);
   const int64_t multiplier = p.k / p.c;

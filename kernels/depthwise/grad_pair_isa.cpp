@@ -23,8 +23,8 @@ class PairRunner {
     const T* x_rows[5];
     const int64_t iy = oy * c_.stride_h + pass_.row;
     for (int64_t i = 0; i < (rows - 1) * c_.stride_h + 3; ++i)
-      x_rows[i] = iy + i < 0 || iy + i >= c_.h ? nullptr
-                                               : c_.x + (iy + i) * c_.x_row + task_.channel;
+      x_rows[i] =
+          iy + i < 0 || iy + i >= c_.h ? nullptr : c_.x + (iy + i) * c_.x_row + task_.channel;
     GradPair<T> a;
     a.rows = x_rows;
     a.x_pixel = c_.x_pixel;
@@ -52,8 +52,7 @@ class PairRunner {
   // that the hardware does not prefetch.
   void touch_next(int64_t oy) const {
     const int64_t iy = (oy + 2) * c_.stride_h + pass_.row;
-    for (int64_t i = larger(0, iy + 3 - c_.stride_h);
-         i < smaller(c_.h, iy + 3 + c_.stride_h); ++i)
+    for (int64_t i = larger(0, iy + 3 - c_.stride_h); i < smaller(c_.h, iy + 3 + c_.stride_h); ++i)
       touch(c_.x + i * c_.x_row, c_.x_row);
     for (int64_t i = oy + 2; i < smaller(pass_.oh, oy + 4); ++i)
       touch(problem_.g + i * c_.y_row, c_.y_row);

@@ -87,8 +87,7 @@ class GradRunner {
                 first * pass_.s * kDepthwiseBlock;
     set_grad(&a, oy, x_first, n);
     run_pixels(tile, a, last - first, x_first, n);
-    if (problem_.bias)
-      add_bias(a.g, a.g_pixel, n, task_.channels, problem_.bias + task_.channel);
+    if (problem_.bias) add_bias(a.g, a.g_pixel, n, task_.channels, problem_.bias + task_.channel);
   }
 
   // grad in place where its vectors are whole; else a copy.
