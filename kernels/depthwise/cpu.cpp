@@ -24,10 +24,12 @@ template <class T>
 void forward(const Tensor& x, const T* packed, const Tensor& y, const ConvShape& p,
              const Layout& out, const Epilogue<T>& epilogue) {
   const int64_t multiplier = p.k / p.c;
-  if (is_planar(x) && out.pixel == 1 && has_plane_code(p))
-    return run_planes<T>({data<T>(x), p.h, p.w, mutable_data<T>(y), p.oh, p.ow, packed, p.s,
-                          p.stride_h, -p.top, -p.left, epilogue},
-                         p.n, p.c, multiplier, NNARCH_SELECT(depthwise_plane_run<T>()));
+  if (is_planar(x) && out.pixel == 1) {
+    DepthwisePlane<T> plane{data<T>(x), p.h,      p.w, mutable_data<T>(y), p.oh,
+                            p.ow,       packed,   p.s, p.stride_h,         -p.top,
+                            -p.left,    epilogue, {}};
+    if (run_plane_code(plane, p, multiplier)) return;
+  }
   const SourceImage image(x, multiplier);
   const ChannelSource<T> source(p.k, multiplier);
   const DepthwisePass<T> pass{packed, p.r, p.s, -p.top, -p.left, p.oh, p.ow, 0};

@@ -49,8 +49,8 @@ template <class T>
 void run_plane_quads(const T* grad, const Tensor& weight, T* dx, const ConvShape& p) {
   const Scratch<T> packed(packed_depthwise_size(p.k, p.taps()));
   pack_depthwise<T>(weight, TapList::whole(p.r, p.s), packed.get());
-  run_planes<T>({grad, p.oh, p.ow, dx, p.h, p.w, packed.get(), p.s, 2, -p.top, -p.left, {}}, p.n,
-                p.c, 1, NNARCH_SELECT(depthwise_plane_quads_run<T>()));
+  run_planes<T>({grad, p.oh, p.ow, dx, p.h, p.w, packed.get(), p.s, 2, -p.top, -p.left, {}, {}},
+                p.n, p.c, 1, NNARCH_SELECT(depthwise_plane_quads_run<T>()));
 }
 
 // The input gradient is a convolution of grad by the flipped kernel. With a stride, the input
@@ -79,21 +79,12 @@ void input_grad(const Tensor& grad, const Tensor& weight, const Tensor& dx, cons
       next += packed_depthwise_size(p.k, taps.count());
     }
 
-  if (is_planar(grad) && out.pixel == 1 && has_plane_code(p) && p.stride_h == 1 && p.k == p.c) {
+  if (is_planar(grad) && out.pixel == 1 && p.stride_h == 1 && p.stride_w == 1 && p.k == p.c) {
     const DepthwisePass<T>& pass = passes.front();
-    return run_planes<T>({data<T>(grad),
-                          p.oh,
-                          p.ow,
-                          mutable_data<T>(dx),
-                          p.h,
-                          p.w,
-                          pass.weight,
-                          p.s,
-                          1,
-                          pass.row,
-                          pass.column,
-                          {}},
-                         p.n, p.c, 1, NNARCH_SELECT(depthwise_plane_run<T>()));
+    const DepthwisePlane<T> plane{
+        data<T>(grad), p.oh, p.ow,     mutable_data<T>(dx), p.h, p.w, pass.weight,
+        p.s,           1,    pass.row, pass.column,         {},  {}};
+    if (run_plane_code(plane, p, 1)) return;
   }
   const SourceImage image(grad, 1);
   DepthwiseConv<T> conv = input_of<T>(image, p);

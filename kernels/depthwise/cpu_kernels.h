@@ -143,6 +143,13 @@ struct DepthwiseQuads {
   bool far;     // grad comes from memory
 };
 
+// A plane as one long row: tap t of output i is x[i + shift[t]] in those of the lanes of a vector
+// whose bit is set in lanes[vector · taps + t].
+struct FlatTaps {
+  const uint16_t* lanes;
+  const int64_t* shift;
+};
+
 // One plane of an image that lies channel by channel (NCHW): a square kernel of width 3, 5 or 7,
 // stride 1 or 2, no dilation. Rows are dense.
 template <class T>
@@ -155,6 +162,7 @@ struct DepthwisePlane {
   int64_t s, stride;
   int64_t row, column;   // as in DepthwisePass; in quads, of y's first pixel from the padded one
   Epilogue<T> epilogue;  // of this channel
+  FlatTaps flat;         // of depthwise_plane_flat_run
 };
 
 // The weight gradient of one channel, over all images: dw[s · s], dense.
@@ -168,6 +176,7 @@ struct DepthwisePlaneGrad {
   T* db;  // the sum of g, or null
   int64_t s, stride;
   int64_t row, column;  // as in DepthwisePass
+  FlatTaps flat;        // of depthwise_plane_flat_grad_run
 };
 
 // Rows [first, last) of quads; row A of them is rows 2A and 2A + 1 of the padded image.
@@ -192,6 +201,8 @@ NNARCH_PER_ISA(template <class T> int64_t depthwise_lanes();
                template <class T> DepthwiseQuadsRun<T> depthwise_quads_run();
                template <class T> DepthwisePlaneRun<T> depthwise_plane_run();
                template <class T> DepthwisePlaneRun<T> depthwise_plane_quads_run();
+               template <class T> DepthwisePlaneRun<T> depthwise_plane_flat_run();
+               template <class T> DepthwisePlaneGradRun<T> depthwise_plane_flat_grad_run();
                template <class T> DepthwisePlaneGradRun<T> depthwise_plane_grad_run();
                template <class T> int64_t depthwise_pair_pixels(int64_t s, int64_t ow);
                template <class T> DepthwiseWeightGradRun<T> depthwise_pair_run();

@@ -4,7 +4,7 @@
 // 2j + 1, both in grad row A - j; likewise for columns. So the J = (S + 1) / 2 rows and P + J - 1
 // columns of grad under P neighbouring quads serve all S·S products of each: a loaded pixel of grad
 // is used up to S times, and dx is written once, in rows. Four passes over strips, one for every
-// remainder by the stride, took 116 µs for 64@112 at N 1 and 3640 at N 8; quads @ and @.
+// remainder by the stride, took 116 µs for 64@112 at N 1 and 3640 at N 8; quads 73 and 1180.
 #pragma once
 
 #include "depthwise/cpu_block.h"

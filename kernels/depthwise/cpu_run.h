@@ -5,8 +5,10 @@
 #include <cstdint>
 
 #include "cpu/streaming.h"
+#include "depthwise/cpu_flat.h"
 #include "depthwise/cpu_image.h"
 #include "depthwise/cpu_plan.h"
+#include "depthwise/cpu_weight_grad.h"
 
 namespace nnarch {
 
@@ -51,18 +53,39 @@ void run_planes(const DepthwisePlane<T>& plane, int64_t images, int64_t inputs, 
   const int64_t work = std::max<int64_t>(1, plane.oh * plane.ow * taps);
   const int64_t share = std::max<int64_t>(1, kTaskWork / work), planes = images * channels;
   parallel_tasks(ceil_div(planes, share), [&](int64_t task) {
-    for (int64_t i = task * share; i < std::min(planes, (task + 1) * share); ++i) {
-      const int64_t k = i % channels;
-      DepthwisePlane<T> mine = plane;
-      mine.x += i / multiplier * plane.h * plane.w;
-      mine.y += i * plane.oh * plane.ow;
-      mine.weight += k / kDepthwiseBlock * taps * kDepthwiseBlock + k % kDepthwiseBlock;
-      mine.epilogue = plane.epilogue.from_channel(k);
-      if (plane.epilogue.residual)
-        mine.epilogue.residual = plane.epilogue.residual + i * plane.oh * plane.ow;
+    // Nothing is divided or copied for a plane: of 49 pixels, that cost a third of the time.
+    int64_t i = task * share, k = i % channels, m = k % multiplier;
+    DepthwisePlane<T> mine = plane;
+    mine.x += i / multiplier * plane.h * plane.w;
+    mine.y += i * plane.oh * plane.ow;
+    for (const int64_t last = std::min(planes, (task + 1) * share); i < last; ++i) {
+      mine.weight =
+          plane.weight + k / kDepthwiseBlock * taps * kDepthwiseBlock + k % kDepthwiseBlock;
+      const Epilogue<T>& e = plane.epilogue;
+      if (e.scale) mine.epilogue.scale = e.scale + k;
+      if (e.shift) mine.epilogue.shift = e.shift + k;
+      if (e.residual) mine.epilogue.residual = e.residual + i * plane.oh * plane.ow;
       run(mine);
+      mine.y += plane.oh * plane.ow;
+      if (++m == multiplier) m = 0, mine.x += plane.h * plane.w;
+      if (++k == channels) k = 0;
     }
   });
+}
+
+// The forward pass, or the input gradient at stride 1, of NCHW where there is code for planes.
+template <class T>
+bool run_plane_code(const DepthwisePlane<T>& plane, const ConvShape& p, int64_t multiplier) {
+  if (FlatTable<T>::serves(p, /*weight_grad=*/false)) {
+    const FlatTable<T> table(plane.h, plane.oh, plane.w, plane.row, plane.column, p);
+    DepthwisePlane<T> flat = plane;
+    flat.flat = table.taps();
+    run_planes<T>(flat, p.n, p.c, multiplier, NNARCH_SELECT(depthwise_plane_flat_run<T>()));
+    return true;
+  }
+  if (!has_plane_code(p)) return false;
+  run_planes<T>(plane, p.n, p.c, multiplier, NNARCH_SELECT(depthwise_plane_run<T>()));
+  return true;
 }
 
 }  // namespace nnarch

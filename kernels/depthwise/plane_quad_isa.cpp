@@ -2,18 +2,13 @@
 //
 // A vector holds neighbouring quads. Its four sums, of even and odd rows and columns of dx, come
 // from the same few loads of grad; even and odd columns are interleaved and written in one piece.
-#include "depthwise/cpu_kernels.h"
-#include "depthwise/cpu_row.h"
+#include "depthwise/cpu_plane.h"
 
 namespace nnarch::NNARCH_ISA {
 namespace {
 
 template <int S>
 inline constexpr int kReach = (S + 1) / 2;
-
-// Whether all weights stay in registers.
-template <int S>
-inline constexpr bool kHolds = S == 3 ? kVectorBytes >= 32 : S == 5 && kVectorBytes == 64;
 
 // The products of a vector of grad, row and column J and I back, with its four taps.
 template <class T, int S, int J, int I>
@@ -94,17 +89,11 @@ NNARCH_INLINE void quad_rows(const DepthwisePlane<T>& a, const Vec<T>* weight) {
   }
 }
 
-// One by one: filled in a loop, they would stay in memory.
-template <class T, int... I>
-NNARCH_INLINE void hold(const Vec<T>* weight, Vec<T>* held, Indices<I...>) {
-  ((held[I] = weight[I], keep_in_register(held[I])), ...);
-}
-
 template <class T, int S>
 void plane(const DepthwisePlane<T>& a) {
   Vec<T> weight[S * S];
   for (int i = 0; i < S * S; ++i) weight[i] = broadcast(a.weight[i * kDepthwiseBlock]);
-  if constexpr (kHolds<S>) {
+  if constexpr (kHoldsWeights<S>) {
     Vec<T> held[S * S];
     hold<T>(weight, held, MakeIndices<S * S>{});
     quad_rows<T, S>(a, held);
