@@ -80,30 +80,37 @@ struct TapList {
     return taps;
   }
   int64_t count() const { return static_cast<int64_t>(rows.size() * columns.size()); }
+
+  // Which taps of a kernel of this width these are.
+  IntList order(int64_t width) const {
+    IntList taps;
+    for (int64_t r : rows)
+      for (int64_t s : columns) taps.push_back(r * width + s);
+    return taps;
+  }
 };
 
-// weight [K, 1, R, S], of any strides, into packed order.
+// weight [K, 1, R, S], of any strides, into packed order. Blocks of channels are transposed, and
+// tap after tap copied where not all of them are taken in order: gathered one by one, the flipped
+// 3×3 weights of 512 channels took 15 µs.
 template <class T>
-void pack_depthwise(const Tensor& weight, const TapList& taps, T* dst) {
-  const int64_t channels = weight.size(0), count = taps.count();
-  const bool whole = weight.is_contiguous() && count == weight.size(2) * weight.size(3) &&
-                     (count <= 1 || taps.rows.front() <= taps.rows.back()) &&
-                     (count <= 1 || taps.columns.front() <= taps.columns.back());
+void pack_depthwise(const Tensor& weight_in, const TapList& taps, T* dst) {
+  const Tensor weight = as_contiguous(weight_in);
+  const int64_t channels = weight.size(0), all = weight.size(2) * weight.size(3);
+  const IntList order = taps.order(weight.size(3));
+  const int64_t count = static_cast<int64_t>(order.size());
+  bool whole = count == all;
+  for (int64_t i = 0; i < count; ++i) whole = whole && order[i] == i;
+  const Scratch<T> block(all * kDepthwiseBlock);
+  const auto transpose = transpose_fn<T>();
   const T* src = data<T>(weight);
-  std::fill_n(dst, packed_depthwise_size(channels, count), T{0});
   for (int64_t k = 0; k < channels; k += kDepthwiseBlock, dst += count * kDepthwiseBlock) {
     const int64_t n = std::min(kDepthwiseBlock, channels - k);
-    if (whole) {
-      transpose_fn<T>()(src + k * count, count, dst, kDepthwiseBlock, n, count);
-      continue;
-    }
-    T* tap = dst;
-    for (int64_t r : taps.rows)
-      for (int64_t s : taps.columns) {
-        const T* from = src + k * weight.stride(0) + r * weight.stride(2) + s * weight.stride(3);
-        for (int64_t i = 0; i < n; ++i) tap[i] = from[i * weight.stride(0)];
-        tap += kDepthwiseBlock;
-      }
+    T* to = whole ? dst : block.get();
+    if (n < kDepthwiseBlock) std::fill_n(to, all * kDepthwiseBlock, T{0});
+    transpose(src + k * all, all, to, kDepthwiseBlock, n, all);
+    for (int64_t i = 0; i < count && !whole; ++i)
+      std::copy_n(to + order[i] * kDepthwiseBlock, kDepthwiseBlock, dst + i * kDepthwiseBlock);
   }
 }
 

@@ -95,11 +95,12 @@ struct DepthwisePlan {
   int64_t tile_rows, tile_columns;  // input rows and columns that a tile holds
   int64_t kernel_rows;              // of the tallest pass
   int64_t reach;                    // input rows from the first to the last of an output row
-  bool blocks;  // two output rows at a time (cpu_block.h), where there is code for it
-  bool stream;  // the output is written past the caches
-  bool direct;  // strips read the image itself; the tile is for those at other edges
-  bool far;     // the same, where input and output are too large for the caches
-  bool ring;    // the tile keeps input rows from one output row to the next
+  bool blocks;          // two output rows at a time (cpu_block.h), where there is code for it
+  bool stream;          // the output is written past the caches
+  int64_t pair_pixels;  // of a block of the weight gradient in pairs (cpu_grad_pair.h), or 0
+  bool direct;          // strips read the image itself; the tile is for those at other edges
+  bool far;             // the same, where input and output are too large for the caches
+  bool ring;            // the tile keeps input rows from one output row to the next
 
   int64_t tile_size() const { return tile_rows * tile_columns * block; }
   int64_t stage_size() const { return (blocks ? kBlockRowsMost : 1) * columns * block; }
@@ -125,6 +126,28 @@ struct DepthwiseWeightGrad {
   DepthwiseConv<T> conv;
   const T* g;  // laid out as conv.y
   T* partial;
+  double* bias;  // bias[k] += Σ g[oy, ox, k] likewise, or null
+};
+
+// The input gradient at stride 2, of one image in channels_last order: a square kernel of width 3,
+// 5 or 7, no dilation, an output channel for every input channel. See cpu_quad.h.
+template <class T>
+struct DepthwiseQuads {
+  const T* g;
+  int64_t gh, gw;
+  T* dx;
+  int64_t h, w, channels;
+  const T* weight;  // packed, in forward order
+  int64_t s, top, left;
+  bool stream;  // dx is written past the caches
+  bool far;     // grad comes from memory
+};
+
+// A plane as one long row: tap t of output i is x[i + shift[t]] in those of the lanes of a vector
+// whose bit is set in lanes[vector · taps + t].
+struct FlatTaps {
+  const uint16_t* lanes;
+  const int64_t* shift;
 };
 
 // One plane of an image that lies channel by channel (NCHW): a square kernel of width 3, 5 or 7,
@@ -137,8 +160,9 @@ struct DepthwisePlane {
   int64_t oh, ow;
   const T* weight;  // tap i is weight[i · kDepthwiseBlock]
   int64_t s, stride;
-  int64_t row, column;   // as in DepthwisePass
+  int64_t row, column;   // as in DepthwisePass; in quads, of y's first pixel from the padded one
   Epilogue<T> epilogue;  // of this channel
+  FlatTaps flat;         // of depthwise_plane_flat_run
 };
 
 // The weight gradient of one channel, over all images: dw[s · s], dense.
@@ -149,10 +173,15 @@ struct DepthwisePlaneGrad {
   int64_t images, x_image, g_image;  // and the distance of their planes of this channel
   int64_t h, w, oh, ow;
   T* dw;
+  T* db;  // the sum of g, or null
   int64_t s, stride;
   int64_t row, column;  // as in DepthwisePass
+  FlatTaps flat;        // of depthwise_plane_flat_grad_run
 };
 
+// Rows [first, last) of quads; row A of them is rows 2A and 2A + 1 of the padded image.
+template <class T>
+using DepthwiseQuadsRun = void (*)(const DepthwiseQuads<T>&, int64_t first, int64_t last);
 template <class T>
 using DepthwisePlaneGradRun = void (*)(const DepthwisePlaneGrad<T>&);
 template <class T>
@@ -169,8 +198,14 @@ using DepthwiseWeightGradRun = void (*)(const DepthwiseWeightGrad<T>&, const Dep
 NNARCH_PER_ISA(template <class T> int64_t depthwise_lanes();
                template <class T> bool depthwise_masked_tails();
                template <class T> DepthwiseRun<T> depthwise_run();
+               template <class T> DepthwiseQuadsRun<T> depthwise_quads_run();
                template <class T> DepthwisePlaneRun<T> depthwise_plane_run();
+               template <class T> DepthwisePlaneRun<T> depthwise_plane_quads_run();
+               template <class T> DepthwisePlaneRun<T> depthwise_plane_flat_run();
+               template <class T> DepthwisePlaneGradRun<T> depthwise_plane_flat_grad_run();
                template <class T> DepthwisePlaneGradRun<T> depthwise_plane_grad_run();
+               template <class T> int64_t depthwise_pair_pixels(int64_t s, int64_t ow);
+               template <class T> DepthwiseWeightGradRun<T> depthwise_pair_run();
                template <class T> DepthwiseWeightGradRun<T> depthwise_weight_grad_run();)
 
 }  // namespace nnarch

@@ -38,7 +38,9 @@ class DepthwisePlanner {
     scan_passes();
     const bool tails = NNARCH_SELECT(depthwise_masked_tails<T>());
     plan_.blocks = !weight_grad && has_blocks() && can_read_directly(kBlockSetBytes, tails);
-    if (plan_.blocks || (weight_grad ? has_grad_blocks() : can_read_directly(kSetBytes))) {
+    if (weight_grad) plan_.pair_pixels = pair_pixels();
+    if (plan_.blocks || plan_.pair_pixels ||
+        (weight_grad ? has_grad_blocks() : can_read_directly(kSetBytes))) {
       plan_direct(images);
       if (weight_grad) plan_.columns = ow_;
     } else {
@@ -87,11 +89,22 @@ class DepthwisePlanner {
   // Whether the weight gradient reads x in place: grad in whole registers, and edges of the image
   // that half a kernel reaches beyond, or none.
   bool has_grad_blocks() const {
+    return has_blocks() && can_read_directly(kSetBytes) && ow_ % kGradPixels == 0 &&
+           ow_ > kGradPixels && has_half_edges();
+  }
+  bool has_half_edges() const {
     const DepthwisePass<T>& p = *c_.passes;
     const int64_t left = -p.column;
     const int64_t right = (ow_ - 1) * c_.stride_w + p.column + p.s - c_.w;
-    return has_blocks() && can_read_directly(kSetBytes) && ow_ % kGradPixels == 0 &&
-           ow_ > kGradPixels && (left == 0 || left == p.s / 2) && (right <= 0 || right == p.s / 2);
+    return (left == 0 || left == p.s / 2) && (right <= 0 || right == p.s / 2);
+  }
+
+  // The same for pairs; grad must be in place too. 0: there is no code for them.
+  int64_t pair_pixels() const {
+    if (!has_blocks() || !can_read_directly(kBlockSetBytes) || c_.y_channel != 1 ||
+        !has_half_edges())
+      return 0;
+    return NNARCH_SELECT(depthwise_pair_pixels<T>(s_, ow_));
   }
 
   // What cpu_block.h serves.
@@ -159,7 +172,7 @@ class DepthwisePlanner {
     const int64_t wanted = ceil_div(kTasks, std::max<int64_t>(1, images * channel_tasks()));
     const int64_t most = std::max<int64_t>(1, std::min(work / kTaskWork, oh_ / (2 * r_ + 2)));
     plan_.rows = std::max<int64_t>(1, ceil_div(oh_, std::min(wanted, most)));
-    if (plan_.blocks) plan_.rows = round_up(plan_.rows, kBlockRowsMost);
+    if (plan_.blocks || plan_.pair_pixels) plan_.rows = round_up(plan_.rows, kBlockRowsMost);
   }
 
   const DepthwiseConv<T>& c_;

@@ -63,6 +63,25 @@ NNARCH_INLINE Vec<T> load_in_row(const T* p, const RowMask<T>& mask) {
 #endif
 }
 
+// Stores those lanes and touches no other memory.
+template <bool INSIDE, class T>
+NNARCH_INLINE void store_in_row(T* p, Vec<T> v, const RowMask<T>& mask) {
+  if constexpr (INSIDE) return store(p, v);
+#if defined(NNARCH_ISA_avx512)
+  if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>(mask.lanes), (__m512)v);
+  else
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask.lanes), (__m512d)v);
+#elif defined(NNARCH_ISA_avx2)
+  if constexpr (sizeof(T) == 4)
+    _mm256_maskstore_ps(p, mask.lanes, (__m256)v);
+  else
+    _mm256_maskstore_pd(p, mask.lanes, (__m256d)v);
+#else
+  for (int64_t i = mask.low; i < mask.high; ++i) p[i] = v[i];
+#endif
+}
+
 // The elements of a and b at even (ODD: odd) places.
 template <int ODD, class V>
 NNARCH_INLINE V every_second(V a, V b) {

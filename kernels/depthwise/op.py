@@ -85,12 +85,22 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale, y = ctx.saved_tensors
     need_x, need_weight, need_bias, need_scale, need_shift, need_residual = ctx.needs_input_grad[:6]
     refuse_gradient("depthwise_conv2d", scale_wanted=need_scale)
-    g = epilogue_backward(
-        grad, y, scale, ctx.activation, ctx.alpha, (need_bias, need_shift, need_residual)
-    )
-    dx = input_grad(g.accumulator, weight, x.shape, *ctx.geometry) if need_x else None
-    dw = weight_grad(g.accumulator, x, weight.shape, *ctx.geometry) if need_weight else None
-    return dx, dw, g.bias, None, g.shift, g.residual, *[None] * 6
+    # One call for all gradients where that of the bias is the sum of what it reads anyway.
+    all_at_once = need_x and need_weight and not need_shift
+    bias = all_at_once and need_bias
+    needs = (need_bias and not bias, need_shift, need_residual)
+    if ctx.activation or scale is not None or any(needs):
+        g = epilogue_backward(grad, y, scale, ctx.activation, ctx.alpha, needs)
+        grad, db, d_shift, d_residual = g
+    else:
+        db = d_shift = d_residual = None
+    if all_at_once:
+        dx, dw, sums = backward_op(grad, x, weight, *ctx.geometry, bias)
+        db = sums if bias else db
+    else:
+        dx = input_grad(grad, weight, x.shape, *ctx.geometry) if need_x else None
+        dw = weight_grad(grad, x, weight.shape, *ctx.geometry) if need_weight else None
+    return dx, dw, db, None, d_shift, d_residual, *[None] * 6
 
 
 depthwise_op = library.declare(
@@ -175,6 +185,50 @@ weight_grad = library.declare(
     gpu=f"{_GPU}:depthwise_conv2d_weight_grad",
     setup_context=_setup_bilinear,
     backward=_weight_grad_backward,
+)
+
+
+def _check_backward(grad, x, weight, stride, padding, dilation, bias) -> None:
+    op = "depthwise_conv2d_backward"
+    check_tensor(op, "grad", grad)
+    check_tensor(op, "x", x)
+    _check_grad(op, grad, x, weight, stride, padding, dilation)
+    check_same(op, "grad", grad, x)
+
+
+def _fake_backward(grad, x, weight, stride, padding, dilation, bias):
+    db = grad.new_empty(weight.shape[0] if bias else 0)
+    return library.new_output(grad, x.shape), grad.new_empty(weight.shape), db
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.stride, ctx.padding, ctx.dilation, ctx.bias = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_backward(ctx: Any, ggx: Tensor, ggw: Tensor, ggb: Tensor) -> tuple[Any, ...]:
+    grad, x, weight = ctx.saved_tensors
+    geometry = ctx.stride, ctx.padding, ctx.dilation
+    need_grad, need_x, need_weight = ctx.needs_input_grad[:3]
+    d_grad = None
+    if need_grad:
+        d_grad = _plain(ggx, weight, geometry) + _plain(x, ggw, geometry)
+        if ctx.bias:
+            d_grad = d_grad + ggb.view(1, -1, 1, 1)
+    d_x = input_grad(grad, ggw, x.shape, *geometry) if need_x else None
+    d_weight = weight_grad(grad, ggx, weight.shape, *geometry) if need_weight else None
+    return d_grad, d_x, d_weight, *[None] * 4
+
+
+backward_op = library.declare(
+    f"depthwise_conv2d_backward(Tensor grad, Tensor x, Tensor weight, {_GEOMETRY}, bool bias) "
+    "-> (Tensor, Tensor, Tensor)",
+    reference=reference.depthwise_conv2d_backward,
+    fake=_fake_backward,
+    check=_check_backward,
+    gpu=f"{_GPU}:depthwise_conv2d_backward",
+    setup_context=_setup_backward,
+    backward=_backward_backward,
 )
 
 

@@ -2,6 +2,7 @@
 //
 // As in plane_isa.cpp, a vector of x serves all rows of grad that it meets; so many kernel rows at
 // a time that their sums stay in registers.
+#include "cpu/wide.h"
 #include "depthwise/cpu_kernels.h"
 #include "depthwise/cpu_row.h"
 
@@ -82,10 +83,24 @@ NNARCH_NOINLINE void add_plane(const DepthwisePlaneGrad<T>& a, const T* x, const
   ((dw[I] += horizontal_sum<T>(sum[I])), ...);
 }
 
+template <class T>
+double sum_of_plane(const T* g, int64_t n) {
+  Wide<T> sum;
+  int64_t i = 0;
+  for (; i + kBurst * kLanes<T> <= n; i += kBurst * kLanes<T>) {
+    Vec<T> part = load(g + i);
+    for (int j = 1; j < kBurst; ++j) part += load(g + i + j * kLanes<T>);
+    sum.add(part);
+  }
+  for (; i < n; i += kLanes<T>) sum.add(load_n(g + i, n - i));
+  return sum.total();
+}
+
 template <class T, int S, int STRIDE>
 void channel(const DepthwisePlaneGrad<T>& a) {
   constexpr int most = kTapRows<S>, rest = S % most;
   for (int i = 0; i < S * S; ++i) a.dw[i] = 0;
+  double db = 0;
   for (int64_t n = 0; n < a.images; ++n) {
     const T* x = a.x + n * a.x_image;
     const T* g = a.g + n * a.g_image;
@@ -93,7 +108,9 @@ void channel(const DepthwisePlaneGrad<T>& a) {
       add_plane<T, S, STRIDE, most>(a, x, g, k, MakeIndices<most * S>{});
     if constexpr (rest > 0)
       add_plane<T, S, STRIDE, rest>(a, x, g, S - rest, MakeIndices<rest * S>{});
+    if (a.db) db += sum_of_plane(g, a.oh * a.ow);
   }
+  if (a.db) *a.db = static_cast<T>(db);
 }
 
 template <class T>

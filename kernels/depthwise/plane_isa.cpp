@@ -3,17 +3,10 @@
 // A block is one vector of columns in ROWS output rows. What a tap meets is an unaligned load,
 // which costs two cycles where it crosses a cache line; each serves all rows of the block that
 // reach it: 18 loads for the 36 multiply-adds of a 3×3 kernel in four rows.
-#include "depthwise/cpu_kernels.h"
-#include "depthwise/cpu_row.h"
-
-#include "cpu/epilogue_isa.h"
+#include "depthwise/cpu_plane.h"
 
 namespace nnarch::NNARCH_ISA {
 namespace {
-
-// Whether all weights stay in registers. The compiler would broadcast each for every multiply-add.
-template <int S>
-inline constexpr bool kHoldsWeights = S == 3 ? kVectorBytes >= 32 : S == 5 && kVectorBytes == 64;
 
 // The multiply-adds of an input row with kernel row K; nothing where the kernel has no such row.
 template <class T, int S, int K, int... C>
@@ -35,21 +28,6 @@ template <class T, int S, int STRIDE, bool INSIDE, class Rows, int... I>
 NNARCH_INLINE void use_rows(const T* const* rows, int64_t at, const RowMask<T>* mask,
                             const Vec<T>* weight, Vec<T>* sum, Rows out, Indices<I...>) {
   (use_row<T, S, STRIDE, INSIDE, I>(rows[I], at, mask, weight, sum, out), ...);
-}
-
-// Scale, shift, residual, clamp, and the first n columns of one row to memory.
-template <class T>
-NNARCH_INLINE void finish(const Epilogue<T>& e, Vec<T> v, int64_t offset, int64_t n, T* y) {
-  if (e.scale) v *= broadcast(*e.scale);
-  if (e.shift) v += broadcast(*e.shift);
-  if (e.residual) v += load_n(e.residual + offset, n);
-  if (e.activation == kRelu) {
-    v = at_least<T>(v, Vec<T>{});
-  } else if (e.activation == kRelu6) {
-    const ClampBounds<T> bounds(e.activation);
-    v = clamp<T>(v, bounds.low, bounds.high);
-  }
-  store_n(y + offset, v, n);
 }
 
 template <class T, int S, int STRIDE, int ROWS, bool INSIDE>
@@ -81,12 +59,6 @@ NNARCH_INLINE void blocks(const DepthwisePlane<T>& a, const T* const* rows, cons
   }
 }
 
-// One by one: filled in a loop, they would stay in memory.
-template <class T, int... I>
-NNARCH_INLINE void hold(const Vec<T>* weight, Vec<T>* held, Indices<I...>) {
-  ((held[I] = weight[I], keep_in_register(held[I])), ...);
-}
-
 template <class T, int S, int STRIDE, int ROWS>
 NNARCH_NOINLINE void block_row(const DepthwisePlane<T>& a, const Vec<T>* weight, int64_t oy) {
   constexpr int reach = (ROWS - 1) * STRIDE + S;
@@ -115,12 +87,7 @@ void plane(const DepthwisePlane<T>& a) {
     block_row<T, S, STRIDE, rows>(a, weight, a.oh - rows);
   else
     for (; oy < a.oh; ++oy) block_row<T, S, STRIDE, 1>(a, weight, oy);
-  if (is_clamp(a.epilogue.activation)) return;
-  const int64_t count = a.oh * a.ow;
-  for (int64_t i = 0; i < count; i += kLanes<T>) {
-    const Vec<T> v = load_n(a.y + i, count - i);
-    store_n(a.y + i, activate<T>(v, a.epilogue.activation, a.epilogue.alpha), count - i);
-  }
+  activate_plane(a);
 }
 
 template <class T>

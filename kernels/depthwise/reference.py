@@ -65,6 +65,24 @@ def depthwise_conv2d_weight_grad(
     )
 
 
+def depthwise_conv2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x, weight and, where `bias` says so, of a bias; else the third is empty."""
+    geometry = stride, padding, dilation
+    return (
+        depthwise_conv2d_input_grad(grad, weight, x.shape, *geometry),
+        depthwise_conv2d_weight_grad(grad, x, weight.shape, *geometry),
+        grad.sum((0, 2, 3)) if bias else grad.new_empty(0),
+    )
+
+
 def depthwise_conv2d_pack(weight: Tensor) -> Tensor:
     """The weights as [ceil(K / 16)][R·S][16], zero beyond the last channel; half types as float."""
     k, _, r, s = weight.shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from nnarch.kernels.depthwise.triton_backward import (
@@ -10,10 +12,12 @@ from nnarch.kernels.depthwise.triton_backward import (
 )
 from nnarch.kernels.depthwise.triton_forward import depthwise_conv2d
 from nnarch.kernels.gpu.static import StaticCase, meta
+from nnarch.kernels.normalization.triton_reduce import channel_sum
 
 __all__ = [
     "STATIC_CASES",
     "depthwise_conv2d",
+    "depthwise_conv2d_backward",
     "depthwise_conv2d_input_grad",
     "depthwise_conv2d_pack",
     "depthwise_conv2d_weight_grad",
@@ -23,6 +27,22 @@ __all__ = [
 def depthwise_conv2d_pack(weight: torch.Tensor) -> torch.Tensor:
     """An empty tensor: the GPU kernels read the weight as it is."""
     return weight.new_empty(0)
+
+
+def depthwise_conv2d_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``nnarch::depthwise_conv2d_backward``: one kernel after the other."""
+    geometry = stride, padding, dilation
+    dx = depthwise_conv2d_input_grad(grad, weight, x.shape, *geometry)
+    dw = depthwise_conv2d_weight_grad(grad, x, weight.shape, *geometry)
+    return dx, dw, channel_sum(grad) if bias else grad.new_empty(0)
 
 
 def _case(

@@ -1,4 +1,5 @@
 // The part of the weight gradient that a task sums up.
+#include "cpu/wide.h"
 #include "depthwise/cpu_grad_block.h"
 #include "depthwise/cpu_kernels.h"
 #include "depthwise/cpu_tile.h"
@@ -25,6 +26,23 @@ void add_general(const GradRow<T>& a, int64_t count, int64_t taps, int64_t step,
       for (; p < a.n; ++p, x += step, g += a.g_pixel) s0 += load(x) * load(g);
       T* partial = partial_of(a, k) + tap * kDepthwiseBlock;
       store(partial, load(partial) + ((s0 + s1) + (s2 + s3)));
+    }
+}
+
+// The sum of n pixels of grad, in bursts that are short enough to be exact in T.
+template <class T>
+void add_bias(const T* g, int64_t pixel, int64_t n, int64_t channels, double* bias) {
+  constexpr int64_t burst = 32;
+  for (int64_t k = 0; k < channels; k += kLanes<T>)
+    for (int64_t p = 0; p < n; p += burst) {
+      const int64_t end = smaller(n, p + burst);
+      Vec<T> even{}, odd{};
+      for (int64_t i = p; i + 1 < end; i += 2) {
+        even += load(g + k + i * pixel);
+        odd += load(g + k + (i + 1) * pixel);
+      }
+      if ((end - p) % 2 != 0) even += load(g + k + (end - 1) * pixel);
+      add_wide<T>(bias + k, even + odd, kLanes<T>);
     }
 }
 
@@ -69,6 +87,7 @@ class GradRunner {
                 first * pass_.s * kDepthwiseBlock;
     set_grad(&a, oy, x_first, n);
     run_pixels(tile, a, last - first, x_first, n);
+    if (problem_.bias) add_bias(a.g, a.g_pixel, n, task_.channels, problem_.bias + task_.channel);
   }
 
   // grad in place where its vectors are whole; else a copy.

@@ -54,6 +54,15 @@ CASES = {
     "dilation past the width": (1, 16, 1, 9, 9, 3, 3, (1, 1), (8, 8, 8, 8), (8, 8)),
     "dilated 6x6": (1, 16, 1, 17, 18, 6, 6, (1, 1), (5, 5, 5, 5), (2, 2)),
     "stride 3": (1, 16, 1, 13, 17, 3, 3, (3, 3), (1, 1, 1, 1), (1, 1)),
+    "7x7 pixels": (3, 32, 1, 7, 7, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1)),
+    "7x7 pixels from 14x14": (2, 32, 1, 14, 14, 3, 3, (2, 2), (1, 1, 1, 1), (1, 1)),
+    "12 pixels, no padding": (2, 32, 1, 13, 14, 3, 3, (1, 1), (0, 0, 0, 0), (1, 1)),
+    "28 pixels, stride 2, no padding": (1, 16, 1, 59, 57, 3, 3, (2, 2), (0, 0, 0, 0), (1, 1)),
+    "7x7, stride 2, 28 pixels": (1, 20, 1, 28, 28, 7, 7, (2, 2), (3, 3, 3, 3), (1, 1)),
+    "stride 2, odd padding": (1, 16, 1, 12, 17, 5, 5, (2, 2), (0, 3, 2, 1), (1, 1)),
+    "flat 5x5, part of a vector": (2, 5, 2, 6, 5, 5, 5, (1, 1), (2, 2, 2, 2), (1, 1)),
+    "flat 7x7 dilated": (1, 4, 1, 19, 17, 7, 7, (1, 1), (6, 6, 6, 6), (2, 2)),
+    "flat, fewer rows": (2, 6, 1, 9, 7, 3, 3, (1, 1), (0, 1, 1, 1), (1, 1)),
     "from memory": (3, 48, 1, 113, 131, 3, 3, (1, 1), (1, 1, 1, 1), (1, 1)),
     "from memory, stride 2": (4, 64, 1, 131, 121, 3, 3, (2, 2), (1, 1, 1, 1), (1, 1)),
     "half a vector": (2, 24, 1, 11, 14, 5, 5, (1, 1), (2, 2, 2, 2), (1, 1)),
@@ -99,6 +108,10 @@ def test_forward_and_gradients_are_as_accurate_as_torch(name, dtype, layout):
         y = op.depthwise_op(x, weight, *[None] * 5, *geometry, 0, 0.0)
         dx = op.input_grad(grad, weight, x.shape, *geometry)
         dw = op.weight_grad(grad, x, weight.shape, *geometry)
+        dx2, dw2, db = op.backward_op(grad, x, weight, *geometry, True)
+    assert torch.equal(dx2, dx) and torch.equal(dw2, dw)
+    assert_as_accurate(db, grad.sum((0, 2, 3)), grad64.sum((0, 2, 3)), what="db")
+    assert op.backward_op(grad, x, weight, *geometry, False)[2].numel() == 0
     assert {entry.backend for entry in trace} == {"cpu"}
     assert all(entry.algorithm.startswith("depthwise_") for entry in trace)
     none = [None] * 5
@@ -232,6 +245,7 @@ def test_opcheck(stride):
         (ops.depthwise_conv2d, (x, weight, torch.randn(16), *[None] * 4, *geometry, 1, 0.0)),
         (ops.depthwise_conv2d_input_grad, (grad, weight, [1, 8, 6, 6], *geometry)),
         (ops.depthwise_conv2d_weight_grad, (grad, x, [16, 1, 3, 3], *geometry)),
+        (ops.depthwise_conv2d_backward, (grad, x, weight, *geometry, True)),
         (ops.depthwise_conv2d_pack, (weight.detach(),)),
     ):
         torch.library.opcheck(overload.default, arguments)
@@ -287,6 +301,10 @@ def test_gradients_refuse_bad_input():
         op.input_grad(torch.randn(1, 4, 5, 6), _W, _X.shape, *geometry)
     with pytest.raises(TypeError, match="grad must be"):
         op.weight_grad(torch.randn(1, 4, 5, 5).double(), _X, _W.shape, *geometry)
+    with pytest.raises(ValueError, match="grad must have the shape"):
+        op.backward_op(torch.randn(1, 4, 5, 6), _X, _W, *geometry, True)
+    with pytest.raises(TypeError, match="weight"):
+        op.backward_op(_X, _X, _W.double(), *geometry, True)
     with pytest.raises(ValueError, match="weight must be"):
         op.pack(torch.randn(4, 2, 3, 3))
 
@@ -308,6 +326,8 @@ def _quick_check() -> None:
             dw = op.weight_grad(grad, x, weight.shape, *geometry)
             truth = reference.depthwise_conv2d_weight_grad(grad64, x64, weight.shape, *geometry)
             torch.testing.assert_close(dw.double(), truth, rtol=1e-4, atol=1e-3)
+            db = op.backward_op(grad, x, weight, *geometry, True)[2].double()
+            torch.testing.assert_close(db, grad64.sum((0, 2, 3)), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
