@@ -2,6 +2,7 @@
 
 from nnarch.kernels.activation.op import activation
 from nnarch.kernels.conv2d.op import conv2d, conv2d_tile, pack_conv2d_weight
+from nnarch.kernels.depthwise_separable.op import depthwise_separable_conv2d
 from nnarch.kernels.linear.op import linear, pack_linear_weight
 from nnarch.kernels.normalization.op import batch_norm
 from nnarch.kernels.pooling.op import (
@@ -19,6 +20,7 @@ __all__ = [
     "batch_norm",
     "conv2d",
     "conv2d_tile",
+    "depthwise_separable_conv2d",
     "linear",
     "max_pool2d",
     "pack_conv2d_weight",
