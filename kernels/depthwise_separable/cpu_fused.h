@@ -133,7 +133,7 @@ void run_fused(const SeparableConv<T>& s, const SeparablePlan& plan,
       s, plan.expanded ? planner.expanded_pitch() : s.x_pixel(), planner.pitch());
   source.set(&conv);
   conv.passes = &pass;
-  const DepthwisePlanner<T> depthwise(conv, 1, /*weight_grad=*/false);
+  const DepthwisePlanner<T> depthwise(conv, s.p.n, /*weight_grad=*/false);
   const bool stream = outgrows_caches(s.y, s.p.n * s.plane(), s.out);
   const auto with_task = [&](const auto& f) {
     SeparableTask<T> task(s, plan, planner, conv, depthwise, stream);
