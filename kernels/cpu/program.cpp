@@ -10,11 +10,18 @@
 //     kEnd, number of results, the values they are
 //
 // Values are numbered: first the inputs, then what instructions make. Constants have numbers of
-// their own.
+// their own. An operation is the number of one of ours, whose function is called directly, or
+// kTorch and the name of one of torch's, which goes through its dispatcher; kView and kAdd are the
+// two of torch's that have a shorter way, or no other: the dispatcher takes no number of any type,
+// which the factor of an addition is.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/c/shim.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "cpu/registry.h"
@@ -23,18 +30,22 @@
 namespace nnarch {
 namespace {
 
-constexpr int64_t kEnd = -1, kView = -2;  // in the place of an operation
+constexpr int64_t kEnd = -1, kView = -2, kTorch = -3, kAdd = -4;  // in the place of an operation
 
 enum Kind : int64_t {
   kNothing,
+  kSome,  // an optional argument that is there: its own kind follows
   kValue,
-  kOptionalValue,
   kConstant,
-  kOptionalConstant,
+  kTensors,  // values or constants, each with its kind
   kInt,
   kDouble,
-  kInts
+  kInts,
+  kMemoryFormat
 };
+constexpr torch::headeronly::MemoryFormat kMemoryFormats[] = {
+    torch::headeronly::MemoryFormat::Contiguous, torch::headeronly::MemoryFormat::ChannelsLast,
+    torch::headeronly::MemoryFormat::Preserve};
 
 class Program {
  public:
@@ -49,7 +60,14 @@ class Program {
 
   std::vector<Tensor> run() {
     for (int64_t op = next(); op != kEnd; op = next()) {
-      op == kView ? view() : call(op);
+      if (op == kView)
+        view();
+      else if (op == kAdd)
+        add();
+      else if (op == kTorch)
+        call_torch();
+      else
+        call(op);
       for (int64_t count = next(); count > 0; --count) value(next()).reset();
     }
     std::vector<Tensor> results;
@@ -86,46 +104,106 @@ class Program {
     return list;
   }
 
+  double number() {
+    const int64_t bits = next();
+    double number;
+    static_assert(sizeof(number) == sizeof(bits));
+    std::memcpy(&number, &bits, sizeof(number));
+    return number;
+  }
+
+  std::string text() {
+    std::string s;
+    for (int64_t count = next(); count > 0; --count) s.push_back(static_cast<char>(next()));
+    return s;
+  }
+
+  const Tensor& tensor() {
+    const int64_t kind = next();
+    require(kind == kValue || kind == kConstant, "run_program: no tensor where one is needed");
+    return kind == kValue ? made_value() : constant();
+  }
+
+  std::vector<Tensor> tensors() {
+    std::vector<Tensor> list;
+    for (int64_t count = next(); count > 0; --count) list.push_back(tensor());
+    return list;
+  }
+
+  torch::headeronly::MemoryFormat memory_format() {
+    const int64_t i = next();
+    require(i >= 0 && i < std::ssize(kMemoryFormats), "run_program: no such memory format");
+    return kMemoryFormats[i];
+  }
+
   StableIValue argument() {
     using torch::stable::detail::from;
     switch (next()) {
       case kNothing:
         return from(std::nullopt);
+      case kSome:  // what `from` makes of an optional; the callee frees it
+        return from(new StableIValue(argument()));
       case kValue:
         return from(made_value());
-      case kOptionalValue:
-        return from(OptTensor(made_value()));
       case kConstant:
         return from(constant());
-      case kOptionalConstant:
-        return from(OptTensor(constant()));
+      case kTensors:
+        return from(tensors());
       case kInt:
         return from(next());
-      case kDouble: {
-        const int64_t bits = next();
-        double number;
-        static_assert(sizeof(number) == sizeof(bits));
-        std::memcpy(&number, &bits, sizeof(number));
-        return from(number);
-      }
+      case kDouble:
+        return from(number());
       case kInts:
         return from(ints());
+      case kMemoryFormat:
+        return from(memory_format());
       default:
         throw std::runtime_error("run_program: unknown kind of argument");
     }
   }
 
+  void fill_stack() {
+    stack_.clear();
+    for (int64_t count = next(); count > 0; --count) stack_.push_back(argument());
+  }
+
   void call(int64_t op) {
     const std::vector<BoxedOp>& ops = boxed_ops();
     require(op >= 0 && op < static_cast<int64_t>(ops.size()), "run_program: no such operation");
-    stack_.clear();
-    for (int64_t count = next(); count > 0; --count) stack_.push_back(argument());
+    fill_stack();
     const auto arguments = stack_.size();
     const auto outputs = static_cast<size_t>(next());
     stack_.resize(std::max(arguments, outputs));
     ops[static_cast<size_t>(op)](stack_.data(), arguments, outputs);
     for (size_t i = 0; i < outputs; ++i)
       value(next()) = torch::stable::detail::to<Tensor>(stack_[i]);
+  }
+
+  void call_torch() {
+    const std::string name = text(), overload = text();
+    fill_stack();
+    const bool is_list = next() != 0;  // whether the outputs are one list of tensors
+    const int64_t outputs = next();
+    stack_.resize(std::max(stack_.size(), static_cast<size_t>(outputs)));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        torch_call_dispatcher(name.c_str(), overload.c_str(), stack_.data(), TORCH_ABI_VERSION));
+    using torch::stable::detail::to;
+    if (is_list) {
+      const auto list = to<std::vector<Tensor>>(stack_[0]);
+      require(std::ssize(list) == outputs, "run_program: not as many outputs as recorded");
+      for (const Tensor& t : list) value(next()) = t;
+    } else {
+      for (int64_t i = 0; i < outputs; ++i)
+        value(next()) = to<Tensor>(stack_[static_cast<size_t>(i)]);
+    }
+  }
+
+  void add() {
+    const Tensor a = tensor(), b = tensor();
+    const double alpha = number();
+    AtenTensorHandle sum;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_add_Tensor(a.get(), b.get(), alpha, &sum));
+    value(next()) = Tensor(sum);
   }
 
   void view() {

@@ -29,8 +29,9 @@ from nnarch.nn.packing import PackedWeightMixin
 from nnarch.precision import get_precision
 
 # The integers that kernels/cpu/program.cpp reads.
-_END, _VIEW = -1, -2
-_NOTHING, _VALUE, _OPTIONAL_VALUE, _CONSTANT, _OPTIONAL_CONSTANT, _INT, _DOUBLE, _INTS = range(8)
+_END, _VIEW, _TORCH, _ADD = -1, -2, -3, -4
+_NOTHING, _SOME, _VALUE, _CONSTANT, _TENSORS, _INT, _DOUBLE, _INTS, _MEMORY_FORMAT = range(9)
+_MEMORY_FORMATS = [torch.contiguous_format, torch.channels_last, torch.preserve_format]
 
 _aten = torch.ops.aten
 # The last two only in inference mode, which does not split them into views and copies.
@@ -40,6 +41,8 @@ _VIEWS = {
     _aten.reshape.default,
     _aten.flatten.using_ints,
 }
+# Sizes or numbers that follow from values may differ in the next call.
+_DATA_DEPENDENT = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 _run_program = library.define_native(
@@ -163,6 +166,7 @@ class _Recorder(TorchDispatchMode):
         self._values: Any = WeakIdKeyDictionary()  # of inputs and outputs of operations: the number
         self._made = 0
         self._constants: list[Tensor] = []
+        self._numbers: set[int] = set()  # id of the constants that are numbers of the graph's code
         self._steps: list[_Step] | None = []  # None: an operation that programs do not know
         for x in inputs:
             self._number(x)
@@ -179,44 +183,83 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _step(self, func: Any, args: Any, kwargs: Any, result: Any) -> _Step:
-        if func in _VIEWS:
-            step = _Step(_VIEW, [self._values.get(args[0])])
-            if step.read == [None] or result.data_ptr() != args[0].data_ptr():  # or is a copy
-                raise _Unknown
-            step.code = [*step.read, *_ints(result.shape)]
-        else:
-            op = library.OPS.get(func._opname) if func.namespace == library.NAMESPACE else None
+        values = positional(func, args, kwargs)
+        step = _Step(values)
+        outputs: list[Any] = list(result) if isinstance(result, (tuple, list)) else [result]
+        if not all(isinstance(tensor, Tensor) for tensor in outputs):
+            raise _Unknown
+        if func.namespace == library.NAMESPACE:
+            op = library.OPS.get(func._opname)
             if op is None or not op.has_native or func is not op.overload:
                 raise _Unknown
-            step = _Step(library.native_op_names().index(op.name), [])
-            values = positional(func, args, kwargs)
-            step.code = [len(values)]
-            for argument, value in zip(func._schema.arguments, values, strict=True):
-                self._add_argument(step, argument.type, value)
-        outputs = result if isinstance(result, tuple) else (result,)
+            step.code = [library.native_op_names().index(op.name)]
+            self._add_arguments(step, func, values)
+        elif func in _VIEWS and outputs[0].data_ptr() == args[0].data_ptr():
+            step.code = [_VIEW, self._read(step, values[0]), *_ints(outputs[0].shape)]
+            step.counts_outputs = False
+        elif func is _aten.add.Tensor and outputs[0].is_floating_point():
+            step.code = [_ADD]
+            for operand in values[:2]:
+                self._add_tensor(step, operand)
+            step.code += _double(values[2])
+            step.counts_outputs = False
+        elif func.namespace == "aten" and not _DATA_DEPENDENT.intersection(func.tags):
+            step.code = [_TORCH, *_text(func._schema.name), *_text(func._schema.overload_name)]
+            self._add_arguments(step, func, values)
+            step.code.append(isinstance(result, list))
+        else:
+            raise _Unknown
         step.outputs = [self._number(tensor) for tensor in outputs]
         return step
 
+    def _add_arguments(self, step: _Step, func: Any, values: Sequence[Any]) -> None:
+        step.code.append(len(values))
+        for argument, value in zip(func._schema.arguments, values, strict=True):
+            self._add_argument(step, argument.type, value)
+
     def _add_argument(self, step: _Step, kind: Any, value: Any) -> None:
-        optional = kind.kind() == "OptionalType"
-        if optional and value is None:
-            step.code.append(_NOTHING)
-        elif isinstance(value, Tensor):
-            number = self._values.get(value)
-            if number is None:
-                step.code += [_OPTIONAL_CONSTANT if optional else _CONSTANT, len(self._constants)]
-                self._constants.append(value)
-            else:
-                step.code += [_OPTIONAL_VALUE if optional else _VALUE, number]
-                step.read.append(number)
-        elif kind.kind() in ("IntType", "BoolType"):
+        if kind.kind() == "OptionalType":
+            if value is None:
+                step.code.append(_NOTHING)
+                return
+            step.code.append(_SOME)
+            kind = kind.getElementType()
+        name = kind.kind()
+        if name == "TensorType":
+            self._add_tensor(step, value)
+        elif name in ("IntType", "BoolType") and isinstance(value, int):
             step.code += [_INT, int(value)]
-        elif kind.kind() == "FloatType":
-            step.code += [_DOUBLE, *struct.unpack("q", struct.pack("d", value))]
-        elif kind.kind() == "ListType" and all(type(v) is int for v in value):
+        elif name == "FloatType":
+            step.code += [_DOUBLE, *_double(value)]
+        elif name == "ListType" and all(type(v) is int for v in value):
             step.code += [_INTS, *_ints(value)]
+        elif name == "ListType" and all(isinstance(v, Tensor) for v in value):
+            step.code += [_TENSORS, len(value)]
+            for tensor in value:
+                self._add_tensor(step, tensor)
+        elif value in _MEMORY_FORMATS:
+            step.code += [_MEMORY_FORMAT, _MEMORY_FORMATS.index(value)]
         else:
             raise _Unknown
+
+    def _add_tensor(self, step: _Step, value: Any) -> None:
+        if isinstance(value, Tensor) and value in self._values:
+            step.code += [_VALUE, self._read(step, value)]
+            return
+        if isinstance(value, (int, float)):  # x * 2: torch takes the number as a tensor
+            if not step.weighs_more_than_numbers:
+                raise _Unknown
+            value = torch.tensor(value, dtype=torch.float64)
+            self._numbers.add(id(value))
+        step.code += [_CONSTANT, len(self._constants)]
+        self._constants.append(value)
+
+    def _read(self, step: _Step, tensor: Tensor) -> int:
+        number = self._values.get(tensor)
+        if number is None:
+            raise _Unknown
+        step.read.append(number)
+        return number
 
     def _number(self, tensor: Tensor) -> int:
         number = self._values[tensor] = self._made
@@ -229,7 +272,7 @@ class _Recorder(TorchDispatchMode):
         results = [self._values.get(x) if isinstance(x, Tensor) else None for x in leaves]
         if not self._steps or None in results:
             return None
-        if not all(id(constant) in guard.owned for constant in self._constants):
+        if not guard.owned.union(self._numbers).issuperset(map(id, self._constants)):
             return None
         code = [self._made, *_instructions(self._steps, results)]
         return Program(self._constants, torch.tensor(code), guard, structure)
@@ -242,23 +285,35 @@ class _Unknown(Exception):
 class _Step:
     """One operation.
 
-    Args:
-        op: its number.
-        read: the values it reads.
-
     Attributes:
-        code: its arguments as the native code reads them.
+        code: the operation and its arguments, as the native code reads them.
+        read: the values it reads.
         outputs: the values it makes.
+        counts_outputs: whether their number is written; it is one for some operations.
+        weighs_more_than_numbers: whether an argument decides the dtype of the result, so that a
+            number may stand there as a tensor of float64.
     """
 
-    def __init__(self, op: int, read: list[Any]) -> None:
-        self.op, self.read = op, read
+    def __init__(self, values: Sequence[Any]) -> None:
         self.code: list[int] = []
+        self.read: list[int] = []
         self.outputs: list[int] = []
+        self.counts_outputs = True
+        self.weighs_more_than_numbers = any(
+            isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 0 for v in values
+        )
 
 
 def _ints(values: Sequence[int]) -> list[int]:
     return [len(values), *values]
+
+
+def _text(text: str) -> list[int]:
+    return _ints(list(text.encode()))
+
+
+def _double(value: float) -> tuple[int, ...]:
+    return struct.unpack("q", struct.pack("d", value))
 
 
 def _instructions(steps: list[_Step], results: list[Any]) -> Iterator[int]:
@@ -268,6 +323,6 @@ def _instructions(steps: list[_Step], results: list[Any]) -> Iterator[int]:
         last_step |= dict.fromkeys((*step.read, *step.outputs), i)
     for i, step in enumerate(steps):
         done = [v for v, last in last_step.items() if last == i and v not in results]
-        outputs = step.outputs if step.op == _VIEW else _ints(step.outputs)
-        yield from (step.op, *step.code, *outputs, *_ints(done))
+        outputs = _ints(step.outputs) if step.counts_outputs else step.outputs
+        yield from (*step.code, *outputs, *_ints(done))
     yield from (_END, *_ints(results))

@@ -267,13 +267,19 @@ def training_convolutions() -> Iterable[Case]:
             yield depthwise(c, size, n, group="depthwise fwd+bwd", backward=True)
 
 
+_CONSTRUCTORS = {"googlenet": {"init_weights": False, "aux_logits": False}}
+_QUICK_MODELS = ("mobilenet_v2", "resnet50")
+
+
 def model(name: str, batch: int, *, group: str = "models", **options: Any) -> Case:
     """A whole torchvision model at 224 x 224, made faster by :func:`nnarch.accelerate`."""
     training = group == "training"
     return Case(
         name=f"{name}_n{batch}" + ("_train" if training else ""),
         group=group,
-        layer=lambda nn: getattr(torchvision().models, name)(weights=None),
+        layer=lambda nn: getattr(torchvision().models, name)(
+            weights=None, **_CONSTRUCTORS.get(name, {})
+        ),
         shape=(batch, 3, 224, 224),
         label=f"{name} N{batch}" + (" training step" if training else ""),
         ours=None if training else _accelerated,
@@ -292,10 +298,12 @@ def models() -> Iterable[Case]:
         "mobilenet_v2": Target(1.1, 1.3),
         "resnet50": Target(1.25, 1.45),
         "resnet18": Target(1.0, 1.3),
+        "googlenet": Target(1.4, 1.8),
+        "vgg16": Target(2.0, 2.5),
     }
     for name, goal in goals.items():
         for n in BATCHES:
-            yield model(name, n, target=goal, quick=name != "resnet18" and n == 1)
+            yield model(name, n, target=goal, quick=name in _QUICK_MODELS and n == 1)
     yield model("resnet18", 8, group="training")
 
 

@@ -131,19 +131,90 @@ def test_structured_outputs(x):
         assert torch.equal(a, b)
 
 
-def test_unknown_operations_stay_with_the_graph(x):
-    class Sine(nn.Module):
+def concatenates(x):
+    return torch.cat([x, x.relu(), 2 * x], 1)
+
+
+def adds_broadcast(x):
+    return torch.add(x, x.mean((2, 3), keepdim=True), alpha=2) + 0.25
+
+
+def shuffles_channels(x):
+    n, c, h, w = x.shape
+    return x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+def splits(x):
+    a, b = x.chunk(2, 1)
+    return a * torch.sigmoid(b), x[:, 1:3, ::2].unsqueeze(0), x.unbind(2)[1]
+
+
+def flattens(x):
+    return x.flatten(1).softmax(1)
+
+
+def writes_in_place(x):
+    y = x * 3
+    y.mul_(x)
+    return y, x.max(1)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "function",
+    [concatenates, adds_broadcast, shuffles_channels, splits, flattens, writes_in_place],
+    ids=lambda f: f.__name__,
+)
+def test_operations_of_torch(x, function, memory_format, mode):
+    class Tail(nn.Module):
         def __init__(self):
             super().__init__()
             self.conv = nn.Conv2d(3, 4, 1)
 
         def forward(self, x):
-            return torch.sin(self.conv(x))
+            return function(self.conv(x))
 
-    model = Sine().eval()
+    model = Tail().eval()
     accelerated = nnarch.accelerate(model)
-    for _ in range(3):
-        torch.testing.assert_close(accelerated(x), model(x), rtol=1e-4, atol=1e-5)
+    x = x.to(memory_format=memory_format)
+    with mode():
+        accelerated(x)
+        with broken_graph(accelerated):
+            results = accelerated(2 * x)
+        expected = model(2 * x)
+    for result, reference in zip(_leaves(results), _leaves(expected), strict=True):
+        assert result.shape == reference.shape
+        torch.testing.assert_close(result, reference, rtol=1e-4, atol=1e-5)
+
+
+def _leaves(outputs):
+    return torch.utils._pytree.tree_leaves(outputs)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: torch.clamp(x, max=0.5),  # the dispatcher's interface takes no such number
+        lambda x: x[x > 0].sum(),  # sizes that follow from values
+        lambda x: x * torch.nonzero(x).size(0),
+        lambda x: (x > 0).long() * 2,  # as a tensor the number would decide the dtype
+    ],
+)
+def test_unknown_operations_stay_with_the_graph(x, function):
+    class Tail(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x):
+            return function(self.conv(x))
+
+    model = Tail().eval()
+    accelerated = nnarch.accelerate(model)
+    for scale in (1, -2, 3):
+        expected = model(scale * x)
+        torch.testing.assert_close(accelerated(scale * x), expected, rtol=1e-4, atol=1e-5)
     assert programs(accelerated) == [None]
 
 
@@ -311,7 +382,10 @@ BROKEN = {
     "no such constant": [2, RELU, 3, 3, 0, 5, 1, 6, 0, 1, 1, 0, -1, 0],
     "not made yet": [2, -2, 1, 1, 4, 1, 0, -1, 1, 1],
     "unknown kind": [2, RELU, 1, 99, 0, -1, 0],
-    "wrong number of arguments": [2, RELU, 1, 1, 0, 1, 1, 0, -1, 1, 1],
+    "wrong number of arguments": [2, RELU, 1, 2, 0, 1, 1, 0, -1, 1, 1],
+    "no such operation of torch": [2, -3, 1, 65, 1, 66, 1, 2, 0, 0, 1, 1, 0, -1, 1, 1],
+    "no tensor": [2, -4, 5, 1, 2, 0, 0, 1, 0, -1, 1, 1],
+    "no such memory format": [2, RELU, 1, 8, 7, 1, 1, 0, -1, 1, 1],
     "result not made": [2, -1, 1, 1],
 }
 
