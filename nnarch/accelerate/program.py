@@ -10,8 +10,12 @@ gradient or another dtype at hand, and after a weight was written, the graph its
 
 from __future__ import annotations
 
+import ctypes
+import operator
 import struct
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -29,7 +33,7 @@ from nnarch.nn.packing import PackedWeightMixin
 from nnarch.precision import get_precision
 
 # The integers that kernels/cpu/program.cpp reads.
-_END, _VIEW, _TORCH, _ADD = -1, -2, -3, -4
+_END, _VIEW, _TORCH, _ADD, _CHANNELS_LAST = -1, -2, -3, -4, -5
 _NOTHING, _SOME, _VALUE, _CONSTANT, _TENSORS, _INT, _DOUBLE, _INTS, _MEMORY_FORMAT = range(9)
 _MEMORY_FORMATS = [torch.contiguous_format, torch.channels_last, torch.preserve_format]
 
@@ -45,9 +49,8 @@ _VIEWS = {
 _DATA_DEPENDENT = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
-_run_program = library.define_native(
-    "run_program(Tensor[] inputs, Tensor[] constants, Tensor code) -> Tensor[]"
-)
+_make_program = library.define_native("make_program(Tensor[] constants, Tensor code) -> int")
+_run_program = library.define_native("run_program(Tensor[] inputs, int program) -> Tensor[]")
 
 
 class Program:
@@ -63,8 +66,10 @@ class Program:
     def __init__(
         self, constants: list[Tensor], code: Tensor, guard: Guard, structure: _pytree.TreeSpec
     ) -> None:
-        self._constants, self._code, self._structure = constants, code, structure
-        self._guard = guard
+        with _BelowAutograd():
+            self._number = _make_program(constants, code)
+        weakref.finalize(self, library.native.nnarch_drop_program, self._number).atexit = False
+        self._structure, self._guard = structure, guard
 
     def is_current(self) -> bool:
         """Whether the model is still what was recorded."""
@@ -73,7 +78,7 @@ class Program:
     def __call__(self, inputs: list[Tensor]) -> Any:
         """Run on inputs of the recorded shapes."""
         with _BelowAutograd():
-            results = _run_program(inputs, self._constants, self._code)
+            results = _run_program(inputs, self._number)
         return _pytree.tree_unflatten(results, self._structure)
 
 
@@ -100,18 +105,25 @@ def signature(inputs: list[Tensor]) -> tuple[Any, ...]:
     return tuple((x.shape, x.stride(), x.dtype) for x in inputs)
 
 
-def record(body: GraphModule, inputs: list[Tensor]) -> tuple[Any, Program | None]:
-    """Run `body`; return its output, and its program where one can stand for it."""
+def record(
+    body: GraphModule, convert: Callable[[Tensor], Tensor], inputs: list[Tensor]
+) -> tuple[Any, Program | None]:
+    """Run `body` on what `convert` makes of its inputs; return its output, and the program of both
+    where one can stand for them."""
     if not all(is_layer(layer_of(body, node)) for node in body.graph.find_nodes(op="call_module")):
-        return body(*inputs), None  # a module of the user's keeps its own control flow
+        return body(*map(convert, inputs)), None  # a module of the user's keeps its own control flow
     recorder = _Recorder(inputs)
     with recorder:
-        output = body(*inputs)
+        output = body(*map(convert, inputs))
     return output, recorder.program(output, Guard(body))
 
 
 class Guard:
     """The state of a model that a program depends on.
+
+    Between two calls the kernels have driven Python's objects out of the caches, so what is looked
+    at here is as little as possible, and without a bytecode for each: a loop over the modules took
+    170 µs for a MobileNetV2, as long as two of its layers.
 
     Attributes:
         owned: id of every parameter, buffer and packed weight. Other constants (a mask made by the
@@ -126,36 +138,56 @@ class Guard:
             for module in modules
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
-        self._packed = [
-            (module, module._packed)
-            for module in modules
-            if isinstance(module, PackedWeightMixin) and module._packed is not None
-        ]
-        self._tensors = [
+        named = [
             (tensors, name, tensor)
             for module in modules
             for tensors in (module._parameters, module._buffers)
             for name, tensor in tensors.items()
         ]
-        self.owned = {id(tensor) for *_, tensor in self._tensors}
-        self.owned |= {id(packed) for _, cache in self._packed for packed in cache.packed.values()}
+        self._owners = [tensors for tensors, _, _ in named]
+        self._names = [name for _, name, _ in named]
+        self._tensors = [tensor for *_, tensor in named]
+        packing = [m for m in modules if isinstance(m, PackedWeightMixin) and m._packed is not None]
+        self._packing = [vars(module) for module in packing]
+        self._caches: list[Any] = [module._packed for module in packing]
+        self._sources = [cache.source for cache in self._caches]
+        self._versions = [cache.version for cache in self._caches]
+        self._pointers = [cache.pointer for cache in self._caches]
+        self._strides = [cache.strides for cache in self._caches]
+        self._probes = _probes(self._caches)
+        self.owned = {id(tensor) for tensor in self._tensors}
+        self.owned |= {id(packed) for cache in self._caches for packed in cache.packed.values()}
         self._precision = get_precision()  # packed weights follow it
 
     def holds(self) -> bool:
         """Whether all of it is as it was."""
-        if any(self._hooks) or get_precision() != self._precision:
-            return False
-        for state in self._states:
-            if state["training"] or "forward" in state:
-                return False
-        for tensors, name, tensor in self._tensors:
-            if tensors.get(name) is not tensor:
-                return False
-        for module, cache in self._packed:
-            weight = module._parameters["weight"]
-            if module._packed is not cache or weight is None or not cache.is_current(weight):
-                return False
-        return True
+        return not (
+            any(self._hooks)
+            or get_precision() != self._precision
+            or any(map(_training, self._states))
+            or any(map(operator.contains, self._states, repeat("forward")))
+            or not all(map(operator.is_, map(_get, self._owners, self._names), self._tensors))
+            or not all(map(operator.is_, map(_get, self._packing, repeat("_packed")), self._caches))
+            or list(map(_version, self._sources)) != self._versions
+            or list(map(Tensor.data_ptr, self._sources)) != self._pointers
+            or list(map(Tensor.stride, self._sources)) != self._strides
+            # Only now: the addresses are valid as long as the storage has not moved.
+            or not library.native.nnarch_hold_bits(*self._probes)
+        )
+
+
+_training, _version = operator.itemgetter("training"), operator.attrgetter("_version")
+_get = dict.get
+
+
+def _probes(caches: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
+    """The arguments of nnarch_hold_bits for the probes of packed weights."""
+    probes = [probe for cache in caches for probe in cache.probes]
+    n = len(probes)
+    addresses = (ctypes.c_void_p * n)(*(ctypes.addressof(cell) for cell, _ in probes))
+    sizes = (ctypes.c_int64 * n)(*(ctypes.sizeof(cell) for cell, _ in probes))
+    bits = (ctypes.c_uint64 * n)(*(bits for _, bits in probes))
+    return addresses, sizes, bits, ctypes.c_int64(n)
 
 
 class _Recorder(TorchDispatchMode):
@@ -196,6 +228,9 @@ class _Recorder(TorchDispatchMode):
             self._add_arguments(step, func, values)
         elif func in _VIEWS and outputs[0].data_ptr() == args[0].data_ptr():
             step.code = [_VIEW, self._read(step, values[0]), *_ints(outputs[0].shape)]
+            step.counts_outputs = False
+        elif func is _aten.clone.default and _is_image_to_channels_last(*values):
+            step.code = [_CHANNELS_LAST, self._read(step, values[0])]
             step.counts_outputs = False
         elif func is _aten.add.Tensor and outputs[0].is_floating_point():
             step.code = [_ADD]
@@ -302,6 +337,11 @@ class _Step:
         self.weighs_more_than_numbers = any(
             isinstance(v, Tensor) and v.is_floating_point() and v.dim() > 0 for v in values
         )
+
+
+def _is_image_to_channels_last(x: Tensor, memory_format: Any) -> bool:
+    kinds = (torch.float32, torch.float64)
+    return x.dim() == 4 and x.dtype in kinds and memory_format is torch.channels_last
 
 
 def _ints(values: Sequence[int]) -> list[int]:
