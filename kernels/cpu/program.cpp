@@ -53,9 +53,39 @@ constexpr torch::headeronly::MemoryFormat kMemoryFormats[] = {
     torch::headeronly::MemoryFormat::Contiguous, torch::headeronly::MemoryFormat::ChannelsLast,
     torch::headeronly::MemoryFormat::Preserve};
 
+// A recorded program, and what it can see itself of a change of its constants.
 struct Recording {
+  struct Probe {
+    const void* address;
+    size_t size;
+    uint64_t bits;
+  };
   std::vector<Tensor> constants;
   std::vector<int64_t> code;
+  std::vector<Probe> probes;    // elements of weights that were packed
+  std::vector<int64_t> places;  // where constants lie, and their strides
+
+  // A parameter's data may be exchanged for other data: its version says nothing then.
+  bool is_current() const {
+    if (places_of(constants) != places) return false;
+    bool same = true;  // only now: the addresses are valid as long as nothing has moved
+    for (const Probe& probe : probes) {  // all of them: these loads do not wait for each other
+      uint64_t now = 0;
+      std::memcpy(&now, probe.address, probe.size);
+      same &= now == probe.bits;
+    }
+    return same;
+  }
+
+  static std::vector<int64_t> places_of(const std::vector<Tensor>& tensors) {
+    std::vector<int64_t> places;
+    places.reserve(5 * tensors.size());
+    for (const Tensor& t : tensors) {
+      places.push_back(static_cast<int64_t>(reinterpret_cast<uintptr_t>(t.data_ptr())));
+      for (const int64_t stride : t.strides()) places.push_back(stride);
+    }
+    return places;
+  }
 };
 
 class Program {
@@ -271,11 +301,20 @@ class Recordings {
   int64_t last_ = 0;
 };
 
-int64_t make_program(const std::vector<Tensor>& constants, const Tensor& code) {
-  require(code.scalar_type() == ScalarType::Long && code.is_contiguous() && code.dim() == 1,
-          "make_program: code must be a dense vector of int64");
-  const int64_t* first = data<int64_t>(code);
-  return Recordings::all().add({constants, {first, first + code.numel()}});
+// `probes`: an address, a size in bytes and the bits there, again and again.
+int64_t make_program(const std::vector<Tensor>& constants, const Tensor& code,
+                     const Tensor& probes) {
+  for (const Tensor* t : {&code, &probes})
+    require(t->scalar_type() == ScalarType::Long && t->is_contiguous() && t->dim() == 1,
+            "make_program: code and probes must be dense vectors of int64");
+  const int64_t *first = data<int64_t>(code), *probe = data<int64_t>(probes);
+  Recording recording{constants, {first, first + code.numel()}, {},
+                      Recording::places_of(constants)};
+  for (int64_t i = 0; i + 3 <= probes.numel(); i += 3)
+    recording.probes.push_back({reinterpret_cast<const void*>(static_cast<uintptr_t>(probe[i])),
+                                static_cast<size_t>(std::clamp<int64_t>(probe[i + 1], 0, 8)),
+                                static_cast<uint64_t>(probe[i + 2])});
+  return Recordings::all().add(std::move(recording));
 }
 
 std::vector<Tensor> run_program(const std::vector<Tensor>& inputs, int64_t program) {
@@ -295,14 +334,11 @@ extern "C" __attribute__((visibility("default"))) void nnarch_drop_program(int64
   nnarch::Recordings::all().drop(program);
 }
 
-// Whether every address still holds the bits that were read there; element sizes are 2, 4 or 8.
-extern "C" __attribute__((visibility("default"))) int64_t nnarch_hold_bits(
-    const void* const* addresses, const int64_t* sizes, const uint64_t* bits, int64_t count) {
-  bool same = true;
-  for (int64_t i = 0; i < count; ++i) {  // all of them: the loads do not wait for each other
-    uint64_t now = 0;
-    std::memcpy(&now, addresses[i], static_cast<size_t>(sizes[i]));
-    same &= now == bits[i];
+extern "C" __attribute__((visibility("default"))) int64_t nnarch_program_is_current(
+    int64_t program) {
+  try {
+    return nnarch::Recordings::all().get(program)->is_current();
+  } catch (const std::exception&) {
+    return 0;
   }
-  return same;
 }

@@ -48,8 +48,14 @@ _VIEWS = {
 # Sizes or numbers that follow from values may differ in the next call.
 _DATA_DEPENDENT = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
+_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
+_len_torch_function_stack = torch._C._len_torch_function_stack
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_are_functorch_transforms_active = torch._C._are_functorch_transforms_active
 
-_make_program = library.define_native("make_program(Tensor[] constants, Tensor code) -> int")
+_make_program = library.define_native(
+    "make_program(Tensor[] constants, Tensor code, Tensor probes) -> int"
+)
 _run_program = library.define_native("run_program(Tensor[] inputs, int program) -> Tensor[]")
 
 
@@ -67,18 +73,21 @@ class Program:
         self, constants: list[Tensor], code: Tensor, guard: Guard, structure: _pytree.TreeSpec
     ) -> None:
         with _BelowAutograd():
-            self._number = _make_program(constants, code)
+            self._number = _make_program(constants, code, torch.tensor(guard.probes))
         weakref.finalize(self, library.native.nnarch_drop_program, self._number).atexit = False
         self._structure, self._guard = structure, guard
+        self._is_tensor = structure.is_leaf()
 
     def is_current(self) -> bool:
         """Whether the model is still what was recorded."""
-        return self._guard.holds()
+        return self._guard.holds() and library.native.nnarch_program_is_current(self._number)
 
     def __call__(self, inputs: list[Tensor]) -> Any:
         """Run on inputs of the recorded shapes."""
         with _BelowAutograd():
             results = _run_program(inputs, self._number)
+        if self._is_tensor:
+            return results[0]
         return _pytree.tree_unflatten(results, self._structure)
 
 
@@ -87,17 +96,14 @@ def can_run(inputs: list[Any]) -> bool:
     but the outputs for plain CPU tensors."""
     if (
         library.native is None
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._are_functorch_transforms_active()
+        or _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _is_any_autocast_enabled()
+        or _are_functorch_transforms_active()
     ):
         return False
     grad = torch.is_grad_enabled()
-    return all(
-        type(x) is Tensor and x.device.type == "cpu" and not (grad and x.requires_grad)
-        for x in inputs
-    )
+    return all(type(x) is Tensor and x.is_cpu and not (grad and x.requires_grad) for x in inputs)
 
 
 def signature(inputs: list[Tensor]) -> tuple[Any, ...]:
@@ -119,23 +125,26 @@ def record(
 
 
 class Guard:
-    """The state of a model that a program depends on.
+    """The state of a model that a program depends on and cannot see itself.
 
     Between two calls the kernels have driven Python's objects out of the caches, so what is looked
-    at here is as little as possible, and without a bytecode for each: a loop over the modules took
+    at here is as little as possible, and without bytecode for each: a loop over the modules took
     170 µs for a MobileNetV2, as long as two of its layers.
 
     Attributes:
         owned: id of every parameter, buffer and packed weight. Other constants (a mask made by the
             graph's own code, say) may differ in the next call, so no program is made of them.
+        probes: an address, a size and the bits there, of elements of packed weights.
     """
 
-    def __init__(self, body: nn.Module) -> None:
+    def __init__(self, body: GraphModule) -> None:
         modules = list(body.modules())
-        self._states = [vars(module) for module in modules]
+        called = [layer_of(body, node) for node in body.graph.find_nodes(op="call_module")]
+        called = [body, *{part: None for layer in called for part in layer.modules()}]
+        self._states = [vars(module) for module in called]
         self._hooks = [
             hooks
-            for module in modules
+            for module in called
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
         named = [
@@ -152,11 +161,14 @@ class Guard:
         self._caches: list[Any] = [module._packed for module in packing]
         self._sources = [cache.source for cache in self._caches]
         self._versions = [cache.version for cache in self._caches]
-        self._pointers = [cache.pointer for cache in self._caches]
-        self._strides = [cache.strides for cache in self._caches]
-        self._probes = _probes(self._caches)
         self.owned = {id(tensor) for tensor in self._tensors}
         self.owned |= {id(packed) for cache in self._caches for packed in cache.packed.values()}
+        probes = [probe for cache in self._caches for probe in cache.probes]
+        self.probes = [
+            number
+            for cell, bits in probes
+            for number in (ctypes.addressof(cell), ctypes.sizeof(cell), _signed(bits))
+        ]
         self._precision = get_precision()  # packed weights follow it
 
     def holds(self) -> bool:
@@ -169,10 +181,6 @@ class Guard:
             or not all(map(operator.is_, map(_get, self._owners, self._names), self._tensors))
             or not all(map(operator.is_, map(_get, self._packing, repeat("_packed")), self._caches))
             or list(map(_version, self._sources)) != self._versions
-            or list(map(Tensor.data_ptr, self._sources)) != self._pointers
-            or list(map(Tensor.stride, self._sources)) != self._strides
-            # Only now: the addresses are valid as long as the storage has not moved.
-            or not library.native.nnarch_hold_bits(*self._probes)
         )
 
 
@@ -180,14 +188,9 @@ _training, _version = operator.itemgetter("training"), operator.attrgetter("_ver
 _get = dict.get
 
 
-def _probes(caches: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
-    """The arguments of nnarch_hold_bits for the probes of packed weights."""
-    probes = [probe for cache in caches for probe in cache.probes]
-    n = len(probes)
-    addresses = (ctypes.c_void_p * n)(*(ctypes.addressof(cell) for cell, _ in probes))
-    sizes = (ctypes.c_int64 * n)(*(ctypes.sizeof(cell) for cell, _ in probes))
-    bits = (ctypes.c_uint64 * n)(*(bits for _, bits in probes))
-    return addresses, sizes, bits, ctypes.c_int64(n)
+def _signed(bits: int) -> int:
+    """The int64 with these 64 bits."""
+    return bits - (bits >> 63 << 64)
 
 
 class _Recorder(TorchDispatchMode):
