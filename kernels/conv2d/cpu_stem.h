@@ -11,6 +11,7 @@
 #include "conv2d/cpu_shape.h"
 #include "cpu/arena.h"
 #include "cpu/gemm.h"
+#include "cpu/layout.h"
 #include "cpu/parallel.h"
 #include "cpu/tensor.h"
 
@@ -40,6 +41,8 @@ void copy_padded_rows(const Tensor& x, int64_t image, int64_t y, int64_t rows, c
     const T* from = plane + y * sh;
     if (sc == 1 && sw == p.c) {
       std::memcpy(row, from, static_cast<size_t>(inside * p.c) * sizeof(T));
+    } else if (sw == 1) {
+      transpose_fn<T>()(from, sc, row, p.c, p.c, inside);
     } else {
       for (int64_t c = 0; c < p.c; ++c)
         for (int64_t i2 = 0; i2 < inside; ++i2) row[i2 * p.c + c] = from[i2 * sw + c * sc];

@@ -13,7 +13,8 @@
 // their own. An operation is the number of one of ours, whose function is called directly, or
 // kTorch and the name of one of torch's, which goes through its dispatcher; kView, kAdd and
 // kChannelsLast are those of torch's that have a shorter way, or no other: the dispatcher takes no
-// number of any type, which the factor of an addition is.
+// number of any type, which the factor of an addition is. kFromAnyFormat stands before a convolution
+// whose output is channels_last whatever its input is.
 //
 // A program keeps its constants here: handing 170 weights over from Python took 70 µs a call.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -36,7 +37,8 @@ namespace nnarch {
 namespace {
 
 // In the place of an operation.
-constexpr int64_t kEnd = -1, kView = -2, kTorch = -3, kAdd = -4, kChannelsLast = -5;
+constexpr int64_t kEnd = -1, kView = -2, kTorch = -3, kAdd = -4, kChannelsLast = -5,
+                  kFromAnyFormat = -6;
 
 enum Kind : int64_t {
   kNothing,
@@ -106,6 +108,8 @@ class Program {
         add();
       else if (op == kChannelsLast)
         channels_last();
+      else if (op == kFromAnyFormat)
+        call_from_any_format();
       else if (op == kTorch)
         call_torch();
       else
@@ -219,6 +223,11 @@ class Program {
     ops[static_cast<size_t>(op)](stack_.data(), arguments, outputs);
     for (size_t i = 0; i < outputs; ++i)
       value(next()) = torch::stable::detail::to<Tensor>(stack_[i]);
+  }
+
+  void call_from_any_format() {
+    const StayChannelsLast scope;
+    call(next());
   }
 
   void call_torch() {

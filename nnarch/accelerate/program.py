@@ -33,7 +33,7 @@ from nnarch.nn.packing import PackedWeightMixin
 from nnarch.precision import get_precision
 
 # The integers that kernels/cpu/program.cpp reads.
-_END, _VIEW, _TORCH, _ADD, _CHANNELS_LAST = -1, -2, -3, -4, -5
+_END, _VIEW, _TORCH, _ADD, _CHANNELS_LAST, _FROM_ANY_FORMAT = -1, -2, -3, -4, -5, -6
 _NOTHING, _SOME, _VALUE, _CONSTANT, _TENSORS, _INT, _DOUBLE, _INTS, _MEMORY_FORMAT = range(9)
 _MEMORY_FORMATS = [torch.contiguous_format, torch.channels_last, torch.preserve_format]
 
@@ -73,7 +73,8 @@ class Program:
         self, constants: list[Tensor], code: Tensor, guard: Guard, structure: _pytree.TreeSpec
     ) -> None:
         with _BelowAutograd():
-            self._number = _make_program(constants, code, torch.tensor(guard.probes))
+            probes = torch.tensor(guard.probes, dtype=torch.int64)
+            self._number = _make_program(constants, code, probes)
         weakref.finalize(self, library.native.nnarch_drop_program, self._number).atexit = False
         self._structure, self._guard = structure, guard
         self._is_tensor = structure.is_leaf()
@@ -312,6 +313,7 @@ class _Recorder(TorchDispatchMode):
             return None
         if not guard.owned.union(self._numbers).issuperset(map(id, self._constants)):
             return None
+        _spare_conversions(self._steps, results)
         code = [self._made, *_instructions(self._steps, results)]
         return Program(self._constants, torch.tensor(code), guard, structure)
 
@@ -357,6 +359,26 @@ def _text(text: str) -> list[int]:
 
 def _double(value: float) -> tuple[int, ...]:
     return struct.unpack("q", struct.pack("d", value))
+
+
+def _spare_conversions(steps: list[_Step], results: list[Any]) -> None:
+    """Let a convolution read what is converted to channels_last for it alone.
+
+    It copies its input into scratch memory anyway: at 3×224×224 the conversion takes 120 µs.
+    """
+    convolution = library.native_op_names().index("conv2d")
+    for i, step in reversed(list(enumerate(steps))):
+        if step.code[0] != _CHANNELS_LAST:
+            continue
+        (source,), (made,) = step.read, step.outputs
+        readers = [s for s in steps if made in s.read]
+        if made in results or len(readers) != 1 or readers[0].read.count(made) != 1:
+            continue
+        reader = readers[0]
+        if reader.code[0] == convolution and reader.code[2:4] == [_VALUE, made]:
+            reader.code[:4] = [_FROM_ANY_FORMAT, *reader.code[:3], source]
+            reader.read[reader.read.index(made)] = source
+            del steps[i]
 
 
 def _instructions(steps: list[_Step], results: list[Any]) -> Iterator[int]:
