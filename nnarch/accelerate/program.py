@@ -45,6 +45,8 @@ _VIEWS = {
     _aten.reshape.default,
     _aten.flatten.using_ints,
 }
+# The second only in inference mode.
+_COPIES = {_aten.clone.default, _aten.contiguous.default}
 # Sizes or numbers that follow from values may differ in the next call.
 _DATA_DEPENDENT = {torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
@@ -233,7 +235,7 @@ class _Recorder(TorchDispatchMode):
         elif func in _VIEWS and outputs[0].data_ptr() == args[0].data_ptr():
             step.code = [_VIEW, self._read(step, values[0]), *_ints(outputs[0].shape)]
             step.counts_outputs = False
-        elif func is _aten.clone.default and _is_image_to_channels_last(*values):
+        elif func in _COPIES and _is_image_to_channels_last(*values):
             step.code = [_CHANNELS_LAST, self._read(step, values[0])]
             step.counts_outputs = False
         elif func is _aten.add.Tensor and outputs[0].is_floating_point():
