@@ -102,7 +102,7 @@ NNARCH_INLINE void add_products(Indices<I...> each, const Panel<T>& p, Ahead<T>&
     for (int64_t column = 0; next_rows && k + kFetchSteps <= chunk.count && column < chunk.count;
          k += kFetchSteps, column += 2 * kLine<T>)
       multiply<T, Use>(each, rows, k, kFetchSteps, b, ListedLines<T>{at + mr, chunk.from + column},
-                        kLine<T>, left, right);
+                       kLine<T>, left, right);
     for (; k < chunk.count; k += kFetchSteps) {
       const int64_t steps = chunk.count - k < kFetchSteps ? chunk.count - k : kFetchSteps;
       const bool fetch = next_panel.turns > 0;

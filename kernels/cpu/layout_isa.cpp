@@ -42,8 +42,8 @@ NNARCH_INLINE void transpose_tile(const T* src, int64_t ss, T* dst, int64_t ds) 
     for (int j = 0; j < kTile<T>; ++j) dst[j * ds + i] = src[i * ss + j];
 }
 
-// Three planes, those of a colour image, into dense pixels, four at a time. 3×224×224 took 118 µs one
-// by one, as much as a layer of a MobileNetV2.
+// Three planes, those of a colour image, into dense pixels, four at a time. 3×224×224 took 118 µs
+// one by one, as much as a layer of a MobileNetV2.
 template <class T>
 NNARCH_INLINE void interleave_planes(const T* src, int64_t ss, T* dst, int64_t columns) {
   typedef T Four __attribute__((vector_size(4 * sizeof(T)), aligned(sizeof(T)), may_alias));

@@ -13,8 +13,8 @@
 // their own. An operation is the number of one of ours, whose function is called directly, or
 // kTorch and the name of one of torch's, which goes through its dispatcher; kView, kAdd and
 // kChannelsLast are those of torch's that have a shorter way, or no other: the dispatcher takes no
-// number of any type, which the factor of an addition is. kFromAnyFormat stands before a convolution
-// whose output is channels_last whatever its input is.
+// number of any type, which the factor of an addition is. kFromAnyFormat stands before a
+// convolution whose output is channels_last whatever its input is.
 //
 // A program keeps its constants here: handing 170 weights over from Python took 70 µs a call.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -317,8 +317,8 @@ int64_t make_program(const std::vector<Tensor>& constants, const Tensor& code,
     require(t->scalar_type() == ScalarType::Long && t->is_contiguous() && t->dim() == 1,
             "make_program: code and probes must be dense vectors of int64");
   const int64_t *first = data<int64_t>(code), *probe = data<int64_t>(probes);
-  Recording recording{constants, {first, first + code.numel()}, {},
-                      Recording::places_of(constants)};
+  Recording recording{
+      constants, {first, first + code.numel()}, {}, Recording::places_of(constants)};
   for (int64_t i = 0; i + 3 <= probes.numel(); i += 3)
     recording.probes.push_back({reinterpret_cast<const void*>(static_cast<uintptr_t>(probe[i])),
                                 static_cast<size_t>(std::clamp<int64_t>(probe[i + 1], 0, 8)),
@@ -343,8 +343,8 @@ extern "C" __attribute__((visibility("default"))) void nnarch_drop_program(int64
   nnarch::Recordings::all().drop(program);
 }
 
-extern "C" __attribute__((visibility("default"))) int64_t nnarch_program_is_current(
-    int64_t program) {
+extern "C" __attribute__((visibility("default"))) int64_t
+nnarch_program_is_current(int64_t program) {
   try {
     return nnarch::Recordings::all().get(program)->is_current();
   } catch (const std::exception&) {

@@ -1,5 +1,5 @@
-// Depthwise-separable convolutions and inverted residuals on the CPU: checks, and the choice between
-// one fused kernel and a kernel a stage.
+// Depthwise-separable convolutions and inverted residuals on the CPU: checks, and the choice
+// between one fused kernel and a kernel a stage.
 #include "cpu/epilogue_fold.h"
 #include "cpu/pack_weight.h"
 #include "cpu/registry.h"
@@ -14,31 +14,42 @@ namespace {
 constexpr int64_t kScratchBytes = int64_t{1} << 20;
 
 struct StageTensors {
+  const char* op;  // the operation's name, for errors
   Tensor weight;
   OptTensor scale, shift, packed;
   int64_t activation;
   double alpha;
 
   StageTensors computed() const {
-    return {to_compute_type(weight), to_compute_type(scale), to_compute_type(shift), packed,
-            activation, alpha};
+    return {op,
+            to_compute_type(weight),
+            to_compute_type(scale),
+            to_compute_type(shift),
+            packed,
+            activation,
+            alpha};
   }
 };
+
+// The packed weight of a stage, or null where it is not packed yet.
+template <class T>
+const T* given(const StageTensors& stage, int64_t size) {
+  if (!stage.packed) return nullptr;
+  const Tensor& packed = *stage.packed;
+  if (packed.numel() != size || !packed.is_contiguous() ||
+      packed.scalar_type() != stage.weight.scalar_type())
+    throw std::runtime_error(std::string(stage.op) + ": packed does not belong to its weight");
+  return data<T>(packed);
+}
 
 // A weight of a 1x1 convolution, packed now unless it is already.
 template <class T>
 class Pointwise {
  public:
   Pointwise(const StageTensors& stage, int64_t columns, int64_t depth)
-      : own_(stage.packed ? 0 : packed_size<T>(columns, 1, depth)) {
-    if (stage.packed) {
-      require(stage.packed->numel() == packed_size<T>(columns, 1, depth) &&
-                  stage.packed->is_contiguous() &&
-                  stage.packed->scalar_type() == stage.weight.scalar_type(),
-              "packed does not belong to the weight of a 1x1 convolution");
-      packed_ = data<T>(*stage.packed);
-      return;
-    }
+      : packed_(given<T>(stage, packed_size<T>(columns, 1, depth))),
+        own_(packed_ ? 0 : packed_size<T>(columns, 1, depth)) {
+    if (packed_) return;
     const Tensor& w = stage.weight;
     pack_weight<T>({data<T>(w), columns, depth, w.stride(0), w.stride(1), {0}}, own_.get());
     packed_ = own_.get();
@@ -46,31 +57,25 @@ class Pointwise {
   const T* get() const { return packed_; }
 
  private:
-  Scratch<T> own_;
   const T* packed_;
+  Scratch<T> own_;
 };
 
 template <class T>
 class Depthwise {
  public:
   Depthwise(const StageTensors& stage, const ConvShape& p)
-      : own_(stage.packed ? 0 : packed_depthwise_size(p.k, p.taps())) {
-    if (stage.packed) {
-      require(stage.packed->numel() == packed_depthwise_size(p.k, p.taps()) &&
-                  stage.packed->is_contiguous() &&
-                  stage.packed->scalar_type() == stage.weight.scalar_type(),
-              "packed does not belong to the depthwise weight");
-      packed_ = data<T>(*stage.packed);
-      return;
-    }
+      : packed_(given<T>(stage, packed_depthwise_size(p.k, p.taps()))),
+        own_(packed_ ? 0 : packed_depthwise_size(p.k, p.taps())) {
+    if (packed_) return;
     pack_depthwise<T>(stage.weight, TapList::whole(p.r, p.s), own_.get());
     packed_ = own_.get();
   }
   const T* get() const { return packed_; }
 
  private:
-  Scratch<T> own_;
   const T* packed_;
+  Scratch<T> own_;
 };
 
 template <class T>
@@ -109,9 +114,9 @@ void run_separable(const SeparableConv<T>& s, ScalarType type) {
 
 void check_stage(const StageTensors& stage, int64_t channels, ScalarType type) {
   require(stage.weight.scalar_type() == type, "x and weights must have one dtype");
-  check_epilogue({std::nullopt, stage.scale, stage.shift, std::nullopt, stage.activation,
-                  stage.alpha},
-                 channels, type);
+  check_epilogue(
+      {std::nullopt, stage.scale, stage.shift, std::nullopt, stage.activation, stage.alpha},
+      channels, type);
 }
 
 void check_pointwise(const Tensor& weight, int64_t depth) {
@@ -181,18 +186,21 @@ Tensor separable(const Tensor& x_in, const StageTensors* expand_in,
   return to_type(in_format_of(y, x_in), type);
 }
 
-Tensor depthwise_separable_conv2d(
-    const Tensor& x, const Tensor& depthwise_weight, const Tensor& pointwise_weight,
-    const OptTensor& depthwise_scale, const OptTensor& depthwise_shift, const OptTensor& scale,
-    const OptTensor& shift, const OptTensor& residual, const OptTensor& depthwise_packed,
-    const OptTensor& pointwise_packed, const IntList& stride, const IntList& padding,
-    const IntList& dilation, int64_t depthwise_activation, double depthwise_alpha,
-    int64_t activation, double alpha) {
+Tensor depthwise_separable_conv2d(const Tensor& x, const Tensor& depthwise_weight,
+                                  const Tensor& pointwise_weight, const OptTensor& depthwise_scale,
+                                  const OptTensor& depthwise_shift, const OptTensor& scale,
+                                  const OptTensor& shift, const OptTensor& residual,
+                                  const OptTensor& depthwise_packed,
+                                  const OptTensor& pointwise_packed, const IntList& stride,
+                                  const IntList& padding, const IntList& dilation,
+                                  int64_t depthwise_activation, double depthwise_alpha,
+                                  int64_t activation, double alpha) {
+  const char* op = "depthwise_separable_conv2d";
   return separable(x, nullptr,
-                   {depthwise_weight, depthwise_scale, depthwise_shift, depthwise_packed,
+                   {op, depthwise_weight, depthwise_scale, depthwise_shift, depthwise_packed,
                     depthwise_activation, depthwise_alpha},
-                   {pointwise_weight, scale, shift, pointwise_packed, activation, alpha}, residual,
-                   stride, padding, dilation);
+                   {op, pointwise_weight, scale, shift, pointwise_packed, activation, alpha},
+                   residual, stride, padding, dilation);
 }
 
 Tensor inverted_residual(const Tensor& x, const Tensor& expand_weight,
@@ -201,17 +209,17 @@ Tensor inverted_residual(const Tensor& x, const Tensor& expand_weight,
                          const OptTensor& project_bias, const OptTensor& residual,
                          const OptTensor& expand_packed, const OptTensor& depthwise_packed,
                          const OptTensor& project_packed, const IntList& stride,
-                         const IntList& padding, const IntList& dilation,
-                         int64_t expand_activation, double expand_alpha,
-                         int64_t depthwise_activation, double depthwise_alpha, int64_t activation,
-                         double alpha) {
-  const StageTensors expand{expand_weight, std::nullopt,      expand_bias,
-                            expand_packed, expand_activation, expand_alpha};
+                         const IntList& padding, const IntList& dilation, int64_t expand_activation,
+                         double expand_alpha, int64_t depthwise_activation, double depthwise_alpha,
+                         int64_t activation, double alpha) {
+  const char* op = "inverted_residual";
+  const StageTensors expand{
+      op, expand_weight, std::nullopt, expand_bias, expand_packed, expand_activation, expand_alpha};
   return separable(
       x, &expand,
-      {depthwise_weight, std::nullopt, depthwise_bias, depthwise_packed, depthwise_activation,
+      {op, depthwise_weight, std::nullopt, depthwise_bias, depthwise_packed, depthwise_activation,
        depthwise_alpha},
-      {project_weight, std::nullopt, project_bias, project_packed, activation, alpha}, residual,
+      {op, project_weight, std::nullopt, project_bias, project_packed, activation, alpha}, residual,
       stride, padding, dilation);
 }
 

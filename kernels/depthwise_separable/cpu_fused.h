@@ -30,9 +30,8 @@ class SeparableTask {
         tile_(depthwise.plan().tile_size()),
         rows_(depthwise.row_pointers()),
         values_(plan.images * plan.rows * s.p.ow * planner.pitch()),
-        expanded_(plan.expanded
-                      ? planner.input_rows(plan.rows) * s.p.w * planner.expanded_pitch()
-                      : 0) {}
+        expanded_(plan.expanded ? planner.input_rows(plan.rows) * s.p.w * planner.expanded_pitch()
+                                : 0) {}
 
   // Whole images, from `image` on.
   void run_images(int64_t image, int64_t images) {
@@ -129,8 +128,8 @@ void run_fused(const SeparableConv<T>& s, const SeparablePlan& plan,
                const SeparablePlanner<T>& planner) {
   const DepthwisePass<T> pass = depthwise_pass(s);
   const ChannelSource<T> source(s.p.k, s.p.k / s.p.c);
-  DepthwiseConv<T> conv = depthwise_stage(
-      s, plan.expanded ? planner.expanded_pitch() : s.x_pixel(), planner.pitch());
+  DepthwiseConv<T> conv =
+      depthwise_stage(s, plan.expanded ? planner.expanded_pitch() : s.x_pixel(), planner.pitch());
   source.set(&conv);
   conv.passes = &pass;
   const DepthwisePlanner<T> depthwise(conv, s.p.n, /*weight_grad=*/false);
@@ -148,9 +147,8 @@ void run_fused(const SeparableConv<T>& s, const SeparablePlan& plan,
   if (!plan.expanded)
     return parallel_tasks(s.p.n * groups, [&](int64_t i) {
       const int64_t oy = i % groups * plan.rows;
-      with_task([&](auto& task) {
-        task.run_rows(i / groups, oy, std::min(plan.rows, s.p.oh - oy));
-      });
+      with_task(
+          [&](auto& task) { task.run_rows(i / groups, oy, std::min(plan.rows, s.p.oh - oy)); });
     });
   parallel_tasks(s.p.n * plan.parts, [&](int64_t i) {
     const int64_t part = i % plan.parts;

@@ -14,16 +14,16 @@ namespace nnarch {
 inline constexpr int64_t kGroupPixels = 256;
 // Groups that a problem should have, so that several threads have work.
 inline constexpr int64_t kLeastGroups = 4;
-// Output rows of a task at least where the input is expanded: the expanded rows that two tasks share
-// are computed twice.
+// Output rows of a task at least where the input is expanded: the expanded rows that two tasks
+// share are computed twice.
 inline constexpr int64_t kExpandedRows = 14;
 
 struct SeparablePlan {
-  bool fused;       // depthwise rows go to a buffer, and from there into the product
-  bool expanded;    // so do the expanded rows; otherwise the expansion is a product of its own
-  int64_t images;   // whole images in a group, or 1
-  int64_t rows;     // output rows in a group; all of them where there are several images
-  int64_t parts;    // tasks of an image where the input is expanded
+  bool fused;      // depthwise rows go to a buffer, and from there into the product
+  bool expanded;   // so do the expanded rows; otherwise the expansion is a product of its own
+  int64_t images;  // whole images in a group, or 1
+  int64_t rows;    // output rows in a group; all of them where there are several images
+  int64_t parts;   // tasks of an image where the input is expanded
 };
 
 template <class T>

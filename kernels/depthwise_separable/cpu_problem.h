@@ -32,12 +32,14 @@ struct SeparableConv {
   int64_t x_pixel() const { return in > 0 ? in : p.c; }
 };
 
-// The distance of pixels in a buffer: whole cache lines, and an odd number of them. 14 rows of the
-// product that lie a multiple of 2048 bytes apart fill few sets of the first-level cache.
+// The distance of pixels in a buffer: whole cache lines, and no multiple of 2048 bytes: 14 rows of
+// the product that lie so far apart push each other out of the first-level cache.
 template <class T>
 int64_t buffer_pitch(int64_t channels) {
   constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
-  return (ceil_div(channels, line) | 1) * line;
+  constexpr int64_t alias = 2048 / static_cast<int64_t>(sizeof(T));
+  const int64_t whole = round_up(channels, line);
+  return whole % alias == 0 ? whole + line : whole;
 }
 
 // The depthwise stage from pixels `x_pixel` apart to pixels `y_pixel` apart; x, y and the pass are

@@ -277,7 +277,7 @@ def depthwise_separable_conv2d(
         depthwise_code, depthwise_alpha, code, alpha,
     )  # fmt: skip
     if torch.is_grad_enabled() and _must_split(depthwise_code, code, arguments):
-        separable_op.check(*arguments)
+        _check(*arguments)
         z = conv2d(
             x, depthwise_weight, None, steps, pads, gaps, x.shape[1], scale=depthwise_scale,
             shift=depthwise_shift, activation=depthwise_activation, packed=depthwise_packed,

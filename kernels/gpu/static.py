@@ -27,7 +27,10 @@ from nnarch.kernels.gpu.launch import Launch, record
 from nnarch.kernels.gpu.targets import Target
 from nnarch.kernels.gpu.tiles import Problem, Tile, TileTable
 
-FAMILIES = ("conv2d", "depthwise", "linear", "pooling", "normalization", "activation")
+FAMILIES = (
+    "conv2d", "depthwise", "depthwise_separable", "linear", "pooling", "normalization",
+    "activation",
+)  # fmt: skip
 
 _TYPE_NAMES = {
     torch.float32: "fp32",

@@ -19,7 +19,7 @@ from itertools import repeat
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -120,7 +120,9 @@ def record(
     """Run `body` on what `convert` makes of its inputs; return its output, and the program of both
     where one can stand for them."""
     if not all(is_layer(layer_of(body, node)) for node in body.graph.find_nodes(op="call_module")):
-        return body(*map(convert, inputs)), None  # a module of the user's keeps its own control flow
+        return body(
+            *map(convert, inputs)
+        ), None  # a module of the user's keeps its own control flow
     recorder = _Recorder(inputs)
     with recorder:
         output = body(*map(convert, inputs))

@@ -38,3 +38,4 @@ from nnarch.nn.normalization import (
 )
 from nnarch.nn.packing import drop_packed_weights
 from nnarch.nn.pooling import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, MaxPool2d
+from nnarch.nn.separable import DepthwiseSeparableConv2d
