@@ -111,11 +111,14 @@ class _Interceptor(TorchDispatchMode):
 def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     op = library.OPS[func._opname]
     args = positional(func, args, kwargs)
+    library.ran.algorithm = ""
     started = time.perf_counter()
     with torch._C._AutoDispatchBelowAutograd():
         backend, result = _on_its_backend(op, func, args)
     seconds = time.perf_counter() - started
-    algorithm = library.native_string("nnarch_last_algorithm") if backend == "cpu" else ""
+    algorithm = library.ran.algorithm
+    if backend == "cpu":
+        algorithm = library.native_string("nnarch_last_algorithm")
     shapes = tuple(tuple(a.shape) for a in args if isinstance(a, torch.Tensor))
     for record in _state.traces:
         record.entries.append(TraceEntry(op.name, backend, algorithm, shapes, seconds))

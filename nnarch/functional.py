@@ -4,6 +4,7 @@ from nnarch.kernels.activation.op import activation
 from nnarch.kernels.conv2d.op import conv2d, conv2d_tile, pack_conv2d_weight
 from nnarch.kernels.depthwise_separable.op import depthwise_separable_conv2d
 from nnarch.kernels.linear.op import linear, pack_linear_weight
+from nnarch.kernels.local_response_norm.op import local_response_norm
 from nnarch.kernels.normalization.op import batch_norm
 from nnarch.kernels.pooling.op import (
     adaptive_avg_pool2d,
@@ -11,6 +12,8 @@ from nnarch.kernels.pooling.op import (
     avg_pool2d,
     max_pool2d,
 )
+from nnarch.kernels.pooling.unpool import max_unpool2d
+from nnarch.kernels.upsample.op import interpolate, upsample
 
 __all__ = [
     "activation",
@@ -21,8 +24,12 @@ __all__ = [
     "conv2d",
     "conv2d_tile",
     "depthwise_separable_conv2d",
+    "interpolate",
     "linear",
+    "local_response_norm",
     "max_pool2d",
+    "max_unpool2d",
     "pack_conv2d_weight",
     "pack_linear_weight",
+    "upsample",
 ]

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib
 import os
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -64,6 +65,14 @@ def native_string(symbol: str) -> str:
     function = getattr(native, symbol)
     function.restype = ctypes.c_char_p
     return function().decode()
+
+
+class _Ran(threading.local):
+    algorithm = ""
+
+
+ran = _Ran()
+"""What a launcher in Python says about itself to :func:`nnarch.trace`; native code has its own."""
 
 
 class pooled_memory:
@@ -255,7 +264,9 @@ def _cheap_call(op: Op, backward: Any, setup_context: Any) -> Callable[..., Any]
     that functorch asks for. Under torch.compile: the registered operation.
     """
     overload = op.overload
+    run = overload._op  # what its __call__ calls
     is_grad_enabled = torch.is_grad_enabled
+    is_inference_mode = torch.is_inference_mode_enabled
     is_compiling = torch.compiler.is_compiling
     in_functorch = torch._C._are_functorch_transforms_active
     Tensor = torch.Tensor
@@ -269,12 +280,14 @@ def _cheap_call(op: Op, backward: Any, setup_context: Any) -> Callable[..., Any]
         try:
             if is_compiling():
                 return overload(*args)
+            if is_inference_mode():  # is below autograd already
+                return run(*args)
             if is_grad_enabled():
                 for a in args:
                     if isinstance(a, Tensor) and a.requires_grad:
                         return transformed(*args) if in_functorch() else apply(*args)
             with _BelowAutograd():
-                return overload(*args)
+                return run(*args)
         except RuntimeError as error:
             if op.check is not None:
                 op.check(*args)  # says precisely what the native code refused

@@ -11,7 +11,7 @@ _state = {"level": "high"}
 
 
 def set_precision(level: str) -> None:
-    """Choose which algorithms convolutions may use on the CPU, for the whole process.
+    """Choose which algorithms convolutions may use, for the whole process.
 
     Args:
         level: "highest": sums of products only, as the definition has them. "high", the default:

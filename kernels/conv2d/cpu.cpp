@@ -1,4 +1,5 @@
 // conv2d on the CPU: the convolution and its packed weights. The gradients are in cpu_grad.cpp.
+#include "conv2d/cpu_grouped.h"
 #include "conv2d/cpu_product.h"
 #include "conv2d/cpu_shape.h"
 #include "conv2d/cpu_stem.h"
@@ -11,23 +12,47 @@ namespace nnarch {
 namespace {
 
 template <class T>
+bool has_narrow_groups(const ConvShape& p) {
+  return grouped_serves<T>(p.groups, p.group_c(), p.group_k());
+}
+
+template <class T>
 int64_t group_size(const ConvShape& p, int64_t tile) {
   return conv_packed_size<T>(p.group_k(), p.taps(), p.group_c(), tile);
 }
 
 template <class T>
+int64_t all_groups_size(const ConvShape& p, int64_t tile) {
+  if (tile == 0 && has_narrow_groups<T>(p))
+    return grouped_packed_size<T>(p.k, p.taps(), p.group_c());
+  return checked_product(group_size<T>(p, tile), p.groups);
+}
+
+template <class T>
 Tensor pack_groups(const Tensor& weight, const ConvShape& p, int64_t tile) {
   const int64_t size = group_size<T>(p, tile);
-  Tensor packed = new_contiguous({checked_product(size, p.groups)}, weight.scalar_type());
+  Tensor packed = new_contiguous({all_groups_size<T>(p, tile)}, weight.scalar_type());
+  if (tile == 0 && has_narrow_groups<T>(p)) {
+    grouped_pack<T>(grouped_weight(data<T>(weight), weight, p.groups), mutable_data<T>(packed));
+    return packed;
+  }
   for (int64_t g = 0; g < p.groups; ++g)
     conv_pack(forward_weight<T>(weight, p, g), tile, mutable_data<T>(packed) + g * size);
   return packed;
 }
 
+// Whether an output may be NCHW; others are converted afterwards.
+template <class T>
+bool writes_planes(const ConvShape& p) {
+  return stem_serves(p) || has_narrow_groups<T>(p);
+}
+
 // How a weight that is packed for this convolution should be packed.
 template <class T>
 int64_t forward_tile(const ConvShape& p, bool packed) {
-  if (stem_serves(p) || !winograd_serves(forward_image<T>(nullptr, p, 0))) return 0;
+  if (stem_serves(p) || has_narrow_groups<T>(p) ||
+      !winograd_serves(forward_image<T>(nullptr, p, 0)))
+    return 0;
   return choose_tile({p.n, p.oh, p.ow, p.group_c(), p.group_k(), packed});
 }
 
@@ -36,7 +61,7 @@ template <class T>
 int64_t tile_of(const Tensor& packed, const ConvShape& p) {
   const bool may_be_transformed = winograd_serves(forward_image<T>(nullptr, p, 0));
   for (int64_t tile : {0, 2, 4, 5, 6})
-    if (packed.numel() == p.groups * group_size<T>(p, tile) && (tile == 0 || may_be_transformed))
+    if (packed.numel() == all_groups_size<T>(p, tile) && (tile == 0 || may_be_transformed))
       return tile;
   throw std::runtime_error("conv2d: packed does not belong to this weight");
 }
@@ -48,7 +73,15 @@ void forward(const Tensor& x, const Tensor& weight, const T* packed, int64_t til
   if (stem_serves(p) && tile == 0) {
     set_algorithm("stem");
     const OptTensor own = packed ? std::nullopt : OptTensor(pack_groups<T>(weight, p, 0));
-    return stem_forward<T>(x, own ? data<T>(*own) : packed, mutable_data<T>(y), p, epilogue);
+    return stem_forward<T>(x, own ? data<T>(*own) : packed, mutable_data<T>(y), is_planar(y), p,
+                           epilogue);
+  }
+  if (tile == 0 && has_narrow_groups<T>(p)) {
+    set_algorithm("narrow_groups");
+    const Tensor image = is_planar(x) ? x : as_channels_last(x);
+    const OptTensor own = packed ? std::nullopt : OptTensor(pack_groups<T>(weight, p, 0));
+    return grouped_forward<T>(data<T>(image), is_planar(x), own ? data<T>(*own) : packed,
+                              mutable_data<T>(y), is_planar(y), p, epilogue);
   }
   set_algorithm(algorithm_name(p, tile));
   const Tensor image = as_channels_last(x);
@@ -94,10 +127,14 @@ Tensor conv2d(const Tensor& x_in, const Tensor& weight_in, const OptTensor& bias
       residual ? OptTensor(as_channels_last(to_compute_type(*residual))) : std::nullopt;
   require(!packed_in || (packed_in->is_contiguous() && packed_in->scalar_type() == x.scalar_type()),
           "conv2d: packed does not belong to this weight");
-  const Tensor y = new_channels_last(p.output_size(), x.scalar_type());
+  Tensor y;
   with_scalar_type(x.scalar_type(), "conv2d", [&](auto scalar) {
     using T = decltype(scalar);
     const int64_t tile = packed_in ? tile_of<T>(*packed_in, p) : forward_tile<T>(p, false);
+    const bool planar =
+        tile == 0 && writes_planes<T>(p) && !res && is_planar(x_in) && !StayChannelsLast::holds();
+    y = planar ? new_contiguous(p.output_size(), x.scalar_type())
+               : new_channels_last(p.output_size(), x.scalar_type());
     const FoldedEpilogue<T> epilogue({b, sc, sh, res, activation, alpha}, p.k);
     forward<T>(x, weight, packed_in ? data<T>(*packed_in) : nullptr, tile, y, p, epilogue.get());
   });

@@ -1,6 +1,7 @@
 // conv2d's gradients on the CPU.
 #include <type_traits>
 
+#include "conv2d/cpu_grouped.h"
 #include "conv2d/cpu_product.h"
 #include "conv2d/cpu_shape.h"
 #include "conv2d/cpu_stem.h"
@@ -64,6 +65,42 @@ void input_grad_phase(const T* grad, const Tensor& weight, T* dx, const ConvShap
   if (tile > 0) set_algorithm(algorithm_name(p, tile));
 }
 
+// The phase for all groups at once, where they are narrow: a convolution of grad. Its taps follow
+// each other at even distances, from the last one of the kernel on.
+template <class T>
+void input_grad_phase_of_groups(const T* grad, const Tensor& weight, T* dx, const ConvShape& p,
+                                const Phase& rows, const Phase& columns) {
+  const auto step = [](const std::vector<int64_t>& v) { return v.size() > 1 ? v[1] - v[0] : 1; };
+  ConvShape q{p.n, p.k, p.oh, p.ow, p.c, std::ssize(rows.taps), std::ssize(columns.taps)};
+  q.stride_h = q.stride_w = 1;
+  q.dilation_h = step(rows.offset), q.dilation_w = step(columns.offset);
+  q.top = -rows.offset[0], q.left = -columns.offset[0];
+  q.groups = p.groups, q.oh = rows.count, q.ow = columns.count;
+  GroupedWeight<const T> w = grouped_weight(data<T>(weight), weight, p.groups);
+  std::swap(w.outputs, w.depth), std::swap(w.output_stride, w.depth_stride);
+  w.data += rows.taps[0] * w.r_stride + columns.taps[0] * w.s_stride;
+  w.r = q.r, w.r_stride *= step(rows.taps);
+  w.s = q.s, w.s_stride *= step(columns.taps);
+  Scratch<T> packed(grouped_packed_size<T>(q.k, q.taps(), q.group_c()));
+  grouped_pack<T>(w, packed.get());
+  GroupedImages<T> images =
+      grouped_images(q, grad, false, dx + (rows.first * p.w + columns.first) * p.c, false);
+  images.conv.y_row = p.stride_h * p.w * p.c, images.conv.y_pixel = p.stride_w * p.c;
+  images.y_image = p.h * p.w * p.c;
+  grouped_product<T>(images, packed.get());
+}
+
+template <class T>
+void input_grad_phase_of_all(const T* grad, const Tensor& weight, T* dx, const ConvShape& p,
+                             const Phase& rows, const Phase& columns) {
+  if (grouped_serves<T>(p.groups, p.group_k(), p.group_c()) && !rows.taps.empty() &&
+      !columns.taps.empty()) {
+    set_algorithm("narrow_groups");
+    return input_grad_phase_of_groups<T>(grad, weight, dx, p, rows, columns);
+  }
+  for (int64_t g = 0; g < p.groups; ++g) input_grad_phase<T>(grad, weight, dx, p, g, rows, columns);
+}
+
 Tensor conv2d_input_grad(const Tensor& grad_in, const Tensor& weight_in, const IntList& input_size,
                          const IntList& stride, const IntList& padding, const IntList& dilation,
                          int64_t groups) {
@@ -82,8 +119,7 @@ Tensor conv2d_input_grad(const Tensor& grad_in, const Tensor& weight_in, const I
     using T = decltype(scalar);
     for (const Phase& rows : phases(p.h, p.stride_h, p.top, p.r, p.dilation_h))
       for (const Phase& columns : phases(p.w, p.stride_w, p.left, p.s, p.dilation_w))
-        for (int64_t g = 0; g < p.groups; ++g)
-          input_grad_phase<T>(data<T>(grad), weight, mutable_data<T>(dx), p, g, rows, columns);
+        input_grad_phase_of_all<T>(data<T>(grad), weight, mutable_data<T>(dx), p, rows, columns);
   });
   return to_type(in_format_of(dx, grad_in), type);
 }
@@ -120,6 +156,26 @@ void weight_grad_group(const Tensor& grad, const Tensor& x, const ConvShape& p, 
       sums);
 }
 
+// Whether narrow groups have a weight gradient of their own for this kernel.
+template <class T>
+bool has_narrow_weight_grad(const ConvShape& p) {
+  return grouped_serves<T>(p.groups, p.group_c(), p.group_k()) &&
+         NNARCH_SELECT(grouped_grad_scratch<T>(
+             grouped_images<T>(p, nullptr, false, nullptr, false).conv)) > 0;
+}
+
+template <class T>
+void weight_grad_of_narrow_groups(const Tensor& grad, const Tensor& x_in, const ConvShape& p,
+                                  const Tensor& dw) {
+  set_algorithm("narrow_groups_weight_grad");
+  const Tensor x = is_planar(x_in) ? x_in : as_channels_last(x_in);
+  // The kernel reads what it calls y.
+  const auto images = grouped_images<T>(p, data<T>(x), is_planar(x), mutable_data<T>(grad), false);
+  Scratch<T> sums(images.vectors() * images.weights());
+  grouped_weight_grad(images, sums.get());
+  grouped_unpack<T>(sums.get(), grouped_weight(mutable_data<T>(dw), dw, p.groups));
+}
+
 template <class T>
 void weight_grad_groups(const Tensor& grad, const Tensor& x_in, const ConvShape& p,
                         bool channels_last, T* dw) {
@@ -149,7 +205,10 @@ Tensor conv2d_weight_grad(const Tensor& grad_in, const Tensor& x_in, const IntLi
                                   : new_contiguous(weight_size, grad.scalar_type());
   with_scalar_type(grad.scalar_type(), "conv2d_weight_grad", [&](auto scalar) {
     using T = decltype(scalar);
-    if (dw.numel() > 0)
+    if (dw.numel() == 0) return;
+    if (has_narrow_weight_grad<T>(p))
+      weight_grad_of_narrow_groups<T>(grad, to_compute_type(x_in), p, dw);
+    else
       weight_grad_groups<T>(grad, to_compute_type(x_in), p, channels_last, mutable_data<T>(dw));
   });
   return to_type(dw, type);

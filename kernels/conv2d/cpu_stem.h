@@ -133,28 +133,32 @@ class StemRows {
   Scratch<const T*> pointers_;
 };
 
+// y is channels_last, or planar: then blocks of outputs are transposed while they are in cache.
+// (64 channels of 224×224 written twice took as long as computing them.)
 template <class T>
-void stem_forward(const Tensor& x, const T* packed, T* y, const ConvShape& p,
+void stem_forward(const Tensor& x, const T* packed, T* y, bool planar, const ConvShape& p,
                   const Epilogue<T>& epilogue) {
   const int64_t plane = p.oh * p.ow;
   const int64_t block = std::min(plane, round_up(384, p.ow));
   const int64_t blocks = ceil_div(plane, block);
-  const bool stream = outgrows_caches<T>(y, p.n * plane, p.k);
+  const bool stream = !planar && outgrows_caches<T>(y, p.n * plane, p.k);
   parallel_tasks(p.n * blocks, [&](int64_t task) {
-    const int64_t first = task / blocks * plane + task % blocks * block;
-    const int64_t count = std::min(block, plane - task % blocks * block);
+    const int64_t image_index = task / blocks, inside = task % blocks * block;
+    const int64_t first = image_index * plane + inside;
+    const int64_t count = std::min(block, plane - inside);
     StemImage<T> image(x, p, block);
+    Scratch<T> staged(planar ? count * p.k : 0);
     Scratch<Strip<T>> strips(count / p.ow + 2);
     int64_t used = 0;
     image.for_each_line(first, count, [&](const T* pixel, int64_t i, int64_t run) {
-      strips[used++] = {pixel, (first + i) * p.k, run};
+      strips[used++] = {pixel, (planar ? i : first + i) * p.k, run};
     });
     Scratch<int64_t> tap_offset(p.r);
     for (int64_t r = 0; r < p.r; ++r) tap_offset[r] = r * image.line();
     gemm<T>().run({.taps = p.r,
                    .depth = p.s * p.c,
                    .b = packed,
-                   .c = y,
+                   .c = planar ? staged.get() : y,
                    .n = p.k,
                    .epilogue = epilogue,
                    .stream = stream,
@@ -163,6 +167,9 @@ void stem_forward(const Tensor& x, const T* packed, T* y, const ConvShape& p,
                    .a_step = p.stride_w * p.c,
                    .c_step = p.k,
                    .tap_offset = tap_offset.get()});
+    if (planar)
+      transpose_fn<T>()(staged.get(), p.k, y + image_index * p.k * plane + inside, plane, count,
+                        p.k);
   });
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -161,6 +162,18 @@ def _conv2d_fwd_kernel(
         )
 
 
+def epilogue_arguments(bias, scale, shift, residual, activation, alpha) -> dict[str, Any]:
+    """The arguments of a kernel that ends with write_tile."""
+    return {
+        "bias_ptr": vector(bias),
+        "scale_ptr": vector(scale),
+        "shift_ptr": vector(shift),
+        "residual_ptr": residual,
+        "alpha": float(alpha),
+        "ACTIVATION": activation,
+    }
+
+
 def conv2d(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -176,7 +189,7 @@ def conv2d(
     activation: int,
     alpha: float,
 ) -> torch.Tensor:
-    """nnarch::conv2d on a GPU; `packed` is a CPU matter and not read."""
+    """nnarch::conv2d on a GPU by the direct product; `packed` is a CPU matter and not read."""
     check_dtype("conv2d", x, weight, residual)
     n = x.shape[0]
     k, c_group, r, s = weight.shape
@@ -186,14 +199,7 @@ def conv2d(
         return y
     x = channels_innermost(x, c_group)
     weight = weight.contiguous(memory_format=torch.channels_last)
-    epilogue = {
-        "bias_ptr": vector(bias),
-        "scale_ptr": vector(scale),
-        "shift_ptr": vector(shift),
-        "residual_ptr": residual,
-        "alpha": float(alpha),
-        "ACTIVATION": activation,
-    }
+    epilogue = epilogue_arguments(bias, scale, shift, residual, activation, alpha)
     taps = geometry(r, s, stride, padding, dilation)
     precision = dot_precision("conv")
     problem = Problem(

@@ -161,7 +161,7 @@ def conv2d_input_grad(
     dilation: Sequence[int],
     groups: int,
 ) -> torch.Tensor:
-    """nnarch::conv2d_input_grad on a GPU."""
+    """nnarch::conv2d_input_grad on a GPU by the direct product."""
     check_dtype("conv2d_input_grad", grad, weight)
     n, _, h, w = input_size
     k, c_group, r, s = weight.shape

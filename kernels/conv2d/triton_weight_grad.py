@@ -140,11 +140,11 @@ def conv2d_weight_grad(
     groups: int,
     channels_last: bool = False,
 ) -> torch.Tensor:
-    """nnarch::conv2d_weight_grad on a GPU; the same bits in every run."""
+    """nnarch::conv2d_weight_grad on a GPU by the direct product; the same bits in every run."""
     check_dtype("conv2d_weight_grad", grad, x)
     dw = grad.new_empty(list(weight_size))
     if dw.numel() == 0 or grad.numel() == 0 or x.numel() == 0:
-        return _in_format(dw.zero_(), channels_last)
+        return in_format(dw.zero_(), channels_last)
     k, c_group, r, s = weight_size
     pixels = grad.shape[0] * grad.shape[2] * grad.shape[3]
     precision = dot_precision("conv")
@@ -172,10 +172,11 @@ def conv2d_weight_grad(
 
     with device_guard(grad):
         run(pick(MATMUL, problem, run))
-    return _in_format(dw, channels_last)
+    return in_format(dw, channels_last)
 
 
-def _in_format(dw: torch.Tensor, channels_last: bool) -> torch.Tensor:
+def in_format(dw: torch.Tensor, channels_last: bool) -> torch.Tensor:
+    """`dw` in the memory format of its weight."""
     return dw.contiguous(memory_format=torch.channels_last) if channels_last else dw
 
 

@@ -104,10 +104,11 @@ Tensor as_contiguous(const Tensor& t) {
 }
 
 Tensor in_format_of(const Tensor& result, const Tensor& like) {
-  return stay_channels_last > 0 || follows_channels_last(like) ? result : as_contiguous(result);
+  return StayChannelsLast::holds() || follows_channels_last(like) ? result : as_contiguous(result);
 }
 
 StayChannelsLast::StayChannelsLast() { ++stay_channels_last; }
 StayChannelsLast::~StayChannelsLast() { --stay_channels_last; }
+bool StayChannelsLast::holds() { return stay_channels_last > 0; }
 
 }  // namespace nnarch

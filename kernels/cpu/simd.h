@@ -19,6 +19,8 @@
 
 #define NNARCH_INLINE inline __attribute__((always_inline))
 #define NNARCH_NOINLINE __attribute__((noinline))
+// GCC keeps a generic lambda of some size as a function, with its captures in memory.
+#define NNARCH_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace nnarch::NNARCH_ISA {
 

@@ -103,6 +103,9 @@ inline bool follows_channels_last(const Tensor& t) {
   return t.dim() == 4 && !t.is_contiguous() && is_channels_last(t);
 }
 
+// Whether a 4-D tensor lies dense in memory channel by channel, and no other way.
+inline bool is_planar(const Tensor& t) { return t.is_contiguous() && !is_channels_last(t); }
+
 inline Tensor new_contiguous(const IntList& sizes, ScalarType type) {
   return new_strided(sizes, contiguous_strides(sizes), type);
 }
@@ -134,6 +137,7 @@ class StayChannelsLast {
  public:
   StayChannelsLast();
   ~StayChannelsLast();
+  static bool holds();
 };
 
 template <class T>

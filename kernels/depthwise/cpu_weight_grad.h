@@ -43,8 +43,6 @@ inline bool has_plane_code(const ConvShape& p) {
   return p.r == p.s && width && p.stride_h == p.stride_w && p.stride_h <= 2 && p.dilation_h == 1 &&
          p.dilation_w == 1 && p.ow >= kPlaneColumns;
 }
-inline bool is_planar(const Tensor& t) { return t.is_contiguous() && !is_channels_last(t); }
-
 // Where x and grad lie channel by channel: a channel is one sum, in the order of its pixels.
 template <class T>
 void weight_grad_of_planes(const Tensor& grad, const Tensor& x, const Tensor& dw,

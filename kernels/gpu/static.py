@@ -28,9 +28,16 @@ from nnarch.kernels.gpu.targets import Target
 from nnarch.kernels.gpu.tiles import Problem, Tile, TileTable
 
 FAMILIES = (
-    "conv2d", "depthwise", "depthwise_separable", "linear", "pooling", "normalization",
+    "conv2d",
+    "depthwise",
+    "depthwise_separable",
+    "linear",
+    "pooling",
+    "normalization",
     "activation",
-)  # fmt: skip
+    "local_response_norm",
+    "upsample",
+)
 
 _TYPE_NAMES = {
     torch.float32: "fp32",
@@ -53,7 +60,9 @@ class StaticCase:
         flops: of the operation, two for a multiply-add.
         elements: tensor elements that must be read or written, in the dtype of the case.
         fixed_bytes: what must move on top in any dtype, such as int64 indices.
-        matrix: whether its first kernel multiplies matrices.
+        matrix: whether its main kernel multiplies matrices.
+        main: which of its launches does the work that is counted; the others prepare or finish it.
+        only: the precision that it ever runs in; "" where it runs in all.
     """
 
     name: str
@@ -62,6 +71,8 @@ class StaticCase:
     elements: float
     fixed_bytes: float = 0.0
     matrix: bool = False
+    main: int = 0
+    only: str = ""
 
 
 # -------------------------------------------------------------------------- cases and launches
@@ -84,6 +95,8 @@ def meta(*size: int, dtype: torch.dtype, channels_last: bool = True) -> torch.Te
 
 def precisions(case: StaticCase, target: Target) -> tuple[str, ...]:
     """What to compile a case for: "float16", and float32 by each dot precision of the target."""
+    if case.only:
+        return (case.only,)
     if not case.matrix:
         return ("float16", "float32")
     return ("float16", *target.dot_precisions)
@@ -94,7 +107,7 @@ class Variant:
     """The launches of a case with one tile.
 
     Attributes:
-        launches: in order; the first does the work that the case counts.
+        launches: in order.
         tile: None where the launcher does not choose among several.
         problem: what the tile was chosen for.
         table: name of the tiles' table; "" as for `tile`.

@@ -36,7 +36,7 @@ class Job:
     """One kernel to compile for one target.
 
     Attributes:
-        index: of the launch within its case; 0 does the work, the others finish it.
+        index: of the launch within its case.
         precision: "float16", or how float32 is multiplied ("ieee", "tf32"), or "float32".
     """
 
@@ -51,6 +51,11 @@ class Job:
         """The launch to compile."""
         return self.variant.launches[self.index]
 
+    @property
+    def main(self) -> bool:
+        """Whether this launch does the work; the others prepare or finish it."""
+        return self.index == self.case.main
+
 
 @dataclass(frozen=True)
 class Compiled:
@@ -64,7 +69,7 @@ class Compiled:
         spills: bytes of a thread's local memory, where spilled registers go.
         shared: bytes of shared memory of a program.
         matrix_instructions: in the code.
-        roofline: predicted, 0 to 1, of the whole operation; empty for second-stage kernels.
+        roofline: predicted, 0 to 1, of the whole operation; empty but for its main kernel.
         broken: the rules that it breaks, in words; empty if none.
     """
 
@@ -96,7 +101,7 @@ def all_jobs(cases: Iterable[StaticCase], targets: Iterable[Target]) -> Iterator
     for case, target in itertools.product(cases, list(targets)):
         for precision in precisions(case, target):
             for variant in variants(case, target, precision):
-                path = (_code_path(variant.launches[0]), target.name, precision)
+                path = (_code_path(variant.launches[case.main]), target.name, precision)
                 if not variant.default and path in seen:
                     break
                 for index in range(len(variant.launches)):
@@ -105,22 +110,25 @@ def all_jobs(cases: Iterable[StaticCase], targets: Iterable[Target]) -> Iterator
 
 
 def each_kernel(cases: Iterable[StaticCase], targets: Iterable[Target]) -> Iterator[Job]:
-    """Every path through every kernel once: in float16, with the default tile of its first case."""
+    """Every path through every kernel once: with the default tile of its first case, in float16
+    where it runs in that."""
     seen: set[tuple[str, str]] = set()
     for job in all_jobs(cases, targets):
         key = (_code_path(job.launch), job.target.name)
-        if job.precision == "float16" and job.variant.default and key not in seen:
+        wanted = job.precision == (job.case.only or "float16")
+        if wanted and job.variant.default and key not in seen:
             seen.add(key)
             yield job
 
 
 def each_tile(cases: Iterable[StaticCase], targets: Iterable[Target]) -> Iterator[Job]:
-    """Every tile in float16, the default also in float32, at the first case of its table."""
+    """Every tile in float16 (or all that its case has), the default also in float32, at the first
+    case of its table."""
     first: dict[str, StaticCase] = {}
     for job in all_jobs(cases, targets):
         table = job.variant.table
-        if job.index == 0 and table and first.setdefault(table, job.case) is job.case:  # noqa: SIM102
-            if job.precision == "float16" or job.variant.default:
+        if job.main and table and first.setdefault(table, job.case) is job.case:  # noqa: SIM102
+            if job.precision == (job.case.only or "float16") or job.variant.default:
                 yield job
 
 
@@ -141,7 +149,7 @@ def compile_job(job: Job) -> Compiled:
     """Compile one kernel and hold it against the rules."""
     binary = compile_launch(job.launch, job.target)
     launch = job.launch
-    roofline = predicted_roofline(job) if job.index == 0 else None
+    roofline = predicted_roofline(job) if job.main else None
     return Compiled(
         case=job.case.name,
         kernel=_kernel_name(launch),
@@ -170,7 +178,7 @@ def broken_rules(job: Job, binary: Binary, roofline: float | None) -> list[str]:
         broken.append(f"spills {binary.spills} bytes")
     if binary.shared > job.target.shared_bytes:
         broken.append(f"{binary.shared} bytes of shared memory, {job.target.shared_bytes} exist")
-    multiplies = job.case.matrix and job.index == 0 and job.precision != "ieee"
+    multiplies = job.case.matrix and job.main and job.precision != "ieee"
     if multiplies and not binary.matrix_instructions:
         broken.append(f"no {job.target.matrix}")
     if roofline is not None and job.variant.default and roofline < LEAST_ROOFLINE:
@@ -192,7 +200,7 @@ def predicted_roofline(job: Job) -> float:
     for index, launch in enumerate(job.variant.launches):
         idle = max(1.0, target.processors / _programs(launch))
         memory = _traffic(launch) / (target.gigabytes_per_s * 1e9) * idle
-        math = _math_seconds(job, peak) if index == 0 else 0.0
+        math = _math_seconds(job, peak) if index == case.main else 0.0
         seconds += max(memory, math)
     return min(1.0, ideal / seconds)
 
@@ -204,8 +212,8 @@ def _peak(job: Job) -> float:
 
 
 def _math_seconds(job: Job, peak: float) -> float:
-    """The first launch's arithmetic: tiles with their padding, whole waves of programs."""
-    programs = _programs(job.variant.launches[0])
+    """The main launch's arithmetic: tiles with their padding, whole waves of programs."""
+    programs = _programs(job.variant.launches[job.case.main])
     waves = triton.cdiv(programs, job.target.processors)
     padding = _padding(job.variant.tile, job.variant.problem) if job.case.matrix else 1.0
     return job.case.flops * padding / programs * waves * job.target.processors / peak

@@ -3,9 +3,6 @@
 
 #include "cpu/simd.h"
 
-// GCC keeps a generic lambda of some size as a function, with its captures in memory.
-#define NNARCH_INLINE_LAMBDA __attribute__((always_inline))
-
 namespace nnarch::NNARCH_ISA {
 
 // The machine's maximum: x where it is larger, else `best`. What it makes of NaN differs.

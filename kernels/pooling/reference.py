@@ -161,3 +161,15 @@ def adaptive_avg_pool2d_input_grad(grad: Tensor, input_size: Sequence[int]) -> T
     return torch.ops.aten._adaptive_avg_pool2d_backward(
         grad.contiguous(), grad.new_empty(input_size)
     )
+
+
+def max_unpool2d(x: Tensor, indices: Tensor, output_size: Sequence[int]) -> Tensor:
+    """0 but at the indices, where x is; of several equal indices the last counts."""
+    n, c, h, w = x.shape
+    flat = indices.flatten(2)
+    # The last place that has the index of each output, or none.
+    places = torch.arange(h * w, device=x.device).expand_as(flat)
+    last = flat.new_full((n, c, output_size[0] * output_size[1]), -1)
+    last = last.scatter_reduce(2, flat, places, "amax")
+    y = x.flatten(2).gather(2, last.clamp_min(0)).masked_fill(last < 0, 0)
+    return y.view(n, c, *output_size)

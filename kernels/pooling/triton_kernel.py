@@ -1,7 +1,7 @@
 """The Triton launchers of the pooling operations, and the shapes they are compiled for in CI.
 
-Maximum pooling is in triton_max.py and, for training, triton_taps.py; average pooling in
-triton_avg.py; triton_tile.py is what they share.
+Maximum pooling is in triton_max.py and, for training, triton_taps.py, its inverse in
+triton_unpool.py; average pooling in triton_avg.py; triton_tile.py is what they share.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from nnarch.kernels.pooling.triton_max import (
     max_pool2d_input_grad,
 )
 from nnarch.kernels.pooling.triton_taps import max_pool2d_taps, max_pool2d_taps_grad
+from nnarch.kernels.pooling.triton_unpool import max_unpool2d
 
 __all__ = [
     "STATIC_CASES",
@@ -35,6 +36,7 @@ __all__ = [
     "max_pool2d_input_grad",
     "max_pool2d_taps",
     "max_pool2d_taps_grad",
+    "max_unpool2d",
 ]
 
 _STEM = (8, 64, 112, 112)  # ResNet's 3×3 stride 2 pooling
@@ -94,6 +96,10 @@ def _gather_case(dtype: torch.dtype) -> None:
     max_pool2d_gather(meta(*_STEM, dtype=dtype), _indices(_STEM_OUT))
 
 
+def _unpool_case(dtype: torch.dtype) -> None:
+    max_unpool2d(meta(*_STEM_OUT, dtype=dtype), _indices(_STEM_OUT), _STEM[2:])
+
+
 # The gather is counted as reading all of its input: its positions lie in nearly every sector.
 STATIC_CASES = [
     StaticCase(
@@ -137,6 +143,13 @@ STATIC_CASES = [
         flops=0,
         elements=_count(_STEM, _STEM_OUT),
         fixed_bytes=8 * _count(_STEM_OUT),
+    ),
+    StaticCase(
+        "max_unpool2d C64 H112 N8",
+        _unpool_case,
+        flops=0,
+        elements=_count(_STEM, _STEM_OUT),
+        fixed_bytes=8 * _count(_STEM_OUT) + 8 * _count(_STEM),  # indices; last positions, twice
     ),
     StaticCase(
         "avg_pool2d 2×2 s2 C64 H112 N8",

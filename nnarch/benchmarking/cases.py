@@ -33,6 +33,11 @@ TARGETS: dict[str, Target] = {
     "linear": Target(1.1, 1.2),
     "linear + GELU": Target(1.3, 1.6),
     "pooling": Target(1.5, 3.0),
+    "lrn": Target(6.0, 12.0),
+    "lrn fwd+bwd": Target(6.0, 12.0),
+    "upsample": Target(1.5, 3.0),
+    "upsample fwd+bwd": Target(1.5, 3.0),
+    "unpool": Target(1.5, 3.0),
     "batch_norm": Target(1.0, 1.5),
     "conv3x3 fwd+bwd": Target(1.7, 2.5),
     "conv1x1 fwd+bwd": Target(1.1, 1.3),
@@ -91,20 +96,27 @@ def conv(
 ) -> Case:
     """A convolution of `channels` x `size` x `size` with bias, padded to keep the size."""
     depthwise = groups == channels > 1
+    grouped = groups > 1 and not depthwise
     step = f"s{stride}" if stride > 1 else ""
     window = f"{kernel}×{kernel} {step}".strip()
     backward = options.get("backward", False)
     widths = f"{channels}" if depthwise and channels == filters else f"{channels}→{filters}"
     kind = "dw" if depthwise else "conv"
     return Case(
-        name=f"{kind}{kernel}x{kernel}{step}_{channels}_{filters}_h{size}_n{batch}"
+        name=f"{kind}{kernel}x{kernel}{step}_{channels}_{filters}"
+        + f"_g{groups}" * grouped
+        + f"_h{size}_n{batch}"
         + "_fb" * backward,
         group=group,
         layer=lambda nn: nn.Conv2d(
             channels, filters, kernel, stride=stride, padding=kernel // 2, groups=groups
         ),
         shape=(batch, channels, size, size),
-        label="dw " * depthwise + f"{window} {widths} @{size} N{batch}" + " fwd+bwd" * backward,
+        label="dw " * depthwise
+        + f"{window} {widths}"
+        + f" g{groups}" * grouped
+        + f" @{size} N{batch}"
+        + " fwd+bwd" * backward,
         **options,
     )
 
@@ -131,6 +143,9 @@ def convolutions() -> Iterable[Case]:
             yield conv("conv3x3 stride 2", c, k, 3, size, n, stride=2, quick=short)
         yield conv("stem", 3, 64, 7, 224, n, stride=2, quick=n == 8)
         yield conv("stem", 3, 32, 3, 224, n, stride=2)
+        for c, size in ((128, 56), (256, 28), (512, 14), (1024, 7)):  # ResNeXt
+            yield conv("conv grouped", c, c, 3, size, n, groups=32)
+        yield conv("conv grouped", 96, 256, 5, 27, n, groups=2)  # AlexNet
         yield conv("conv large kernel", 64, 192, 5, 27, n)
         yield conv("conv large kernel", 32, 96, 5, 28, n)
         yield conv("conv large kernel", 3, 64, 11, 224, n, stride=4)
@@ -225,6 +240,75 @@ def _overlapping_pool(nn: Any) -> Any:
     return nn.MaxPool2d(3, 2, 1)
 
 
+class _PoolAndUnpool(nn.Module):
+    """Unpooling of what a pooling left, with its indices made once: only the unpooling is timed."""
+
+    def __init__(self, namespace: Any, channels: int, size: int, batch: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        window = torch.randint(4, (batch, channels, size, size), generator=generator)
+        row, column = torch.arange(size)[:, None] * 2, torch.arange(size) * 2
+        indices = (row + window // 2) * (2 * size) + column + window % 2
+        self.register_buffer("indices", indices, persistent=False)
+        self.unpool = namespace.MaxUnpool2d(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        indices: Any = self.indices
+        return self.unpool(x, indices)
+
+
+def unpools() -> Iterable[Case]:
+    """SegNet's decoder: maxima put back where its encoder found them."""
+    for n in BATCHES:
+        for c, size in ((64, 56), (512, 14)):
+            yield Case(
+                f"unpool2x2_{c}_h{size}_n{n}",
+                "unpool",
+                lambda nn, c=c, size=size, n=n: _PoolAndUnpool(nn, c, size, n),
+                (n, c, size, size),
+                label=f"unpool 2×2 {c} @{size} N{n}",
+                flops=4 * n * c * size * size,
+                quick=(c, n) == (64, 8),
+            )
+
+
+def upsamples() -> Iterable[Case]:
+    """Decoders' layers that double an image, as U-Net and DCGAN do, and a segmentation head's."""
+    for backward in (False, True):
+        for n in BATCHES:
+            # "bilin": `--only linear` shall not match.
+            for short, mode in (("nearest", "nearest"), ("bilin", "bilinear")):
+                for c, size, factor in ((64, 56, 2), (256, 14, 2), (21, 28, 8)):
+                    yield Case(
+                        f"upsample_{short}_x{factor}_{c}_h{size}_n{n}" + "_fb" * backward,
+                        "upsample" + " fwd+bwd" * backward,
+                        lambda nn, factor=factor, mode=mode: nn.Upsample(
+                            scale_factor=factor, mode=mode
+                        ),
+                        (n, c, size, size),
+                        label=f"{mode} ×{factor} {c} @{size} N{n}" + " fwd+bwd" * backward,
+                        backward=backward,
+                        flops=(7 if mode == "bilinear" else 1) * n * c * (size * factor) ** 2,
+                        quick=(c, n) == (64, 8),
+                    )
+
+
+def local_response_norms() -> Iterable[Case]:
+    """Local response normalization of AlexNet's first layer, in training too."""
+    for backward in (False, True):
+        for n in (*BATCHES, 16):
+            yield Case(
+                f"lrn5_96_h55_n{n}" + "_fb" * backward,
+                "lrn" + " fwd+bwd" * backward,
+                lambda nn: nn.LocalResponseNorm(5, k=2.0),
+                (n, 96, 55, 55),
+                label=f"LRN 5 96 @55 N{n}" + " fwd+bwd" * backward,
+                backward=backward,
+                flops=20 * n * 96 * 55 * 55,
+                quick=n == 8,
+            )
+
+
 def _fused_batch_norm(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
     from nnarch.functional import batch_norm
 
@@ -312,6 +396,9 @@ CASES: tuple[Case, ...] = (
     *depthwise_convolutions(),
     *linears(),
     *pools(),
+    *unpools(),
+    *upsamples(),
+    *local_response_norms(),
     *batch_norms(),
     *training_convolutions(),
     *models(),

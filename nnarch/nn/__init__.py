@@ -28,6 +28,7 @@ from nnarch.nn.activation import (
 from nnarch.nn.conv import Conv2d, LazyConv2d
 from nnarch.nn.fused import FusedConv2d, FusedLinear
 from nnarch.nn.linear import LazyLinear, Linear
+from nnarch.nn.local_response_norm import LocalResponseNorm
 from nnarch.nn.normalization import (
     BatchNorm1d,
     BatchNorm2d,
@@ -37,5 +38,12 @@ from nnarch.nn.normalization import (
     LazyBatchNorm3d,
 )
 from nnarch.nn.packing import drop_packed_weights
-from nnarch.nn.pooling import AdaptiveAvgPool2d, AdaptiveMaxPool2d, AvgPool2d, MaxPool2d
+from nnarch.nn.pooling import (
+    AdaptiveAvgPool2d,
+    AdaptiveMaxPool2d,
+    AvgPool2d,
+    MaxPool2d,
+    MaxUnpool2d,
+)
 from nnarch.nn.separable import DepthwiseSeparableConv2d
+from nnarch.nn.upsample import Upsample, UpsamplingBilinear2d, UpsamplingNearest2d

@@ -11,6 +11,10 @@ from nnarch.functional import (
     avg_pool2d,
     batch_norm,
     conv2d,
+    interpolate,
     linear,
+    local_response_norm,
     max_pool2d,
+    max_unpool2d,
+    upsample,
 )

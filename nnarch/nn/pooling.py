@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -54,3 +56,15 @@ class AdaptiveMaxPool2d(torch.nn.AdaptiveMaxPool2d):
     def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Pool `input` to ``output_size``; 1 is global pooling, None keeps the input's size."""
         return F.adaptive_max_pool2d(input, self.output_size, self.return_indices)
+
+
+class MaxUnpool2d(torch.nn.MaxUnpool2d):
+    """Maxima back where MaxPool2d found them, zeros elsewhere; see torch.nn.MaxUnpool2d."""
+
+    def forward(
+        self, input: Tensor, indices: Tensor, output_size: Sequence[int] | None = None
+    ) -> Tensor:
+        """Undo a pooling that returned `indices`."""
+        return F.max_unpool2d(
+            input, indices, self.kernel_size, self.stride, self.padding, output_size
+        )

@@ -58,7 +58,7 @@ def test_every_default_tile_is_predicted_to_reach_the_roofline():
         (job.case.name, job.target.name, job.precision): share
         for job in survey.all_jobs(cases(*static.FAMILIES), TARGETS.values())
         if job.variant.default
-        and job.index == 0
+        and job.main
         and (share := survey.predicted_roofline(job)) < survey.LEAST_ROOFLINE
     }
     assert short == {}

@@ -131,6 +131,23 @@ CASES = [
     Conv(1, 3, 12, 12, 12, padding=2, dilation=(2, 1)),
     Conv(1, 2, 3, 3, 5, padding=4),
     Conv(1, 3, 60, 130, 8, padding=1),
+    # narrow groups: several share a vector of 4, 8 or 16 channels
+    Conv(2, 32, 9, 10, 32, padding=1, groups=8),
+    Conv(1, 24, 7, 7, 24, padding=1, groups=6),
+    Conv(2, 16, 15, 14, 16, stride=2, padding=1, groups=2),
+    Conv(1, 32, 13, 28, 32, padding=1, groups=2),
+    Conv(1, 12, 6, 5, 24, padding=(2, 0, 1, 3), groups=6),
+    Conv(1, 20, 11, 12, 20, padding=2, dilation=2, groups=10),
+    Conv(1, 16, 11, 9, 16, stride=(1, 2), padding=1, dilation=(2, 1), groups=4),
+    Conv(1, 16, 12, 12, 16, stride=3, padding=2, dilation=2, groups=4),
+    Conv(2, 16, 9, 8, 16, (5, 5), padding=2, groups=4),
+    Conv(1, 16, 9, 8, 16, (5, 5), stride=2, padding=2, groups=4),
+    Conv(1, 8, 12, 9, 8, (7, 4), padding=3, groups=2),
+    Conv(2, 64, 5, 6, 64, (1, 1), groups=8),
+    Conv(2, 8, 9, 9, 8, (1, 1), stride=2, groups=2),
+    Conv(1, 40, 1, 1, 40, padding=1, groups=5),
+    Conv(1, 8, 3, 3, 8, padding=5, groups=4),
+    Conv(3, 8, 40, 3, 8, padding=1, groups=4),
     # depthwise, by way of conv2d
     Conv(2, 19, 9, 10, 19, padding=1, groups=19),
     Conv(1, 8, 12, 11, 16, (5, 5), stride=2, padding=2, groups=8),
@@ -142,4 +159,4 @@ EMPTY = [
     Conv(0, 8, 8, 8, 8, padding=1, groups=8),
 ]
 # A few of each algorithm for what is the same in all shapes.
-CORE = [CASES[i] for i in (2, 5, 12, 15, 19, 22, 28, 39, 44)]
+CORE = [CASES[i] for i in (2, 5, 12, 15, 19, 22, 28, 39, 44, 51, 53)]

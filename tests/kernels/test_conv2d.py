@@ -189,6 +189,8 @@ def test_other_backends_ignore_packed_weights():
         (Conv(1, 16, 6, 6, 8, (1, 1), stride=2), "implicit_gemm"),
         (Conv(1, 3, 6, 6, 8, padding=1), "stem"),
         (Conv(1, 3, 6, 6, 8, padding=1, groups=1, dilation=2), "implicit_gemm"),
+        (Conv(1, 16, 6, 6, 16, padding=1, groups=4), "narrow_groups"),
+        (Conv(1, 9, 6, 6, 9, padding=1, groups=3), "implicit_gemm"),
     ],
     ids=str,
 )
@@ -215,6 +217,8 @@ GRADCHECK_CASES = [
     Conv(1, 9, 4, 5, 2, (2, 3), padding=1, dilation=(1, 2)),
     Conv(1, 4, 4, 4, 6, padding=1, groups=2),
     Conv(1, 3, 5, 5, 6, padding=1, groups=3),
+    Conv(1, 8, 6, 5, 8, padding=1, groups=4),
+    Conv(2, 4, 5, 5, 4, stride=2, padding=1, groups=2),
 ]
 
 

@@ -19,8 +19,9 @@ def test_every_public_name_of_torch_nn_is_there():
 
 def test_modules_with_kernels_replace_their_twins():
     names = """Conv2d Linear BatchNorm1d BatchNorm2d BatchNorm3d MaxPool2d AvgPool2d
-        AdaptiveAvgPool2d AdaptiveMaxPool2d Sigmoid Tanh ReLU ReLU6 LeakyReLU Hardswish Hardsigmoid
-        SiLU GELU"""
+        AdaptiveAvgPool2d AdaptiveMaxPool2d LocalResponseNorm Sigmoid Tanh ReLU ReLU6
+        LeakyReLU Hardswish Hardsigmoid SiLU GELU Upsample UpsamplingNearest2d
+        UpsamplingBilinear2d MaxUnpool2d"""
     for name in names.split():
         ours, twin = getattr(nn, name), getattr(torch.nn, name)
         assert issubclass(ours, twin)
@@ -29,7 +30,8 @@ def test_modules_with_kernels_replace_their_twins():
 
 def test_functional_is_torchs_with_our_functions_in_place():
     names = """conv2d linear batch_norm max_pool2d avg_pool2d adaptive_avg_pool2d
-        adaptive_max_pool2d"""
+        adaptive_max_pool2d local_response_norm interpolate upsample
+        max_unpool2d"""
     for name in names.split():
         assert getattr(nn.functional, name) is getattr(nnarch.functional, name)
         assert getattr(torch.nn.functional, name) is not getattr(nnarch.functional, name)

@@ -52,6 +52,18 @@ CASES = [
     ("AdaptiveAvgPool2d", (1,), {}, (2, 5, 9, 10)),
     ("AdaptiveAvgPool2d", ((3, None),), {}, (2, 5, 9, 10)),
     ("AdaptiveMaxPool2d", ((2, 3),), {}, (2, 5, 9, 10)),
+    ("LocalResponseNorm", (5,), {}, (2, 12, 9, 10)),
+    ("Upsample", (), {"scale_factor": 2}, (2, 5, 6, 7)),
+    ("Upsample", ((9, 4),), {"mode": "bilinear"}, (2, 5, 6, 7)),
+    (
+        "Upsample",
+        (),
+        {"scale_factor": (1.7, 2.4), "mode": "bilinear", "recompute_scale_factor": True},
+        (2, 5, 6, 7),
+    ),
+    ("UpsamplingNearest2d", (11,), {}, (2, 5, 6, 7)),
+    ("UpsamplingBilinear2d", (None, 2), {}, (2, 5, 6, 7)),
+    ("LocalResponseNorm", (4, 0.5, 0.6, 2.0), {}, (2, 12, 9)),
 ]
 IDS = [f"{name}-{i}" for i, (name, *_) in enumerate(CASES)]
 

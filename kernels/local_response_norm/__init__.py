@@ -1,0 +1,1 @@
+"""Local response normalization: every channel divided by a power of its neighbours' energy."""

@@ -1,0 +1,1 @@
+"""Upsampling of images: nearest and bilinear, with gradients."""
