@@ -8,6 +8,7 @@ from nnarch.kernels.conv_transpose2d.op import (
     conv_transpose2d_layout,
     pack_conv_transpose2d_weight,
 )
+from nnarch.kernels.depthwise_separable.op import depthwise_separable_conv2d
 from nnarch.kernels.linear.op import linear, pack_linear_weight
 from nnarch.kernels.local_response_norm.op import local_response_norm
 from nnarch.kernels.normalization.op import batch_norm
@@ -32,6 +33,7 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose2d_layout",
+    "depthwise_separable_conv2d",
     "interpolate",
     "linear",
     "local_response_norm",

@@ -131,7 +131,8 @@ Tensor conv2d(const Tensor& x_in, const Tensor& weight_in, const OptTensor& bias
   with_scalar_type(x.scalar_type(), "conv2d", [&](auto scalar) {
     using T = decltype(scalar);
     const int64_t tile = packed_in ? tile_of<T>(*packed_in, p) : forward_tile<T>(p, false);
-    const bool planar = tile == 0 && writes_planes<T>(p) && !res && is_planar(x_in);
+    const bool planar =
+        tile == 0 && writes_planes<T>(p) && !res && is_planar(x_in) && !StayChannelsLast::holds();
     y = planar ? new_contiguous(p.output_size(), x.scalar_type())
                : new_channels_last(p.output_size(), x.scalar_type());
     const FoldedEpilogue<T> epilogue({b, sc, sh, res, activation, alpha}, p.k);

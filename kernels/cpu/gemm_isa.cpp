@@ -18,20 +18,25 @@ template <class T>
 using EvenTiles = void (*)(const Panel<T>&, Ahead<T>&, const Strip<T>&, int64_t, int64_t);
 template <class T, int... I>
 NNARCH_INLINE EvenTiles<T> select_even(Indices<I...>, const Panel<T>& p, int64_t rows) {
-  static constexpr EvenTiles<T> plain[] = {even_tiles_of<T, true, false, I + 1>...};
-  static constexpr EvenTiles<T> whole[] = {even_tiles_of<T, false, false, I + 1>...};
-  static constexpr EvenTiles<T> half[] = {even_tiles_of<T, false, true, I + 1>...};
+  static constexpr EvenTiles<T> plain[] = {even_tiles_of<T, true, kBothVectors, I + 1>...};
+  static constexpr EvenTiles<T> both[] = {even_tiles_of<T, false, kBothVectors, I + 1>...};
+  static constexpr EvenTiles<T> one[] = {even_tiles_of<T, false, kOneVector, I + 1>...};
   if (p.plain) return plain[rows - 1];
-  return p.columns > kLanes<T> ? whole[rows - 1] : half[rows - 1];
+  const Used used = used_vectors<T>(p.columns);
+  if constexpr (kHasHalves) {
+    static constexpr EvenTiles<T> more[] = {even_tiles_of<T, false, kVectorAndHalf, I + 1>...};
+    if (used == kVectorAndHalf) return more[rows - 1];
+  }
+  return used == kOneVector ? one[rows - 1] : both[rows - 1];
 }
 
 template <class T>
 using AnyTiles = void (*)(const Panel<T>&, Ahead<T>&, int64_t, int64_t);
 template <class T, int... I>
 NNARCH_INLINE AnyTiles<T> any_tiles_of(Indices<I...>, const Panel<T>& p, int64_t rows) {
-  static constexpr AnyTiles<T> whole[] = {any_tiles<T, false, I + 1>...};
-  static constexpr AnyTiles<T> half[] = {any_tiles<T, true, I + 1>...};
-  return p.columns > kLanes<T> ? whole[rows - 1] : half[rows - 1];
+  static constexpr AnyTiles<T> both[] = {any_tiles<T, kBothVectors, I + 1>...};
+  static constexpr AnyTiles<T> one[] = {any_tiles<T, kOneVector, I + 1>...};
+  return used_vectors<T>(p.columns) == kOneVector ? one[rows - 1] : both[rows - 1];
 }
 
 // The height of register tiles. Rows of A that lie a multiple of 4 KB apart share one set of the L1

@@ -40,7 +40,7 @@ struct Ahead {
 
 // The products of a tile of even rows. While its first steps run, the lines of C that it will
 // write come into cache, then those of the residual, then what is `ahead`.
-template <class T, bool Half, int... I>
+template <class T, Used Use, int... I>
 NNARCH_INLINE void add_products(Indices<I...> each, const EvenPanel<T>& p, Ahead<T>& ahead,
                                 const T* a, const T* c, const T* residual, Vec<T>* left,
                                 Vec<T>* right) {
@@ -59,7 +59,7 @@ NNARCH_INLINE void add_products(Indices<I...> each, const EvenPanel<T>& p, Ahead
       } else if (ahead.turns > 0) {
         line = ahead.turn(), second = ahead.second;
       }
-      multiply<T, Half>(each, rows, 0, steps, b, line, second, left, right);
+      multiply<T, Use>(each, rows, 0, steps, b, line, second, left, right);
     }
   } while (++tap != p.last_tap);
 }
@@ -82,7 +82,7 @@ NNARCH_INLINE void fetch_rows(const Panel<T>& p, int64_t m, int64_t first, int64
 
 // The same for rows anywhere; `m` is the first of them. Each tap fetches a few lines of C, and in
 // the first panel the rows that the next tile will read.
-template <class T, bool Half, int... I>
+template <class T, Used Use, int... I>
 NNARCH_INLINE void add_products(Indices<I...> each, const Panel<T>& p, Ahead<T>& next_panel,
                                 int64_t m, Vec<T>* left, Vec<T>* right) {
   constexpr int64_t mr = sizeof...(I);
@@ -101,14 +101,14 @@ NNARCH_INLINE void add_products(Indices<I...> each, const Panel<T>& p, Ahead<T>&
     int64_t k = 0;
     for (int64_t column = 0; next_rows && k + kFetchSteps <= chunk.count && column < chunk.count;
          k += kFetchSteps, column += 2 * kLine<T>)
-      multiply<T, Half>(each, rows, k, kFetchSteps, b, ListedLines<T>{at + mr, chunk.from + column},
-                        kLine<T>, left, right);
+      multiply<T, Use>(each, rows, k, kFetchSteps, b, ListedLines<T>{at + mr, chunk.from + column},
+                       kLine<T>, left, right);
     for (; k < chunk.count; k += kFetchSteps) {
       const int64_t steps = chunk.count - k < kFetchSteps ? chunk.count - k : kFetchSteps;
       const bool fetch = next_panel.turns > 0;
       const int64_t second = fetch ? next_panel.second : 0;
       const EvenLines<T> line = fetch ? next_panel.turn() : EvenLines<T>{b, 0};
-      multiply<T, Half>(each, rows, k, steps, b, line, second, left, right);
+      multiply<T, Use>(each, rows, k, steps, b, line, second, left, right);
     }
   }
 }
@@ -169,7 +169,7 @@ NNARCH_INLINE void finish_plain(Indices<I...>, const EvenPanel<T>& p, T* c, Vec<
 
 // `tiles` tiles of MR rows from row `first` of a strip on. Every access to an accumulator has a
 // constant index, or GCC would keep them in memory.
-template <class T, bool Plain, bool Half, int... I>
+template <class T, bool Plain, Used Use, int... I>
 NNARCH_INLINE void even_tiles(Indices<I...> each, const Panel<T>& panel, Ahead<T>& next_panel,
                               const Strip<T>& strip, int64_t first, int64_t tiles) {
   static constexpr int64_t no_offset = 0;
@@ -193,11 +193,11 @@ NNARCH_INLINE void even_tiles(Indices<I...> each, const Panel<T>& panel, Ahead<T
     if (meets_rows) ahead = Ahead<T>::next_rows(p.count, p.a_step, a + sizeof...(I) * p.a_step);
     T* c = panel.c + at;
     if constexpr (Plain) {
-      add_products<T, Half>(each, p, ahead, a, c, nullptr, left, right);
+      add_products<T, Use>(each, p, ahead, a, c, nullptr, left, right);
       finish_plain<T>(each, p, c, left, right);
     } else {
       const T* residual = panel.epilogue.residual ? panel.epilogue.residual + at : nullptr;
-      add_products<T, Half>(each, p, ahead, a, c, residual, left, right);
+      add_products<T, Use>(each, p, ahead, a, c, residual, left, right);
       const int64_t offset[sizeof...(I)] = {(at + I * p.c_step)...};
       finish<T>(each, panel, offset, left, right);
     }
@@ -206,25 +206,25 @@ NNARCH_INLINE void even_tiles(Indices<I...> each, const Panel<T>& panel, Ahead<T
   }
   if (!meets_rows) next_panel = ahead;
 }
-template <class T, bool Plain, bool Half, int MR>
+template <class T, bool Plain, Used Use, int MR>
 NNARCH_NOINLINE void even_tiles_of(const Panel<T>& panel, Ahead<T>& next_panel,
                                    const Strip<T>& strip, int64_t first, int64_t tiles) {
-  even_tiles<T, Plain, Half>(MakeIndices<MR>{}, panel, next_panel, strip, first, tiles);
+  even_tiles<T, Plain, Use>(MakeIndices<MR>{}, panel, next_panel, strip, first, tiles);
 }
 
-template <class T, bool Half, int... I>
+template <class T, Used Use, int... I>
 NNARCH_INLINE void any_tile(Indices<I...> each, const Panel<T>& p, Ahead<T>& ahead, int64_t m) {
   const Vec<T> s0 = load(p.start), s1 = load(p.start + kLanes<T>);
   Vec<T> left[sizeof...(I)] = {(static_cast<void>(I), s0)...};
   Vec<T> right[sizeof...(I)] = {(static_cast<void>(I), s1)...};
-  add_products<T, Half>(each, p, ahead, m, left, right);
+  add_products<T, Use>(each, p, ahead, m, left, right);
   finish<T>(each, p, p.g.c_offset + m, left, right);
 }
 
 // The same for rows anywhere.
-template <class T, bool Half, int MR>
+template <class T, Used Use, int MR>
 NNARCH_NOINLINE void any_tiles(const Panel<T>& p, Ahead<T>& panel, int64_t first, int64_t tiles) {
-  for (; tiles > 0; --tiles, first += MR) any_tile<T, Half>(MakeIndices<MR>{}, p, panel, first);
+  for (; tiles > 0; --tiles, first += MR) any_tile<T, Use>(MakeIndices<MR>{}, p, panel, first);
 }
 
 }  // namespace

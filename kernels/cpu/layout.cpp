@@ -62,6 +62,8 @@ void copy_strided(const T* src, const int64_t* strides, T*& dst, const IntList& 
     copy_strided(src + i * strides[d], strides, dst, sizes, d + 1);
 }
 
+thread_local int stay_channels_last = 0;
+
 }  // namespace
 
 Tensor as_channels_last(const Tensor& t) {
@@ -102,7 +104,11 @@ Tensor as_contiguous(const Tensor& t) {
 }
 
 Tensor in_format_of(const Tensor& result, const Tensor& like) {
-  return follows_channels_last(like) ? result : as_contiguous(result);
+  return StayChannelsLast::holds() || follows_channels_last(like) ? result : as_contiguous(result);
 }
+
+StayChannelsLast::StayChannelsLast() { ++stay_channels_last; }
+StayChannelsLast::~StayChannelsLast() { --stay_channels_last; }
+bool StayChannelsLast::holds() { return stay_channels_last > 0; }
 
 }  // namespace nnarch

@@ -131,6 +131,14 @@ Tensor as_channels_last(const Tensor& t);
 Tensor as_contiguous(const Tensor& t);
 // The result of a channels_last computation in the memory format of `like`.
 Tensor in_format_of(const Tensor& result, const Tensor& like);
+// A scope in which in_format_of leaves results as they are, on the calling thread: a program's
+// first convolution takes an image in any format, and the rest of the program wants channels_last.
+class StayChannelsLast {
+ public:
+  StayChannelsLast();
+  ~StayChannelsLast();
+  static bool holds();
+};
 
 template <class T>
 T* mutable_data(const Tensor& t) {

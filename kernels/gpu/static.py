@@ -31,6 +31,7 @@ FAMILIES = (
     "conv2d",
     "conv_transpose2d",
     "depthwise",
+    "depthwise_separable",
     "linear",
     "pooling",
     "normalization",

@@ -7,6 +7,7 @@ trace.py            the forward pass as a graph whose leaves are layers
 clean.py            what does nothing in inference (dropout, identity) goes
 fold.py             BatchNorm goes into the weights of the convolution or linear layer before it
 fuse.py             activations and residual adds go into the epilogue of the layer before them
+separable.py        depthwise convolutions are joined with the 1×1 convolutions around them
 swap.py             layers that have kernels of ours become nnarch.nn layers, weights are packed
 memory_format.py    4-D activations stay channels_last inside, whatever comes in and goes out
 ==================  ==============================================================================
@@ -29,6 +30,7 @@ from nnarch.accelerate.clean import drop_inference_no_ops
 from nnarch.accelerate.fold import fold_batch_norms
 from nnarch.accelerate.fuse import fuse_epilogues
 from nnarch.accelerate.memory_format import keep_channels_last
+from nnarch.accelerate.separable import join_separable_convolutions
 from nnarch.accelerate.swap import pack_weights, swap_functions, swap_layers
 from nnarch.accelerate.trace import TracedModel, frozen_copy, trace_model
 
@@ -91,6 +93,7 @@ def _rewrite(traced: TracedModel) -> Accelerated:
         drop_inference_no_ops(graph_module)
         fold_batch_norms(graph_module)
         fuse_epilogues(graph_module)
+        join_separable_convolutions(graph_module)
         swap_functions(graph_module)
         converts_layout = keep_channels_last(graph_module)
         graph_module.delete_all_unused_submodules()

@@ -45,7 +45,7 @@ class Accelerated(nn.Module):
             return self.body(*args, **kwargs)
         if len(args) == 1 and isinstance(args[0], Tensor) and not kwargs:
             x = args[0]
-            output = self._run_body(channels_last(x))
+            output = self._run_body(x)
             return _contiguous(output) if _is_planar(x) else output
         planar = any(_is_planar(leaf) for leaf in _pytree.tree_leaves((args, kwargs)))
         args, kwargs = _pytree.tree_map(channels_last, (args, kwargs))
@@ -53,22 +53,22 @@ class Accelerated(nn.Module):
         return _contiguous(output) if planar else output
 
     def _run_body(self, x: Tensor) -> Any:
-        """The graph on one input, by its program where there is one."""
+        """The graph on one input in channels_last, by its program where there is one."""
         body, inputs = self.body, [x]
         if torch.compiler.is_compiling() or not isinstance(body, GraphModule):
-            return body(x)
+            return body(channels_last(x))
         if not program.can_run(inputs):
-            return body(x)
+            return body(channels_last(x))
         key = program.signature(inputs)
         known = self._programs.get(key, _NEW)
         if isinstance(known, Program) and known.is_current():
             try:
                 return known(inputs)
             except RuntimeError:
-                return body(x)  # says which layer refuses, and why
+                return body(channels_last(x))  # says which layer refuses, and why
         if known is None:
-            return body(x)
-        output, self._programs[key] = program.record(body, inputs)
+            return body(channels_last(x))
+        output, self._programs[key] = program.record(body, channels_last, inputs)
         if len(self._programs) > _MOST_PROGRAMS:
             oldest, *_ = list(self._programs)  # in one step: other threads may be here
             self._programs.pop(oldest, None)

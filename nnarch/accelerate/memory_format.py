@@ -20,6 +20,7 @@ from nnarch.accelerate.accelerated import channels_last
 from nnarch.accelerate.activations import activation_of
 from nnarch.accelerate.graph import first_input, layer_of, may_write
 from nnarch.accelerate.layers import FusedBatchNorm2d
+from nnarch.accelerate.separable import SeparableConv2d
 from nnarch.accelerate.trace import is_layer
 
 # A graph that asks for strides gets the ones that its author saw.
@@ -104,7 +105,8 @@ def _is_opaque(graph_module: GraphModule, node: Node) -> bool:
 
 
 def _is_convolution(graph_module: GraphModule, node: Node) -> bool:
-    return isinstance(layer_of(graph_module, node), nn.Conv2d) or node.target is functional.conv2d
+    layer = layer_of(graph_module, node)
+    return isinstance(layer, (nn.Conv2d, SeparableConv2d)) or node.target is functional.conv2d
 
 
 def _keeps_format(graph_module: GraphModule, node: Node) -> bool:

@@ -47,4 +47,5 @@ from nnarch.nn.pooling import (
     MaxPool2d,
     MaxUnpool2d,
 )
+from nnarch.nn.separable import DepthwiseSeparableConv2d
 from nnarch.nn.upsample import Upsample, UpsamplingBilinear2d, UpsamplingNearest2d

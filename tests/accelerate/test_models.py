@@ -17,7 +17,10 @@ torchvision_models = pytest.importorskip("torchvision.models")
 FACTOR = 4.0
 ULPS = 64.0
 
-FUSED = ("FusedConv2d", "ResidualConv2d", "Conv2d", "FusedLinear", "ResidualLinear", "Linear")
+FUSED = (
+    "FusedConv2d", "ResidualConv2d", "Conv2d", "SeparableConv2d",
+    "FusedLinear", "ResidualLinear", "Linear",
+)  # fmt: skip
 
 
 def check(model, x, accelerated):
@@ -38,7 +41,13 @@ def build(name):
         ("resnet50", {"conv2d": 53, "max_pool2d": 1, "adaptive_avg_pool2d": 1, "linear": 1}),
         (
             "mobilenet_v2",
-            {"conv2d": 35, "depthwise_conv2d": 17, "adaptive_avg_pool2d": 1, "linear": 1},
+            {
+                "conv2d": 2,
+                "depthwise_separable_conv2d": 1,
+                "inverted_residual": 16,
+                "adaptive_avg_pool2d": 1,
+                "linear": 1,
+            },
         ),
     ],
 )

@@ -1,0 +1,1 @@
+"""depthwise-separable convolution: reference, native CPU and Triton kernels."""
