@@ -132,7 +132,8 @@ void run_fused(const SeparableConv<T>& s, const SeparablePlan& plan,
       depthwise_stage(s, plan.expanded ? planner.expanded_pitch() : s.x_pixel(), planner.pitch());
   source.set(&conv);
   conv.passes = &pass;
-  const DepthwisePlanner<T> depthwise(conv, s.p.n, /*weight_grad=*/false);
+  // Expanded rows are in cache; an input of many images is not, and is fetched row by row.
+  const DepthwisePlanner<T> depthwise(conv, plan.expanded ? 1 : s.p.n, /*weight_grad=*/false);
   const bool stream = outgrows_caches(s.y, s.p.n * s.plane(), s.out);
   const auto with_task = [&](const auto& f) {
     SeparableTask<T> task(s, plan, planner, conv, depthwise, stream);

@@ -44,7 +44,7 @@ class SeparablePlanner {
     }
     const int64_t groups = ceil_div(s_.p.n, plan.images) * ceil_div(s_.p.oh, plan.rows);
     const bool row_fits = s_.p.ow * pitch_ * size() <= l2_bytes() / 2;
-    plan.fused = plan.expanded || (groups >= kLeastGroups && row_fits);
+    plan.fused = plan.expanded || (s_.in == 0 && groups >= kLeastGroups && row_fits);
     if (plan.expanded)
       plan.parts = std::clamp<int64_t>(s_.p.oh / kExpandedRows, 1,
                                        ceil_div(kLeastGroups, std::max<int64_t>(s_.p.n, 1)));

@@ -23,7 +23,6 @@ from nnarch.kernels.epilogue import (
     check_packed,
     check_tensor,
     epilogue_backward,
-    must_split,
     refuse_gradient,
 )
 
@@ -269,14 +268,22 @@ def depthwise_separable_conv2d(
             residual=None if residual is None else residual.unsqueeze(0), activation=activation,
             depthwise_packed=depthwise_packed, pointwise_packed=pointwise_packed,
         ).squeeze(0)  # fmt: skip
-    steps, gaps = two(stride), two(dilation)
-    pads = padding_of(padding, depthwise_weight, steps, gaps, op)
+    steps = stride if type(stride) is tuple and len(stride) == 2 else two(stride)
+    gaps = dilation if type(dilation) is tuple and len(dilation) == 2 else two(dilation)
+    if type(padding) is tuple and len(padding) == 4:
+        pads = padding
+    else:
+        pads = padding_of(padding, depthwise_weight, steps, gaps, op)
     arguments = (
         x, depthwise_weight, pointwise_weight, depthwise_scale, depthwise_shift, scale, shift,
         residual, depthwise_packed, pointwise_packed, steps, pads, gaps,
         depthwise_code, depthwise_alpha, code, alpha,
     )  # fmt: skip
-    if torch.is_grad_enabled() and _must_split(depthwise_code, code, arguments):
+    # What lies between the two is kept for the gradient: to compute it again, as the operation
+    # does, costs up to 13 % of a step (README.md).
+    if torch.is_grad_enabled() and any(
+        isinstance(t, Tensor) and t.requires_grad for t in arguments[:8]
+    ):
         _check(*arguments)
         z = conv2d(
             x, depthwise_weight, None, steps, pads, gaps, x.shape[1], scale=depthwise_scale,
@@ -287,14 +294,3 @@ def depthwise_separable_conv2d(
             activation=activation, packed=pointwise_packed,
         )  # fmt: skip
     return separable_op(*arguments)
-
-
-def _must_split(depthwise_code: int, code: int, arguments: tuple[Any, ...]) -> bool:
-    """Whether a gradient needs a value that the fused kernel does not keep."""
-    x, dw, pw, depthwise_scale, depthwise_shift, scale, shift, residual = arguments[:8]
-    before = (x, dw, depthwise_scale, depthwise_shift)
-    if must_split(depthwise_code, x, dw, None, depthwise_scale, depthwise_shift, None):
-        return True
-    if isinstance(scale, Tensor) and scale.requires_grad:
-        return True
-    return kinds.needs_split(code, *before, pw, scale, shift, residual)

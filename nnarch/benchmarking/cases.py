@@ -32,6 +32,7 @@ TARGETS: dict[str, Target] = {
     "transposed conv": Target(1.3, 1.6),
     "conv1d": Target(1.0, 1.3),
     "depthwise": Target(1.5, 3.0),
+    "separable": Target(1.2, 1.5),
     "linear": Target(1.1, 1.2),
     "linear + GELU": Target(1.3, 1.6),
     "pooling": Target(1.5, 3.0),
@@ -45,6 +46,7 @@ TARGETS: dict[str, Target] = {
     "conv1x1 fwd+bwd": Target(1.1, 1.3),
     "transposed conv fwd+bwd": Target(1.0, 1.6),
     "depthwise fwd+bwd": Target(1.5, 2.5),
+    "separable fwd+bwd": Target(1.1, 1.3),
     "models": Target(1.0, 1.3),
     "training": Target(1.5, 2.1),
 }
@@ -237,6 +239,54 @@ def depthwise_convolutions() -> Iterable[Case]:
         yield depthwise(64, 56, n, multiplier=2)
 
 
+def separable(
+    channels: int, filters: int, size: int, batch: int, *, stride: int = 1, **options: Any
+) -> Case:
+    """A block of MobileNet: depthwise 3×3 and 1×1, each with bias (a folded BatchNorm) and ReLU."""
+    backward = options.get("backward", False)
+    step = f"s{stride}" if stride > 1 else ""
+
+    def layer(nn: Any) -> Any:
+        return nn.Sequential(
+            nn.Conv2d(channels, channels, 3, stride, 1, groups=channels), nn.ReLU(),
+            nn.Conv2d(channels, filters, 1), nn.ReLU(),
+        )  # fmt: skip
+
+    def ours(module: nn.Module) -> nn.Module:
+        from nnarch.nn import DepthwiseSeparableConv2d
+
+        fused = DepthwiseSeparableConv2d(
+            channels, filters, 3, stride, 1, depthwise_activation="relu", activation="relu"
+        )
+        names = {"depthwise": "0", "pointwise": "2"}
+        state = module.state_dict()
+        fused.load_state_dict(
+            {n: state[f"{names[part]}.{kind}"]
+             for n in fused.state_dict() for part, kind in [n.split(".")]}
+        )  # fmt: skip
+        return fused.train(module.training)
+
+    return Case(
+        f"separable{step}_{channels}_{filters}_h{size}_n{batch}" + "_fb" * backward,
+        "separable fwd+bwd" if backward else "separable",
+        layer,
+        (batch, channels, size, size),
+        label=f"separable {step} {channels}→{filters} @{size} N{batch}".replace("  ", " ")
+        + " fwd+bwd" * backward,
+        ours=ours,
+        **options,
+    )
+
+
+def separable_convolutions() -> Iterable[Case]:
+    """MobileNet's blocks."""
+    for n in BATCHES:
+        yield separable(32, 64, 112, n)
+        yield separable(64, 128, 112, n, stride=2)
+        for c, size in ((128, 56), (256, 28), (512, 14), (1024, 7)):
+            yield separable(c, c, size, n, quick=(c, n) == (256, 8))
+
+
 def linear(rows: int, inputs: int, outputs: int, **options: Any) -> Case:
     """A fully connected layer with bias."""
     return Case(
@@ -414,6 +464,7 @@ def training_convolutions() -> Iterable[Case]:
             yield conv("conv1x1 fwd+bwd", c, k, 1, size, n, backward=True)
         for c, size in ((128, 56), (512, 14)):
             yield depthwise(c, size, n, group="depthwise fwd+bwd", backward=True)
+            yield separable(c, c, size, n, backward=True)
     for n in (8, 64):
         for c, k, size in _GENERATOR:
             yield transposed(c, k, 4, size, n, backward=True)
@@ -464,6 +515,7 @@ CASES: tuple[Case, ...] = (
     *transposed_convolutions(),
     *signals(),
     *depthwise_convolutions(),
+    *separable_convolutions(),
     *linears(),
     *pools(),
     *unpools(),

@@ -41,9 +41,8 @@ class ConvTranspose2d(PackedWeightMixin, torch.nn.ConvTranspose2d):
         """Convolve ``input [N, C, H, W]`` (or ``[C, H, W]``), to ``output_size`` where given."""
         extra = self.output_padding
         if output_size is not None:
-            extra = self._output_padding(
-                input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation
-            )
+            sizes: Any = (self.stride, self.padding, self.kernel_size, 2, self.dilation)
+            extra = self._output_padding(input, output_size, *sizes)
         return self._convolve(input, tuple(extra))
 
     def _convolve(self, x: Tensor, output_padding: tuple[int, ...]) -> Tensor:

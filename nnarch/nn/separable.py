@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nnarch import functional as F
 from nnarch.kernels.activation.kinds import Activation, encode
 from nnarch.nn.conv import Conv2d
+
+
+def _parameters(convolution: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias; what is parametrized is no entry of _parameters."""
+    parameters = convolution._parameters
+    if "weight" in parameters and "bias" in parameters:
+        return parameters["weight"], parameters["bias"]
+    return convolution.weight, convolution.bias
 
 
 class DepthwiseSeparableConv2d(torch.nn.Module):
@@ -71,21 +81,27 @@ class DepthwiseSeparableConv2d(torch.nn.Module):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Convolve ``input [N, C, H, W]`` (or ``[C, H, W]``), add `residual` of the output's shape
         before the activation."""
-        depthwise, pointwise = self.depthwise, self.pointwise
+        # Past nn.Module.__getattr__, as in Conv2d.
+        modules = self._modules
+        depthwise: Any = modules["depthwise"]
+        pointwise: Any = modules["pointwise"]
+        depthwise_weight, depthwise_bias = _parameters(depthwise)
+        pointwise_weight, pointwise_bias = _parameters(pointwise)
+        padding = depthwise.padding
         return F.depthwise_separable_conv2d(
             input,
-            depthwise.weight,
-            pointwise.weight,
+            depthwise_weight,
+            pointwise_weight,
             stride=depthwise.stride,
-            padding=depthwise.padding,
+            padding=padding + padding if isinstance(padding, tuple) else padding,
             dilation=depthwise.dilation,
-            depthwise_shift=depthwise.bias,
+            depthwise_shift=depthwise_bias,
             depthwise_activation=self.depthwise_activation,
-            shift=pointwise.bias,
+            shift=pointwise_bias,
             residual=residual,
             activation=self.activation,
-            depthwise_packed=depthwise._packed_weight(depthwise.weight, input),
-            pointwise_packed=pointwise._packed_weight(pointwise.weight, input),
+            depthwise_packed=depthwise._packed_weight(depthwise_weight, input),
+            pointwise_packed=pointwise._packed_weight(pointwise_weight, input),
         )
 
     def extra_repr(self) -> str:
