@@ -175,7 +175,7 @@ _SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
 }
 for _name in ("conv2d_input_grad", "conv2d_weight_grad"):
     _SAMPLES[_name] = lambda name=_name: _conv2d_grad(name)
-for _name in ("", "_input_grad", "_weight_grad", "_pack"):
+for _name in ("", "_input_grad", "_weight_grad", "_backward", "_pack"):
     _SAMPLES["depthwise_conv2d" + _name] = lambda name="depthwise_conv2d" + _name: _depthwise(name)
 for _name in ("batch_norm_train", "batch_norm_backward", "batch_norm_backward_backward"):
     _SAMPLES[_name] = lambda name=_name: _batch_norm(name)

@@ -23,6 +23,7 @@ def array(*size: int, dtype: type = np.float32) -> np.ndarray:
 X, W, B = array(2, 6, 9, 8), array(4, 6, 3, 3), array(4)
 MEAN, VAR = array(6), np.abs(array(6)) + 0.5
 ROWS, MATRIX = array(5, 7), array(3, 7)
+INDICES = torch.arange(9 * 8).view(9, 8).expand(2, 6, 9, 8)  # of the unpooled pixels
 
 # The public functions, each with the arrays that it takes.
 CALLS = {
@@ -35,12 +36,24 @@ CALLS = {
     "adaptive_avg_pool2d": (lambda x: F.adaptive_avg_pool2d(x, 2), (X,)),
     "adaptive_max_pool2d": (lambda x: F.adaptive_max_pool2d(x, 2), (X,)),
     "batch_norm": (F.batch_norm, (X, MEAN, VAR)),
+    "conv1d": (F.conv1d, (X[:, :, 0], W[:, :, 0], B)),
+    "conv_transpose1d": (F.conv_transpose1d, (X[:, :, 0], array(6, 4, 3), B)),
+    "conv_transpose2d": (F.conv_transpose2d, (X, array(6, 4, 3, 3), B)),
+    "depthwise_separable_conv2d": (
+        F.depthwise_separable_conv2d,
+        (X, array(6, 1, 3, 3), array(4, 6, 1, 1)),
+    ),
+    "local_response_norm": (lambda x: F.local_response_norm(x, 3), (X,)),
+    "interpolate": (lambda x: F.interpolate(x, scale_factor=2), (X,)),
+    "upsample": (lambda x: F.upsample(x, (5, 7), mode="bilinear"), (X,)),
+    "max_unpool2d": (lambda x: F.max_unpool2d(x, INDICES, 2), (X,)),
 }
 every_call = pytest.mark.parametrize("call", CALLS)
 
 
 def test_every_public_function_is_here():
-    about_weights = {"conv2d_tile", "pack_conv2d_weight", "pack_linear_weight"}
+    about_weights = {name for name in F.__all__ if name.startswith("pack_")}
+    about_weights |= {"conv2d_tile", "conv_transpose2d_layout"}
     assert set(F.__all__) - about_weights <= set(CALLS)
 
 

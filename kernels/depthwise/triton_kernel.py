@@ -11,6 +11,7 @@ from nnarch.kernels.depthwise.triton_backward import (
     depthwise_conv2d_weight_grad,
 )
 from nnarch.kernels.depthwise.triton_forward import depthwise_conv2d
+from nnarch.kernels.gpu.launch import check_dtype
 from nnarch.kernels.gpu.static import StaticCase, meta
 from nnarch.kernels.normalization.triton_reduce import channel_sum
 
@@ -39,6 +40,7 @@ def depthwise_conv2d_backward(
     bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``nnarch::depthwise_conv2d_backward``: one kernel after the other."""
+    check_dtype("depthwise_conv2d_backward", grad, x, weight)
     geometry = stride, padding, dilation
     dx = depthwise_conv2d_input_grad(grad, weight, x.shape, *geometry)
     dw = depthwise_conv2d_weight_grad(grad, x, weight.shape, *geometry)
