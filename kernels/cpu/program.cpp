@@ -16,7 +16,7 @@
 // number of any type, which the factor of an addition is. kFromAnyFormat stands before a
 // convolution whose output is channels_last whatever its input is.
 //
-// A program keeps its constants here: handing 170 weights over from Python took 70 µs a call.
+// A program keeps its constants here: handing 170 weights over from Python took 60 µs a call.
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/c/shim.h>
 

@@ -281,9 +281,7 @@ def depthwise_separable_conv2d(
     )  # fmt: skip
     # What lies between the two is kept for the gradient: to compute it again, as the operation
     # does, costs up to 13 % of a step (README.md).
-    if torch.is_grad_enabled() and any(
-        isinstance(t, Tensor) and t.requires_grad for t in arguments[:8]
-    ):
+    if torch.is_grad_enabled() and _any_requires_grad(arguments[:8]):
         _check(*arguments)
         z = conv2d(
             x, depthwise_weight, None, steps, pads, gaps, x.shape[1], scale=depthwise_scale,
@@ -294,3 +292,7 @@ def depthwise_separable_conv2d(
             activation=activation, packed=pointwise_packed,
         )  # fmt: skip
     return separable_op(*arguments)
+
+
+def _any_requires_grad(values: Sequence[Any]) -> bool:
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)

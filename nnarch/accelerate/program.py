@@ -77,14 +77,13 @@ class Program:
         with _BelowAutograd():
             probes = torch.tensor(guard.probes, dtype=torch.int64)
             self._number = _make_program(constants, code, probes)
-        self._native: Any = library.native
-        weakref.finalize(self, self._native.nnarch_drop_program, self._number).atexit = False
+        weakref.finalize(self, _native.nnarch_drop_program, self._number).atexit = False
         self._structure, self._guard = structure, guard
         self._is_tensor = structure.is_leaf()
 
     def is_current(self) -> bool:
         """Whether the model is still what was recorded."""
-        return self._guard.holds() and self._native.nnarch_program_is_current(self._number)
+        return self._guard.holds() and _native.nnarch_program_is_current(self._number)
 
     def __call__(self, inputs: list[Tensor]) -> Any:
         """Run on inputs of the recorded shapes."""
@@ -191,7 +190,8 @@ class Guard:
 
 
 _training, _version = operator.itemgetter("training"), operator.attrgetter("_version")
-_get = dict.get
+_get: Any = dict.get
+_native: Any = library.native  # there is a program only where it is there
 
 
 def _signed(bits: int) -> int:
