@@ -11,9 +11,15 @@
 namespace nnarch {
 namespace {
 
+// Whether the weight is packed for narrow groups, whatever the convolution's steps.
+template <class T>
+bool packs_narrow_groups(const ConvShape& p) {
+  return grouped_serves<T>(p.groups, p.group_c(), p.group_k());
+}
+
 template <class T>
 bool has_narrow_groups(const ConvShape& p) {
-  return grouped_serves<T>(p.groups, p.group_c(), p.group_k());
+  return packs_narrow_groups<T>(p) && grouped_rows_fit<T>(p);
 }
 
 template <class T>
@@ -23,7 +29,7 @@ int64_t group_size(const ConvShape& p, int64_t tile) {
 
 template <class T>
 int64_t all_groups_size(const ConvShape& p, int64_t tile) {
-  if (tile == 0 && has_narrow_groups<T>(p))
+  if (tile == 0 && packs_narrow_groups<T>(p))
     return grouped_packed_size<T>(p.k, p.taps(), p.group_c());
   return checked_product(group_size<T>(p, tile), p.groups);
 }
@@ -32,7 +38,7 @@ template <class T>
 Tensor pack_groups(const Tensor& weight, const ConvShape& p, int64_t tile) {
   const int64_t size = group_size<T>(p, tile);
   Tensor packed = new_contiguous({all_groups_size<T>(p, tile)}, weight.scalar_type());
-  if (tile == 0 && has_narrow_groups<T>(p)) {
+  if (tile == 0 && packs_narrow_groups<T>(p)) {
     grouped_pack<T>(grouped_weight(data<T>(weight), weight, p.groups), mutable_data<T>(packed));
     return packed;
   }
@@ -50,7 +56,7 @@ bool writes_planes(const ConvShape& p) {
 // How a weight that is packed for this convolution should be packed.
 template <class T>
 int64_t forward_tile(const ConvShape& p, bool packed) {
-  if (stem_serves(p) || has_narrow_groups<T>(p) ||
+  if (stem_serves(p) || packs_narrow_groups<T>(p) ||
       !winograd_serves(forward_image<T>(nullptr, p, 0)))
     return 0;
   return choose_tile({p.n, p.oh, p.ow, p.group_c(), p.group_k(), packed});
@@ -83,6 +89,7 @@ void forward(const Tensor& x, const Tensor& weight, const T* packed, int64_t til
     return grouped_forward<T>(data<T>(image), is_planar(x), own ? data<T>(*own) : packed,
                               mutable_data<T>(y), is_planar(y), p, epilogue);
   }
+  if (tile == 0 && packs_narrow_groups<T>(p)) packed = nullptr;  // has another form
   set_algorithm(algorithm_name(p, tile));
   const Tensor image = as_channels_last(x);
   const OutputGrid out{p.oh * p.ow * p.k, p.ow * p.k, p.k};

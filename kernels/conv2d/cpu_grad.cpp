@@ -45,8 +45,7 @@ Tensor conv2d_input_grad(const Tensor& grad_in, const Tensor& weight_in, const I
   const Tensor grad = to_compute_type(grad_in), weight = to_compute_type(weight_in);
   const Tensor dx = with_scalar_type(grad.scalar_type(), "conv2d_input_grad", [&](auto scalar) {
     using T = decltype(scalar);
-    if (grouped_serves<T>(t.groups, t.group_c(), t.group_k()))
-      return narrow_input_grad<T>(grad, weight, t);
+    if (transposed_groups_serve<T>(t)) return narrow_input_grad<T>(grad, weight, t);
     const int64_t layout = choose_layout(t, sizeof(T) == sizeof(float), false);
     const bool pixel = layout == kPixel;
     const Tensor out = pixel ? new_contiguous(input_size, grad.scalar_type())

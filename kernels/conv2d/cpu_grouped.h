@@ -22,6 +22,19 @@ bool grouped_serves(int64_t groups, int64_t group_c, int64_t group_k) {
   return groups > 1 && lanes % group_k == 0 && group_c <= group_k;
 }
 
+// Whether the input rows under an output row are few enough to copy: wide steps, dilations and
+// paddings would need rows as wide as they are. 4 MB of floats.
+template <class T>
+bool grouped_rows_fit(const ConvShape& p) {
+  const auto size = [](int64_t out, int64_t stride, int64_t kernel, int64_t dilation) {
+    return static_cast<double>(out) * static_cast<double>(stride) +
+           static_cast<double>(kernel) * static_cast<double>(dilation);
+  };
+  return static_cast<double>(NNARCH_SELECT(grouped_lanes<T>())) *
+             size(2, p.stride_h, p.r, p.dilation_h) * size(p.ow, p.stride_w, p.s, p.dilation_w) <=
+         double{1 << 20};
+}
+
 // [vector][r][depth][s][lanes]
 template <class T>
 int64_t grouped_packed_size(int64_t k, int64_t taps, int64_t depth) {

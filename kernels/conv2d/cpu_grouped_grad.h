@@ -13,22 +13,42 @@
 
 namespace nnarch {
 
-// One phase of a transposed convolution, all groups at once: a convolution of x with the phase's
-// taps, which follow each other at even distances, from the last one of the kernel on.
+// One phase of a transposed convolution as a convolution of x with the phase's taps, which follow
+// each other at even distances, from the last one of the kernel on.
+inline int64_t even_step(const std::vector<int64_t>& v) { return v.size() > 1 ? v[1] - v[0] : 1; }
+
+inline ConvShape phase_shape(const TransposedShape& p, const TransposedPhase& rows,
+                             const TransposedPhase& columns) {
+  ConvShape q{};
+  q.n = p.n, q.c = p.c, q.h = p.h, q.w = p.w;
+  q.k = p.k, q.r = std::ssize(rows.taps), q.s = std::ssize(columns.taps);
+  q.stride_h = q.stride_w = 1;
+  q.dilation_h = even_step(rows.offset), q.dilation_w = even_step(columns.offset);
+  q.top = rows.taps.empty() ? 0 : -rows.offset[0];
+  q.left = columns.taps.empty() ? 0 : -columns.offset[0];
+  q.groups = p.groups, q.oh = rows.count, q.ow = columns.count;
+  return q;
+}
+
+// Whether all phases can run for all groups at once.
+template <class T>
+bool transposed_groups_serve(const TransposedShape& p) {
+  if (!grouped_serves<T>(p.groups, p.group_c(), p.group_k())) return false;
+  for (const TransposedPhase& rows : phases_of(TransposedAxis::rows(p)))
+    for (const TransposedPhase& columns : phases_of(TransposedAxis::columns(p)))
+      if (!grouped_rows_fit<T>(phase_shape(p, rows, columns))) return false;
+  return true;
+}
+
 template <class T>
 void transposed_groups_phase(const T* x, const Tensor& weight, T* y, const TransposedShape& p,
                              const TransposedPhase& rows, const TransposedPhase& columns) {
-  const auto step = [](const std::vector<int64_t>& v) { return v.size() > 1 ? v[1] - v[0] : 1; };
-  ConvShape q{p.n, p.c, p.h, p.w, p.k, std::ssize(rows.taps), std::ssize(columns.taps)};
-  q.stride_h = q.stride_w = 1;
-  q.dilation_h = step(rows.offset), q.dilation_w = step(columns.offset);
-  q.top = -rows.offset[0], q.left = -columns.offset[0];
-  q.groups = p.groups, q.oh = rows.count, q.ow = columns.count;
+  const ConvShape q = phase_shape(p, rows, columns);
   GroupedWeight<const T> w = grouped_weight(data<T>(weight), weight, p.groups);
   std::swap(w.outputs, w.depth), std::swap(w.output_stride, w.depth_stride);
   w.data += rows.taps[0] * w.r_stride + columns.taps[0] * w.s_stride;
-  w.r = q.r, w.r_stride *= step(rows.taps);
-  w.s = q.s, w.s_stride *= step(columns.taps);
+  w.r = q.r, w.r_stride *= even_step(rows.taps);
+  w.s = q.s, w.s_stride *= even_step(columns.taps);
   Scratch<T> packed(grouped_packed_size<T>(q.k, q.taps(), q.group_c()));
   grouped_pack<T>(w, packed.get());
   GroupedImages<T> images =
@@ -38,7 +58,7 @@ void transposed_groups_phase(const T* x, const Tensor& weight, T* y, const Trans
   grouped_product<T>(images, packed.get());
 }
 
-// y = the transposed convolution of x, both channels_last, where grouped_serves its groups.
+// y = the transposed convolution of x, both channels_last, where transposed_groups_serve.
 template <class T>
 void transposed_groups(const T* x, const Tensor& weight, T* y, const TransposedShape& p) {
   const auto all_rows = phases_of(TransposedAxis::rows(p));
@@ -56,7 +76,7 @@ void transposed_groups(const T* x, const Tensor& weight, T* y, const TransposedS
 // Whether narrow groups have a weight gradient of their own for this kernel.
 template <class T>
 bool has_narrow_weight_grad(const ConvShape& p) {
-  return grouped_serves<T>(p.groups, p.group_c(), p.group_k()) &&
+  return grouped_serves<T>(p.groups, p.group_c(), p.group_k()) && grouped_rows_fit<T>(p) &&
          NNARCH_SELECT(grouped_grad_scratch<T>(
              grouped_images<T>(p, nullptr, false, nullptr, false).conv)) > 0;
 }

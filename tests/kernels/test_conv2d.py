@@ -209,6 +209,18 @@ def test_huge_steps_need_no_memory():
         torch.testing.assert_close(y, TF.conv2d(x, weight, None, *geometry))
 
 
+@pytest.mark.parametrize("geometry", [(2**20, 2**20, 1), (1, 2**20, 2**20), (1, 2**12, 2**12)])
+def test_huge_steps_of_narrow_groups_need_no_memory(geometry):
+    x, weight = torch.randn(1, 8, 8, 8, requires_grad=True), torch.randn(8, 4, 3, 3)
+    weight.requires_grad_()
+    y, truth = F.conv2d(x, weight, None, *geometry, 2), TF.conv2d(x, weight, None, *geometry, 2)
+    torch.testing.assert_close(y, truth)
+    packed = F.pack_conv2d_weight(weight.detach(), 2)
+    torch.testing.assert_close(F.conv2d(x, weight, None, *geometry, 2, packed=packed), truth)
+    mine = torch.autograd.grad(y.sum(), [x, weight])
+    torch.testing.assert_close(mine, torch.autograd.grad(truth.sum(), [x, weight]))
+
+
 # -------------------------------------------------------------------------------------- derivatives
 
 GRADCHECK_CASES = [
