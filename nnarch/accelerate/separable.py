@@ -51,7 +51,8 @@ class SeparableConv2d(nn.Module):
             return self._apart(input, residual)  # also the derivative of the activations
         try:
             return self._joined(input, residual)
-        except Exception:  # a residual that broadcasts, an input of another rank; or it says why
+        except (TypeError, ValueError):  # a residual that broadcasts, an unbatched input; or apart
+            # the layers say which of them refuses, and why
             return self._apart(input, residual)
 
     def _joined(self, x: Tensor, residual: Any) -> Tensor:
