@@ -56,7 +56,7 @@ def santa_fe_laser() -> np.ndarray:
 
 
 def silero_vad() -> tuple[Path, Path]:
-    """A speech detector's weights (safetensors) and a recording of speech (WAV), both for 16 kHz."""
+    """A speech detector's weights (safetensors) and recorded speech (WAV), both for 16 kHz."""
     pattern = r"(silero_vad/data/silero_vad_16k\.safetensors|examples/c\+\+/aepyx\.wav)$"
     folder = _fetch("silero-vad", pattern, source=True)
     return folder / "silero_vad_16k.safetensors", folder / "aepyx.wav"
