@@ -43,11 +43,14 @@ demo: $(STAMPS)/examples $(STAMPS)/weights
 example: $(STAMPS)/examples
 	$(BIN)/python examples/$(NAME).py $(ARGS)
 
+# One test process a core, with one thread each: tests that are about threads ask for more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8
+
 test: $(STAMPS)/test $(STAMPS)/oracles
-	$(BIN)/python -m pytest -q
+	$(PYTEST)
 
 test-fast: $(STAMPS)/test $(STAMPS)/oracles
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
 bench: $(STAMPS)/bench $(STAMPS)/oracles
 	$(BIN)/nnarch bench --html out/bench.html --csv out/bench.csv
