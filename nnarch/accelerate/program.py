@@ -164,11 +164,12 @@ class Guard:
         packing = [m for m in modules if isinstance(m, PackedWeightMixin) and m._packed is not None]
         self._packing = [vars(module) for module in packing]
         self._caches: list[Any] = [module._packed for module in packing]
-        self._sources = [cache.source for cache in self._caches]
-        self._versions = [cache.version for cache in self._caches]
+        sources = [source for cache in self._caches for source in cache.sources]
+        self._sources = [source.weight for source in sources]
+        self._versions = [source.version for source in sources]
         self.owned = {id(tensor) for tensor in self._tensors}
         self.owned |= {id(packed) for cache in self._caches for packed in cache.packed.values()}
-        probes = [probe for cache in self._caches for probe in cache.probes]
+        probes = [probe for source in sources for probe in source.probes]
         self.probes = [
             number
             for cell, bits in probes

@@ -81,4 +81,4 @@ def pack_weights(body: nn.Module) -> None:
     """Pack now, instead of in the first call, what does not depend on the input's size."""
     for module in body.modules():
         if isinstance(module, PackedWeightMixin):
-            module._packed_weight(module.weight, None)  # type: ignore[arg-type]
+            module._pack_now()
