@@ -19,6 +19,7 @@ from nnarch.kernels.pooling.op import (
     max_pool2d,
 )
 from nnarch.kernels.pooling.unpool import max_unpool2d
+from nnarch.kernels.recurrent.cells import gru_cell, lstm_cell, rnn_cell
 from nnarch.kernels.recurrent.op import gru_layer, lstm_layer, pack_recurrent_weights, rnn_layer
 from nnarch.kernels.upsample.op import interpolate, upsample
 
@@ -35,10 +36,12 @@ __all__ = [
     "conv_transpose2d",
     "conv_transpose2d_layout",
     "depthwise_separable_conv2d",
+    "gru_cell",
     "gru_layer",
     "interpolate",
     "linear",
     "local_response_norm",
+    "lstm_cell",
     "lstm_layer",
     "max_pool2d",
     "max_unpool2d",
@@ -46,6 +49,7 @@ __all__ = [
     "pack_conv_transpose2d_weight",
     "pack_linear_weight",
     "pack_recurrent_weights",
+    "rnn_cell",
     "rnn_layer",
     "upsample",
 ]

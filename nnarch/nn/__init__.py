@@ -47,5 +47,7 @@ from nnarch.nn.pooling import (
     MaxPool2d,
     MaxUnpool2d,
 )
+from nnarch.nn.recurrent import GRU, LSTM, RNN, LayerNormLSTM
+from nnarch.nn.recurrent_cells import GRUCell, LSTMCell, RNNCell
 from nnarch.nn.separable import DepthwiseSeparableConv2d
 from nnarch.nn.upsample import Upsample, UpsamplingBilinear2d, UpsamplingNearest2d

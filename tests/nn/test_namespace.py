@@ -21,7 +21,8 @@ def test_modules_with_kernels_replace_their_twins():
     names = """Conv1d Conv2d ConvTranspose1d ConvTranspose2d Linear BatchNorm1d BatchNorm2d
         BatchNorm3d MaxPool2d AvgPool2d AdaptiveAvgPool2d AdaptiveMaxPool2d LocalResponseNorm
         Sigmoid Tanh ReLU ReLU6 LeakyReLU Hardswish Hardsigmoid SiLU GELU Upsample
-        UpsamplingNearest2d UpsamplingBilinear2d MaxUnpool2d"""
+        UpsamplingNearest2d UpsamplingBilinear2d MaxUnpool2d RNN LSTM GRU RNNCell LSTMCell
+        GRUCell"""
     for name in names.split():
         ours, twin = getattr(nn, name), getattr(torch.nn, name)
         assert issubclass(ours, twin)
