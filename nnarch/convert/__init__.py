@@ -1,5 +1,12 @@
 """Checkpoints that people already have, loaded into nnarch's models."""
 
 from nnarch.convert.checkpoint import load_checkpoint, load_weights, read_checkpoint
+from nnarch.convert.keras import keras_recurrent_weights, load_keras_recurrent
 
-__all__ = ["load_checkpoint", "load_weights", "read_checkpoint"]
+__all__ = [
+    "keras_recurrent_weights",
+    "load_checkpoint",
+    "load_keras_recurrent",
+    "load_weights",
+    "read_checkpoint",
+]
