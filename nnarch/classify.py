@@ -115,9 +115,12 @@ class Classifier:
 
     def __init__(self, name: str, weights: Path | None = None, labels: Path | None = None) -> None:
         try:
-            self.size = model_info(name).input_size[-1]
+            size = model_info(name).input_size
         except ValueError as error:
             raise InputError(_reason(error)) from None
+        if len(size) != 3:
+            raise InputError(f"{name} reads sequences, not images")
+        self.size = size[-1]
         if weights is None:
             if name != DEMO_MODEL:
                 raise InputError(f"{name}: name its weights with --weights FILE")

@@ -34,6 +34,12 @@ _SWAPPED = (
     "GELU",
     "Tanh",
     "Sigmoid",
+    "RNN",
+    "LSTM",
+    "GRU",
+    "RNNCell",
+    "LSTMCell",
+    "GRUCell",
 )
 _TWINS: dict[type, type] = {getattr(nn, name): getattr(layers, name) for name in _SWAPPED}
 _TWIN_FUNCTIONS: dict[Any, Callable[..., Any]] = {
@@ -45,6 +51,8 @@ _TWIN_FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.batch_norm: functional.batch_norm,
     torch.conv2d: functional.conv2d,
     torch.max_pool2d: functional.max_pool2d,
+    torch.lstm_cell: functional.lstm_cell,
+    torch.gru_cell: functional.gru_cell,
 }
 _KERNEL_DTYPES = {torch.float32, torch.float64, torch.float16, torch.bfloat16}
 

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.nn import Module
 
 Builder = Callable[..., Module]
@@ -21,27 +23,45 @@ class ModelInfo:
     Attributes:
         name: what :func:`create_model` takes.
         paper: authors, year and title.
-        input_size: (channels, height, width) of the images it was designed for.
-        num_classes: outputs.
+        input_size: one example: (channels, height, width) of the images it was designed for, or
+            (steps, …) of a sequence.
+        num_classes: outputs, the last size of what the model returns.
         parameters: trainable values.
-        macs: multiply-adds of the convolutions and linear layers for one image. Papers that
-            report "FLOPs" of classifiers mostly mean this number.
+        macs: multiply-adds of the convolutions, linear and recurrent layers for one example. Papers
+            that report "FLOPs" of classifiers mostly mean this number.
         top1: accuracy in percent on the data set that `reference` names, or None.
         reference: where `top1` comes from.
+        input_dtype: torch.int64 for models that read tokens.
+        batch_dim: the dimension of the input that counts examples; 1 for sequences, [T, B, …].
+        input_count: inputs of that size that the model takes.
     """
 
     name: str
     paper: str
-    input_size: tuple[int, int, int]
+    input_size: tuple[int, ...]
     num_classes: int
     parameters: int
     macs: int
     top1: float | None = None
     reference: str = ""
+    input_dtype: torch.dtype = torch.float32
+    batch_dim: int = 0
+    input_count: int = 1
+
+    def example_inputs(
+        self, batch: int = 1, device: torch.device | str = "meta"
+    ) -> tuple[Tensor, ...]:
+        """Zeros in the shapes that the model takes; on the meta device, where they have no values,
+        they are what :func:`summary` needs."""
+        size = (*self.input_size[: self.batch_dim], batch, *self.input_size[self.batch_dim :])
+        return tuple(
+            torch.zeros(size, dtype=self.input_dtype, device=device)
+            for _ in range(self.input_count)
+        )
 
     @property
     def flops(self) -> int:
-        """Floating-point operations for one image: a multiply-add is two."""
+        """Floating-point operations for one example: a multiply-add is two."""
         return 2 * self.macs
 
 
