@@ -1,16 +1,11 @@
 // What the plain and the normalized LSTM share backwards. For *_isa.cpp files.
 #pragma once
 
-#include "cpu/math.h"
 #include "recurrent/backward.h"
+#include "recurrent/cell_math_isa.h"
 
 namespace nnarch::NNARCH_ISA {
 namespace {
-
-template <class T>
-NNARCH_INLINE Vec<T> grad_tanh(Vec<T> x) {
-  return tanh<T>(x);
-}
 
 template <class T>
 struct Gates {

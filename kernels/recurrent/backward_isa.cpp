@@ -41,7 +41,7 @@ NNARCH_INLINE void lstm(const GradRow<T>& r, int64_t u, int64_t n) {
   const CellGrad<T>& p = r.p;
   const Vec<T> before = load_n(r.before + u, n);
   const Gates<T> gate{r.keep(0, u, n), r.keep(1, u, n), r.keep(2, u, n), r.keep(3, u, n)};
-  const Vec<T> c = r.keep(4, u, n), seen = grad_tanh<T>(c), dh = r.of_h(u, n);
+  const Vec<T> c = r.keep(4, u, n), seen = cell_tanh(c), dh = r.of_h(u, n);
   const Vec<T> d_o = dh * seen * gate.o * (T(1) - gate.o);
   Vec<T> dc = load_n(r.carry + u, n) + dh * gate.o * (T(1) - seen * seen);
   const Gates<T> d = gates_of_cell(p, u, n, gate, before, c, d_o, dc);

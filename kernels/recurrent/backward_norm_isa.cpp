@@ -87,8 +87,8 @@ void norm_cell_grad(const CellGrad<T>& p, int64_t row) {
     Vec<T> dh = load_n(p.dh + row * p.dh_step + u, n);
     if (p.dy) dh += load_n(p.dy + row * p.dy_step + u, n);
     const Vec<T> o = gate(3, u);
-    const Vec<T> seen = grad_tanh<T>(cell.normalized(c + u, n) * load_n(cell_gain + u, n) +
-                                     load_n(cell_bias + u, n));
+    const Vec<T> seen =
+        cell_tanh(cell.normalized(c + u, n) * load_n(cell_gain + u, n) + load_n(cell_bias + u, n));
     const Vec<T> d_seen = dh * o * (T(1) - seen * seen);
     if (sums) add_to<T>(sums + 17 * hidden + u, n, d_seen);
     store_n(by_input + u, d_seen, n);

@@ -21,9 +21,9 @@ RecurrentBackward<T>::RecurrentBackward(const Steps& steps, const BackwardInputs
       h_step_(round_up(s_.out, gemm<T>().nr)),
       norm_sums_(in.norm && (out.d_norm || out.db_ih || out.db_hh)),
       peephole_sums_(in.peephole && out.d_peephole),
-      w_hh_(steps.count() > 1 || out.dh0 ? s_.gates * s_.hidden : 0, s_.out),
-      w_ih_(out.dx ? s_.gates * s_.hidden : 0, s_.in),
-      w_hr_(in.weight_hr ? s_.out : 0, s_.hidden),
+      w_hh_(steps.count() > 1 || out.dh0 ? s_.gates * s_.hidden : 0, s_.out, uses(out.dh0) == 1),
+      w_ih_(out.dx ? s_.gates * s_.hidden : 0, s_.in, steps.total() <= kInputRows),
+      w_hr_(in.weight_hr ? s_.out : 0, s_.hidden, uses(true) == 1),
       x_rows_(out.dw_ih ? most_rows_ : 0, s_.in),
       h_rows_(out.dw_hh ? most_rows_ : 0, s_.out),
       hidden_rows_(out.dw_hr ? most_rows_ : 0, s_.hidden),
@@ -68,12 +68,11 @@ void RecurrentBackward<T>::start_states(const T* dh, const T* dc) {
 
 template <class T>
 void RecurrentBackward<T>::pack_weights() {
-  const int64_t depth = s_.gates * s_.hidden;
-  std::vector<const T*> rows(static_cast<size_t>(std::max(depth, s_.out)));
   const auto pack = [&](DeepPanels<T>& panels, const T* weight, int64_t from) {
     const int64_t n = panels.depth();
+    std::vector<const T*> rows(static_cast<size_t>(n));
     for (int64_t k = 0; k < n; ++k) rows[k] = weight + (from + k) % n * panels.columns();
-    panels.pack(rows.data());
+    panels.set(rows);
   };
   pack(w_hh_, in_.weight_hh, 0);
   pack(w_ih_, in_.weight_ih, s_.kind == kGru ? 2 * s_.hidden : 0);  // n comes first
@@ -114,7 +113,8 @@ void RecurrentBackward<T>::scan(const TimeChunk& c, int64_t group) {
     const StepRows rows{t, begin, count, row, row - c.first_row};
     cell(rows, group, dy_room.get(), hidden_room.get());
     if (i > 0 || out_.dh0)
-      state_product(grad_at(rows.at) + columns_.state, count, dh_.get() + begin * h_step_);
+      state_product(grad_at(rows.at) + columns_.state, count, i % 2 == 1,
+                    dh_.get() + begin * h_step_);
   }
 }
 
@@ -161,14 +161,17 @@ void RecurrentBackward<T>::cell(const StepRows& r, int64_t group, T* dy_room, T*
        .hidden_out_step = s_.hidden});
 }
 
-// dh = grad · W_hh, in tasks of columns where that is worth a start of threads.
+// dh = grad · W_hh, in tasks of columns where that is worth a start of threads. Few rows wait for
+// the weights: every other step reads them from the last column to the first, so that what the step
+// before has left in L2 comes first.
 template <class T>
-void RecurrentBackward<T>::state_product(const T* grad, int64_t rows, T* dh) const {
-  constexpr int64_t columns = 128, worth = int64_t{1} << 20;  // products
+void RecurrentBackward<T>::state_product(const T* grad, int64_t rows, bool turned, T* dh) const {
+  constexpr int64_t few = 4, worth = int64_t{1} << 20;  // products
   const bool cut = w_hh_.depth() * s_.out * (rows + 4) >= worth;
-  const int64_t each = cut ? columns : std::max<int64_t>(1, s_.out);
-  parallel_tasks(ceil_div(s_.out, each), [&](int64_t task) {
-    const int64_t first = task * each;
+  const int64_t wide = rows <= few ? gemm<T>().nr : 128;
+  const int64_t each = cut ? wide : std::max<int64_t>(1, s_.out), tasks = ceil_div(s_.out, each);
+  parallel_tasks(tasks, [&](int64_t task) {
+    const int64_t first = (turned ? tasks - 1 - task : task) * each;
     w_hh_.multiply(grad, columns_.step, rows, first, std::min(each, s_.out - first), dh, h_step_);
   });
 }
@@ -176,8 +179,8 @@ void RecurrentBackward<T>::state_product(const T* grad, int64_t rows, T* dh) con
 // dx = grad · W_ih.
 template <class T>
 void RecurrentBackward<T>::input_product(const TimeChunk& c) const {
-  constexpr int64_t most_rows = 112, most_columns = 128;  // eight register tiles; four panels
-  const int64_t blocks = ceil_div(c.rows, most_rows);
+  constexpr int64_t most_columns = 128;  // four panels
+  const int64_t blocks = ceil_div(c.rows, kInputRows);
   const int64_t each = blocks > 1 ? std::max<int64_t>(1, s_.in) : most_columns;
   const int64_t parts = ceil_div(s_.in, each);
   parallel_tasks(blocks * parts, [&](int64_t task) {

@@ -108,6 +108,7 @@ class RecurrentBackward {
  private:
   static constexpr int64_t kSumRows = kNormRows + 3;  // of norm, then of the peephole
   static constexpr int64_t kGroupRows = 28;           // sequences: two register tiles
+  static constexpr int64_t kInputRows = 112;          // of the input's product: eight
 
   // Sequences [first, first + count) at step t; their rows start at `row` of all, at `at` of the
   // chunk.
@@ -120,12 +121,14 @@ class RecurrentBackward {
   void list_rows(const TimeChunk& c);
   void scan(const TimeChunk& c, int64_t group);
   void cell(const StepRows& r, int64_t group, T* dy_room, T* hidden_room);
-  void state_product(const T* grad, int64_t rows, T* dh) const;
+  void state_product(const T* grad, int64_t rows, bool turned, T* dh) const;
   void input_product(const TimeChunk& c) const;
   void sum_weights_of(const TimeChunk& c, bool add) const;
   void add_group_sums();
   void finish();
 
+  // How often the scan multiplies by a weight, where the first step does so or does not.
+  int64_t uses(bool first_step) const { return groups() * (steps_.count() - (first_step ? 0 : 1)); }
   int64_t groups() const { return ceil_div(steps_.batch(), kGroupRows); }
   int64_t group_start(int64_t g) const { return steps_.batch() * g / groups(); }
   T* sums_of(int64_t g) { return sums_.get() + g * kSumRows * s_.hidden; }

@@ -142,10 +142,10 @@ def cast(tensors: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Tensor
     return tuple(None if t is None else t.to(dtype) for t in tensors)
 
 
-def check(layer: Layer, dtype: torch.dtype, grads: tuple[Tensor | None, ...] | None = None) -> None:
+def check(layer: Layer, dtype: torch.dtype) -> None:
     """Against the definition's autograd in float64, next to that of the same dtype."""
     layer = layer.to(dtype)
-    grads = cast(output_grads(layer) if grads is None else grads, dtype)
+    grads = cast(output_grads(layer), dtype)
     arguments = layer.arguments()
     mine = scan_backward(*grads, *arguments)
     theirs = reference.recurrent_scan_backward(*grads, *arguments)
@@ -161,16 +161,6 @@ def check(layer: Layer, dtype: torch.dtype, grads: tuple[Tensor | None, ...] | N
 def cast_rest(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """What follows the layer's tensors; y and the reserve are recomputed by the definition."""
     return arguments[len(NAMES) :]
-
-
-SAMPLES = {
-    "recurrent_scan_backward": lambda: [
-        (*cast(output_grads(layer), torch.float32), *layer.to(torch.float32).arguments())
-        for kind, option in CASES
-        for layer in [make(kind, 3, 4, 6, 7, **OPTIONS[option])]
-        if option in ("plain", "packed reverse", "everything")
-    ]
-}
 
 
 @each_case
