@@ -1,16 +1,27 @@
 """The architectures, one file each, and the registry that finds them by name."""
 
-from nnarch.models import mobilenet_v2, resnet
+from nnarch.models import (
+    forecaster,
+    language_model,
+    mobilenet_v2,
+    resnet,
+    seq2seq,
+    sequence_classifier,
+)
 from nnarch.models.registry import ModelInfo, create_model, list_models, model_info, register_model
 from nnarch.models.summary import summary
 
 __all__ = [
     "ModelInfo",
     "create_model",
+    "forecaster",
+    "language_model",
     "list_models",
     "mobilenet_v2",
     "model_info",
     "register_model",
     "resnet",
+    "seq2seq",
+    "sequence_classifier",
     "summary",
 ]

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.nn import Module
 
 Builder = Callable[..., Module]
@@ -21,28 +23,42 @@ class ModelInfo:
     Attributes:
         name: what :func:`create_model` takes.
         paper: authors, year and title.
-        input_size: (channels, height, width) of the images it was designed for.
+        input_size: of one input without the batch: (channels, height, width) of the images it was
+            designed for, (steps, features) of series, (steps,) of tokens.
         num_classes: outputs.
         parameters: trainable values.
-        macs: multiply-adds of the convolutions and linear layers for one image. Papers that
-            report "FLOPs" of classifiers mostly mean this number.
+        macs: multiply-adds of convolutions, linear and recurrent layers for one image or sequence.
+            Papers that report "FLOPs" of classifiers mostly mean this number.
         top1: accuracy in percent on the data set that `reference` names, or None.
         reference: where `top1` comes from.
+        vocabulary: inputs are tokens below this number; None: real values.
+        inputs: how many inputs of `input_size` a call takes.
     """
 
     name: str
     paper: str
-    input_size: tuple[int, int, int]
+    input_size: tuple[int, ...]
     num_classes: int
     parameters: int
     macs: int
     top1: float | None = None
     reference: str = ""
+    vocabulary: int | None = None
+    inputs: int = 1
 
     @property
     def flops(self) -> int:
-        """Floating-point operations for one image: a multiply-add is two."""
+        """Floating-point operations for one image or sequence: a multiply-add is two."""
         return 2 * self.macs
+
+    def example_inputs(self, batch: int = 1, device: str = "cpu") -> tuple[Tensor, ...]:
+        """Random inputs for a call of the model: images, series or tokens."""
+        size = (batch, *self.input_size)
+        if self.vocabulary is None:
+            return tuple(torch.randn(size, device=device) for _ in range(self.inputs))
+        return tuple(
+            torch.randint(self.vocabulary, size, device=device) for _ in range(self.inputs)
+        )
 
 
 _builders: dict[str, tuple[Builder, ModelInfo]] = {}

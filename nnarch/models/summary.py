@@ -14,6 +14,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.rnn import RNNBase, RNNCellBase
+from torch.nn.utils.rnn import PackedSequence
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class ModelSummary:
         model: class name of the model.
         rows: the layers in the order of their calls.
         parameters: distinct values in all parameters of the model.
-        macs: multiply-adds of convolutions and linear layers.
+        macs: multiply-adds of convolutions, linear and recurrent layers.
     """
 
     model: str
@@ -70,8 +72,8 @@ class ModelSummary:
 def summary(model: Module, input: Tensor | Sequence[Tensor] | Sequence[int]) -> ModelSummary:
     """Layers of `model` with output shapes, parameters and FLOPs, for one input.
 
-    Convolutions and linear layers are counted; matrix products that a forward method writes out
-    itself are not. Neither the model nor its BatchNorm statistics change.
+    Convolutions, linear and recurrent layers are counted; matrix products that a forward method
+    writes out itself are not. Neither the model nor its BatchNorm statistics change.
 
     Args:
         model: any torch module.
@@ -142,7 +144,9 @@ def _recording(model: Module, rows: list[LayerRow]) -> Iterator[None]:
 
 def _recorder(name: str, rows: list[LayerRow]) -> Any:
     def record(module: Module, inputs: tuple[Any, ...], output: Any) -> None:
-        first = output if isinstance(output, Tensor) else output[0]
+        first = output
+        while not isinstance(first, Tensor):  # a recurrent layer's output and state, say
+            first = first[0]
         own = sum(p.numel() for p in module.parameters(recurse=False))
         macs = _multiply_adds(module, inputs, first)
         rows.append(LayerRow(name, type(module).__name__, tuple(first.shape), own, macs))
@@ -157,4 +161,8 @@ def _multiply_adds(module: Module, inputs: tuple[Any, ...], output: Tensor) -> i
         return output.numel() * module.weight[0].numel()
     if isinstance(module, torch.nn.Linear):
         return output.numel() * module.in_features
+    if isinstance(module, (RNNBase, RNNCellBase)):  # every step is a product with every weight
+        steps = inputs[0][0] if isinstance(inputs[0], PackedSequence) else inputs[0]
+        weights = sum(p.numel() for p in module.parameters() if p.dim() == 2)
+        return steps.numel() // module.input_size * weights
     return 0
