@@ -13,6 +13,8 @@ from nnarch import arrays, library
 from nnarch.kernels.activation import kinds
 from nnarch.kernels.conv2d import reference
 from nnarch.kernels.conv2d.geometry import check_conv, output_size, padding_of, two
+from nnarch.kernels.depthwise.op import depthwise_op
+from nnarch.kernels.depthwise.op import pack as pack_depthwise
 from nnarch.kernels.epilogue import (
     check_epilogue,
     check_packed,
@@ -21,6 +23,7 @@ from nnarch.kernels.epilogue import (
     must_split,
     refuse_gradient,
 )
+from nnarch.kernels.normalization.op import affine
 
 _EPILOGUE = "Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual"
 _GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation, int groups"
@@ -258,14 +261,10 @@ def conv2d(
     else:
         pads = padding_of(padding, weight, steps, gaps)
     if groups != 1 and is_depthwise(x, weight, groups):
-        from nnarch.kernels.depthwise.op import depthwise_op
-
         run, geometry = depthwise_op, (steps, pads, gaps)
     else:
         run, geometry = conv2d_op, (steps, pads, gaps, groups)
     if (code or scale is not None) and must_split(code, x, weight, bias, scale, shift, residual):
-        from nnarch.kernels.normalization.op import affine
-
         z = run(x, weight, bias, None, None, None, packed, *geometry, 0, 0.0)
         return affine(z, scale, shift, residual, code, alpha)
     return run(x, weight, bias, scale, shift, residual, packed, *geometry, code, alpha)
@@ -324,7 +323,5 @@ def pack_conv2d_weight(weight: Tensor, groups: int = 1, *, tile: int = 0) -> Ten
     if weight.device.type != "cpu" or library.native is None:
         return None
     if groups > 1 and weight.dim() == 4 and weight.shape[1] == 1:
-        from nnarch.kernels.depthwise.op import pack as pack_depthwise
-
         return pack_depthwise(weight.detach())
     return pack(weight.detach(), groups, tile)

@@ -24,6 +24,7 @@ from nnarch.kernels.epilogue import (
     refuse_gradient,
 )
 from nnarch.kernels.linear import reference
+from nnarch.kernels.normalization.op import affine
 
 _GPU = "nnarch.kernels.linear.triton_kernel"
 
@@ -155,8 +156,6 @@ def linear(
     """
     code, alpha = kinds.encode(activation, "linear")
     if (code or scale is not None) and must_split(code, x, weight, bias, scale, shift, residual):
-        from nnarch.kernels.normalization.op import affine
-
         z = linear_op(x, weight, bias, None, None, None, None, 0, 0.0)
         flat = _as_rows(z)
         rest = None if residual is None else residual.reshape(flat.shape)
