@@ -23,7 +23,7 @@ from nnarch.kernels.epilogue import (
     must_split,
     refuse_gradient,
 )
-from nnarch.kernels.normalization.op import affine
+from nnarch.kernels.normalization.op import affine, channel_sum
 
 _EPILOGUE = "Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual"
 _GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation, int groups"
@@ -65,15 +65,18 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale, y = ctx.saved_tensors
-    need_x, need_weight, *needs = ctx.needs_input_grad[:6]
-    need_bias, need_scale, need_shift, need_residual = needs
-    refuse_gradient("conv2d", scale_wanted=need_scale)
-    g = epilogue_backward(
-        grad, y, scale, ctx.activation, ctx.alpha, (need_bias, need_shift, need_residual)
-    )
-    dx = input_grad(g.accumulator, weight, x.shape, *ctx.geometry) if need_x else None
-    dw = weight_grad_of(g.accumulator, x, weight, ctx.geometry) if need_weight else None
-    return dx, dw, g.bias, None, g.shift, g.residual, *[None] * 7
+    need_x, need_weight, need_bias, need_scale, need_shift, need_residual = ctx.needs_input_grad[:6]
+    db = d_shift = d_residual = None
+    if ctx.activation or scale is not None or need_scale or need_shift or need_residual:
+        refuse_gradient("conv2d", scale_wanted=need_scale)
+        needs = (need_bias, need_shift, need_residual)
+        g = epilogue_backward(grad, y, scale, ctx.activation, ctx.alpha, needs)
+        grad, db, d_shift, d_residual = g
+    elif need_bias:
+        db = channel_sum(grad)
+    dx = input_grad(grad, weight, tuple(x.shape), *ctx.geometry) if need_x else None
+    dw = weight_grad_of(grad, x, weight, ctx.geometry) if need_weight else None
+    return dx, dw, db, None, d_shift, d_residual, *[None] * 7
 
 
 conv2d_op = library.declare(
@@ -129,13 +132,13 @@ def _weight_grad_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
     grad, x = ctx.saved_tensors
     need_grad, need_x = ctx.needs_input_grad[:2]
     d_grad = _plain(x, gg, ctx.geometry) if need_grad else None
-    d_x = input_grad(grad, gg, x.shape, *ctx.geometry) if need_x else None
+    d_x = input_grad(grad, gg, tuple(x.shape), *ctx.geometry) if need_x else None
     return d_grad, d_x, *[None] * 6
 
 
 def weight_grad_of(grad: Tensor, x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> Tensor:
     """The gradient of `weight` in its memory format: autograd would copy any other."""
-    return weight_grad(grad, x, weight.shape, *geometry, _is_channels_last(weight))
+    return weight_grad(grad, x, tuple(weight.shape), *geometry, _is_channels_last(weight))
 
 
 def _is_channels_last(t: Tensor) -> bool:

@@ -172,10 +172,13 @@ def _setup_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     y, mean, invstd = output
     _refuse_gradient("batch_norm_train", ctx.code)
     ctx.mark_non_differentiable(mean, invstd)
+    ctx.set_materialize_grads(False)  # else theirs come as zeros
     ctx.save_for_backward(x, weight, mean, invstd, y if ctx.code != kinds.NONE else None)
 
 
-def _train_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _train_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
     x, weight, mean, invstd, y = ctx.saved_tensors
     need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
     code, alpha = ctx.code, ctx.alpha
