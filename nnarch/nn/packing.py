@@ -120,7 +120,7 @@ class PackedWeightMixin(Module):
             weight.requires_grad or (isinstance(x, Tensor) and x.requires_grad)
         ):
             return None
-        if weight.device.type != "cpu" or weight.is_inference():  # which has no version counter
+        if not weight.is_cpu or weight.is_inference():  # which has no version counter
             self._drop_packed()
             return None
         cache = self._packed
