@@ -164,7 +164,26 @@ _SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "affine": _affine,
     "channel_sum": lambda: [(tensor(*_NCHW),), (tensor(300, 7),)],
     "channel_dot": lambda: [(tensor(*_NCHW), tensor(*_NCHW))],
-    "conv2d": lambda: [*_conv2d(12, 10), *_conv2d(3, 9)],
+    "conv2d": lambda: [
+        *_conv2d(12, 10),
+        *_conv2d(3, 9),
+        # A signal.
+        (
+            tensor(2, 5, 1, 300),
+            tensor(20, 5, 1, 4),
+            tensor(20),
+            None,
+            None,
+            tensor(2, 20, 1, 150),
+            None,
+            [1, 2],
+            [0, 1, 0, 2],
+            [1, 1],
+            1,
+            kinds.RELU,
+            0.0,
+        ),
+    ],
     "conv2d_pack": lambda: [
         (tensor(10, 6, 3, 4), 2, 0),
         (tensor(9, 3, 3, 3), 1, 0),

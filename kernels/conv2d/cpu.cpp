@@ -2,6 +2,7 @@
 #include "conv2d/cpu_grouped.h"
 #include "conv2d/cpu_product.h"
 #include "conv2d/cpu_shape.h"
+#include "conv2d/cpu_signal.h"
 #include "conv2d/cpu_stem.h"
 #include "conv2d/cpu_views.h"
 #include "cpu/epilogue_fold.h"
@@ -47,10 +48,11 @@ Tensor pack_groups(const Tensor& weight, const ConvShape& p, int64_t tile) {
   return packed;
 }
 
-// Whether an output may be NCHW; others are converted afterwards.
+// Whether an output is to be NCHW, and can be written so; others are converted afterwards. (Images
+// of one channel are dense both ways.)
 template <class T>
-bool writes_planes(const ConvShape& p) {
-  return stem_serves(p) || has_narrow_groups<T>(p);
+bool writes_planes(const ConvShape& p, const Tensor& x) {
+  return stem_serves(p) ? !follows_channels_last(x) : has_narrow_groups<T>(p) && is_planar(x);
 }
 
 // How a weight that is packed for this convolution should be packed.
@@ -130,19 +132,25 @@ Tensor conv2d(const Tensor& x_in, const Tensor& weight_in, const OptTensor& bias
   const Tensor x = to_compute_type(x_in), weight = to_compute_type(weight_in);
   const OptTensor b = to_compute_type(bias), sc = to_compute_type(scale),
                   sh = to_compute_type(shift);
-  const OptTensor res =
-      residual ? OptTensor(as_channels_last(to_compute_type(*residual))) : std::nullopt;
+  const bool signal = signal_serves(p) && x.is_contiguous() && !StayChannelsLast::holds();
+  OptTensor res = to_compute_type(residual);
+  if (res) res = signal ? as_contiguous(*res) : as_channels_last(*res);
   require(!packed_in || (packed_in->is_contiguous() && packed_in->scalar_type() == x.scalar_type()),
           "conv2d: packed does not belong to this weight");
   Tensor y;
   with_scalar_type(x.scalar_type(), "conv2d", [&](auto scalar) {
     using T = decltype(scalar);
+    const FoldedEpilogue<T> epilogue({b, sc, sh, res, activation, alpha}, p.k);
     const int64_t tile = packed_in ? tile_of<T>(*packed_in, p) : forward_tile<T>(p, false);
+    if (signal) {
+      set_algorithm("signal");
+      y = new_contiguous(p.output_size(), x.scalar_type());
+      return signal_forward<T>(data<T>(x), weight, mutable_data<T>(y), p, epilogue.get());
+    }
     const bool planar =
-        tile == 0 && writes_planes<T>(p) && !res && is_planar(x_in) && !StayChannelsLast::holds();
+        tile == 0 && !res && writes_planes<T>(p, x_in) && !StayChannelsLast::holds();
     y = planar ? new_contiguous(p.output_size(), x.scalar_type())
                : new_channels_last(p.output_size(), x.scalar_type());
-    const FoldedEpilogue<T> epilogue({b, sc, sh, res, activation, alpha}, p.k);
     forward<T>(x, weight, packed_in ? data<T>(*packed_in) : nullptr, tile, y, p, epilogue.get());
   });
   return to_type(in_format_of(y, x_in), type);

@@ -42,18 +42,23 @@ class Conv1d(PackedWeightMixin, torch.nn.Conv1d):
     def _convolve(
         self, x: Tensor, residual: Tensor | None = None, activation: Activation = None
     ) -> Tensor:
-        padding: Any = self.padding
-        packed = self._packed_weight(self.weight, x)
+        # Past nn.Module.__getattr__, as in Conv2d.
+        parameters, padding = self._parameters, self.padding
+        weight = parameters.get("weight")
+        if weight is None:
+            weight = self.weight
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (lazy)
+        packed = self._packed_weight(weight, x)
         if self.padding_mode != "zeros":
             pads = self._reversed_padding_repeated_twice
             x = torch.nn.functional.pad(x, pads, mode=self.padding_mode)
             padding = 0
         return F.conv1d(
             x,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             self.stride,
-            padding,
+            padding,  # type: ignore[arg-type]
             self.dilation,
             self.groups,
             residual=residual,
