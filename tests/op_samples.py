@@ -188,6 +188,7 @@ _SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
         (tensor(10, 6, 3, 4), 2, 0),
         (tensor(9, 3, 3, 3), 1, 0),
         (tensor(20, 7, 3, 3), 2, 4),
+        (tensor(20, 7, 5, 5), 2, 2),
     ],
     "linear": _linear,
     "linear_pack": lambda: [(tensor(35, 21),)],

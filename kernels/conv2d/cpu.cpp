@@ -58,18 +58,22 @@ bool writes_planes(const ConvShape& p, const Tensor& x) {
 // How a weight that is packed for this convolution should be packed.
 template <class T>
 int64_t forward_tile(const ConvShape& p, bool packed) {
-  if (stem_serves(p) || packs_narrow_groups<T>(p) ||
-      !winograd_serves(forward_image<T>(nullptr, p, 0)))
-    return 0;
-  return choose_tile({p.n, p.oh, p.ow, p.group_c(), p.group_k(), packed});
+  if (stem_serves(p) || packs_narrow_groups<T>(p)) return 0;
+  const int64_t side = winograd_side(forward_image<T>(nullptr, p, 0));
+  return side ? choose_tile({p.n, p.oh, p.ow, p.group_c(), p.group_k(), packed, side}) : 0;
+}
+
+// Whether Winograd has tiles of that size for a kernel of `side` × `side`.
+bool has_tile(int64_t side, int64_t tile) {
+  return tile == 2 ? side == 3 || side == 5 : side == 3 && tile >= 4 && tile <= 6;
 }
 
 // How a packed weight was packed; throws where it does not belong to this convolution.
 template <class T>
 int64_t tile_of(const Tensor& packed, const ConvShape& p) {
-  const bool may_be_transformed = winograd_serves(forward_image<T>(nullptr, p, 0));
+  const int64_t side = winograd_side(forward_image<T>(nullptr, p, 0));
   for (int64_t tile : {0, 2, 4, 5, 6})
-    if (packed.numel() == all_groups_size<T>(p, tile) && (tile == 0 || may_be_transformed))
+    if (packed.numel() == all_groups_size<T>(p, tile) && (tile == 0 || has_tile(side, tile)))
       return tile;
   throw std::runtime_error("conv2d: packed does not belong to this weight");
 }
@@ -107,9 +111,9 @@ Tensor conv2d_pack(const Tensor& weight_in, int64_t groups, int64_t tile) {
   require(weight.dim() == 4 && groups > 0 && weight.size(0) % groups == 0,
           "conv2d_pack: weight must be 4-D and groups must divide its first size");
   const IntList size = sizes_of(weight);
-  require(tile == 0 || ((tile == 2 || (tile >= 4 && tile <= 6)) && size[2] == 3 && size[3] == 3 &&
+  require(tile == 0 || (size[2] == size[3] && has_tile(size[2], tile) &&
                         weight.scalar_type() == ScalarType::Float),
-          "conv2d_pack: tile must be 0, or 2, 4, 5 or 6 for a 3x3 weight in float32");
+          "conv2d_pack: tile must be 0, or in float32 2, 4, 5 or 6 for 3x3 and 2 for 5x5");
   ConvShape p{};  // packing asks for nothing but the weight's sizes
   p.c = size[1] * groups, p.k = size[0], p.r = size[2], p.s = size[3], p.groups = groups;
   return with_scalar_type(weight.scalar_type(), "conv2d_pack", [&](auto scalar) {
