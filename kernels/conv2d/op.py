@@ -186,10 +186,11 @@ def _check_pack(weight: Tensor, groups: int, tile: int) -> None:
         )
     if tile not in _TILES:
         raise ValueError(f"conv2d_pack: tile must be one of {_TILES}, got {tile}")
-    if tile and (weight.shape[2:] != (3, 3) or weight.dtype == torch.float64):
+    transformed = weight.shape[2:] == (3, 3) or (weight.shape[2:] == (5, 5) and tile == 2)
+    if tile and (not transformed or weight.dtype == torch.float64):
         raise ValueError(
-            "conv2d_pack: only a weight of 3×3 and at most float32 can be transformed, got "
-            f"{tuple(weight.shape)}, {weight.dtype}"
+            "conv2d_pack: only a weight of 3×3, or of 5×5 for tile 2, and at most float32 can be "
+            f"transformed, got {tuple(weight.shape)}, {weight.dtype}"
         )
 
 

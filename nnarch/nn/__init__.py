@@ -28,7 +28,13 @@ from nnarch.nn.activation import (
 from nnarch.nn.conv import Conv2d, LazyConv2d
 from nnarch.nn.conv1d import Conv1d, ConvTranspose1d, LazyConv1d, LazyConvTranspose1d
 from nnarch.nn.conv_transpose import ConvTranspose2d, LazyConvTranspose2d
-from nnarch.nn.fused import FusedConv2d, FusedLinear
+from nnarch.nn.fused import (
+    FusedConv1d,
+    FusedConv2d,
+    FusedConvTranspose1d,
+    FusedConvTranspose2d,
+    FusedLinear,
+)
 from nnarch.nn.linear import LazyLinear, Linear
 from nnarch.nn.local_response_norm import LocalResponseNorm
 from nnarch.nn.normalization import (
