@@ -66,7 +66,7 @@ def as_array(tensor: torch.Tensor) -> Any:
 
 
 def stream_of(tensor: torch.Tensor) -> Any:
-    """Torch's current stream, for a launch in order with torch's own work: `kernel[g, b, stream]`."""
+    """Torch's current stream, for a launch in order with torch: `kernel[grid, block, stream]`."""
     if simulating():
         return 0
     from numba import cuda
@@ -154,7 +154,10 @@ def assemble(ptx: str, capability: tuple[int, int]) -> Usage:
     return Usage(
         registers=largest(r"Used (\d+) registers"),
         spilled=largest(r"(\d+) bytes spill stores"),
-        shared=largest(r"(\d+) bytes smem"),
+        # Relocatable code has its shared memory laid out when it is linked; the PTX declares it.
+        shared=sum(
+            int(n) for n in re.findall(r"^\s*(?:\.visible )?\.shared .*\[(\d+)\];", ptx, re.M)
+        ),
     )
 
 
@@ -208,7 +211,7 @@ def cooperative_grid_limit(
     )
     a_block = -(-shared_bytes // _SHARED_UNIT) * _SHARED_UNIT
     if shared_bytes:
-        # `shared_bytes` of a target is the most that one block may have; a processor has 1 KiB more.
+        # `shared_bytes` of a target is what one block may have; a processor has 1 KiB more.
         whole = entry.shared_bytes + _SHARED_RESERVED
         resident = min(resident, whole // (a_block + _SHARED_RESERVED))
     return resident * (entry.processors if processors is None else processors)
