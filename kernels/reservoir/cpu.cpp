@@ -24,9 +24,8 @@ Tensor reservoir_pack(const Tensor& values, const Tensor& columns, const Tensor&
           kBadMatrix);
   const Tensor v = as_contiguous(to_compute_type(values));
   const Tensor c = torch::stable::contiguous(columns), r = torch::stable::contiguous(rows);
-  return with_scalar_type(v.scalar_type(), "reservoir_pack", [&](auto scalar) {
-    return pack_as<decltype(scalar)>(v, c, r);
-  });
+  return with_scalar_type(v.scalar_type(), "reservoir_pack",
+                          [&](auto scalar) { return pack_as<decltype(scalar)>(v, c, r); });
 }
 
 // ------------------------------------------------------------------------------- both scans

@@ -43,11 +43,11 @@ struct Scan {
   T* states;        // [steps - skip, batch, neurons], or null
   T* last;          // [batch, neurons]
   // y = w_out·[s, input of the step] + b_out, fed back into the next step.
-  const T* y0;     // [batch, fed]
-  const T* w_out;  // [fed, readout]
+  const T* y0;      // [batch, fed]
+  const T* w_out;   // [fed, readout]
   int64_t readout;  // neurons, or neurons + given + fed
-  const T* b_out;  // [fed]
-  T* y;            // [steps, batch, fed]
+  const T* b_out;   // [fed]
+  T* y;             // [steps, batch, fed]
 };
 
 template <class T>

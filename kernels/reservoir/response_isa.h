@@ -8,12 +8,11 @@ namespace nnarch::NNARCH_ISA {
 // tanh in float as x·p(x²)/q(x²), the approximation of Eigen's ptanh: as accurate as the one over
 // exp in cpu/math.h and half its work, which a batch of reservoirs feels (a fifth of its time).
 NNARCH_INLINE Vec<float> rational_tanh(Vec<float> value) {
-  static constexpr float p[] = {4.89352455891786e-03f,  6.37261928875436e-04f,
-                                1.48572235717979e-05f,  5.12229709037114e-08f,
-                                -8.60467152213735e-11f, 2.00018790482477e-13f,
-                                -2.76076847742355e-16f};
-  static constexpr float q[] = {4.89352518554385e-03f, 2.26843463243900e-03f,
-                                1.18534705686654e-04f, 1.19825839466702e-06f};
+  static constexpr float p[] = {
+      4.89352455891786e-03f,  6.37261928875436e-04f, 1.48572235717979e-05f, 5.12229709037114e-08f,
+      -8.60467152213735e-11f, 2.00018790482477e-13f, -2.76076847742355e-16f};
+  static constexpr float q[] = {4.89352518554385e-03f, 2.26843463243900e-03f, 1.18534705686654e-04f,
+                                1.19825839466702e-06f};
   const Vec<float> one = broadcast<float>(1.0f), edge = broadcast<float>(7.90531110763549805f);
   const Vec<float> x = clamp<float>(value, -edge, edge), square = x * x;
   // reciprocal() is good to an ulp for every normal number, and q lies between 0.0048 and 0.6.

@@ -5,7 +5,6 @@
 
 namespace nnarch::NNARCH_ISA {
 
-
 // Exchanges the S-lane blocks of two vectors that lie off the diagonal.
 template <int S, class V, int... I>
 NNARCH_INLINE void exchange(V& a, V& b, Indices<I...>) {

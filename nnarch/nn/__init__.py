@@ -47,5 +47,6 @@ from nnarch.nn.pooling import (
     MaxPool2d,
     MaxUnpool2d,
 )
+from nnarch.nn.reservoir import EchoStateNetwork, Reservoir
 from nnarch.nn.separable import DepthwiseSeparableConv2d
 from nnarch.nn.upsample import Upsample, UpsamplingBilinear2d, UpsamplingNearest2d
