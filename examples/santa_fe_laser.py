@@ -1,39 +1,27 @@
-"""The Santa Fe laser: one step ahead by an echo-state network, and a free run through a collapse.
+"""The Santa Fe laser: one step ahead by an echo-state network, and a free run.
 
-The series is the intensity of a far-infrared laser (data set A of the Santa Fe competition, 1991),
-10,093 measured values, as the reservoirpy package carries them: `make laser` fetches that package
-into .venv/laser, as a file and not as a dependency.
-Usage: python examples/santa_fe_laser.py [--data FILE] [--picture out/santa_fe_laser.png]
+The intensity of a far-infrared laser (data set A of the Santa Fe competition, 1991): 10,093
+measured values from 0 to 255.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
+from typing import Annotated
 
+import matplotlib
 import numpy as np
 import torch
-from rich.console import Console
+import typer
+from datasets import console, santa_fe_laser
 from rich.progress import Progress
 
 import nnarch.nn as nn
 
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
 TRAIN, WASHOUT, FREE = 6000, 200, 100
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def laser(file: Path | None = None) -> np.ndarray:
-    """The series, scaled to 0 … 1.
-
-    Raises:
-        FileNotFoundError: it was not fetched; the message says how.
-    """
-    found = [file] if file else sorted((ROOT / ".venv" / "laser").rglob("santafe_laser.npy"))
-    if not found or not found[0].exists():
-        raise FileNotFoundError("no santafe_laser.npy: `make laser` fetches it, --data names one")
-    series = np.load(found[0]).astype(np.float64).ravel()
-    return series / 255.0
 
 
 def build(seed: int = 0) -> nn.EchoStateNetwork:
@@ -50,13 +38,10 @@ def nrmse(said: np.ndarray, truth: np.ndarray) -> float:
     return float(np.sqrt(np.mean((said - truth) ** 2)) / truth.std())
 
 
-def picture(path: Path, truth: np.ndarray, said: np.ndarray, after: np.ndarray, run: np.ndarray):
+def draw(
+    path: Path, truth: np.ndarray, said: np.ndarray, after: np.ndarray, run: np.ndarray
+) -> None:
     """One-step predictions over the truth, and a free run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(9, 6))
     top.plot(truth[:400], label="laser")
     top.plot(said[:400], "--", label="predicted, one step ahead")
@@ -72,22 +57,15 @@ def picture(path: Path, truth: np.ndarray, said: np.ndarray, after: np.ndarray, 
     plt.close(figure)
 
 
-def main() -> int:
+def main(
+    picture: Annotated[Path, typer.Option(help="PNG to write")] = Path("out/santa_fe_laser.png"),
+    seed: int = 0,
+) -> None:
     """Fit, predict, run freely."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path)
-    parser.add_argument("--picture", type=Path, default=Path("out/santa_fe_laser.png"))
-    options = parser.parse_args()
-    console = Console()
-    try:
-        series = laser(options.data)
-    except FileNotFoundError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
+    series = santa_fe_laser() / 255.0
     with Progress(console=console) as progress:
         task = progress.add_task("building the reservoir", total=4)
-        network = build()
+        network = build(seed)
         progress.update(task, description="fitting the readout", advance=1)
         network.fit(series[: TRAIN - 1], series[1:TRAIN])
         progress.update(task, description="predicting", advance=1)
@@ -98,14 +76,13 @@ def main() -> int:
         network.warm_up(series[TRAIN - WASHOUT : TRAIN])
         run = network.generate(FREE)[:, 0]
         progress.update(task, description="done", advance=1)
-    picture(options.picture, truth, said, series[TRAIN : TRAIN + FREE], run)
+    draw(picture, truth, said, series[TRAIN : TRAIN + FREE], run)
     persistence = nrmse(series[TRAIN:-1], truth)
     console.print(
         f"{len(truth)} steps not seen, one step ahead: NRMSE {nrmse(said, truth):.4f} "
-        f"(repeating the last value: {persistence:.2f})\npicture: {options.picture}"
+        f"(repeating the last value: {persistence:.2f})\npicture: {picture}"
     )
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    typer.run(main)

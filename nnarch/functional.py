@@ -47,9 +47,9 @@ __all__ = [
     "pack_conv_transpose2d_weight",
     "pack_linear_weight",
     "pack_recurrent_weights",
-    "rnn_layer",
     "pack_reservoir",
     "reservoir_generate",
     "reservoir_scan",
+    "rnn_layer",
     "upsample",
 ]

@@ -159,7 +159,8 @@ def _launch(
         matrix.lengths, matrix.starts, matrix.rows,
         operand(w_in), operand(bias, n), operand(x), int(w_in is None), given,
         leak, activation, steps, batch, n, skip, flat_states, last.view(-1),
-        fed, operand(y0), operand(w_out), readout, operand(b_out), y.view(-1) if fed else operand(None),
+        fed, operand(y0), operand(w_out), readout, operand(b_out),
+        y.view(-1) if fed else operand(None),
     )  # fmt: skip
     with library_device(x):
         if uses_shared(n, batch, dtype, x.device):

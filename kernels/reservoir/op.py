@@ -207,7 +207,7 @@ def _compressed(op: str, matrix: Any) -> tuple[Tensor, Tensor, Tensor]:
             f"{op}: matrix must be a sparse CSR tensor, a scipy sparse matrix, a dense matrix or "
             f"the tuple (values, columns, rows), got {type(matrix).__name__}"
         )
-    if tuple(matrix.shape)[0] != tuple(matrix.shape)[-1]:
+    if matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"{op}: matrix must be square, got {tuple(matrix.shape)}")
     values, columns, rows = parts
     return values, columns.to(torch.int32), rows.to(torch.int32)
@@ -242,7 +242,7 @@ def reservoir_scan(
 
     ``s[t] = (1 - leak)·s[t-1] + leak·f(W·s[t-1] + w_in·x[t] + bias)``. Jaeger, 2001, The "echo
     state" approach to analysing and training recurrent neural networks; leaky neurons: Jaeger and
-    others, 2007, Optimization and applications of echo state networks with leaky-integrator neurons.
+    others, 2007, Optimization and applications of echo state networks with leaky integrators.
 
     Args:
         x: ``[T, B, I]`` inputs; ``[T, B, N]`` without `w_in`, added to the neurons as they are.
@@ -258,7 +258,7 @@ def reservoir_scan(
         packed: what :func:`pack_reservoir` made of `matrix`, to save packing it in every call.
 
     Returns:
-        ``[max(0, T - skip), B, N]``, the states kept, and ``[B, N]``, the state after the last step.
+        ``[max(0, T - skip), B, N]``, the states kept, and ``[B, N]``, the last state.
 
     Raises:
         ValueError: shapes that do not fit, a matrix that is not square, an unknown activation.

@@ -13,7 +13,7 @@ try:
 except ImportError as error:  # pragma: no cover
     raise ImportError("nnarch.estimators needs scikit-learn (pip install scikit-learn)") from error
 
-from nnarch.nn.reservoir import EchoStateNetwork
+from nnarch.nn.echo_state import EchoStateNetwork
 
 
 class EchoStateRegressor(RegressorMixin, BaseEstimator):
@@ -75,9 +75,7 @@ class EchoStateRegressor(RegressorMixin, BaseEstimator):
             X: ``[steps, features]``.
             y: ``[steps]`` or ``[steps, outputs]``.
         """
-        X, y = validate_data(
-            self, X, y, dtype=np.float64, multi_output=True, y_numeric=True
-        )
+        X, y = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
         self._flat = y.ndim == 1
         target = np.asarray(y, np.float64).reshape(len(y), -1)
         options = {

@@ -7,7 +7,7 @@ import pickle
 import numpy as np
 import pytest
 
-sklearn = pytest.importorskip("sklearn", reason="needs scikit-learn")
+pytest.importorskip("sklearn", reason="needs scikit-learn")
 
 from sklearn.base import clone
 from sklearn.model_selection import GridSearchCV, TimeSeriesSplit
