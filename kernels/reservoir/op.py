@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from nnarch import arrays, library
 from nnarch.kernels.activation import kinds
@@ -48,7 +51,7 @@ def _check_matrix(op: str, values: Tensor, columns: Tensor, rows: Tensor) -> int
 
 def _check_entries(op: str, values: Tensor, columns: Tensor, rows: Tensor) -> None:
     """What takes a look at the numbers, where there are any."""
-    if rows.device.type == "meta" or torch.compiler.is_compiling():
+    if rows.device.type == "meta" or is_fake(rows):
         return
     n = rows.numel() - 1
     steps = rows.long().diff()
@@ -194,12 +197,17 @@ def _activation(op: str, name: str | None) -> int:
 def _compressed(op: str, matrix: Any) -> tuple[Tensor, Tensor, Tensor]:
     """values, columns, rows of a matrix as torch, scipy or a tuple has it."""
     if isinstance(matrix, tuple) and len(matrix) == 3:
-        return matrix
+        values, columns, rows = map(torch.as_tensor, matrix)
+        return values, columns, rows
+    if isinstance(matrix, np.ndarray):
+        matrix = torch.as_tensor(matrix)
+    if isinstance(matrix, Tensor) and matrix.layout == torch.strided and matrix.dim() == 2:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch calls the format a beta
+            matrix = matrix.to_sparse_csr()
     if isinstance(matrix, Tensor) and matrix.layout == torch.sparse_csr:
         parts = matrix.values(), matrix.col_indices(), matrix.crow_indices()
-    elif isinstance(matrix, Tensor) and matrix.dim() == 2:
-        parts = _compressed(op, matrix.to_sparse_csr())
-    elif all(hasattr(matrix, part) for part in ("data", "indices", "indptr", "tocsr")):
+    elif all(hasattr(matrix, part) for part in ("tocsr", "shape")):
         matrix = matrix.tocsr()
         parts = tuple(map(torch.as_tensor, (matrix.data, matrix.indices, matrix.indptr)))
     else:
