@@ -29,6 +29,7 @@ from nnarch.benchmarking.convolution_cases import (
     transposed_convolutions,
 )
 from nnarch.benchmarking.peers import torchvision
+from nnarch.benchmarking.reservoir_cases import reservoirs
 
 TARGETS: dict[str, Target] = {
     "conv1x1": Target(1.1, 1.3),
@@ -314,6 +315,7 @@ CASES: tuple[Case, ...] = (
     *upsamples(),
     *local_response_norms(),
     *batch_norms(),
+    *reservoirs(),
     *training_convolutions(),
     *models(),
 )

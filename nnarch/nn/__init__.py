@@ -28,6 +28,7 @@ from nnarch.nn.activation import (
 from nnarch.nn.conv import Conv2d, LazyConv2d
 from nnarch.nn.conv1d import Conv1d, ConvTranspose1d, LazyConv1d, LazyConvTranspose1d
 from nnarch.nn.conv_transpose import ConvTranspose2d, LazyConvTranspose2d
+from nnarch.nn.echo_state import EchoStateNetwork
 from nnarch.nn.fused import (
     FusedConv1d,
     FusedConv2d,
@@ -53,5 +54,6 @@ from nnarch.nn.pooling import (
     MaxPool2d,
     MaxUnpool2d,
 )
+from nnarch.nn.reservoir import Reservoir
 from nnarch.nn.separable import DepthwiseSeparableConv2d
 from nnarch.nn.upsample import Upsample, UpsamplingBilinear2d, UpsamplingNearest2d
