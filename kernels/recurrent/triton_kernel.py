@@ -1,0 +1,83 @@
+"""The shapes that the Triton kernels of recurrent layers are meant for, to compile without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nnarch.kernels.gpu.static import StaticCase, meta
+
+from . import kinds
+from .gpu_problem import Sequence, new_outputs
+from .triton_small import small_backward, small_forward
+from .triton_step import step_backward, step_forward
+
+__all__ = ["STATIC_CASES"]
+
+
+def _forward(scan: Callable[..., None], kind: int, steps: int, batch: int, hidden: int):
+    def run(dtype: torch.dtype) -> None:
+        x = meta(steps, batch, hidden, dtype=dtype)
+        weight = meta(kinds.GATES[kind] * hidden, hidden, dtype=dtype)
+        sequence = Sequence.of(x, None)
+        out = new_outputs(x, weight, weight, None, kind, sequence, True)
+        gx = meta(sequence.rows, weight.shape[0], dtype=dtype)
+        state = meta(batch, hidden, dtype=dtype)
+        bias_n = meta(hidden, dtype=dtype)
+        scan(gx, state, state, weight, bias_n, None, None, sequence, out, kind, False)
+
+    return run
+
+
+def _backward(scan: Callable[..., object], kind: int, steps: int, batch: int, hidden: int):
+    def run(dtype: torch.dtype) -> None:
+        x = meta(steps, batch, hidden, dtype=dtype)
+        weight = meta(kinds.GATES[kind] * hidden, hidden, dtype=dtype)
+        sequence = Sequence.of(x, None)
+        state = meta(batch, hidden, dtype=dtype)
+        rows: Tensor = meta(sequence.rows, hidden, dtype=dtype)
+        width = kinds.reserve_width(kind, False) * hidden
+        reserve = meta(sequence.rows, width, dtype=dtype)
+        scan(
+            rows, state, state, state, state, weight, None, None, rows, reserve, sequence, kind,
+            False,
+        )  # fmt: skip
+
+    return run
+
+
+def _case(name: str, kind: int, steps: int, batch: int, hidden: int) -> StaticCase:
+    small, backward = name.startswith("small"), name.endswith("backward")
+    scan = (small_forward, step_forward, small_backward, step_backward)[2 * backward + (not small)]
+    gates = kinds.GATES[kind]
+    a_row = gates + 1 + kinds.reserve_width(kind, False)  # gx or its gradient, y, reserve
+    if kind == kinds.GRU and backward:
+        a_row += gates
+    return StaticCase(
+        f"{kinds.NAMES[kind]} {name} T{steps} B{batch} H{hidden}",
+        (_backward if backward else _forward)(scan, kind, steps, batch, hidden),
+        flops=2.0 * steps * batch * gates * hidden * hidden,
+        elements=hidden * (steps * batch * a_row + 3 * batch + gates * hidden),
+        matrix=True,
+    )
+
+
+STATIC_CASES = [
+    _case("small forward", kinds.LSTM, 64, 4096, 64),
+    _case("small forward", kinds.GRU, 64, 4096, 64),
+    _case("small forward", kinds.RNN_TANH, 64, 4096, 64),
+    _case("small backward", kinds.LSTM, 64, 4096, 64),
+    _case("small backward", kinds.GRU, 64, 4096, 64),
+    _case("small backward", kinds.RNN_TANH, 64, 4096, 64),
+    _case("step forward", kinds.LSTM, 1, 512, 1024),
+    _case("step forward", kinds.LSTM, 8, 128, 1024),  # one launch, with a barrier of the grid
+    _case("step forward", kinds.GRU, 1, 512, 1024),
+    _case("step forward", kinds.RNN_RELU, 1, 512, 1024),
+    _case("step backward", kinds.LSTM, 1, 512, 1024),
+    _case("step backward", kinds.LSTM, 8, 128, 1024),
+    _case("step backward", kinds.GRU, 1, 512, 1024),
+    _case("step backward", kinds.RNN_RELU, 1, 512, 1024),
+]
+"""What bench/static_gpu.py compiles. The input's product is the linear layer's, compiled there."""
