@@ -152,7 +152,7 @@ def _weight_gradients(
     wanted: int,
 ) -> list[Tensor | None]:
     """The gradient of every input, from those of the products: None where it is not wanted."""
-    x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, _ = inputs
+    x, h0, c0, weight_ih, weight_hh, _, _, weight_hr, _, _ = inputs
     assert x is not None and weight_ih is not None and weight_hh is not None
     rows = x.reshape(sequence.rows, x.shape[-1])
     found: list[Tensor | None] = [None] * 10

@@ -107,14 +107,14 @@ class StateGradients:
         dgx: [rows, gates·H], of the input's product.
         dgh: of the state's; `dgx` itself but for the GRU.
         dy: [rows, P], of every h with what later steps add; None without a projection.
-        dh0, dc0: [B, P] and [B, H].
+        dh0, dc0: [B, P] and [B, H]; None where there is no such input.
     """
 
     dgx: Tensor
     dgh: Tensor
     dy: Tensor | None
-    dh0: Tensor
-    dc0: Tensor
+    dh0: Tensor | None
+    dc0: Tensor | None
 
 
 def new_outputs(

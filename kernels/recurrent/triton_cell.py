@@ -26,21 +26,13 @@ def step_rows(t, steps, batch, starts_ptr):
 @triton.jit
 def rnn_act(z, KIND: tl.constexpr):
     """tanh, or a relu that keeps NaN."""
-    if KIND == 0:
-        y = tanh(z)
-    else:
-        y = tl.where(z < 0, 0.0, z)
-    return y
+    return tanh(z) if KIND == 0 else tl.where(z < 0, 0.0, z)
 
 
 @triton.jit
 def rnn_derivative(y, KIND: tl.constexpr):
     """The derivative as a function of the output; relu passes NaN's gradient on, as torch does."""
-    if KIND == 0:
-        d = 1.0 - y * y
-    else:
-        d = tl.where(y <= 0, 0.0, 1.0)
-    return d
+    return 1.0 - y * y if KIND == 0 else tl.where(y <= 0, 0.0, 1.0)
 
 
 @triton.jit

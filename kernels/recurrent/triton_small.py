@@ -21,16 +21,17 @@ LEAST_DOT = 64
 """Units are padded to this many where products are dots: the rows of a matrix instruction."""
 
 
+MOST_WEIGHTS = 5 * 64 * 64
+"""Elements of the weights that a program holds: an LSTM of 64 units with a projection, a plain
+layer of 128. Compiled kernels of twice as many units spill on one target or another."""
+
+
 def _fits(problem: Problem, tile: Tile, target: Target) -> bool:
     """Whether a program holds the weights, n·k elements, beside a step's tiles."""
-    threads = tile.num_warps * target.warp_size
-    weights = problem.n * problem.k * problem.itemsize
+    weights, threads = problem.n * problem.k, tile.num_warps * target.warp_size
     if problem.precision == "ieee":  # in registers, and a product of every element beside them
-        return weights // 4 <= 64 * threads
-    if target.operands == "shared" and problem.precision == "half":
-        staging = 2 * problem.k * tile["BLOCK_B"] * problem.itemsize
-        return weights + staging <= target.shared_bytes
-    return weights // 4 <= 128 * threads
+        return weights <= 64 * threads
+    return weights <= MOST_WEIGHTS and weights * problem.itemsize <= target.shared_bytes
 
 
 def _cost(problem: Problem, tile: Tile, target: Target) -> float:
@@ -42,7 +43,6 @@ def _cost(problem: Problem, tile: Tile, target: Target) -> float:
 _DOTS = (
     tile(BLOCK_B=16, num_warps=8, num_stages=1),
     tile(BLOCK_B=16, num_warps=4, num_stages=1),
-    tile(BLOCK_B=32, num_warps=8, num_stages=1),
 )
 _VECTORS = (
     tile(BLOCK_B=1, num_warps=8, num_stages=1),
@@ -145,8 +145,8 @@ def small_backward(
         dgx,
         torch.empty_like(dgx) if kind == kinds.GRU else dgx,
         y.new_empty((sequence.rows, weight_hh.shape[1])) if weight_hr is not None else None,
-        y.new_empty((sequence.batch, weight_hh.shape[1])),
-        y.new_empty((sequence.batch, hidden if kind == kinds.LSTM else 0)),
+        None if h0 is None else y.new_empty((sequence.batch, weight_hh.shape[1])),
+        None if c0 is None else y.new_empty((sequence.batch, hidden)),
     )
     dy = None if grad_y is None else grad_y.reshape(sequence.rows, weight_hh.shape[1])
     problem = _problem(kind, y, weight_hh, sequence.batch)
@@ -154,7 +154,8 @@ def small_backward(
         **{"dy_ptr": dy, "dh_ptr": vector(grad_h), "dc_ptr": vector(grad_c)},
         **{"h0_ptr": vector(h0), "c0_ptr": vector(c0), "w_ptr": weight_hh},
         **{"peephole_ptr": vector(peephole), "proj_ptr": weight_hr},
-        **{"starts_ptr": sequence.starts, "y_ptr": vector(y), "reserve_ptr": vector(reserve)},
+        **{"starts_ptr": sequence.starts, "reserve_ptr": vector(reserve)},
+        "y_ptr": None if kind == kinds.LSTM else vector(y),
         **{"dgx_ptr": dgx, "dgh_ptr": result.dgh, "dy_all_ptr": result.dy},
         **{"dh0_ptr": result.dh0, "dc0_ptr": result.dc0},
         **{"steps": sequence.steps, "B": sequence.batch, "REVERSE": reverse},

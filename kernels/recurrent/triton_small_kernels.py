@@ -30,9 +30,9 @@ def _product(w, h, DOT: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _matrix(ptr, first, i, I, j, J, stride_i, stride_j):
-    """The elements [first + i, j] of a matrix, 0 for i >= I and j >= J."""
-    inside = (i < I)[:, None] & (j < J)[None, :]
+def _matrix(ptr, first, i, rows, j, columns, stride_i, stride_j):
+    """The elements [first + i, j] of a matrix, 0 where i or j lies beyond."""
+    inside = (i < rows)[:, None] & (j < columns)[None, :]
     row = (first + i).to(tl.int64) * stride_i
     return tl.load(ptr + row[:, None] + (j * stride_j)[None, :], mask=inside, other=0.0)
 
@@ -195,8 +195,8 @@ def _recurrent_small_bwd_kernel(
     dgx_ptr,  # [rows, gates·H]: of the input's product
     dgh_ptr,  # [rows, gates·H]: of the state's, where it is another (GRU); or None
     dy_all_ptr,  # [rows, P]: of every h, with what later steps add; or None
-    dh0_ptr,  # [B, P]
-    dc0_ptr,  # [B, H]
+    dh0_ptr,  # [B, P] or None
+    dc0_ptr,  # [B, H] or None
     steps,
     B,
     H,
@@ -313,6 +313,7 @@ def _recurrent_small_bwd_kernel(
             dh_next = _product(w0, d0, DOT, PRECISION)
         dh = tl.where(runs[None, :], dh_next, dh)
 
-    _put(dh0_ptr, row, P, p, dh, p_in[:, None] & b_in[None, :])
-    if KIND == 2:
+    if dh0_ptr is not None:
+        _put(dh0_ptr, row, P, p, dh, p_in[:, None] & b_in[None, :])
+    if dc0_ptr is not None:
         _put(dc0_ptr, row, H, u, dc, u_in[:, None] & b_in[None, :])

@@ -57,8 +57,7 @@ STEP = TileTable(
             (64, 16, 64, 4, 2),
             (64, 32, 64, 8, 3),
             (64, 32, 32, 8, 2),
-            (128, 32, 64, 8, 3),
-            (128, 32, 32, 8, 2),
+            (128, 16, 64, 8, 3),
         ),
         "tf32": matmul_tiles((64, 16, 32, 4, 3), (64, 16, 32, 4, 2), (64, 32, 32, 8, 2)),
         "ieee": matmul_tiles((16, 16, 16, 4, 2), (32, 16, 16, 4, 2), (64, 16, 16, 8, 2)),
@@ -72,7 +71,7 @@ STEP_BACKWARD = TileTable(
         "half": matmul_tiles(
             (64, 16, 64, 4, 4), (64, 32, 64, 4, 3), (64, 64, 64, 8, 3), (64, 32, 32, 4, 2)
         ),
-        "tf32": matmul_tiles((64, 16, 32, 4, 3), (64, 32, 32, 4, 3), (64, 32, 32, 4, 2)),
+        "tf32": matmul_tiles((64, 16, 32, 4, 3), (64, 32, 32, 8, 3), (64, 32, 32, 8, 2)),
         "ieee": matmul_tiles((16, 16, 16, 4, 2), (32, 16, 16, 4, 2), (64, 16, 16, 8, 2)),
     },
     _backward_cost,
@@ -97,8 +96,7 @@ def _run_steps(
         launch(kernel, flat_grid(programs), arguments | whole, tile)
         return
     # The interpreter runs programs one after the other: the first would wait forever.
-    waits = not INTERPRETED and current_target().backend == "cuda"
-    if waits and programs <= _processors(like):
+    if not INTERPRETED and programs <= _processors(like):
         whole["barrier_ptr"] = torch.zeros(1, dtype=torch.int32, device=like.device)
         launch(kernel, flat_grid(programs), arguments | whole, tile, cooperative=True)
         return
@@ -212,7 +210,8 @@ def step_backward(
         **{"dy_ptr": through, "carry_ptr": carry, "dc_ptr": dc, "h0_ptr": vector(h0)},
         **{"c0_ptr": vector(c0), "w_ptr": weight_hh if weight_hr is None else None},
         **{"peephole_ptr": vector(peephole), "starts_ptr": sequence.starts},
-        **{"y_ptr": vector(y), "reserve_ptr": vector(reserve), "dgx_ptr": dgx, "dgh_ptr": dgh},
+        **{"reserve_ptr": vector(reserve), "dgx_ptr": dgx, "dgh_ptr": dgh},
+        "y_ptr": None if kind == kinds.LSTM else vector(y),
         **{"steps": sequence.steps, "B": batch, "H": hidden},
         **named_strides("w", "rk", weight_hh),
         **named_strides("d", "rp", through),
@@ -239,10 +238,13 @@ def step_backward(
             launch(_recurrent_step_bwd_kernel, flat_grid(programs), arguments | one, tile)
 
     run(pick(STEP_BACKWARD, problem, run))
-    first = dgh[sequence.last_step_rows(y) if reverse else sequence.first_step_rows()]
-    dh0 = y.new_empty((batch, size))
-    multiply(first, weight_hh.t(), dh0, residual=carry if kind == kinds.GRU else None)
-    dc0 = dc.to(y.dtype) if kind == kinds.LSTM else y.new_empty((batch, 0))
+    dh0 = dc0 = None
+    if h0 is not None:
+        first = dgh[sequence.last_step_rows(y) if reverse else sequence.first_step_rows()]
+        dh0 = y.new_empty((batch, size))
+        multiply(first, weight_hh.t(), dh0, residual=carry if kind == kinds.GRU else None)
+    if c0 is not None:
+        dc0 = dc.to(y.dtype)
     return StateGradients(dgx, dgh, dy_all, dh0, dc0)
 
 
