@@ -27,6 +27,7 @@ from .gpu_problem import (
     multiply,
     new_outputs,
 )
+from .numba_scan import fits_persistent, persistent_forward
 from .triton_small import fits_small, small_backward, small_forward
 from .triton_step import step_backward, step_forward
 
@@ -61,8 +62,12 @@ def recurrent_scan(
         gx, bias_n = input_product(
             x.reshape(sequence.rows, x.shape[-1]), weight_ih, bias_ih, bias_hh, kind
         )
-        scan = small_forward if fits_small(kind, x, weight_hh, sequence) else step_forward
-        library.ran.algorithm = "small" if scan is small_forward else "step"
+        if fits_small(kind, x, weight_hh, sequence):
+            scan, library.ran.algorithm = small_forward, "small"
+        elif fits_persistent(kind, x, weight_hh, weight_hr, sequence):
+            scan, library.ran.algorithm = persistent_forward, "persistent"
+        else:
+            scan, library.ran.algorithm = step_forward, "step"
         scan(gx, h0, c0, weight_hh, bias_n, weight_hr, peephole, sequence, out, kind, reverse)
     return out.y, out.h, out.c, out.reserve
 

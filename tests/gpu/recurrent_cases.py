@@ -9,18 +9,10 @@ from triton_cases import poisoned_memory
 
 from nnarch.kernels.recurrent import gpu_kernel, kinds, reference
 
-GRADIENTS = [
-    "x",
-    "h0",
-    "c0",
-    "weight_ih",
-    "weight_hh",
-    "bias_ih",
-    "bias_hh",
-    "weight_hr",
-    "peephole",
-    "norm",
-]
+GRADIENTS = (
+    *("x", "h0", "c0", "weight_ih", "weight_hh", "bias_ih", "bias_hh"),
+    *("weight_hr", "peephole", "norm"),
+)
 OUTPUTS = ("y", "h", "c", "reserve")
 
 
