@@ -23,11 +23,13 @@ from .gpu_problem import (
     Outputs,
     Sequence,
     StateGradients,
+    both_biases,
     input_product,
     multiply,
     new_outputs,
 )
 from .numba_scan import fits_persistent, persistent_forward
+from .triton_norm import NormGradients, norm_backward, norm_forward, norm_weight_gradient
 from .triton_small import fits_small, small_backward, small_forward
 from .triton_step import step_backward, step_forward
 
@@ -52,13 +54,19 @@ def recurrent_scan(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """nnarch::recurrent_scan on a GPU; `packed` is a CPU matter and not read."""
     check_dtype("recurrent_scan", x)
-    if norm is not None:
-        raise NotImplementedError("backend 'triton' lacks nnarch::recurrent_scan with norm")
     sequence = Sequence.of(x, batch_sizes)
     out = new_outputs(x, weight_ih, weight_hh, norm, kind, sequence, save)
     with device_guard(x):
         if sequence.rows == 0 or weight_hh.numel() == 0:
             return _nothing_to_do(out, h0, c0)
+        if norm is not None:
+            library.ran.algorithm = "unfused"
+            norm_forward(
+                x.reshape(sequence.rows, x.shape[-1]), h0, c0, weight_ih, weight_hh,
+                both_biases(bias_ih, bias_hh), weight_hr, peephole, norm, sequence, out, reverse,
+                eps,
+            )  # fmt: skip
+            return out.y, out.h, out.c, out.reserve
         gx, bias_n = input_product(
             x.reshape(sequence.rows, x.shape[-1]), weight_ih, bias_ih, bias_hh, kind
         )
@@ -108,10 +116,6 @@ def recurrent_scan_backward(
 ) -> tuple[Tensor, ...]:
     """nnarch::recurrent_scan_backward on a GPU."""
     check_dtype("recurrent_scan_backward", x)
-    if norm is not None:
-        raise NotImplementedError(
-            "backend 'triton' lacks nnarch::recurrent_scan_backward with norm"
-        )
     inputs = [x, h0, c0, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, peephole, norm]
     sequence = Sequence.of(x, batch_sizes)
     with device_guard(x):
@@ -119,14 +123,20 @@ def recurrent_scan_backward(
             found = _untouched_gradients(inputs, grad_h, grad_c)
         else:
             flat_y = y.reshape(sequence.rows, weight_hh.shape[1])
-            scan = small_backward if fits_small(kind, x, weight_hh, sequence) else step_backward
-            library.ran.algorithm = "small" if scan is small_backward else "step"
-            state = scan(
-                grad_y, grad_h, grad_c, h0, c0, weight_hh, weight_hr, peephole, flat_y, reserve,
-                sequence, kind, reverse,
-            )  # fmt: skip
+            given = (grad_y, grad_h, grad_c, h0, c0, weight_hh, weight_hr, peephole)
+            normalized = None
+            if norm is not None:
+                library.ran.algorithm = "unfused"
+                state, normalized = norm_backward(
+                    *given, norm, flat_y, reserve, sequence, reverse, eps
+                )
+            else:
+                small = fits_small(kind, x, weight_hh, sequence)
+                library.ran.algorithm = "small" if small else "step"
+                scan = small_backward if small else step_backward
+                state = scan(*given, flat_y, reserve, sequence, kind, reverse)
             found = _weight_gradients(
-                inputs, flat_y, reserve, state, sequence, kind, reverse, wanted
+                inputs, flat_y, reserve, state, sequence, kind, reverse, eps, wanted, normalized
             )
     return tuple(
         g if g is not None and t is not None and wanted >> bit & 1 else x.new_empty(0)
@@ -154,10 +164,12 @@ def _weight_gradients(
     sequence: Sequence,
     kind: int,
     reverse: bool,
+    eps: float,
     wanted: int,
+    normalized: NormGradients | None,
 ) -> list[Tensor | None]:
     """The gradient of every input, from those of the products: None where it is not wanted."""
-    x, h0, c0, weight_ih, weight_hh, _, _, weight_hr, _, _ = inputs
+    x, h0, c0, weight_ih, weight_hh, _, _, weight_hr, _, norm = inputs
     assert x is not None and weight_ih is not None and weight_hh is not None
     rows = x.reshape(sequence.rows, x.shape[-1])
     found: list[Tensor | None] = [None] * 10
@@ -170,24 +182,29 @@ def _weight_gradients(
     if want[4]:
         before = _states_before(y, h0, sequence, reverse)
         found[4] = multiply(state.dgh.t(), before.t(), x.new_empty(weight_hh.shape))
+    of_gates = state.dgx if normalized is None else normalized.gates
     if want[5]:
-        found[5] = state.dgx.sum(0)
+        found[5] = of_gates.sum(0)
     if want[6]:
-        found[6] = found[5] if want[5] and state.dgh is state.dgx else state.dgh.sum(0)
-        found[6] = found[6].clone() if found[6] is found[5] else found[6]
+        found[6] = (state.dgh if normalized is None else of_gates).sum(0)
     hidden = weight_hh.shape[0] // kinds.GATES[kind]
     if want[7]:
         assert state.dy is not None and weight_hr is not None
-        full = reserve[:, 3 * hidden : 4 * hidden] * reserve[:, 4 * hidden : 5 * hidden].tanh()
+        seen = reserve[:, 4 * hidden : 5 * hidden]
+        if norm is not None:
+            seen = torch.nn.functional.layer_norm(seen, (hidden,), norm[16], norm[17], eps)
+        full = reserve[:, 3 * hidden : 4 * hidden] * seen.tanh()
         found[7] = multiply(state.dy.t(), full.t(), x.new_empty(weight_hr.shape))
     if want[8]:
         cells = reserve[:, 4 * hidden : 5 * hidden]
         seen = _states_before(cells, c0, sequence, reverse)
         sums = [
-            (state.dgx[:, k * hidden : (k + 1) * hidden].float() * c.float()).sum(0)
+            (of_gates[:, k * hidden : (k + 1) * hidden].float() * c.float()).sum(0)
             for k, c in ((0, seen), (1, seen), (3, cells))
         ]
         found[8] = torch.stack(sums).to(x.dtype)
+    if want[9] and normalized is not None:
+        found[9] = norm_weight_gradient(normalized, reserve, eps)
     return found
 
 

@@ -150,6 +150,25 @@ def multiply(
     return out
 
 
+def initialise(state: Tensor, given: Tensor | None) -> None:
+    """state = given, or zeros."""
+    if given is None:
+        state.zero_()
+    else:
+        state.copy_(given)
+
+
+def summed_outputs(
+    dy: Tensor | None, grad_h: Tensor | None, y: Tensor, sequence: Sequence, reverse: bool
+) -> Tensor:
+    """The gradient of every output, with that of the last states added where they are outputs."""
+    total = torch.zeros_like(y) if dy is None else dy.clone(memory_format=torch.contiguous_format)
+    if grad_h is not None:
+        ends = sequence.first_step_rows() if reverse else sequence.last_step_rows(y)
+        total[ends] += grad_h
+    return total
+
+
 def input_product(
     rows: Tensor, weight_ih: Tensor, bias_ih: Tensor | None, bias_hh: Tensor | None, kind: int
 ) -> tuple[Tensor, Tensor | None]:
@@ -164,7 +183,13 @@ def input_product(
     if kind == kinds.GRU and bias_hh is not None:
         bias_n = bias_hh[2 * hidden :].contiguous()
         folded = torch.cat([bias_hh[: 2 * hidden], torch.zeros_like(bias_n)])
-    terms = [b.float() for b in (bias_ih, folded) if b is not None]
-    bias = None if not terms else terms[0] if len(terms) == 1 else terms[0] + terms[1]
     gx = rows.new_empty((rows.shape[0], weight_ih.shape[0]))
-    return multiply(rows, weight_ih, gx, None if bias is None else bias.contiguous()), bias_n
+    return multiply(rows, weight_ih, gx, both_biases(bias_ih, folded)), bias_n
+
+
+def both_biases(bias_ih: Tensor | None, bias_hh: Tensor | None) -> Tensor | None:
+    """Their sum in float32, contiguous."""
+    terms = [b.float() for b in (bias_ih, bias_hh) if b is not None]
+    if not terms:
+        return None
+    return (terms[0] if len(terms) == 1 else terms[0] + terms[1]).contiguous()

@@ -11,6 +11,7 @@ from nnarch.kernels.gpu.static import StaticCase, meta
 
 from . import kinds
 from .gpu_problem import Sequence, new_outputs
+from .triton_norm import cell, norm_backward
 from .triton_small import small_backward, small_forward
 from .triton_step import step_backward, step_forward
 
@@ -65,6 +66,40 @@ def _case(name: str, kind: int, steps: int, batch: int, hidden: int, only: str =
     )
 
 
+def _normalized(backward: bool, batch: int, hidden: int) -> StaticCase:
+    """The cell alone, a step: its products are the linear layer's."""
+
+    def run(dtype: torch.dtype) -> None:
+        x = meta(1, batch, hidden, dtype=dtype)
+        weight, norm = meta(4 * hidden, hidden, dtype=dtype), meta(18, hidden, dtype=dtype)
+        sequence = Sequence.of(x, None)
+        out = new_outputs(x, weight, weight, norm, kinds.LSTM, sequence, True)
+        rows, state = x[0], meta(batch, hidden, dtype=dtype)
+        if backward:
+            y = out.states[:batch]
+            norm_backward(
+                rows, state, state, None, None, weight, None, None, norm, y, out.reserve, sequence,
+                False, 1e-5,
+            )  # fmt: skip
+        else:
+            gates, c = (
+                meta(batch, 4 * hidden, dtype=dtype),
+                meta(batch, hidden, dtype=torch.float32),
+            )
+            cell(gates, gates.clone(), None, None, norm, c, out.states, out.reserve, 1e-5)
+
+    # Forward: two products read, y, 13 rows of reserve, c there and back in float32.
+    a_row = 8 + 1 + 13 if not backward else 1 + 13 + 12 + 1
+    name = "backward" if backward else "forward"
+    return StaticCase(
+        f"lstm normalized cell {name} B{batch} H{hidden}",
+        run,
+        flops=60.0 * batch * hidden,
+        elements=float(a_row * batch * hidden),
+        fixed_bytes=8.0 * batch * hidden,
+    )
+
+
 STATIC_CASES = [
     _case("small forward", kinds.LSTM, 64, 4096, 64),
     _case("small forward", kinds.GRU, 64, 4096, 64),
@@ -80,5 +115,7 @@ STATIC_CASES = [
     _case("step backward", kinds.LSTM, 8, 256, 832, "float16"),
     _case("step backward", kinds.GRU, 1, 512, 1024),
     _case("step backward", kinds.RNN_RELU, 1, 512, 1024),
+    _normalized(False, 4096, 512),
+    _normalized(True, 4096, 512),
 ]
 """What bench/static_gpu.py compiles. The input's product is the linear layer's, compiled there."""

@@ -22,7 +22,7 @@ from nnarch.kernels.gpu.targets import Target, current_target
 from nnarch.kernels.gpu.tiles import Problem, Tile, TileTable, pick
 
 from . import kinds
-from .gpu_problem import Outputs, Sequence, StateGradients, multiply
+from .gpu_problem import Outputs, Sequence, StateGradients, initialise, multiply, summed_outputs
 from .triton_step_kernels import _recurrent_step_bwd_kernel, _recurrent_step_fwd_kernel
 
 
@@ -129,10 +129,10 @@ def step_forward(
     """
     hidden, size = weight_hh.shape[0] // kinds.GATES[kind], weight_hh.shape[1]
     rows, batch = sequence.rows, sequence.batch
-    _initial(out.states[rows:], h0)
+    initialise(out.states[rows:], h0)
     c = torch.empty((batch, hidden), dtype=torch.float32, device=gx.device)
     if kind == kinds.LSTM:
-        _initial(c, c0)
+        initialise(c, c0)
     full = gx.new_empty((batch, hidden)) if weight_hr is not None else None
     problem = Problem(batch, hidden, size, precision_of(gx.dtype, dot_precision("matmul")))
     arguments = {
@@ -166,13 +166,6 @@ def step_forward(
         out.c.copy_(c)
 
 
-def _initial(state: Tensor, given: Tensor | None) -> None:
-    if given is None:
-        state.zero_()
-    else:
-        state.copy_(given)
-
-
 def step_backward(
     grad_y: Tensor | None,
     grad_h: Tensor | None,
@@ -195,15 +188,15 @@ def step_backward(
     dgh = torch.empty_like(dgx) if kind == kinds.GRU else dgx
     dc = torch.empty((batch, hidden), dtype=torch.float32, device=y.device)
     if kind == kinds.LSTM:
-        _initial(dc, grad_c)
+        initialise(dc, grad_c)
     carry = vector(grad_h)
     if kind == kinds.GRU:
         carry = torch.empty_like(dc)
-        _initial(carry, grad_h)
+        initialise(carry, grad_h)
     dy = None if grad_y is None else grad_y.reshape(rows, size)
     dy_all, through = None, dy
     if weight_hr is not None:
-        dy_all = _summed_outputs(dy, grad_h, y, sequence, reverse)
+        dy_all = summed_outputs(dy, grad_h, y, sequence, reverse)
         carry, through = None, y.new_empty((rows, hidden))
     problem = Problem(batch, hidden, width, precision_of(y.dtype, dot_precision("matmul")))
     arguments = {
@@ -246,14 +239,3 @@ def step_backward(
     if c0 is not None:
         dc0 = dc.to(y.dtype)
     return StateGradients(dgx, dgh, dy_all, dh0, dc0)
-
-
-def _summed_outputs(
-    dy: Tensor | None, grad_h: Tensor | None, y: Tensor, sequence: Sequence, reverse: bool
-) -> Tensor:
-    """The gradient of every output, with that of the last states added where they are outputs."""
-    total = torch.zeros_like(y) if dy is None else dy.clone(memory_format=torch.contiguous_format)
-    if grad_h is not None:
-        ends = sequence.first_step_rows() if reverse else sequence.last_step_rows(y)
-        total[ends] += grad_h
-    return total

@@ -50,7 +50,7 @@ def arguments(
         random(rows) if bias else None,
         random(proj, hidden, scale=hidden**-0.5) if proj else None,
         random(3, hidden) if peephole else None,
-        random(kinds.NORM_ROWS, hidden, scale=1.0) if norm else None,
+        1 + random(kinds.NORM_ROWS, hidden) if norm else None,
         None if counts is None else torch.tensor(counts, dtype=torch.int64),
     ]
 

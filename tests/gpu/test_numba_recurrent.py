@@ -65,7 +65,7 @@ def test_compiled(kind, batch, capability):
 
 @pytest.mark.parametrize("name", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("kind", range(4))
-@pytest.mark.parametrize("hidden", [65, 256, 768, 1000])
+@pytest.mark.parametrize("hidden", [65, 256, 768, 801])
 def test_plans_cover_all_units_and_fit(kind, hidden, name):
     target = TARGETS[name]
     plan = numba_scan.plan(kind, 4, hidden, target, target.processors)

@@ -64,6 +64,25 @@ def test_projection_or_peephole(algorithm, proj, peephole):
     check(arguments(kinds.LSTM, proj=proj, peephole=peephole), kinds.LSTM)
 
 
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("counts", [None, PACKED], ids=["whole", "packed"])
+@pytest.mark.parametrize("rest", [{}, {"proj": 6, "peephole": True}], ids=["norm", "all"])
+def test_normalized(rest, counts, reverse):
+    check(arguments(kinds.LSTM, counts=counts, norm=True, **rest), kinds.LSTM, reverse)
+    assert library.ran.algorithm == "unfused"
+
+
+def test_normalized_half_precision_without_the_rest():
+    tensors = arguments(kinds.LSTM, norm=True, bias=False, states=False, dtype=torch.float16)
+    check(tensors, kinds.LSTM)
+
+
+def test_too_many_units_to_normalize_are_refused():
+    tensors = arguments(kinds.LSTM, steps=1, batch=1, inputs=1, hidden=2049, norm=True)
+    with pytest.raises(NotImplementedError, match=r"norm for more than 2048 units, got 2049"):
+        gpu_kernel.recurrent_scan(*tensors, None, kinds.LSTM, False, 1e-5, False)
+
+
 @pytest.mark.parametrize("kind", [0, 2, 3])
 @pytest.mark.parametrize("counts", [[1], [2, 1, 1], [17, 2]], ids=str)
 def test_lengths(algorithm, counts, kind):
