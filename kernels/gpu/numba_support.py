@@ -125,6 +125,18 @@ def assembler() -> str | None:
     return str(found[0]) if found else None
 
 
+def _run_assembler(ptxas: str, ptx: str, arch: str) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx, "utf-8")
+        return subprocess.run(
+            # -c: a grid barrier calls a function of CUDA's device runtime, linked in at load.
+            [ptxas, "-c", f"-arch={arch}", "-v", str(source), "-o", f"{source}.cubin"],
+            capture_output=True,
+            text=True,
+        )
+
+
 def assemble(ptx: str, capability: tuple[int, int]) -> Usage:
     """Assemble PTX down to machine code and report what ptxas says about it.
 
@@ -135,15 +147,11 @@ def assemble(ptx: str, capability: tuple[int, int]) -> Usage:
     if ptxas is None:
         raise RuntimeError("assemble: needs ptxas, which the triton package brings")
     arch = f"sm_{capability[0]}{capability[1]}"
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx, "utf-8")
-        done = subprocess.run(
-            # -c: a grid barrier calls a function of CUDA's device runtime, linked in at load.
-            [ptxas, "-c", f"-arch={arch}", "-v", str(source), "-o", f"{source}.cubin"],
-            capture_output=True,
-            text=True,
-        )
+    done = _run_assembler(ptxas, ptx, arch)
+    newer = re.search(r"Unsupported \.version (\S+); current version is '(\S+)'", done.stderr)
+    if newer:  # NVVM is of a newer toolkit than triton's ptxas: the instructions are the same
+        older = ptx.replace(f".version {newer[1]}", f".version {newer[2]}", 1)
+        done = _run_assembler(ptxas, older, arch)
     report = done.stdout + done.stderr
     if done.returncode:
         raise RuntimeError(f"assemble: ptxas for {arch}: {report[-2000:]}")
