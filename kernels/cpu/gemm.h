@@ -32,8 +32,9 @@ struct GemmBlock {
   int64_t row_stride = 0;
   int64_t taps = 1;
   int64_t depth = 0;
-  // Packed B: panels of `nr` columns; panel j starts at b + j * taps * depth * nr.
+  // Packed B: panels of `nr` columns; panel j starts at b + j * panel_step.
   const T* b = nullptr;
+  int64_t panel_step = 0;  // 0: taps * depth * nr
   // The panel that another block will read next, fetched ahead; or null.
   const T* b_after = nullptr;
   // Row m of the output starts at c + c_offset[m]; columns are dense.

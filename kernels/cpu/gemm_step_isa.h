@@ -56,7 +56,7 @@ struct Panel {
   Panel(const GemmBlock<T>& block, const Chunk& part, int64_t column)
       : g(block),
         chunk(part),
-        b(block.b + column * block.taps * block.depth +
+        b(block.b + column / kColumns<T> * step_of(block) +
           (part.first_tap * block.depth + part.from) * kColumns<T>),
         next(nullptr),
         c(block.c + column),
@@ -73,10 +73,14 @@ struct Panel {
     low = relu ? T{0} : -static_cast<T>(__builtin_huge_val());
     meets_rows = column == 0;
     const bool last_panel = column + kColumns<T> >= block.n;
-    const int64_t panel = block.taps * block.depth * kColumns<T>;
+    const int64_t panel = step_of(block);
     if (!last_panel) next = b + panel;
     if (last_panel && block.b_after)
-      next = block.b_after + (b - block.b - column * block.taps * block.depth);
+      next = block.b_after + (b - block.b - column / kColumns<T> * panel);
+  }
+
+  static int64_t step_of(const GemmBlock<T>& g) {
+    return g.panel_step > 0 ? g.panel_step : g.taps * g.depth * kColumns<T>;
   }
 
   bool whole() const { return columns >= kColumns<T>; }

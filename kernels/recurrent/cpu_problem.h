@@ -80,7 +80,9 @@ struct InputRows {
       : data(nnarch::data<T>(x)),
         step(x.dim() == 3 ? x.stride(0) : 0),
         row(x.stride(x.dim() - 2)),
-        uniform(steps.uniform()) {}
+        uniform(steps.uniform()) {
+    if (uniform && x.dim() == 3 && x.size(1) == 1) row = step;  // a size of 1 has any stride
+  }
 
   const T* at(const Steps& steps, int64_t t, int64_t b) const {
     return uniform ? data + t * step + b * row : data + (steps.first(t) + b) * row;

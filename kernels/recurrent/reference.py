@@ -51,7 +51,7 @@ def recurrent_scan(
     """One layer in one direction: (y, last h, last c, what the backward needs)."""
     hidden = weight_ih.shape[0] // kinds.GATES[kind]
     batch = batch_of(x, batch_sizes)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.flatten(0, 1) if x.dim() == 3 else x
     h = x.new_zeros(batch, weight_hh.shape[1]) if h0 is None else h0
     c = x.new_zeros(batch, hidden if kind == kinds.LSTM else 0) if c0 is None else c0
     gx = rows @ weight_ih.t()

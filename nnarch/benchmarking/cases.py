@@ -29,6 +29,7 @@ from nnarch.benchmarking.convolution_cases import (
     transposed_convolutions,
 )
 from nnarch.benchmarking.peers import torchvision
+from nnarch.benchmarking.recurrent_cases import recurrents
 from nnarch.benchmarking.reservoir_cases import reservoirs
 
 TARGETS: dict[str, Target] = {
@@ -316,6 +317,7 @@ CASES: tuple[Case, ...] = (
     *local_response_norms(),
     *batch_norms(),
     *reservoirs(),
+    *recurrents(),
     *training_convolutions(),
     *models(),
 )

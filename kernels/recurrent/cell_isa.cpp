@@ -1,0 +1,120 @@
+// The cells: what follows the products of one step, for a block of units; and the table of kernels.
+#include "cpu/simd.h"
+#include "recurrent/cell_math_isa.h"
+#include "recurrent/cpu_kernels.h"
+#include "recurrent/few_rows_isa.h"
+#include "recurrent/norm_cell_isa.h"
+
+namespace nnarch::NNARCH_ISA {
+namespace {
+
+// One row of a block.
+template <class T>
+struct CellRow {
+  const CellBlock<T>& p;
+  int64_t row;
+
+  // The input's and the state's part of a gate, for up to `n` units from u on.
+  NNARCH_INLINE Vec<T> input(int64_t gate, int64_t u, int64_t n) const {
+    return load_n(p.gx + row * p.gx_step + gate * p.width + u, n);
+  }
+  NNARCH_INLINE Vec<T> state(int64_t gate, int64_t u, int64_t n) const {
+    return load_n(p.gh + row * p.gh_step + gate * p.width + u, n);
+  }
+  NNARCH_INLINE Vec<T> both(int64_t gate, int64_t u, int64_t n) const {
+    return input(gate, u, n) + state(gate, u, n);
+  }
+  NNARCH_INLINE void keep(int64_t vector, int64_t u, int64_t n, Vec<T> v) const {
+    store_n(p.kept + row * p.kept_step + vector * p.hidden + u, v, n);
+  }
+  NNARCH_INLINE void finish(int64_t u, int64_t n, Vec<T> h) const {
+    store_n(p.next + row * p.next_step + u, h, n);
+    if (p.y) store_n(p.y + row * p.y_step + u, h, n);
+  }
+};
+
+template <class T>
+NNARCH_INLINE void lstm(const CellRow<T>& r, int64_t u, int64_t n) {
+  const CellBlock<T>& p = r.p;
+  T* cell = p.c + r.row * p.c_step + u;
+  const Vec<T> before = load_n(cell, n);
+  Vec<T> i = r.both(0, u, n), f = r.both(1, u, n), o = r.both(3, u, n);
+  if (p.peephole) {
+    i += load_n(p.peephole + u, n) * before;
+    f += load_n(p.peephole + p.hidden + u, n) * before;
+  }
+  i = cell_sigmoid(i), f = cell_sigmoid(f);
+  const Vec<T> g = cell_tanh(r.both(2, u, n));
+  const Vec<T> c = f * before + i * g;
+  if (p.peephole) o += load_n(p.peephole + 2 * p.hidden + u, n) * c;
+  o = cell_sigmoid(o);
+  store_n(cell, c, n);
+  if (p.kept)
+    r.keep(0, u, n, i), r.keep(1, u, n, f), r.keep(2, u, n, g), r.keep(3, u, n, o),
+        r.keep(4, u, n, c);
+  r.finish(u, n, o * cell_tanh(c));
+}
+
+template <class T>
+NNARCH_INLINE void gru(const CellRow<T>& row, int64_t u, int64_t n) {
+  const CellBlock<T>& p = row.p;
+  const Vec<T> before = load_n(p.h + row.row * p.h_before_step + u, n);
+  const Vec<T> r = cell_sigmoid(row.both(0, u, n)), z = cell_sigmoid(row.both(1, u, n));
+  Vec<T> state = row.state(2, u, n);
+  if (p.bias_n) state += load_n(p.bias_n + u, n);
+  const Vec<T> fresh = cell_tanh(row.input(2, u, n) + r * state);
+  if (p.kept)
+    row.keep(0, u, n, r), row.keep(1, u, n, z), row.keep(2, u, n, fresh), row.keep(3, u, n, state);
+  row.finish(u, n, (T(1) - z) * fresh + z * before);
+}
+
+template <class T, int64_t Kind>
+NNARCH_INLINE void unit(const CellRow<T>& r, int64_t u, int64_t n) {
+  if constexpr (Kind == 2)
+    lstm(r, u, n);
+  else if constexpr (Kind == 3)
+    gru(r, u, n);
+  else if constexpr (Kind == 1)
+    r.finish(u, n, at_least<T>(r.both(0, u, n), Vec<T>{}));
+  else
+    r.finish(u, n, cell_tanh(r.both(0, u, n)));
+}
+
+template <class T, int64_t Kind>
+NNARCH_NOINLINE void cell_of(const CellBlock<T>& p) {
+  constexpr int64_t w = kLanes<T>;
+  const int64_t whole = p.units / w * w;
+  for (int64_t row = 0; row < p.rows; ++row) {
+    const CellRow<T> r{p, row};
+    for (int64_t u = 0; u < whole; u += w) unit<T, Kind>(r, u, w);
+    if (whole < p.units) unit<T, Kind>(r, whole, p.units - whole);
+  }
+}
+
+template <class T>
+void cell(const CellBlock<T>& p) {
+  if (p.kind == 0) return cell_of<T, 0>(p);
+  if (p.kind == 1) return cell_of<T, 1>(p);
+  if (p.kind == 2) return cell_of<T, 2>(p);
+  cell_of<T, 3>(p);
+}
+
+}  // namespace
+
+template <>
+const RecurrentTable<float>& recurrent_table<float>() {
+  static constexpr RecurrentTable<float> table = {
+      kMostFewRows, few_rows<float, float>, few_rows<float, uint16_t>,
+      cell<float>,  normalize_row<float>,   norm_cell<float>,
+      to_bfloat16,  from_bfloat16};
+  return table;
+}
+template <>
+const RecurrentTable<double>& recurrent_table<double>() {
+  static constexpr RecurrentTable<double> table = {
+      kMostFewRows,          few_rows<double, double>, nullptr, cell<double>,
+      normalize_row<double>, norm_cell<double>,        nullptr, nullptr};
+  return table;
+}
+
+}  // namespace nnarch::NNARCH_ISA

@@ -1,0 +1,98 @@
+// The recurrent kernels of one instruction set: a product for few rows, and what follows a product.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace nnarch {
+
+// c[r][j] = start[j] + Σ_k a[r][k]·b[k][j] for a few rows r, over whole panels of columns. Panels
+// are those of GemmTable: [k][nr], one after the other.
+template <class T, class Weight>
+struct FewRows {
+  const T* a;
+  int64_t a_step, rows;  // rows <= GemvTable::most_rows
+  const Weight* b;
+  int64_t depth, panels;
+  T* c;
+  int64_t c_step;
+  const T* start;  // [panels * nr] or null: 0
+};
+
+// What one block of units does with its products in some rows. Column g·width + u of gx and gh is
+// gate g of unit u.
+template <class T>
+struct CellBlock {
+  int64_t kind, rows, units, width;
+  const T* gx;  // the input's part, with its biases
+  int64_t gx_step;
+  const T* gh;  // the state's part
+  int64_t gh_step;
+  const T* bias_n;    // GRU: of the state's part of gate n; or null
+  const T* peephole;  // LSTM: for i; those for f and o lie `hidden` and 2·hidden further; or null
+  const T* h;         // GRU: the state before the step
+  int64_t h_before_step;
+  T* c;  // LSTM: the cell, before and after
+  int64_t c_step;
+  T* next;  // the state after the step
+  int64_t next_step;
+  T* y;  // the same once more; or null
+  int64_t y_step;
+  T* kept;  // the first vector of the reserve; or null
+  int64_t kept_step;
+  int64_t hidden;  // distance of the reserve's vectors, and of the peephole's
+};
+
+// Columns in the order of products: blocks of `width` units, of which the last may have fewer.
+// Column b·gates·width + g·width_of_b + u is gate g of unit b·width + u.
+struct ColumnOrder {
+  int64_t gates, hidden, width, last_width;
+
+  int64_t blocks() const { return (hidden + width - 1) / width; }
+  int64_t units(int64_t b) const { return b + 1 < blocks() ? width : hidden - b * width; }
+  int64_t width_of(int64_t b) const { return b + 1 < blocks() ? width : last_width; }
+  int64_t start(int64_t b) const { return b * gates * width; }
+  int64_t columns() const { return start(blocks() - 1) + gates * last_width; }
+};
+
+// Rows of a layer-normalized LSTM. Gains and biases are in the order of columns.
+template <class T>
+struct NormRow {
+  ColumnOrder order;
+  T eps;
+  const T *gain, *bias;
+};
+
+template <class T>
+struct NormCell {
+  NormRow<T> state;                // of the state's product
+  const T *cell_gain, *cell_bias;  // [H]
+  const T* peephole;               // [3, H] or null
+  const T* gx;                     // normalized, with its biases
+  T* gh;                           // the state's product, overwritten
+  T *c, *h, *y;                    // [H]; y or null
+  T* kept;                         // vectors of H: i, f, g, o, c, then gx (4), then gh (4)
+};
+
+template <class T>
+struct RecurrentTable {
+  int64_t most_few_rows;
+  void (*few)(const FewRows<T, T>& p);
+  void (*few_bfloat16)(const FewRows<T, uint16_t>& p);
+  void (*cell)(const CellBlock<T>& p);
+  // row = normalized row · gain + bias, in place; what it was goes to `kept` as [gates][H], if any.
+  void (*normalize)(const NormRow<T>& p, T* row, T* kept);
+  void (*norm_cell)(const NormCell<T>& p);
+  void (*to_bfloat16)(const T* from, uint16_t* to, int64_t n);
+  void (*from_bfloat16)(const uint16_t* from, T* to, int64_t n);
+};
+
+NNARCH_PER_ISA(template <class T> const RecurrentTable<T>& recurrent_table();)
+
+template <class T>
+const RecurrentTable<T>& recurrent() {
+  return NNARCH_SELECT(recurrent_table<T>());
+}
+
+}  // namespace nnarch
