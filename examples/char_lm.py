@@ -47,11 +47,11 @@ class Text:
         self.train, self.test = codes[:learnt], codes[unseen:]
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Step `step` of 32 streams that each read on where they were: input, target [T, B]."""
+        """Step `step` of 32 streams that each read on where they were: input, target [B, T]."""
         length = len(self.train) // BATCH
         begin = step * TIME % (length - TIME - 1)
-        streams = self.train[: BATCH * length].view(BATCH, length)[:, begin : begin + TIME + 1].t()
-        return streams[:-1], streams[1:]
+        streams = self.train[: BATCH * length].view(BATCH, length)[:, begin : begin + TIME + 1]
+        return streams[:, :-1], streams[:, 1:]
 
     def decode(self, codes: list[int]) -> str:
         """Numbers as text."""
@@ -88,22 +88,22 @@ def _codes(text: np.ndarray, order: int, size: int) -> np.ndarray:
 
 
 @torch.inference_mode()
-def test_nats(model: torch.nn.Module, text: Text) -> float:
+def unseen_nats(model: torch.nn.Module, text: Text) -> float:
     """Cross-entropy of the model on the test text, read as 64 streams, in nats a character."""
     model.eval()
     length = (len(text.test) - 1) // 64
-    inputs = text.test[: 64 * length].view(64, length).t()
-    targets = text.test[1 : 64 * length + 1].view(64, length).t()
+    inputs = text.test[: 64 * length].view(64, length)
+    targets = text.test[1 : 64 * length + 1].view(64, length)
     state, total = None, 0.0
     for begin in range(0, length, 256):
         part = slice(begin, begin + 256)
-        logits, state = model(inputs[part], state)
-        total += cross_entropy(logits, targets[part], "sum").item()
+        logits, state = model(inputs[:, part], state)
+        total += cross_entropy(logits, targets[:, part], "sum").item()
     return total / targets.numel()
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Of logits [T, B, V] and targets [T, B]."""
+    """Of logits [B, T, V] and targets [B, T], in nats."""
     return torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), reduction=reduction
     )
@@ -115,9 +115,9 @@ def sample(model: torch.nn.Module, text: Text, length: int, temperature: float) 
     model.eval()
     generator = torch.Generator().manual_seed(0)
     codes = [text.alphabet.index(character) for character in "\nKING"]
-    logits, state = model(torch.tensor(codes)[:, None], None)
+    logits, state = model(torch.tensor([codes]), None)
     for _ in range(length):
-        odds = (logits[-1, 0] / temperature).softmax(0)
+        odds = (logits[0, -1] / temperature).softmax(0)
         codes.append(int(torch.multinomial(odds, 1, generator=generator)))
         logits, state = model(torch.tensor([[codes[-1]]]), state)
     return text.decode(codes).strip()
@@ -183,7 +183,11 @@ def main(
     text = Text(shakespeare())
     torch.manual_seed(0)
     model = nnarch.create_model(
-        f"{cell}_language_model", vocabulary=len(text.alphabet), embedding=64, hidden=hidden
+        f"{cell}_language_model",
+        vocabulary=len(text.alphabet),
+        embedding=64,
+        hidden=hidden,
+        layers=1,
     )
     optimizer = torch.optim.Adam(model.parameters())
     path = folder / f"{cell}_{hidden}_{steps}.pt"
@@ -192,7 +196,7 @@ def main(
     losses = train(model, text, steps, Checkpoint(path, model=model, optimizer=optimizer))
 
     with console.status("reading the unseen text …"):
-        found, trigram = test_nats(model, text), trigram_nats(text)
+        found, trigram = unseen_nats(model, text), trigram_nats(text)
     verdict = "beats" if found < trigram else "does NOT beat"
     console.print(
         f"{cell}, {sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps: "

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from nnarch.kernels.activation import kinds
+from nnarch.kernels.activation.op import activation_grad
 from nnarch.kernels.activation.reference import activation as reference_activation
+from nnarch.kernels.normalization.op import affine, channel_sum
 from nnarch.library import check_device, check_same, check_tensor
 
 
@@ -140,9 +142,6 @@ def epilogue_backward(
         activation, alpha: as the operation got them.
         needs: whether bias, shift and residual want a gradient.
     """
-    from nnarch.kernels.activation.op import activation_grad
-    from nnarch.kernels.normalization.op import affine, channel_sum
-
     need_bias, need_shift, need_residual = needs
     gz = activation_grad(grad, y, activation, alpha) if activation else grad
     acc = affine(gz, scale, None, None, 0, 0.0) if scale is not None else gz

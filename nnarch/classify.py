@@ -115,12 +115,9 @@ class Classifier:
 
     def __init__(self, name: str, weights: Path | None = None, labels: Path | None = None) -> None:
         try:
-            size = model_info(name).input_size
+            self.size = model_info(name).input_size[-1]
         except ValueError as error:
             raise InputError(_reason(error)) from None
-        if len(size) != 3:
-            raise InputError(f"{name} reads sequences, not images")
-        self.size = size[-1]
         if weights is None:
             if name != DEMO_MODEL:
                 raise InputError(f"{name}: name its weights with --weights FILE")

@@ -270,10 +270,13 @@ def _cheap_call(op: Op, backward: Any, setup_context: Any) -> Callable[..., Any]
     is_compiling = torch.compiler.is_compiling
     in_functorch = torch._C._are_functorch_transforms_active
     Tensor = torch.Tensor
+    # isinstance(1, Tensor) costs 0.1 µs: Tensor's metaclass answers. Schemas begin with tensors.
+    kinds = [str(argument.type) for argument in overload._schema.arguments]
+    tensors = 1 + max((i for i, kind in enumerate(kinds) if "Tensor" in kind), default=-1)
     family = f"{op.name}: "
     apply = transformed = overload
     if setup_context:
-        apply = _autograd_function(op, backward, setup_context).apply
+        apply = _cheap_apply(_autograd_function(op, backward, setup_context))
         transformed = _functorch_function(op, backward, setup_context).apply
 
     def call(*args: Any) -> Any:
@@ -283,8 +286,8 @@ def _cheap_call(op: Op, backward: Any, setup_context: Any) -> Callable[..., Any]
             if is_inference_mode():  # is below autograd already
                 return run(*args)
             if is_grad_enabled():
-                for a in args:
-                    if isinstance(a, Tensor) and a.requires_grad:
+                for a in args[:tensors]:
+                    if a is not None and isinstance(a, Tensor) and a.requires_grad:
                         return transformed(*args) if in_functorch() else apply(*args)
             with _BelowAutograd():
                 return run(*args)
@@ -303,12 +306,20 @@ def _cheap_call(op: Op, backward: Any, setup_context: Any) -> Callable[..., Any]
     return call
 
 
+def _cheap_apply(function: Any) -> Callable[..., Any]:
+    """`function.apply` past the part of it in Python: that looks at every argument for what
+    functorch left behind, 2.9 µs of conv2d's 6.8."""
+    return super(torch.autograd.Function, function).apply
+
+
 def _autograd_function(op: Op, backward_formula: Any, setup_context: Any) -> Any:
+    run = op.overload._op
+
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
             with _BelowAutograd():
-                output = op.overload(*args)
+                output = run(*args)
             setup_context(ctx, args, output)
             return output
 

@@ -101,6 +101,10 @@ def _batch_norm(name: str) -> list[tuple[Any, ...]]:
     weight, bias = torch.rand(12) + 0.5, tensor(12)
     y, mean, invstd = run("batch_norm_train", x, weight, bias, None, 1e-5, kinds.RELU, 0.0)
     return {
+        "batch_norm_eval": [
+            (x, bias, weight, weight, bias, grad, 1e-5, kinds.RELU, 0.0),
+            (x, bias, weight, None, None, None, 1e-3, 0, 0.0),
+        ],
         "batch_norm_train": [
             (x, weight, bias, grad, 1e-5, kinds.RELU, 0.0),
             (x, None, None, None, 1e-3, 0, 0.0),
@@ -164,11 +168,31 @@ _SAMPLES: dict[str, Callable[[], list[tuple[Any, ...]]]] = {
     "affine": _affine,
     "channel_sum": lambda: [(tensor(*_NCHW),), (tensor(300, 7),)],
     "channel_dot": lambda: [(tensor(*_NCHW), tensor(*_NCHW))],
-    "conv2d": lambda: [*_conv2d(12, 10), *_conv2d(3, 9)],
+    "conv2d": lambda: [
+        *_conv2d(12, 10),
+        *_conv2d(3, 9),
+        # A signal.
+        (
+            tensor(2, 5, 1, 300),
+            tensor(20, 5, 1, 4),
+            tensor(20),
+            None,
+            None,
+            tensor(2, 20, 1, 150),
+            None,
+            [1, 2],
+            [0, 1, 0, 2],
+            [1, 1],
+            1,
+            kinds.RELU,
+            0.0,
+        ),
+    ],
     "conv2d_pack": lambda: [
         (tensor(10, 6, 3, 4), 2, 0),
         (tensor(9, 3, 3, 3), 1, 0),
         (tensor(20, 7, 3, 3), 2, 4),
+        (tensor(20, 7, 5, 5), 2, 2),
     ],
     "linear": _linear,
     "linear_pack": lambda: [(tensor(35, 21),)],
@@ -177,7 +201,8 @@ for _name in ("conv2d_input_grad", "conv2d_weight_grad"):
     _SAMPLES[_name] = lambda name=_name: _conv2d_grad(name)
 for _name in ("", "_input_grad", "_weight_grad", "_backward", "_pack"):
     _SAMPLES["depthwise_conv2d" + _name] = lambda name="depthwise_conv2d" + _name: _depthwise(name)
-for _name in ("batch_norm_train", "batch_norm_backward", "batch_norm_backward_backward"):
+for _name in ("eval", "train", "backward", "backward_backward"):
+    _name = "batch_norm_" + _name
     _SAMPLES[_name] = lambda name=_name: _batch_norm(name)
 for _name in (
     "max_pool2d", "adaptive_max_pool2d", "max_pool2d_input_grad", "max_pool2d_gather",
@@ -192,8 +217,7 @@ for _name in (
 
 def all_ops() -> list[str]:
     """The names of all declared operations."""
-    import nnarch.functional
-    import nnarch.kernels.depthwise.op  # noqa: F401 (imported at first use elsewhere)
+    import nnarch.functional  # noqa: F401 (declares them)
 
     return sorted(library.OPS)
 

@@ -47,6 +47,14 @@ CALLS = {
     "interpolate": (lambda x: F.interpolate(x, scale_factor=2), (X,)),
     "upsample": (lambda x: F.upsample(x, (5, 7), mode="bilinear"), (X,)),
     "max_unpool2d": (lambda x: F.max_unpool2d(x, INDICES, 2), (X,)),
+    "reservoir_scan": (
+        lambda x, w, w_in: F.reservoir_scan(x, w, w_in)[0],
+        (array(4, 2, 3), array(5, 5), array(5, 3)),
+    ),
+    "reservoir_generate": (
+        lambda x, y, w, w_in, w_out: F.reservoir_generate(x, y, w, w_in, w_out)[0],
+        (array(4, 2, 3), array(2, 1), array(5, 5), array(5, 4), array(1, 5)),
+    ),
 }
 every_call = pytest.mark.parametrize("call", CALLS)
 

@@ -39,7 +39,7 @@ def test_operations(isa):
     select = "agree or algorithm or views or packed_weight"
     tests = [
         "test_library.py",
-        *(f"kernels/test_{f}.py" for f in ("conv2d", "linear", "depthwise")),
+        *(f"kernels/test_{f}.py" for f in ("conv2d", "linear", "depthwise", "reservoir")),
     ]
     done = _python(
         isa, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", select,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -54,13 +53,15 @@ def conv1d(
     """
     op = "conv1d"
     image, kernel = _row(op, "x", x, (2, 3)), _row(op, "weight", weight, (3,))
-    pads = padding if isinstance(padding, str) else _pair(op, "padding", padding, 0)
-    with _named(op, "conv2d"):
+    pads: Any = padding if isinstance(padding, str) else _pair(op, "padding", padding, 0) * 2
+    steps, gaps = _pair(op, "stride", stride, 1), _pair(op, "dilation", dilation, 1)
+    try:
         y = conv2d(
-            image, kernel, bias, _pair(op, "stride", stride, 1), pads,
-            _pair(op, "dilation", dilation, 1), groups, scale=scale, shift=shift,
+            image, kernel, bias, steps, pads, gaps, groups, scale=scale, shift=shift,
             residual=_residual(op, residual), activation=activation, packed=packed,
         )  # fmt: skip
+    except (ValueError, TypeError) as error:
+        raise _renamed(error, op, "conv2d") from None
     return y.squeeze(-2)
 
 
@@ -106,18 +107,22 @@ def conv_transpose1d(
     """
     op = "conv_transpose1d"
     image, kernel = _row(op, "x", x, (2, 3)), _row(op, "weight", weight, (3,))
-    with _named(op, "conv_transpose2d"):
+    steps, pads = _pair(op, "stride", stride, 1), _pair(op, "padding", padding, 0)
+    extra, gaps = _pair(op, "output_padding", output_padding, 0), _pair(op, "dilation", dilation, 1)
+    try:
         y = conv_transpose2d(
-            image, kernel, bias, _pair(op, "stride", stride, 1), _pair(op, "padding", padding, 0),
-            _pair(op, "output_padding", output_padding, 0), groups,
-            _pair(op, "dilation", dilation, 1), scale=scale, shift=shift,
+            image, kernel, bias, steps, pads, extra, groups, gaps, scale=scale, shift=shift,
             residual=_residual(op, residual), activation=activation, packed=packed,
         )  # fmt: skip
+    except (ValueError, TypeError) as error:
+        raise _renamed(error, op, "conv_transpose2d") from None
     return y.squeeze(-2)
 
 
 def _row(op: str, name: str, tensor: Any, dims: tuple[int, ...]) -> Any:
     """A signal as an image of one row."""
+    if isinstance(tensor, Tensor) and tensor.dim() in dims:
+        return tensor.unsqueeze(-2)
     check_tensor(op, name, tensor)
     if tensor.dim() not in dims:
         wanted = " or ".join(f"{d}-D" for d in dims)
@@ -131,6 +136,10 @@ def _residual(op: str, residual: Tensor | None) -> Any:
 
 def _pair(op: str, name: str, value: Any, vertical: int) -> tuple[int, Any]:
     """A number, or a sequence of one, beside what the one row has."""
+    if type(value) is int:  # before the abstract class, which takes a microsecond
+        return vertical, value
+    if type(value) is tuple and len(value) == 1:
+        return vertical, value[0]
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != 1:
             raise ValueError(f"{op}: {name} must be one number, got {tuple(value)}")
@@ -138,14 +147,10 @@ def _pair(op: str, name: str, value: Any, vertical: int) -> tuple[int, Any]:
     return vertical, value
 
 
-@contextlib.contextmanager
-def _named(op: str, of: str) -> Iterator[None]:
-    """Let errors of the operation `of` name `op`; sizes in them are those of one row."""
-    try:
-        yield
-    except (ValueError, TypeError) as error:
-        text = str(error)
-        for name in (of, "depthwise_conv2d_input_grad", "depthwise_conv2d"):
-            if text.startswith(f"{name}: "):
-                raise type(error)(f"{op}: {text.removeprefix(f'{name}: ')}") from None
-        raise
+def _renamed(error: Exception, op: str, of: str) -> Exception:
+    """An error of the operation `of` that names `op`; sizes in it are those of one row."""
+    text = str(error)
+    for name in (of, "depthwise_conv2d_input_grad", "depthwise_conv2d"):
+        if text.startswith(f"{name}: "):
+            return type(error)(f"{op}: {text.removeprefix(f'{name}: ')}")
+    return error

@@ -2,6 +2,7 @@
 #include "conv2d/cpu_grouped.h"
 #include "conv2d/cpu_product.h"
 #include "conv2d/cpu_shape.h"
+#include "conv2d/cpu_signal.h"
 #include "conv2d/cpu_stem.h"
 #include "conv2d/cpu_views.h"
 #include "cpu/epilogue_fold.h"
@@ -47,27 +48,32 @@ Tensor pack_groups(const Tensor& weight, const ConvShape& p, int64_t tile) {
   return packed;
 }
 
-// Whether an output may be NCHW; others are converted afterwards.
+// Whether an output is to be NCHW, and can be written so; others are converted afterwards. (Images
+// of one channel are dense both ways.)
 template <class T>
-bool writes_planes(const ConvShape& p) {
-  return stem_serves(p) || has_narrow_groups<T>(p);
+bool writes_planes(const ConvShape& p, const Tensor& x) {
+  return stem_serves(p) ? !follows_channels_last(x) : has_narrow_groups<T>(p) && is_planar(x);
 }
 
 // How a weight that is packed for this convolution should be packed.
 template <class T>
 int64_t forward_tile(const ConvShape& p, bool packed) {
-  if (stem_serves(p) || packs_narrow_groups<T>(p) ||
-      !winograd_serves(forward_image<T>(nullptr, p, 0)))
-    return 0;
-  return choose_tile({p.n, p.oh, p.ow, p.group_c(), p.group_k(), packed});
+  if (stem_serves(p) || packs_narrow_groups<T>(p)) return 0;
+  const int64_t side = winograd_side(forward_image<T>(nullptr, p, 0));
+  return side ? choose_tile({p.n, p.oh, p.ow, p.group_c(), p.group_k(), packed, side}) : 0;
+}
+
+// Whether Winograd has tiles of that size for a kernel of `side` × `side`.
+bool has_tile(int64_t side, int64_t tile) {
+  return tile == 2 ? side == 3 || side == 5 : side == 3 && tile >= 4 && tile <= 6;
 }
 
 // How a packed weight was packed; throws where it does not belong to this convolution.
 template <class T>
 int64_t tile_of(const Tensor& packed, const ConvShape& p) {
-  const bool may_be_transformed = winograd_serves(forward_image<T>(nullptr, p, 0));
+  const int64_t side = winograd_side(forward_image<T>(nullptr, p, 0));
   for (int64_t tile : {0, 2, 4, 5, 6})
-    if (packed.numel() == all_groups_size<T>(p, tile) && (tile == 0 || may_be_transformed))
+    if (packed.numel() == all_groups_size<T>(p, tile) && (tile == 0 || has_tile(side, tile)))
       return tile;
   throw std::runtime_error("conv2d: packed does not belong to this weight");
 }
@@ -105,9 +111,9 @@ Tensor conv2d_pack(const Tensor& weight_in, int64_t groups, int64_t tile) {
   require(weight.dim() == 4 && groups > 0 && weight.size(0) % groups == 0,
           "conv2d_pack: weight must be 4-D and groups must divide its first size");
   const IntList size = sizes_of(weight);
-  require(tile == 0 || ((tile == 2 || (tile >= 4 && tile <= 6)) && size[2] == 3 && size[3] == 3 &&
+  require(tile == 0 || (size[2] == size[3] && has_tile(size[2], tile) &&
                         weight.scalar_type() == ScalarType::Float),
-          "conv2d_pack: tile must be 0, or 2, 4, 5 or 6 for a 3x3 weight in float32");
+          "conv2d_pack: tile must be 0, or in float32 2, 4, 5 or 6 for 3x3 and 2 for 5x5");
   ConvShape p{};  // packing asks for nothing but the weight's sizes
   p.c = size[1] * groups, p.k = size[0], p.r = size[2], p.s = size[3], p.groups = groups;
   return with_scalar_type(weight.scalar_type(), "conv2d_pack", [&](auto scalar) {
@@ -130,19 +136,25 @@ Tensor conv2d(const Tensor& x_in, const Tensor& weight_in, const OptTensor& bias
   const Tensor x = to_compute_type(x_in), weight = to_compute_type(weight_in);
   const OptTensor b = to_compute_type(bias), sc = to_compute_type(scale),
                   sh = to_compute_type(shift);
-  const OptTensor res =
-      residual ? OptTensor(as_channels_last(to_compute_type(*residual))) : std::nullopt;
+  const bool signal = signal_serves(p) && x.is_contiguous() && !StayChannelsLast::holds();
+  OptTensor res = to_compute_type(residual);
+  if (res) res = signal ? as_contiguous(*res) : as_channels_last(*res);
   require(!packed_in || (packed_in->is_contiguous() && packed_in->scalar_type() == x.scalar_type()),
           "conv2d: packed does not belong to this weight");
   Tensor y;
   with_scalar_type(x.scalar_type(), "conv2d", [&](auto scalar) {
     using T = decltype(scalar);
+    const FoldedEpilogue<T> epilogue({b, sc, sh, res, activation, alpha}, p.k);
     const int64_t tile = packed_in ? tile_of<T>(*packed_in, p) : forward_tile<T>(p, false);
+    if (signal) {
+      set_algorithm("signal");
+      y = new_contiguous(p.output_size(), x.scalar_type());
+      return signal_forward<T>(data<T>(x), weight, mutable_data<T>(y), p, epilogue.get());
+    }
     const bool planar =
-        tile == 0 && writes_planes<T>(p) && !res && is_planar(x_in) && !StayChannelsLast::holds();
+        tile == 0 && !res && writes_planes<T>(p, x_in) && !StayChannelsLast::holds();
     y = planar ? new_contiguous(p.output_size(), x.scalar_type())
                : new_channels_last(p.output_size(), x.scalar_type());
-    const FoldedEpilogue<T> epilogue({b, sc, sh, res, activation, alpha}, p.k);
     forward<T>(x, weight, packed_in ? data<T>(*packed_in) : nullptr, tile, y, p, epilogue.get());
   });
   return to_type(in_format_of(y, x_in), type);

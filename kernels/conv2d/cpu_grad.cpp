@@ -71,7 +71,7 @@ void unpack_weight_grad(const T* sums, const ConvShape& p, T* dw) {
 // How the weight's gradient is computed: Winograd's tile, or 0.
 template <class T>
 int64_t weight_grad_tile(const ConvShape& p) {
-  if (!winograd_serves(forward_image<T>(nullptr, p, 0))) return 0;
+  if (winograd_side(forward_image<T>(nullptr, p, 0)) != 3) return 0;
   return choose_weight_grad_tile({p.n, p.oh, p.ow, p.group_c(), p.group_k(), false});
 }
 

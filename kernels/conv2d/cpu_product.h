@@ -3,6 +3,7 @@
 // which form the packed weight has.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -13,16 +14,26 @@
 
 namespace nnarch {
 
+// A line behind transformed 5×5 weights: F(2×2, 5×5) and F(4×4, 3×3) have 36 values each, and a
+// packed weight is known by its size.
+inline int64_t line_behind(int64_t taps, int64_t tile) { return tile > 0 && taps == 25 ? 16 : 0; }
+
 template <class T>
 int64_t conv_packed_size(int64_t columns, int64_t taps, int64_t depth, int64_t tile) {
-  return tile == 0 ? packed_size<T>(columns, taps, depth)
-                   : winograd_packed_size(columns, depth, tile, taps == 4 ? 2 : 3);
+  if (tile == 0) return packed_size<T>(columns, taps, depth);
+  return checked_sum(winograd_packed_size(columns, depth, tile, taps_a_side(taps)),
+                     line_behind(taps, tile));
 }
 
 template <class T>
 void conv_pack(const WeightView<T>& weight, int64_t tile, T* dst) {
   if constexpr (std::is_same_v<T, float>)
-    if (tile > 0) return winograd_pack(weight, tile, dst);
+    if (tile > 0) {
+      const int64_t taps = weight.taps(), line = line_behind(taps, tile);
+      const int64_t size = conv_packed_size<T>(weight.columns, taps, weight.depth, tile);
+      std::fill_n(dst + size - line, line, T{0});
+      return winograd_pack(weight, tile, dst);
+    }
   pack_weight(weight, dst);
 }
 

@@ -1,10 +1,10 @@
-// Winograd convolution, 3×3 or 2×2 with stride 1: blocks of tiles are transformed, multiplied and
-// transformed back while they are in cache.
+// Winograd convolution, 2×2, 3×3 or 5×5 with stride 1: blocks of tiles are transformed, multiplied
+// and transformed back while they are in cache.
 //
-// A block of tiles becomes V[xi][tile][channel], (m + 2)² small matrices, or (m + 1)² with 2×2
-// taps. Panel by panel of output
-// channels, each is multiplied by the panel's transformed weights, [panel][xi][channel][nr] in
-// memory and read strictly in that order; the products [xi][tile][nr] become outputs at once.
+// A block of tiles becomes V[xi][tile][channel], (m + r − 1)² small matrices for r × r taps. Panel
+// by panel of output channels, each is multiplied by the panel's transformed weights,
+// [panel][xi][channel][nr] in memory and read strictly in that order; the products [xi][tile][nr]
+// become outputs at once.
 #pragma once
 
 #include <algorithm>
@@ -12,19 +12,14 @@
 #include <cstring>
 
 #include "conv2d/cpu_shape.h"
-#include "conv2d/two_taps.h"
 #include "conv2d/winograd.h"
+#include "conv2d/winograd_taps.h"
 #include "cpu/arena.h"
 #include "cpu/gather_gemm.h"
 #include "cpu/pack_weight.h"
 #include "cpu/parallel.h"
 
 namespace nnarch {
-
-// Of m × m outputs by a kernel of `taps` × `taps`, 2 or 3.
-inline const WinogradTransforms& winograd_transforms(int64_t m, int64_t taps) {
-  return taps == 2 ? two_taps().transforms(m) : winograd().transforms(m);
-}
 
 // The grid of m × m tiles that covers the outputs of such a convolution with step 1. The image's
 // first tap is the upper left one.
@@ -200,14 +195,14 @@ inline int64_t winograd_packed_size(int64_t columns, int64_t depth, int64_t m, i
                          winograd_panel(depth, winograd_planes(m, taps)));
 }
 
-// The side of a square kernel.
-inline int64_t taps_a_side(const WeightView<float>& view) { return view.taps() == 4 ? 2 : 3; }
+// The side of a square kernel of so many taps.
+inline int64_t taps_a_side(int64_t taps) { return taps == 4 ? 2 : taps == 25 ? 5 : 3; }
 
 // The transformed weights of panel p.
 inline void winograd_pack_panel(const WeightView<float>& view, int64_t m, int64_t p, float* dst) {
   constexpr int64_t some = 16;  // channels at once: they stay in L1
   const WinogradTable& table = winograd();
-  const int64_t plane = winograd_plane(view.depth * table.nr), taps = taps_a_side(view);
+  const int64_t plane = winograd_plane(view.depth * table.nr), taps = taps_a_side(view.taps());
   const auto transform = winograd_transforms(m, taps).weight;
   WeightView<float> part = view;
   part.data += p * table.nr * view.column_stride;
@@ -223,7 +218,7 @@ inline void winograd_pack_panel(const WeightView<float>& view, int64_t m, int64_
 }
 
 inline void winograd_pack(const WeightView<float>& view, int64_t m, float* dst) {
-  const int64_t panel = winograd_panel(view.depth, winograd_planes(m, taps_a_side(view)));
+  const int64_t panel = winograd_panel(view.depth, winograd_planes(m, taps_a_side(view.taps())));
   parallel_tasks(ceil_div(view.columns, winograd().nr),
                  [&](int64_t p) { winograd_pack_panel(view, m, p, dst + p * panel); });
 }
@@ -282,7 +277,7 @@ inline void winograd_by_panels(const WinogradTiles& tiles, const WinogradBlockin
 inline void winograd_gemm(const GridImage<float>& image, int64_t m, const float* packed,
                           const WeightView<float>& view, float* y, const OutputGrid& out,
                           const Epilogue<float>& epilogue) {
-  const WinogradTiles tiles{image, m, taps_a_side(view)};
+  const WinogradTiles tiles{image, m, taps_a_side(view.taps())};
   if (tiles.count() == 0 || view.columns == 0) return;
   const WinogradBlocking block(tiles);
   const WinogradWindows windows = input_windows(tiles, block.row, block.plane);

@@ -61,6 +61,8 @@ def padding_of(
         total = [d * (size - 1) for d, size in zip(dilation, weight.shape[2:], strict=True)]
         before = [t // 2 for t in total]
         return (*before, total[0] - before[0], total[1] - before[1])
+    if type(padding) is int:
+        return padding, padding, padding, padding
     pads = two(padding)
     if not isinstance(pads, Sequence):
         raise TypeError(f"{op}: padding must be a string, a number or numbers, got {padding!r}")

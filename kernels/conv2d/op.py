@@ -13,6 +13,8 @@ from nnarch import arrays, library
 from nnarch.kernels.activation import kinds
 from nnarch.kernels.conv2d import reference
 from nnarch.kernels.conv2d.geometry import check_conv, output_size, padding_of, two
+from nnarch.kernels.depthwise.op import depthwise_op
+from nnarch.kernels.depthwise.op import pack as pack_depthwise
 from nnarch.kernels.epilogue import (
     check_epilogue,
     check_packed,
@@ -21,6 +23,7 @@ from nnarch.kernels.epilogue import (
     must_split,
     refuse_gradient,
 )
+from nnarch.kernels.normalization.op import affine, channel_sum
 
 _EPILOGUE = "Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual"
 _GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation, int groups"
@@ -62,15 +65,18 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale, y = ctx.saved_tensors
-    need_x, need_weight, *needs = ctx.needs_input_grad[:6]
-    need_bias, need_scale, need_shift, need_residual = needs
-    refuse_gradient("conv2d", scale_wanted=need_scale)
-    g = epilogue_backward(
-        grad, y, scale, ctx.activation, ctx.alpha, (need_bias, need_shift, need_residual)
-    )
-    dx = input_grad(g.accumulator, weight, x.shape, *ctx.geometry) if need_x else None
-    dw = weight_grad_of(g.accumulator, x, weight, ctx.geometry) if need_weight else None
-    return dx, dw, g.bias, None, g.shift, g.residual, *[None] * 7
+    need_x, need_weight, need_bias, need_scale, need_shift, need_residual = ctx.needs_input_grad[:6]
+    db = d_shift = d_residual = None
+    if ctx.activation or scale is not None or need_scale or need_shift or need_residual:
+        refuse_gradient("conv2d", scale_wanted=need_scale)
+        needs = (need_bias, need_shift, need_residual)
+        g = epilogue_backward(grad, y, scale, ctx.activation, ctx.alpha, needs)
+        grad, db, d_shift, d_residual = g
+    elif need_bias:
+        db = channel_sum(grad)
+    dx = input_grad(grad, weight, tuple(x.shape), *ctx.geometry) if need_x else None
+    dw = weight_grad_of(grad, x, weight, ctx.geometry) if need_weight else None
+    return dx, dw, db, None, d_shift, d_residual, *[None] * 7
 
 
 conv2d_op = library.declare(
@@ -126,13 +132,13 @@ def _weight_grad_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
     grad, x = ctx.saved_tensors
     need_grad, need_x = ctx.needs_input_grad[:2]
     d_grad = _plain(x, gg, ctx.geometry) if need_grad else None
-    d_x = input_grad(grad, gg, x.shape, *ctx.geometry) if need_x else None
+    d_x = input_grad(grad, gg, tuple(x.shape), *ctx.geometry) if need_x else None
     return d_grad, d_x, *[None] * 6
 
 
 def weight_grad_of(grad: Tensor, x: Tensor, weight: Tensor, geometry: Sequence[Any]) -> Tensor:
     """The gradient of `weight` in its memory format: autograd would copy any other."""
-    return weight_grad(grad, x, weight.shape, *geometry, _is_channels_last(weight))
+    return weight_grad(grad, x, tuple(weight.shape), *geometry, _is_channels_last(weight))
 
 
 def _is_channels_last(t: Tensor) -> bool:
@@ -180,10 +186,11 @@ def _check_pack(weight: Tensor, groups: int, tile: int) -> None:
         )
     if tile not in _TILES:
         raise ValueError(f"conv2d_pack: tile must be one of {_TILES}, got {tile}")
-    if tile and (weight.shape[2:] != (3, 3) or weight.dtype == torch.float64):
+    transformed = weight.shape[2:] == (3, 3) or (weight.shape[2:] == (5, 5) and tile == 2)
+    if tile and (not transformed or weight.dtype == torch.float64):
         raise ValueError(
-            "conv2d_pack: only a weight of 3×3 and at most float32 can be transformed, got "
-            f"{tuple(weight.shape)}, {weight.dtype}"
+            "conv2d_pack: only a weight of 3×3, or of 5×5 for tile 2, and at most float32 can be "
+            f"transformed, got {tuple(weight.shape)}, {weight.dtype}"
         )
 
 
@@ -258,14 +265,10 @@ def conv2d(
     else:
         pads = padding_of(padding, weight, steps, gaps)
     if groups != 1 and is_depthwise(x, weight, groups):
-        from nnarch.kernels.depthwise.op import depthwise_op
-
         run, geometry = depthwise_op, (steps, pads, gaps)
     else:
         run, geometry = conv2d_op, (steps, pads, gaps, groups)
     if (code or scale is not None) and must_split(code, x, weight, bias, scale, shift, residual):
-        from nnarch.kernels.normalization.op import affine
-
         z = run(x, weight, bias, None, None, None, packed, *geometry, 0, 0.0)
         return affine(z, scale, shift, residual, code, alpha)
     return run(x, weight, bias, scale, shift, residual, packed, *geometry, code, alpha)
@@ -324,7 +327,5 @@ def pack_conv2d_weight(weight: Tensor, groups: int = 1, *, tile: int = 0) -> Ten
     if weight.device.type != "cpu" or library.native is None:
         return None
     if groups > 1 and weight.dim() == 4 and weight.shape[1] == 1:
-        from nnarch.kernels.depthwise.op import pack as pack_depthwise
-
         return pack_depthwise(weight.detach())
     return pack(weight.detach(), groups, tile)

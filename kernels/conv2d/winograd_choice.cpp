@@ -27,7 +27,7 @@ double vectors(int64_t channels) { return double(ceil_div(channels, winograd().n
 
 double direct_cost(const ConvWork& w) {
   const double positions = double(w.n) * double(w.grid_h) * double(w.grid_w);
-  const double weights = 9 * double(w.depth) * vectors(w.columns);
+  const double weights = double(w.taps * w.taps) * double(w.depth) * vectors(w.columns);
   return positions * weights * kDirect + (w.packed ? 0 : weights * kPackDirect) + kCall;
 }
 
@@ -47,7 +47,7 @@ GridImage<float> image_of(const ConvWork& w) {
 
 double winograd_cost(const ConvWork& w, int64_t m) {
   const GridImage<float> image = image_of(w);
-  const WinogradTiles tiles{image, m};
+  const WinogradTiles tiles{image, m, w.taps};
   const double planes = double(tiles.planes()), count = double(tiles.count());
   const int64_t block = WinogradBlocking(tiles).tiles, row_tiles = ceil_div(block, winograd().mr);
   const double rows = double(block) / double(row_tiles);
@@ -83,7 +83,8 @@ int64_t cheapest(const ConvWork& work, double direct, const Cost& cost_of) {
   double least = direct;
   for (const int64_t m : {2, 4, 5, 6}) {
     if (m > 4 && precision() != Precision::medium) break;
-    if ((m + 2) * (m + 2) * work.depth * work.columns > most) break;
+    if (m > 2 && work.taps == 5) break;
+    if (winograd_planes(m, work.taps) * work.depth * work.columns > most) break;
     const double cost = cost_of(work, m);
     if (cost < least) best = m, least = cost;
   }

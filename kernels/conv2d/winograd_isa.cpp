@@ -1,168 +1,10 @@
-// Winograd's transforms on vectors of channels, and the two matrix products between them.
+// Winograd's transforms for 3 × 3 taps, and the two matrix products between transforms.
 #include "conv2d/winograd.h"
 
-#include "conv2d/winograd_lines_isa.h"
-#include "cpu/epilogue_isa.h"
-#include "cpu/simd.h"
+#include "conv2d/winograd_transforms_isa.h"
 
 namespace nnarch::NNARCH_ISA {
 namespace {
-
-constexpr int kWidth = kLanes<float>;
-
-// Half a vector of floats as doubles, and two of these as a vector of floats.
-typedef float HalfVector __attribute__((vector_size(kVectorBytes / 2), aligned(4), may_alias));
-NNARCH_INLINE Vec<double> to_double(const float* p) {
-  return __builtin_convertvector(*reinterpret_cast<const HalfVector*>(p), Vec<double>);
-}
-template <int... I>
-NNARCH_INLINE V join(Indices<I...>, HalfVector low, HalfVector high) {
-  return __builtin_shufflevector(low, high, I...);
-}
-NNARCH_INLINE V rounded(Vec<double> low, Vec<double> high) {
-  return join(MakeIndices<kWidth>{}, __builtin_convertvector(low, HalfVector),
-              __builtin_convertvector(high, HalfVector));
-}
-
-// --------------------------------------------------------------------------- transforms of a tile
-
-// planes[xi][c] = Matrix · d · Matrixᵀ, with d from `pixels`, for one vector of channels.
-template <class Matrix, class Load>
-NNARCH_INLINE void spread_tile(const float* const* pixels, float* planes, int64_t plane,
-                               const Load& load_pixel) {
-  constexpr int from = Matrix::columns, to = Matrix::rows;
-  V middle[to][from];
-  for (int j = 0; j < from; ++j) {
-    V d[from], line[to];
-    for (int i = 0; i < from; ++i) d[i] = load_pixel(pixels[i * from + j]);
-    spread<Matrix>(d, line);
-    for (int i = 0; i < to; ++i) middle[i][j] = line[i];
-  }
-  for (int i = 0; i < to; ++i) {
-    V line[to];
-    spread<Matrix>(middle[i], line);
-    for (int j = 0; j < to; ++j, planes += plane) store(planes, line[j]);
-  }
-}
-
-template <class Matrix>
-void spread_channels(const float* const* pixels, int64_t channels, float* planes, int64_t plane) {
-  int64_t c = 0;
-  for (; c + kWidth <= channels; c += kWidth)
-    spread_tile<Matrix>(pixels, planes + c, plane, [&](const float* p) { return load(p + c); });
-  if (c < channels)
-    spread_tile<Matrix>(pixels, planes + c, plane,
-                        [&](const float* p) { return load_n(p + c, channels - c); });
-}
-
-// finish(i, line) for every row of Matrix · planes · Matrixᵀ.
-template <class Matrix, class Finish>
-NNARCH_INLINE void collect_tile(const float* planes, int64_t plane, const Finish& finish) {
-  constexpr int from = Matrix::columns, to = Matrix::rows;
-  V middle[to][from];
-  for (int j = 0; j < from; ++j) {
-    V d[from], line[to];
-    for (int i = 0; i < from; ++i) d[i] = load(planes + (i * from + j) * plane);
-    collect<Matrix>(d, line);
-    for (int i = 0; i < to; ++i) middle[i][j] = line[i];
-  }
-  for (int i = 0; i < to; ++i) {
-    V line[to];
-    collect<Matrix>(middle[i], line);
-    finish(i, line);
-  }
-}
-
-NNARCH_NOINLINE void activate_line(V* line, int count, int64_t activation, float alpha) {
-  with_activation(activation, [&](auto kind) {
-    for (int j = 0; j < count; ++j) line[j] = activate_as<float, kind.code>(line[j], alpha);
-  });
-}
-
-// One vector of channels, of which `count` exist.
-template <int M, bool Whole>
-NNARCH_INLINE void output_vector(const float* planes, int64_t plane, int64_t count,
-                                 const Epilogue<float>& e, const OutputTile& tile, float* y,
-                                 bool stream_out) {
-  const V scale = e.scale ? load(e.scale) : broadcast(1.0f);
-  const V shift = e.shift ? load(e.shift) : V{};
-  const bool clamps = is_clamp(e.activation);
-  const ClampBounds<float> bounds(clamps ? e.activation : int64_t{kNone});
-  collect_tile<OutputMatrix<M>>(planes, plane, [&](int i, V* line) {
-    if (i >= tile.rows) return;
-    const int64_t row = tile.offset + i * tile.row_step;
-    for (int j = 0; j < M; ++j) line[j] = line[j] * scale + shift;
-    if (e.residual) {
-      const float* r = e.residual + row;
-      for (int64_t j = 0; j < tile.columns; ++j, r += tile.column_step)
-        line[j] += Whole ? load(r) : load_n(r, count);
-    }
-    if (!clamps) activate_line(line, M, e.activation, e.alpha);
-    float* to = y + row;
-    for (int64_t j = 0; j < tile.columns; ++j, to += tile.column_step) {
-      const V value = clamp<float>(line[j], bounds.low, bounds.high);
-      if (Whole && stream_out)
-        stream(to, value);
-      else if (Whole)
-        store(to, value);
-      else
-        store_n(to, value, count);
-    }
-  });
-}
-
-template <int M>
-void output_channels(const float* planes, int64_t plane, int64_t channels,
-                     const Epilogue<float>& epilogue, const OutputTile& tile, float* y,
-                     bool stream_out) {
-  for (int64_t c = 0; c < channels && c < 2 * kWidth; c += kWidth) {
-    const Epilogue<float> e = epilogue.from_channel(c);
-    const int64_t count = channels - c;
-    if (count >= kWidth)
-      output_vector<M, true>(planes + c, plane, kWidth, e, tile, y + c, stream_out);
-    else
-      output_vector<M, false>(planes + c, plane, count, e, tile, y + c, false);
-  }
-}
-
-template <int M>
-void weight_grad_channels(const float* planes, int64_t plane, int64_t channels, float* dw,
-                          int64_t tap) {
-  for (int64_t c = 0; c < channels; c += kWidth)
-    collect_tile<WeightGradMatrix<M>>(planes + c, plane, [&](int i, const V* line) {
-      for (int j = 0; j < 3; ++j) store_n(dw + (i * 3 + j) * tap + c, line[j], channels - c);
-    });
-}
-
-// In double: these values are rounded once and used in every product. Whole vectors are written at
-// once: half a line to each of 36 planes, and the first would have left L1 before its other half.
-template <int M>
-void weight_panel(const float* packed, int64_t channels, float* planes, int64_t plane) {
-  constexpr int t = M + 2;
-  const int64_t tap = channels * 2 * kWidth;
-  for (int64_t at = 0; at < tap; at += kWidth) {
-    Vec<double> low[t][3], high[t][3];
-    for (int s = 0; s < 3; ++s) {
-      Vec<double> w0[3], w1[3], line0[t], line1[t];
-      for (int r = 0; r < 3; ++r) {
-        w0[r] = to_double(packed + at + (3 * r + s) * tap);
-        w1[r] = to_double(packed + at + (3 * r + s) * tap + kWidth / 2);
-      }
-      spread<WeightMatrix<M>>(w0, line0);
-      spread<WeightMatrix<M>>(w1, line1);
-      for (int i = 0; i < t; ++i) low[i][s] = line0[i], high[i][s] = line1[i];
-    }
-    for (int i = 0; i < t; ++i) {
-      Vec<double> line0[t], line1[t];
-      spread<WeightMatrix<M>>(low[i], line0);
-      spread<WeightMatrix<M>>(high[i], line1);
-      for (int j = 0; j < t; ++j)
-        store(planes + (i * t + j) * plane + at, rounded(line0[j], line1[j]));
-    }
-  }
-}
-
-// ------------------------------------------------------------------------------- matrix products
 
 #if defined(NNARCH_ISA_avx512)
 constexpr int kRows = 14;
@@ -291,17 +133,13 @@ void outer_product(const OuterProduct& p) {
     });
 }
 
-template <int M>
-constexpr WinogradTransforms transforms = {spread_channels<InputMatrix<M>>, weight_panel<M>,
-                                           output_channels<M>, spread_channels<GradMatrix<M>>,
-                                           weight_grad_channels<M>};
-
 }  // namespace
 
 const WinogradTable& winograd_table() {
-  static constexpr WinogradTable table = {2 * kWidth,    kRows,         transforms<2>,
-                                          transforms<4>, transforms<5>, transforms<6>,
-                                          panel_product, outer_product};
+  static constexpr WinogradTable table = {2 * kWidth,           kRows,
+                                          all_transforms<2, 3>, all_transforms<4, 3>,
+                                          all_transforms<5, 3>, all_transforms<6, 3>,
+                                          panel_product,        outer_product};
   return table;
 }
 

@@ -22,30 +22,30 @@ struct ScalarOf<Vec<double>> {
 template <class X>
 using Scalar = typename ScalarOf<X>::Type;
 
-template <int M>
+template <int M, int R>
 struct InputMatrix {
-  static constexpr int rows = M + 2, columns = M + 2;
-  static constexpr double at(int i, int j) { return kWinograd<M>.input[i][j]; }
+  static constexpr int rows = M + R - 1, columns = M + R - 1;
+  static constexpr double at(int i, int j) { return kWinograd<M, R>.input[i][j]; }
 };
-template <int M>
+template <int M, int R>
 struct GradMatrix {
-  static constexpr int rows = M + 2, columns = M;
-  static constexpr double at(int i, int j) { return kWinograd<M>.weight_of_grad[i][j]; }
+  static constexpr int rows = M + R - 1, columns = M;
+  static constexpr double at(int i, int j) { return kWinograd<M, R>.weight_of_grad[i][j]; }
 };
-template <int M>
+template <int M, int R>
 struct WeightMatrix {
-  static constexpr int rows = M + 2, columns = 3;
-  static constexpr double at(int i, int j) { return kWinograd<M>.weight[i][j]; }
+  static constexpr int rows = M + R - 1, columns = R;
+  static constexpr double at(int i, int j) { return kWinograd<M, R>.weight[i][j]; }
 };
-template <int M>
+template <int M, int R>
 struct OutputMatrix {
-  static constexpr int rows = M, columns = M + 2;
-  static constexpr double at(int i, int j) { return kWinograd<M>.output[j][i]; }
+  static constexpr int rows = M, columns = M + R - 1;
+  static constexpr double at(int i, int j) { return kWinograd<M, R>.output[j][i]; }
 };
-template <int M>
+template <int M, int R>
 struct WeightGradMatrix {
-  static constexpr int rows = 3, columns = M + 2;
-  static constexpr double at(int i, int j) { return kWinograd<M>.output_of_grad[j][i]; }
+  static constexpr int rows = R, columns = M + R - 1;
+  static constexpr double at(int i, int j) { return kWinograd<M, R>.output_of_grad[j][i]; }
 };
 
 // A sum that begins with its first term.

@@ -1,9 +1,9 @@
 // The matrices of Winograd's short convolutions, derived at compile time from their points.
 //
-// F(m, 3) gives m outputs of a 3-tap correlation from t = m + 2 inputs with t products:
+// F(m, r) gives m outputs of a correlation with r taps from t = m + r − 1 inputs with t products:
 //     y = Aᵀ[(G g) ∘ (Bᵀ d)]
 // It multiplies polynomials by their values at t − 1 points and at infinity (Toom-Cook). In two
-// dimensions both sides are transformed along rows and columns: t² products instead of 9·m².
+// dimensions both sides are transformed along rows and columns: t² products instead of r²·m².
 #pragma once
 
 #include <cstdint>
@@ -12,39 +12,45 @@ namespace nnarch {
 
 // t − 1 finite points: 0, then pairs ±p, then, where t is odd, one alone. The values decide the
 // error: ±5/8, ±3/2 for F(4, 3) is three times as accurate as the textbook's ±1, ±2.
-template <int M>
+template <int M, int R>
 struct WinogradPoints;
-template <>
-struct WinogradPoints<2> {
+template <int M, int R>
+  requires(M + R == 5)
+struct WinogradPoints<M, R> {
   static constexpr double at[] = {0, 1, -1};
 };
 template <>
-struct WinogradPoints<4> {
+struct WinogradPoints<4, 2> {  // half the error of ±1 and 2: then that of F(4, 3)
+  static constexpr double at[] = {0, 0.75, -0.75, -1.5};
+};
+template <int M, int R>
+  requires(M + R == 7)  // F(4, 3) and F(2, 5)
+struct WinogradPoints<M, R> {
   static constexpr double at[] = {0, 0.625, -0.625, 1.5, -1.5};
 };
 template <>
-struct WinogradPoints<5> {
+struct WinogradPoints<5, 3> {
   static constexpr double at[] = {0, 0.5, -0.5, 1.125, -1.125, 2};
 };
 template <>
-struct WinogradPoints<6> {
+struct WinogradPoints<6, 3> {
   static constexpr double at[] = {0, 0.5, -0.5, 1, -1, 2, -2};
 };
 
 // Row i of each matrix belongs to point i, the last one to infinity.
-template <int M>
+template <int M, int R>
 struct Winograd {
-  static constexpr int outputs = M, taps = 3, size = M + 2, pairs = (size - 2) / 2;
+  static constexpr int outputs = M, taps = R, size = M + R - 1;
 
   double input[size][size] = {};           // Bᵀ
-  double weight[size][taps] = {};          // G: of a filter of 3 taps
+  double weight[size][taps] = {};          // G: of a filter of R taps
   double output[size][M] = {};             // A: to m outputs
   double weight_of_grad[size][M] = {};     // G of m taps: the gradient as a filter over the input
-  double output_of_grad[size][taps] = {};  // A to 3 outputs: the gradient of the filter
+  double output_of_grad[size][taps] = {};  // A to R outputs: the gradient of the filter
 
   constexpr Winograd() {
     constexpr int n = size - 1;
-    const auto& point = WinogradPoints<M>::at;
+    const auto& point = WinogradPoints<M, R>::at;
     for (int i = 0; i <= n; ++i) {
       double scale = 1;  // Π (p_i − p_j), which divides G
       int degree = 0;
@@ -70,11 +76,11 @@ struct Winograd {
       return;
     }
     double power = 1 / scale;
-    for (int k = 0; k < count; ++k, power *= WinogradPoints<M>::at[i]) row[k] = power;
+    for (int k = 0; k < count; ++k, power *= WinogradPoints<M, R>::at[i]) row[k] = power;
   }
 };
 
-template <int M>
-inline constexpr Winograd<M> kWinograd{};
+template <int M, int R>
+inline constexpr Winograd<M, R> kWinograd{};
 
 }  // namespace nnarch

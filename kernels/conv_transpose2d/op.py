@@ -14,6 +14,7 @@ from nnarch.kernels.activation import kinds
 from nnarch.kernels.conv2d.geometry import check_numbers, two
 from nnarch.kernels.conv2d.op import conv2d_op, weight_grad_of
 from nnarch.kernels.conv_transpose2d import reference
+from nnarch.kernels.depthwise.op import input_grad as depthwise_input_grad
 from nnarch.kernels.epilogue import (
     check_epilogue,
     check_packed,
@@ -23,6 +24,7 @@ from nnarch.kernels.epilogue import (
     must_split,
     refuse_gradient,
 )
+from nnarch.kernels.normalization.op import affine
 
 _EPILOGUE = "Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual"
 _GEOMETRY = "int[2] stride, int[2] padding, int[2] output_padding, int[2] dilation, int groups"
@@ -283,8 +285,6 @@ def conv_transpose2d(
         epilogue = (bias, scale, shift, residual, code, alpha)
         return _depthwise(x, weight, geometry, groups, packed, epilogue)
     if split:
-        from nnarch.kernels.normalization.op import affine
-
         z = conv_transpose2d_op(
             x, weight, bias, None, None, None, packed, *geometry, groups, 0, 0.0
         )
@@ -315,14 +315,10 @@ def _depthwise(
         # A convolution from an output of this size would make more than x.
         z = conv_transpose2d_op(x, weight, *[None] * 5, *geometry, groups, 0, 0.0)
     else:
-        from nnarch.kernels.depthwise.op import input_grad
-
         size = output_size(x.shape, weight.shape, *geometry, groups)
-        z = input_grad(x, weight, size, stride, (*padding, *padding), dilation)
+        z = depthwise_input_grad(x, weight, size, stride, (*padding, *padding), dilation)
     if not code and all(t is None for t in (bias, scale, shift, residual)):
         return z
-    from nnarch.kernels.normalization.op import affine
-
     if bias is not None and scale is None:
         bias, shift = None, bias if shift is None else bias + shift
     elif bias is not None:

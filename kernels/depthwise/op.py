@@ -98,8 +98,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw, sums = backward_op(grad, x, weight, *ctx.geometry, bias)
         db = sums if bias else db
     else:
-        dx = input_grad(grad, weight, x.shape, *ctx.geometry) if need_x else None
-        dw = weight_grad(grad, x, weight.shape, *ctx.geometry) if need_weight else None
+        dx = input_grad(grad, weight, tuple(x.shape), *ctx.geometry) if need_x else None
+        dw = weight_grad(grad, x, tuple(weight.shape), *ctx.geometry) if need_weight else None
     return dx, dw, db, None, d_shift, d_residual, *[None] * 6
 
 
@@ -149,7 +149,7 @@ def _input_grad_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
     grad, weight = ctx.saved_tensors
     need_grad, need_weight = ctx.needs_input_grad[:2]
     d_grad = _plain(gg, weight, ctx.geometry) if need_grad else None
-    d_weight = weight_grad(grad, gg, weight.shape, *ctx.geometry) if need_weight else None
+    d_weight = weight_grad(grad, gg, tuple(weight.shape), *ctx.geometry) if need_weight else None
     return d_grad, d_weight, *[None] * 4
 
 
@@ -157,7 +157,7 @@ def _weight_grad_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
     grad, x = ctx.saved_tensors
     need_grad, need_x = ctx.needs_input_grad[:2]
     d_grad = _plain(x, gg, ctx.geometry) if need_grad else None
-    d_x = input_grad(grad, gg, x.shape, *ctx.geometry) if need_x else None
+    d_x = input_grad(grad, gg, tuple(x.shape), *ctx.geometry) if need_x else None
     return d_grad, d_x, *[None] * 4
 
 
@@ -215,8 +215,8 @@ def _backward_backward(ctx: Any, ggx: Tensor, ggw: Tensor, ggb: Tensor) -> tuple
         d_grad = _plain(ggx, weight, geometry) + _plain(x, ggw, geometry)
         if ctx.bias:
             d_grad = d_grad + ggb.view(1, -1, 1, 1)
-    d_x = input_grad(grad, ggw, x.shape, *geometry) if need_x else None
-    d_weight = weight_grad(grad, ggx, weight.shape, *geometry) if need_weight else None
+    d_x = input_grad(grad, ggw, tuple(x.shape), *geometry) if need_x else None
+    d_weight = weight_grad(grad, ggx, tuple(weight.shape), *geometry) if need_weight else None
     return d_grad, d_x, d_weight, *[None] * 4
 
 

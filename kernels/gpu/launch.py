@@ -58,7 +58,11 @@ def record(target: targets.Target, float32_dots: str = "ieee") -> Iterator[list[
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], tile: Tile | None = None
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: dict[str, Any],
+    tile: Tile | None = None,
+    cooperative: bool = False,
 ) -> None:
     """Run a Triton kernel, the one way that every launcher does it.
 
@@ -68,10 +72,12 @@ def launch(
         arguments: every argument of the kernel by name but those in `tile`. A None stands for an
             absent tensor and is known at compile time.
         tile: the block sizes and launch options.
+        cooperative: all programs must run at the same time, for they wait for one another; the
+            driver refuses a grid that does not fit.
     """
     if 0 in grid:
         return
-    options = OPTIONS
+    options = OPTIONS | {"launch_cooperative_grid": True} if cooperative else OPTIONS
     if tile is not None:
         arguments = arguments | dict(tile.block)
         options = options | {"num_warps": tile.num_warps, "num_stages": tile.num_stages}

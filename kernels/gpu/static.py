@@ -36,6 +36,7 @@ FAMILIES = (
     "pooling",
     "normalization",
     "activation",
+    "recurrent",
     "local_response_norm",
     "upsample",
 )

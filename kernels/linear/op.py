@@ -24,6 +24,7 @@ from nnarch.kernels.epilogue import (
     refuse_gradient,
 )
 from nnarch.kernels.linear import reference
+from nnarch.kernels.normalization.op import affine
 
 _GPU = "nnarch.kernels.linear.triton_kernel"
 
@@ -76,7 +77,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (need_bias, need_shift, need_residual),
     )
     rows = _as_rows(x)
-    dx = _product(g.accumulator, weight.t()).reshape(x.shape) if need_x else None
+    dx = _product(g.accumulator, weight.t()) if need_x else None
+    if dx is not None and x.dim() != 2:
+        dx = dx.reshape(x.shape)
     dw = _product(g.accumulator.t(), rows.t()) if need_weight else None
     residual = g.residual.reshape(grad.shape) if g.residual is not None else None
     return dx, dw, g.bias, None, g.shift, residual, None, None, None
@@ -84,6 +87,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _as_rows(t: Tensor) -> Tensor:
     """[..., C] as [rows, C]; C may be 0."""
+    if t.dim() == 2:
+        return t
     return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
 
 
@@ -155,8 +160,6 @@ def linear(
     """
     code, alpha = kinds.encode(activation, "linear")
     if (code or scale is not None) and must_split(code, x, weight, bias, scale, shift, residual):
-        from nnarch.kernels.normalization.op import affine
-
         z = linear_op(x, weight, bias, None, None, None, None, 0, 0.0)
         flat = _as_rows(z)
         rest = None if residual is None else residual.reshape(flat.shape)

@@ -57,6 +57,25 @@ def batch_norm_train(
         raise ValueError(f"batch_norm: input must not be empty in training, got {tuple(x.shape)}")
 
 
+def batch_norm_eval(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: int,
+    alpha: float,
+) -> None:
+    """Per-channel statistics, weight and bias; a residual of x's shape; a known activation."""
+    running_statistics(x, mean, var)
+    per_channel("batch_norm", "weight", weight, x)
+    per_channel("batch_norm", "bias", bias, x)
+    alike("batch_norm", "residual", residual, x, of="input")
+    _known("batch_norm", activation)
+
+
 def batch_norm_backward(
     grad: Tensor,
     x: Tensor,

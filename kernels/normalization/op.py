@@ -11,10 +11,9 @@ from nnarch import arrays, library
 from nnarch.kernels.activation import kinds
 from nnarch.kernels.activation.op import activation_grad, activation_op
 
-from . import checks, reference
+from . import checks, reference, running
 
 _GPU = "nnarch.kernels.normalization.triton_kernel"
-_BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 # ------------------------------------------------------------------ affine and channel reductions
 
@@ -127,6 +126,43 @@ def _statistic(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], dtype=torch.float32 if half else x.dtype)
 
 
+def _setup_eval(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, mean, var, weight, _, _, ctx.eps, ctx.code, ctx.alpha = inputs
+    _refuse_gradient("batch_norm_eval", ctx.code)
+    ctx.save_for_backward(x, mean, var, weight, output if ctx.code != kinds.NONE else None)
+
+
+def _eval_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, mean, var, weight, y = ctx.saved_tensors
+    need_x, need_mean, need_var, need_weight, need_bias, need_residual = ctx.needs_input_grad[:6]
+    g = activation_grad(grad, y, ctx.code, ctx.alpha) if ctx.code != kinds.NONE else grad
+    invstd = torch.rsqrt(var + ctx.eps)
+    scale = invstd if weight is None else invstd * weight
+    total = channel_sum(g) if need_mean or need_var or need_weight or need_bias else None
+    of_normalized = None  # the sum of g·(x - mean)·invstd
+    if need_var or need_weight:
+        of_normalized = (channel_dot(g, x) - mean * total) * invstd
+    return (
+        affine(g, scale, None, None, kinds.NONE, 0.0) if need_x else None,
+        -scale * total if need_mean else None,
+        -0.5 * invstd * scale * of_normalized if need_var else None,
+        of_normalized if need_weight else None,
+        total if need_bias else None,
+        g if need_residual else None,
+        None,
+        None,
+        None,
+    )
+
+
+def _refuse_gradient(op: str, code: int) -> None:
+    if code not in kinds.INVERTIBLE:
+        raise NotImplementedError(
+            f"nnarch::{op} with {kinds.NAMES[code]} has no gradient: "
+            "its input would have to be kept; run the activation apart, as batch_norm() does"
+        )
+
+
 def _fake_train(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return library.new_output(x, x.shape), _statistic(x), _statistic(x)
 
@@ -134,16 +170,15 @@ def _fake_train(x: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _setup_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _, _, _, ctx.code, ctx.alpha = inputs
     y, mean, invstd = output
-    if ctx.code not in kinds.INVERTIBLE:
-        raise NotImplementedError(
-            f"nnarch::batch_norm_train with {kinds.NAMES[ctx.code]} has no gradient: "
-            "its input would have to be kept; run the activation apart, as batch_norm() does"
-        )
+    _refuse_gradient("batch_norm_train", ctx.code)
     ctx.mark_non_differentiable(mean, invstd)
+    ctx.set_materialize_grads(False)  # else theirs come as zeros
     ctx.save_for_backward(x, weight, mean, invstd, y if ctx.code != kinds.NONE else None)
 
 
-def _train_backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _train_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
     x, weight, mean, invstd, y = ctx.saved_tensors
     need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
     code, alpha = ctx.code, ctx.alpha
@@ -195,6 +230,17 @@ def _fake_backward_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     return library.new_output(x, x.shape), library.new_output(x, x.shape), _statistic(x)
 
+
+batch_norm_eval = library.declare(
+    "batch_norm_eval(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, "
+    "Tensor? residual, float eps, int activation, float alpha) -> Tensor",
+    reference=reference.batch_norm_eval,
+    fake=_fake_affine,
+    check=checks.batch_norm_eval,
+    gpu=f"{_GPU}:batch_norm_eval",
+    setup_context=_setup_eval,
+    backward=_eval_backward,
+)
 
 batch_norm_train = library.declare(
     "batch_norm_train(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
@@ -269,101 +315,27 @@ def batch_norm(
     Source: Ioffe and Szegedy, 2015, Batch Normalization.
     """
     code, alpha = kinds.encode(activation, "batch_norm")
-    checks.numbers(momentum, eps, training)
+    if type(momentum) is not float or type(eps) is not float or not eps > 0:
+        checks.numbers(momentum, eps, training)
     if not training:
-        scale, shift = _folded(running_mean, running_var, weight, bias, eps, input)
-        return affine(input, scale, shift, residual, code, alpha)
-    checks.enough_values(input)
-    checks.running_statistics(input, running_mean, running_var)
+        if running_mean is None or running_var is None:
+            raise ValueError(
+                "batch_norm: running_mean and running_var must be given when training is False"
+            )
+        tensors = (input, running_mean, running_var, weight, bias, residual)
+        if code and kinds.needs_split(code, *tensors):
+            return activation_op(batch_norm_eval(*tensors, eps, kinds.NONE, 0.0), code, alpha)
+        return batch_norm_eval(*tensors, eps, code, alpha)
+    if input.dim() < 2 or input.numel() == input.shape[1]:
+        checks.enough_values(input)
+    update = running.update_of(input, running_mean, running_var)
     if arrays.is_read_only(running_mean) or arrays.is_read_only(running_var):
         raise ValueError("batch_norm: training updates running_mean and running_var: not read-only")
     split = kinds.needs_split(code, input, weight, bias, residual)
     y, mean, invstd = batch_norm_train(
         input, weight, bias, residual, eps, kinds.NONE if split else code, alpha
     )
-    if running_mean is not None or running_var is not None:
+    if update is not None:
         count = input.numel() // max(input.shape[1], 1)
-        _update_running(running_mean, running_var, mean, invstd, momentum, eps, count)
+        update(input, running_mean, running_var, mean, invstd, momentum, eps, count)
     return activation_op(y, code, alpha) if split else y
-
-
-def _folded(
-    mean: Tensor | None,
-    var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    input: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The scale and shift that evaluation amounts to, differentiable in weight and bias."""
-    if mean is None or var is None:
-        raise ValueError(
-            "batch_norm: running_mean and running_var must be given when training is False"
-        )
-    checks.running_statistics(input, mean, var)
-    scale = torch.rsqrt(var + eps)
-    if weight is not None:
-        checks.per_channel("batch_norm", "weight", weight, input)
-        scale = scale * weight
-    if bias is None:
-        return scale, mean * -scale
-    checks.per_channel("batch_norm", "bias", bias, input)
-    return scale, torch.addcmul(bias, mean, scale, value=-1)
-
-
-# In place, hence no declared operation: those change none of their arguments.
-_native_update = library.define_native(
-    "batch_norm_update(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor mean, "
-    "Tensor invstd, float momentum, float eps, int count) -> ()"
-)
-_HAS_UPDATE = "batch_norm_update" in library.native_op_names()
-
-
-def _update_running(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    momentum: float,
-    eps: float,
-    count: int,
-) -> None:
-    """Mix this batch's statistics into the running ones, in place."""
-    given = [s for s in (running_mean, running_var) if s is not None]
-    if _is_native(mean, given):
-        arguments = (running_mean, running_var, mean, invstd, momentum, eps, count)
-        with _BelowAutograd():
-            _native_update(*arguments)
-        torch._C._increment_version(given)  # what keeps something made of these looks at it
-    else:
-        _update_in_torch(running_mean, running_var, mean, invstd, momentum, eps, count)
-
-
-def _is_native(mean: Tensor, statistics: list[Tensor]) -> bool:
-    """Whether nothing but this thread's dispatch to the CPU will see the update."""
-    if not _HAS_UPDATE or torch.compiler.is_compiling():
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
-        return False
-    return mean.is_cpu and all(
-        type(s) is Tensor and s.dtype == mean.dtype and not s.requires_grad and not s.is_inference()
-        for s in statistics
-    )
-
-
-@torch.no_grad()
-def _update_in_torch(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    mean: Tensor,
-    invstd: Tensor,
-    momentum: float,
-    eps: float,
-    count: int,
-) -> None:
-    if running_mean is not None:
-        running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
-    if running_var is not None:
-        biased = invstd.double().pow(-2).sub_(eps).clamp_min_(0)
-        # In-place addition rounds to the dtype of running_var.
-        running_var.mul_(1 - momentum).add_(biased, alpha=momentum * count / (count - 1))

@@ -31,6 +31,34 @@ def affine(
     return _like(activate(z, activation, alpha), x)
 
 
+def fold(
+    mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The scale and shift that normalizing by given statistics amounts to."""
+    scale = torch.rsqrt(var + eps)
+    if weight is not None:
+        scale = scale * weight
+    if bias is None:
+        return scale, mean * -scale
+    return scale, torch.addcmul(bias, mean, scale, value=-1)
+
+
+def batch_norm_eval(
+    x: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    activation: int,
+    alpha: float,
+) -> Tensor:
+    """act((x - mean)/√(var + eps)·weight + bias + residual)"""
+    wide = (None if t is None else _wide(t) for t in (mean, var, weight, bias))
+    return affine(x, *fold(*wide, eps), residual, activation, alpha)
+
+
 def channel_sum(x: Tensor) -> Tensor:
     """The sum over all dimensions but 1."""
     return _wide(x).sum(_all_but_channels(x)).to(x.dtype)

@@ -19,6 +19,7 @@ from nnarch.kernels.gpu.launch import (
     vector,
 )
 from nnarch.kernels.gpu.static import StaticCase, meta
+from nnarch.kernels.normalization.reference import fold
 from nnarch.kernels.normalization.triton_batch_norm import (
     affine_kernel,
     batch_norm_bwd_bwd_kernel,
@@ -46,6 +47,7 @@ __all__ = [
     "affine",
     "batch_norm_backward",
     "batch_norm_backward_backward",
+    "batch_norm_eval",
     "batch_norm_train",
     "channel_dot",
     "channel_sum",
@@ -66,6 +68,23 @@ def affine(
     with device_guard(x):
         _affine(x, None, None, scale, shift, residual, activation, alpha, y)
     return y
+
+
+def batch_norm_eval(
+    x: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    eps: float,
+    activation: int,
+    alpha: float,
+) -> torch.Tensor:
+    """``nnarch::batch_norm_eval``."""
+    check_dtype("batch_norm_eval", x, mean, var, weight, bias, residual)
+    scale, shift = fold(mean, var, weight, bias, eps)
+    return affine(x, scale, shift, residual, activation, alpha)
 
 
 def batch_norm_train(

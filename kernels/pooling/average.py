@@ -23,7 +23,7 @@ def _fake_avg(
 
 def _setup_avg(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, *ctx.arguments = inputs
-    ctx.shape = x.shape
+    ctx.shape = tuple(x.shape)
 
 
 def _avg_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -42,15 +42,18 @@ def _fake_adaptive_max(x: Tensor, output_size: Pair, return_indices: bool) -> tu
 
 def _setup_max(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, *ctx.arguments, return_indices = inputs
-    ctx.shape = x.shape
+    ctx.shape = tuple(x.shape)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else a gradient of zeros comes for it
     # Without indices the backward pass takes the forward's input to find them.
     ctx.has_indices = return_indices
     ctx.save_for_backward(output[1] if return_indices else x)
 
 
 def _max_backward(op: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * (len(ctx.arguments) + 2)
         (saved,) = ctx.saved_tensors
         indices = saved if ctx.has_indices else op()(saved.detach(), *ctx.arguments, True)[1]
         dx = max_pool2d_input_grad(grad, indices, ctx.shape)
@@ -71,7 +74,7 @@ def _input_grad_backward(ctx: Any, gradgrad: Tensor) -> tuple[Tensor | None, ...
 
 def _setup_gather(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, indices = inputs
-    ctx.shape = x.shape
+    ctx.shape = tuple(x.shape)
     ctx.save_for_backward(indices)
 
 
@@ -92,12 +95,15 @@ def _fake_taps(
 
 def _setup_taps(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, *ctx.arguments = inputs
-    ctx.shape = x.shape
+    ctx.shape = tuple(x.shape)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else a gradient of zeros comes for it
     ctx.save_for_backward(output[1])
 
 
-def _taps_backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _taps_backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 6
     (taps,) = ctx.saved_tensors
     return max_pool2d_taps_grad(grad, taps, ctx.shape, *ctx.arguments), *[None] * 5
 

@@ -75,7 +75,7 @@ def _check_grad(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, _, *ctx.arguments = inputs
-    ctx.shape = x.shape
+    ctx.shape = tuple(x.shape)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -27,14 +27,18 @@ from nnarch.accelerate.graph import argument, attribute, first_input, layer_of, 
 from nnarch.accelerate.trace import is_customized
 
 # The BatchNorm layers whose channels are those of a layer's output.
-_NORMS = {
-    nn.Conv1d: (nn.BatchNorm1d, layers.BatchNorm1d),
-    nn.Conv2d: (nn.BatchNorm2d, layers.BatchNorm2d),
-    nn.Conv3d: (nn.BatchNorm3d, layers.BatchNorm3d),
-    nn.Linear: (nn.BatchNorm1d, layers.BatchNorm1d),
-    layers.Conv2d: (nn.BatchNorm2d, layers.BatchNorm2d),
-    layers.Linear: (nn.BatchNorm1d, layers.BatchNorm1d),
+_NORMS_OF_RANK = {
+    "1d": (nn.BatchNorm1d, layers.BatchNorm1d),
+    "2d": (nn.BatchNorm2d, layers.BatchNorm2d),
+    "3d": (nn.BatchNorm3d, layers.BatchNorm3d),
 }
+_NORMS = {
+    getattr(namespace, kind + rank): norms
+    for namespace in (nn, layers)
+    for kind in ("Conv", "ConvTranspose")
+    for rank, norms in _NORMS_OF_RANK.items()
+}
+_NORMS |= {nn.Linear: _NORMS_OF_RANK["1d"], layers.Linear: _NORMS_OF_RANK["1d"]}
 
 
 @dataclass
@@ -67,7 +71,7 @@ def folded(layer: Any, norm: Any) -> Any:
     """A layer that computes ``norm(layer(x))``.
 
     Args:
-        layer: convolution or linear layer, weight ``[K, ...]``.
+        layer: convolution or linear layer.
         norm: BatchNorm layer or :class:`Norm` over K channels, with running statistics.
 
     Returns:
@@ -78,10 +82,20 @@ def folded(layer: Any, norm: Any) -> Any:
     bias = shift if layer.bias is None else scale * layer.bias.double() + shift
     result = copy.copy(layer)
     result.__dict__["_parameters"] = {
-        "weight": _frozen(weight * scale.view(-1, *[1] * (weight.dim() - 1)), layer.weight),
+        "weight": _frozen(weight * _per_output(layer, scale), layer.weight),
         "bias": _frozen(bias, layer.weight),
     }
     return result
+
+
+def _per_output(layer: Any, scale: Tensor) -> Tensor:
+    """``scale [K]`` in the shape that multiplies the weight of `layer`."""
+    weight = layer.weight
+    if not getattr(layer, "transposed", False):  # [K, ...]
+        return scale.view(-1, *[1] * (weight.dim() - 1))
+    groups, inputs = layer.groups, weight.shape[0]  # [C, K / groups, ...]
+    rows = scale.view(groups, -1).repeat_interleave(inputs // groups, 0)
+    return rows.view(*weight.shape[:2], *[1] * (weight.dim() - 2))
 
 
 def scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
@@ -126,7 +140,8 @@ def _norm_of_function(graph_module: GraphModule, node: Node) -> Norm | None:
 
 
 def _can_fold(graph_module: GraphModule, layer: Any, producer: Node, norm: Any, node: Node) -> bool:
-    if norm.running_mean.numel() != layer.weight.shape[0] or not layer.weight.is_floating_point():
+    outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    if norm.running_mean.numel() != outputs or not layer.weight.is_floating_point():
         return False
     if isinstance(layer, nn.Linear) and not _is_matrix(graph_module, first_input(producer)):
         return False  # of [N, C, L] BatchNorm1d takes C as channels and Linear takes L

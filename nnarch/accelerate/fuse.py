@@ -16,23 +16,31 @@ from torch.fx import GraphModule, Node
 from nnarch import nn as layers
 from nnarch.accelerate.activations import activation_of
 from nnarch.accelerate.graph import argument, first_input, layer_of, may_write, only_user, place
-from nnarch.accelerate.layers import FusedBatchNorm2d, ResidualConv2d, ResidualLinear
+from nnarch.accelerate.layers import (
+    FusedBatchNorm2d,
+    ResidualConv1d,
+    ResidualConv2d,
+    ResidualConvTranspose2d,
+    ResidualLinear,
+)
 from nnarch.accelerate.swap import has_kernel_dtype
 from nnarch.accelerate.trace import is_customized
 
-# What a layer becomes when it takes over an activation, and when it takes over an add.
-_FUSED: dict[type, tuple[Any, Any]] = {
-    nn.Conv2d: (layers.FusedConv2d, ResidualConv2d),
-    nn.Linear: (layers.FusedLinear, ResidualLinear),
-    layers.Conv2d: (layers.FusedConv2d, ResidualConv2d),
-    layers.Linear: (layers.FusedLinear, ResidualLinear),
-    layers.FusedConv2d: (layers.FusedConv2d, ResidualConv2d),
-    layers.FusedLinear: (layers.FusedLinear, ResidualLinear),
-    ResidualConv2d: (ResidualConv2d, ResidualConv2d),
-    ResidualLinear: (ResidualLinear, ResidualLinear),
-    nn.BatchNorm2d: (FusedBatchNorm2d, None),
-    layers.BatchNorm2d: (FusedBatchNorm2d, None),
-}
+# Layers by their name, with what they become when they take over an activation, and an add.
+_EPILOGUES = (
+    ("Conv1d", layers.FusedConv1d, ResidualConv1d),
+    ("Conv2d", layers.FusedConv2d, ResidualConv2d),
+    ("ConvTranspose1d", layers.FusedConvTranspose1d, None),
+    ("ConvTranspose2d", layers.FusedConvTranspose2d, ResidualConvTranspose2d),
+    ("Linear", layers.FusedLinear, ResidualLinear),
+    ("BatchNorm2d", FusedBatchNorm2d, None),
+)
+_FUSED: dict[type, tuple[Any, Any]] = {}
+for _name, _with_activation, _with_residual in _EPILOGUES:
+    for _layer in (getattr(nn, _name), getattr(layers, _name), _with_activation):
+        _FUSED[_layer] = (_with_activation, _with_residual)
+    if _with_residual is not None:
+        _FUSED[_with_residual] = (_with_residual, _with_residual)
 
 
 def fuse_epilogues(graph_module: GraphModule) -> None:
@@ -137,8 +145,9 @@ def _can_take_add(graph_module: GraphModule, producer: object, add: Node) -> boo
     if not isinstance(producer, Node) or not _has_free_epilogue(graph_module, producer):
         return False
     _, with_residual = _FUSED[type(layer_of(graph_module, producer))]
-    has_residual = len(producer.args) > 1
-    if with_residual is None or has_residual or list(producer.users) != [add]:
+    # A residual, or the size that a transposed convolution is to have.
+    has_more = len(producer.args) > 1 or not {"input"}.issuperset(producer.kwargs)
+    if with_residual is None or has_more or list(producer.users) != [add]:
         return False
     # The layer moves to the add: nothing on the way may write what it reads.
     between = producer.next

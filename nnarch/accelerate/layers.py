@@ -10,18 +10,22 @@ from nnarch import functional as F
 from nnarch.accelerate.fold import scale_and_shift
 from nnarch.kernels.activation import kinds
 from nnarch.kernels.normalization.op import affine
-from nnarch.nn import FusedConv2d, FusedLinear
+from nnarch.kernels.upsample.op import MODES
+from nnarch.nn import FusedConv1d, FusedConv2d, FusedConvTranspose2d, FusedLinear, Upsample
 
 
-class ResidualConv2d(FusedConv2d):
+class _ResidualConvolution(nn.Module):
     """``activation(conv(x) + residual)`` with the meaning of torch's add for every residual.
 
     The kernel takes a residual of the output's shape and dtype. Whether an addend is one is not in
     the graph; where it broadcasts, or promotes the dtype, the add runs by itself.
     """
 
+    _convolve: Any
+    _epilogue: Any
+
     def forward(self, input: Tensor, residual: Any = None) -> Tensor:
-        """Convolve ``input [N, C, H, W]``, add `residual`, activate."""
+        """Convolve `input`, add `residual`, activate."""
         try:
             return self._convolve(input, residual, self._epilogue)
         except Exception:
@@ -29,6 +33,18 @@ class ResidualConv2d(FusedConv2d):
             if _is_like(residual, y):
                 raise
             return _activate(y + residual, self._epilogue)
+
+
+class ResidualConv2d(_ResidualConvolution, FusedConv2d):
+    """A convolution of images that takes over the add behind it."""
+
+
+class ResidualConv1d(_ResidualConvolution, FusedConv1d):
+    """A convolution of signals that takes over the add behind it."""
+
+
+class ResidualConvTranspose2d(_ResidualConvolution, FusedConvTranspose2d):  # type: ignore[reportIncompatibleMethodOverride]
+    """A transposed convolution, of the size that follows from its input, and an add."""
 
 
 class ResidualLinear(FusedLinear):
@@ -43,6 +59,52 @@ class ResidualLinear(FusedLinear):
             if _is_like(residual, y):
                 raise
             return _activate(y + residual, self._epilogue)
+
+
+class ImageUpsample(Upsample):
+    """nnarch.nn.Upsample for images, torch.nn.Upsample for what has no kernel."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Resize `input`."""
+        return interpolate(
+            input,
+            self.size,
+            self.scale_factor,
+            self.mode,
+            self.align_corners,
+            self.recompute_scale_factor,
+        )
+
+
+def interpolate(
+    input: Tensor,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    recompute_scale_factor: bool | None = None,
+    antialias: bool = False,
+) -> Tensor:
+    """torch.nn.functional.interpolate; images, nearest and bilinear, by our kernel.
+
+    Whether an input is an image is not in the graph: signals and volumes have other kernels.
+    """
+    ours = mode in MODES and not antialias and input.dim() == 4 and input.is_floating_point()
+    resize: Any = F.interpolate if ours else nn.functional.interpolate
+    return resize(input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
+
+
+def max_pool2d_with_indices(
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """torch.nn.functional.max_pool2d_with_indices, whatever its last argument says."""
+    return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, True)
 
 
 class FusedBatchNorm2d(nn.Module):

@@ -19,7 +19,7 @@ from nnarch import functional
 from nnarch.accelerate.accelerated import channels_last
 from nnarch.accelerate.activations import activation_of
 from nnarch.accelerate.graph import first_input, layer_of, may_write
-from nnarch.accelerate.layers import FusedBatchNorm2d
+from nnarch.accelerate.layers import FusedBatchNorm2d, interpolate, max_pool2d_with_indices
 from nnarch.accelerate.separable import SeparableConv2d
 from nnarch.accelerate.trace import is_layer
 
@@ -38,10 +38,16 @@ _KEEPING_FUNCTIONS = {
     torch.div,
     torch.cat,
     torch.concat,
+}
+_KEEPING_FUNCTIONS_OF_ONE = {  # besides it they read sizes, indices or statistics
     functional.max_pool2d,
     functional.avg_pool2d,
     functional.adaptive_avg_pool2d,
     functional.batch_norm,
+    functional.local_response_norm,
+    functional.max_unpool2d,
+    max_pool2d_with_indices,
+    interpolate,
 }
 _KEEPING_METHODS = {"add", "add_", "sub", "mul", "mul_", "div"}
 _KEEPING_LAYERS = (
@@ -51,7 +57,12 @@ _KEEPING_LAYERS = (
     nn.AvgPool2d,
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool2d,
+    nn.MaxUnpool2d,
+    nn.LocalResponseNorm,
+    nn.Upsample,
 )
+_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d, SeparableConv2d)
+_CONVOLUTION_FUNCTIONS = (functional.conv2d, functional.conv_transpose2d)
 
 
 def keep_channels_last(graph_module: GraphModule) -> bool:
@@ -74,7 +85,7 @@ def keep_channels_last(graph_module: GraphModule) -> bool:
             if first_input(node) not in known:
                 _convert(node, first_input(node), channels_last)
             known.add(node)
-        elif _keeps_format(graph_module, node) and known.issuperset(node.all_input_nodes):
+        elif _keeps_format(graph_module, node) and known.issuperset(_images(node)):
             known.add(node)
     return True
 
@@ -106,7 +117,7 @@ def _is_opaque(graph_module: GraphModule, node: Node) -> bool:
 
 def _is_convolution(graph_module: GraphModule, node: Node) -> bool:
     layer = layer_of(graph_module, node)
-    return isinstance(layer, (nn.Conv2d, SeparableConv2d)) or node.target is functional.conv2d
+    return isinstance(layer, _CONVOLUTIONS) or node.target in _CONVOLUTION_FUNCTIONS
 
 
 def _keeps_format(graph_module: GraphModule, node: Node) -> bool:
@@ -117,7 +128,25 @@ def _keeps_format(graph_module: GraphModule, node: Node) -> bool:
         return isinstance(layer, _KEEPING_LAYERS)
     if node.op == "call_method":
         return node.target in _KEEPING_METHODS
-    return node.op == "call_function" and node.target in _KEEPING_FUNCTIONS
+    if node.target is operator.getitem:
+        return _returns_indices(graph_module, node.args[0])
+    return node.op == "call_function" and (
+        node.target in _KEEPING_FUNCTIONS or node.target in _KEEPING_FUNCTIONS_OF_ONE
+    )
+
+
+def _images(node: Node) -> list[Any]:
+    """The inputs that the format of the output follows."""
+    one = node.op == "call_module" or node.target in _KEEPING_FUNCTIONS_OF_ONE
+    return [first_input(node)] if one else node.all_input_nodes
+
+
+def _returns_indices(graph_module: GraphModule, node: Any) -> bool:
+    """Whether `node` is a pooling that returns a pair, both in the format of its input."""
+    layer = layer_of(graph_module, node)
+    if isinstance(layer, (nn.MaxPool2d, nn.AdaptiveMaxPool2d)):
+        return bool(layer.return_indices)
+    return getattr(node, "target", None) is max_pool2d_with_indices
 
 
 def _convert(node: Node, source: Node, conversion: Callable[[Any], Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +13,15 @@ from torch.nn import functional as F
 
 from nnarch import functional
 from nnarch import nn as layers
+from nnarch.accelerate.layers import ImageUpsample, interpolate, max_pool2d_with_indices
 from nnarch.accelerate.trace import is_customized
 from nnarch.nn.packing import PackedWeightMixin
 
 _SWAPPED = (
+    "Conv1d",
     "Conv2d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
     "Linear",
     "BatchNorm1d",
     "BatchNorm2d",
@@ -25,6 +30,8 @@ _SWAPPED = (
     "AvgPool2d",
     "AdaptiveAvgPool2d",
     "AdaptiveMaxPool2d",
+    "MaxUnpool2d",
+    "LocalResponseNorm",
     "ReLU",
     "ReLU6",
     "LeakyReLU",
@@ -42,14 +49,28 @@ _SWAPPED = (
     "GRUCell",
 )
 _TWINS: dict[type, type] = {getattr(nn, name): getattr(layers, name) for name in _SWAPPED}
+# Their modes, and the ranks that they meet, are not all ours.
+_TWINS |= dict.fromkeys(
+    (nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), ImageUpsample
+)
 _TWIN_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    F.conv1d: functional.conv1d,
     F.conv2d: functional.conv2d,
+    F.conv_transpose1d: functional.conv_transpose1d,
+    F.conv_transpose2d: functional.conv_transpose2d,
     F.linear: functional.linear,
     F.max_pool2d: functional.max_pool2d,
+    F.max_pool2d_with_indices: max_pool2d_with_indices,
     F.avg_pool2d: functional.avg_pool2d,
     F.adaptive_avg_pool2d: functional.adaptive_avg_pool2d,
     F.batch_norm: functional.batch_norm,
+    F.local_response_norm: functional.local_response_norm,
+    F.max_unpool2d: functional.max_unpool2d,
+    F.interpolate: interpolate,
+    torch.conv1d: functional.conv1d,
     torch.conv2d: functional.conv2d,
+    torch.conv_transpose1d: functional.conv_transpose1d,
+    torch.conv_transpose2d: functional.conv_transpose2d,
     torch.max_pool2d: functional.max_pool2d,
     torch.lstm_cell: functional.lstm_cell,
     torch.gru_cell: functional.gru_cell,
@@ -72,10 +93,9 @@ def swap_layers(body: nn.Module) -> None:
 def swap_functions(graph_module: GraphModule) -> None:
     """Let the graph call nnarch.functional where the model called torch.nn.functional."""
     for node in graph_module.graph.nodes:
-        if node.op != "call_function" or "input" in node.kwargs:  # ours names it differently
-            continue
-        twin = _TWIN_FUNCTIONS.get(node.target)
-        if twin is not None:
+        twin = _TWIN_FUNCTIONS.get(node.target) if node.op == "call_function" else None
+        # Ours name some arguments differently.
+        if twin is not None and inspect.signature(twin).parameters.keys() >= node.kwargs.keys():
             node.target = twin
             node.meta["is_wrapped"] = True  # unpickling traces the code again, not into `twin`
 

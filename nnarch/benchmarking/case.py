@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ class Case:
         label: for people; the name by default.
         ours: how nnarch runs it, given the torch module with its weights, where that is more than
             the same layer out of ``nnarch.nn``: a fused call, :func:`nnarch.accelerate`.
+        rivals: the peers of work that is no torch layer, by the name of their provider: each builds
+            a call from the torch module. Only they are measured then, beside nnarch.
         backward: times forward and backward together, in training mode.
         input_grad: whether the backward also produces the gradient of the input.
         flops: of one forward; counted by torch where this is None.
@@ -53,6 +55,9 @@ class Case:
     shape: tuple[int, ...]
     label: str = ""
     ours: Callable[[nn.Module], Callable[..., torch.Tensor]] | None = None
+    rivals: Mapping[str, Callable[[nn.Module], Callable[..., torch.Tensor]]] = field(
+        default_factory=dict
+    )
     backward: bool = False
     input_grad: bool = True
     flops: int | None = None

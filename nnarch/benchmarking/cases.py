@@ -30,6 +30,7 @@ from nnarch.benchmarking.convolution_cases import (
 )
 from nnarch.benchmarking.peers import torchvision
 from nnarch.benchmarking.recurrent_cases import recurrents
+from nnarch.benchmarking.reservoir_cases import reservoirs
 
 TARGETS: dict[str, Target] = {
     "conv1x1": Target(1.1, 1.3),
@@ -315,6 +316,7 @@ CASES: tuple[Case, ...] = (
     *upsamples(),
     *local_response_norms(),
     *batch_norms(),
+    *reservoirs(),
     *recurrents(),
     *training_convolutions(),
     *models(),

@@ -127,19 +127,30 @@ def transposed_convolutions() -> Iterable[Case]:
         yield transposed(64, 32, 3, 56, n, extra=1)
 
 
+# (channels, filters, taps, stride, length): wav2vec2's first layers, others of speech and audio.
+_SIGNALS = (
+    (64, 64, 3, 1, 1000),
+    (128, 128, 3, 1, 1000),
+    (512, 512, 3, 1, 200),
+    (512, 512, 3, 2, 800),
+    (1, 64, 10, 5, 16000),
+    (1, 512, 10, 5, 16000),
+    (1, 258, 256, 64, 576),
+)
+
+
 def signals() -> Iterable[Case]:
-    """Convolutions along one dimension: speech and audio layers."""
-    for c, k, taps, length in ((64, 64, 3, 1000), (512, 512, 3, 200), (1, 64, 10, 16000)):
+    """Convolutions along one dimension: speech and audio layers, a spectrogram as convolution."""
+    for c, k, taps, stride, length in _SIGNALS:
         for n in BATCHES:
-            stride = 5 if c == 1 else 1
             yield Case(
-                f"conv1d{taps}_{c}_{k}_l{length}_n{n}",
+                f"conv1d{taps}_{c}_{k}_s{stride}_l{length}_n{n}",
                 "conv1d",
                 lambda nn, c=c, k=k, taps=taps, stride=stride: nn.Conv1d(
                     c, k, taps, stride, 0 if stride > 1 else taps // 2
                 ),
                 (n, c, length),
-                label=f"conv1d {taps} {c}→{k} L{length} N{n}",
+                label=f"conv1d {taps} s{stride} {c}→{k} L{length} N{n}",
             )
 
 

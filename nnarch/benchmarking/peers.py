@@ -145,6 +145,26 @@ def _compiled(problem: Problem, threads: int) -> Contender:
     return _in_torch(problem, compiled, module, x)
 
 
+# -------------------------------------------------------------------- peers of single cases
+
+
+def _rival(problem: Problem, threads: int, *, name: str, package: str) -> Contender:
+    """What the case itself says that this provider runs."""
+    _require(package)
+    module, x = problem.fresh(None)
+    return _in_torch(problem, problem.case.rivals[name](module), module, x)
+
+
+def _rival_provider(name: str, title: str, package: str) -> Provider:
+    return Provider(
+        name,
+        title,
+        functools.partial(_rival, name=name, package=package),
+        takes=lambda case: name in case.rivals,
+        torch=package == "torch",
+    )
+
+
 # --------------------------------------------------------------------------- other runtimes
 
 
@@ -213,8 +233,12 @@ def _openvino(problem: Problem, threads: int) -> Contender:
 # ----------------------------------------------------------------------------------- registry
 
 
+def _is_layer(case: Case) -> bool:
+    return not case.rivals
+
+
 def _is_image(case: Case) -> bool:
-    return len(case.shape) == 4
+    return len(case.shape) == 4 and not case.rivals
 
 
 def _is_frozen_model(case: Case) -> bool:
@@ -250,6 +274,7 @@ PROVIDERS: dict[str, Provider] = {
             "eager",
             "torch eager",
             functools.partial(_eager, memory_format=torch.contiguous_format),
+            takes=_is_layer,
             torch=True,
         ),
         Provider(
@@ -259,9 +284,11 @@ PROVIDERS: dict[str, Provider] = {
             takes=_is_image,
             torch=True,
         ),
-        Provider("compile", "torch.compile", _compiled, torch=True),
+        Provider("compile", "torch.compile", _compiled, takes=_is_layer, torch=True),
         Provider("onnxruntime", "ONNX Runtime", _onnxruntime, takes=_is_frozen_model),
         Provider("openvino", "OpenVINO", _openvino, takes=_is_frozen_model),
+        _rival_provider("scipy_csr", "scipy CSR", "scipy"),
+        _rival_provider("torch_csr", "torch CSR", "torch"),
     )
 }
 

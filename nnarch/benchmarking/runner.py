@@ -269,7 +269,7 @@ def _version(provider: Provider) -> str:
 
         return nnarch.__version__
     try:
-        return importlib.metadata.version(provider.name)
+        return importlib.metadata.version(provider.name.partition("_")[0])
     except importlib.metadata.PackageNotFoundError:
         return ""
 

@@ -80,7 +80,7 @@ def keras_recurrent_weights(module: Recurrent) -> list[np.ndarray]:
     arrays = []
     for suffix in _suffixes("keras_recurrent_weights", module):
         family = _family(module)
-        to_keras = np.argsort(_GATES[family])
+        to_keras = np.argsort(_GATES[family]).tolist()
         named = ["weight_ih", "weight_hh"] + (["bias_ih", "bias_hh"] if module.bias else [])
         part = [_reorder(state[name + suffix], to_keras) for name in named]
         arrays += [np.ascontiguousarray(matrix.T) for matrix in part[:2]]

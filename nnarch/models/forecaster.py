@@ -1,8 +1,7 @@
-"""Time-series forecaster: the next values of a series from those before.
+"""Forecasts of time series: recurrent layers over the past, a linear map to the next values.
 
-Source: Hewamalage, Bergmeir and Bandara, 2019, Recurrent Neural Networks for Time Series
-Forecasting: Current Status and Future Directions; their "stacked" architecture, which predicts the
-whole horizon at once from the last state.
+Source: Gers, Eck and Schmidhuber, 2001, Applying LSTM to Time Series Predictable through
+Time-Window Approaches.
 """
 
 from __future__ import annotations
@@ -14,20 +13,20 @@ from torch import Tensor
 from torch.nn import Module
 
 import nnarch.nn
-from nnarch.models.recurrent import recurrent_layer
+from nnarch.models.cells import PAPERS, recurrent
 from nnarch.models.registry import register_model
 
 
 class Forecaster(Module):
-    """Recurrent layers, and a linear layer on the last output.
+    """Recurrent layers over a window, a linear map of the last output to the values after it.
 
     Args:
-        cell: "lstm", "gru" or "rnn".
-        features: values of a step.
-        horizon: steps to predict.
-        hidden: features of the state.
+        cell: "rnn", "lstm" or "gru".
+        features: values of each step.
+        horizon: steps to forecast.
+        hidden: size.
         layers: recurrent layers.
-        dropout: probability of a zero between layers, in training.
+        dropout: between layers.
         nn: the layer namespace.
 
     Raises:
@@ -39,46 +38,40 @@ class Forecaster(Module):
         cell: str = "lstm",
         *,
         features: int = 1,
-        horizon: int = 24,
+        horizon: int = 1,
         hidden: int = 64,
-        layers: int = 2,
+        layers: int = 1,
         dropout: float = 0.0,
         nn: ModuleType = nnarch.nn,
     ) -> None:
         super().__init__()
-        between = dropout if layers > 1 else 0.0
-        self.rnn = recurrent_layer(cell, nn)(features, hidden, layers, dropout=between)
-        self.head = nn.Linear(hidden, horizon * features)
-        self.horizon = horizon
+        self.horizon, self.features = horizon, features
+        self.recurrent = recurrent(cell, nn, features, hidden, layers, dropout=dropout)
+        self.output = nn.Linear(hidden, horizon * features)
 
     def forward(self, series: Tensor) -> Tensor:
-        """The next ``[horizon, B, features]`` after ``series [T, B, features]``."""
-        y, _ = self.rnn(series)
-        return self.head(y[-1]).unflatten(1, (self.horizon, -1)).transpose(0, 1)
+        """The values ``[B, horizon, features]`` that follow ``series [B, T, features]``."""
+        y, _ = self.recurrent(series.transpose(0, 1))
+        return self.output(y[-1]).unflatten(1, (self.horizon, self.features))
 
 
-_FACTS = {
-    "paper": "Hewamalage, Bergmeir and Bandara, 2019, Recurrent Neural Networks for Time Series "
-    "Forecasting: Current Status and Future Directions",
-    "input_size": (96, 1),
-    "num_classes": 24,
-    "batch_dim": 1,
-}
+_FACTS = {"input_size": (100, 1), "num_classes": 1}
+_GERS = "Gers et al., 2001, Applying LSTM to Time Series Predictable through Time-Window Approaches"
 
 
-@register_model(**_FACTS, parameters=51_992, macs=4_744_704)
+@register_model(**_FACTS, paper=PAPERS["rnn"], parameters=4_353, macs=416_064)
+def rnn_forecaster(**options: Any) -> Forecaster:
+    """An Elman network; `options` are those of :class:`Forecaster`."""
+    return Forecaster("rnn", **options)
+
+
+@register_model(**_FACTS, paper=_GERS, parameters=17_217, macs=1_664_064)
 def lstm_forecaster(**options: Any) -> Forecaster:
-    """LSTM; `options` are those of :class:`Forecaster`."""
+    """An LSTM; `options` are those of :class:`Forecaster`."""
     return Forecaster("lstm", **options)
 
 
-@register_model(**_FACTS, parameters=39_384, macs=3_558_912)
+@register_model(**_FACTS, paper=PAPERS["gru"], parameters=12_929, macs=1_248_064)
 def gru_forecaster(**options: Any) -> Forecaster:
-    """GRU; `options` are those of :class:`Forecaster`."""
+    """A GRU; `options` are those of :class:`Forecaster`."""
     return Forecaster("gru", **options)
-
-
-@register_model(**_FACTS, parameters=14_168, macs=1_187_328)
-def rnn_forecaster(**options: Any) -> Forecaster:
-    """Elman network; `options` are those of :class:`Forecaster`."""
-    return Forecaster("rnn", **options)

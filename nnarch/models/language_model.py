@@ -1,9 +1,8 @@
-"""Recurrent language model: each token's distribution from all tokens before it.
+"""Recurrent language models: the next token from all before it.
 
-Source: Zaremba, Sutskever and Vinyals, 2014, Recurrent Neural Network Regularization, whose small
-model has the sizes that are the defaults here: dropout between layers, never across time.
-
-Parameter names are those of PyTorch's word_language_model example: encoder, rnn, decoder.
+Source: Zaremba, Sutskever and Vinyals, 2014, Recurrent Neural Network Regularization, whose medium
+LSTM for the Penn Treebank is the default; Mikolov and others, 2010, Recurrent Neural Network Based
+Language Model, for the plain network.
 """
 
 from __future__ import annotations
@@ -11,29 +10,29 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 
 import nnarch.nn
-from nnarch.models.recurrent import recurrent_layer
+from nnarch.models.cells import PAPERS, recurrent
 from nnarch.models.registry import register_model
 
 
-class LanguageModel(Module):
-    """Embedding, recurrent layers, and a projection to the vocabulary.
+class RecurrentLanguageModel(Module):
+    """Embedding, recurrent layers, a linear map to the vocabulary.
 
     Args:
-        cell: "lstm", "gru" or "rnn".
-        vocabulary: tokens, numbered from 0.
-        embedding, hidden: features of a token and of the state.
+        cell: "rnn", "lstm" or "gru".
+        vocabulary: number of tokens.
+        embedding, hidden: sizes.
         layers: recurrent layers.
-        dropout: probability of a zero on the way into, between and out of the layers, in training.
-        tied: whether the projection has the embedding's weight; then both sizes must be equal.
+        dropout: after the embedding, between layers and before the output, as Zaremba has it.
+        tied: whether the output shares the embedding's weight (Press and Wolf, 2017); needs equal
+            sizes.
         nn: the layer namespace.
 
     Raises:
-        ValueError: unknown cell, or tied weights of unequal sizes.
+        ValueError: unknown cell, or `tied` with unequal sizes.
     """
 
     def __init__(
@@ -41,8 +40,8 @@ class LanguageModel(Module):
         cell: str = "lstm",
         *,
         vocabulary: int = 10_000,
-        embedding: int = 200,
-        hidden: int = 200,
+        embedding: int = 650,
+        hidden: int = 650,
         layers: int = 2,
         dropout: float = 0.0,
         tied: bool = False,
@@ -50,49 +49,43 @@ class LanguageModel(Module):
     ) -> None:
         super().__init__()
         if tied and embedding != hidden:
-            raise ValueError(
-                f"LanguageModel: tied weights need embedding == hidden, got {embedding}, {hidden}"
-            )
+            raise ValueError(f"tied weights need embedding = hidden, got {embedding} and {hidden}")
+        self.embedding = nn.Embedding(vocabulary, embedding)
         between = dropout if layers > 1 else 0.0
-        self.drop = nn.Dropout(dropout)
-        self.encoder = nn.Embedding(vocabulary, embedding)
-        self.rnn = recurrent_layer(cell, nn)(embedding, hidden, layers, dropout=between)
-        self.decoder = nn.Linear(hidden, vocabulary)
-        torch.nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
-        torch.nn.init.uniform_(self.decoder.weight, -0.1, 0.1)
-        torch.nn.init.zeros_(self.decoder.bias)
+        self.recurrent = recurrent(cell, nn, embedding, hidden, layers, dropout=between)
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(hidden, vocabulary)
         if tied:
-            self.decoder.weight = self.encoder.weight
+            self.output.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
-        """Logits ``[T, B, vocabulary]`` of each next token after ``tokens [T, B]``, and the state
-        from which the next tokens go on; `state` is that of the tokens before."""
-        y, state = self.rnn(self.drop(self.encoder(tokens)), state)
-        return self.decoder(self.drop(y)), state
+        """Logits ``[B, T, vocabulary]`` of the token after each of ``tokens [B, T]``; the state.
+
+        `state` is what an earlier call returned, to read on from there; None starts anew.
+        """
+        x = self.dropout(self.embedding(tokens.t()))
+        x, state = self.recurrent(x, state)
+        return self.output(self.dropout(x)).transpose(0, 1), state
 
 
-_FACTS = {
-    "paper": "Zaremba et al., 2014, Recurrent Neural Network Regularization",
-    "input_size": (20,),
-    "num_classes": 10_000,
-    "input_dtype": torch.int64,
-    "batch_dim": 1,
-}
+_FACTS = {"input_size": (35,), "vocabulary": 10_000, "num_classes": 10_000}
+_MIKOLOV = "Mikolov et al., 2010, Recurrent Neural Network Based Language Model"
+_ZAREMBA = "Zaremba et al., 2014, Recurrent Neural Network Regularization"
 
 
-@register_model(**_FACTS, parameters=4_653_200, macs=52_800_000)
-def lstm_language_model(**options: Any) -> LanguageModel:
-    """LSTM; `options` are those of :class:`LanguageModel`."""
-    return LanguageModel("lstm", **options)
+@register_model(**_FACTS, paper=_MIKOLOV, parameters=14_702_600, macs=286_650_000)
+def rnn_language_model(**options: Any) -> RecurrentLanguageModel:
+    """An Elman network; `options` are those of :class:`RecurrentLanguageModel`."""
+    return RecurrentLanguageModel("rnn", **options)
 
 
-@register_model(**_FACTS, parameters=4_492_400, macs=49_600_000)
-def gru_language_model(**options: Any) -> LanguageModel:
-    """GRU; `options` are those of :class:`LanguageModel`."""
-    return LanguageModel("gru", **options)
+@register_model(**_FACTS, paper=_ZAREMBA, parameters=19_780_400, macs=464_100_000)
+def lstm_language_model(**options: Any) -> RecurrentLanguageModel:
+    """An LSTM; `options` are those of :class:`RecurrentLanguageModel`."""
+    return RecurrentLanguageModel("lstm", **options)
 
 
-@register_model(**_FACTS, parameters=4_170_800, macs=43_200_000)
-def rnn_language_model(**options: Any) -> LanguageModel:
-    """Elman network; `options` are those of :class:`LanguageModel`."""
-    return LanguageModel("rnn", **options)
+@register_model(**_FACTS, paper=PAPERS["gru"], parameters=18_087_800, macs=404_950_000)
+def gru_language_model(**options: Any) -> RecurrentLanguageModel:
+    """A GRU; `options` are those of :class:`RecurrentLanguageModel`."""
+    return RecurrentLanguageModel("gru", **options)

@@ -23,17 +23,16 @@ class ModelInfo:
     Attributes:
         name: what :func:`create_model` takes.
         paper: authors, year and title.
-        input_size: one example: (channels, height, width) of the images it was designed for, or
-            (steps, …) of a sequence.
-        num_classes: outputs, the last size of what the model returns.
+        input_size: of one input without the batch: (channels, height, width) of the images it was
+            designed for, (steps, features) of series, (steps,) of tokens.
+        num_classes: outputs.
         parameters: trainable values.
-        macs: multiply-adds of the convolutions, linear and recurrent layers for one example. Papers
-            that report "FLOPs" of classifiers mostly mean this number.
+        macs: multiply-adds of convolutions, linear and recurrent layers for one image or sequence.
+            Papers that report "FLOPs" of classifiers mostly mean this number.
         top1: accuracy in percent on the data set that `reference` names, or None.
         reference: where `top1` comes from.
-        input_dtype: torch.int64 for models that read tokens.
-        batch_dim: the dimension of the input that counts examples; 1 for sequences, [T, B, …].
-        input_count: inputs of that size that the model takes.
+        vocabulary: inputs are tokens below this number; None: real values.
+        inputs: how many inputs of `input_size` a call takes.
     """
 
     name: str
@@ -44,25 +43,22 @@ class ModelInfo:
     macs: int
     top1: float | None = None
     reference: str = ""
-    input_dtype: torch.dtype = torch.float32
-    batch_dim: int = 0
-    input_count: int = 1
-
-    def example_inputs(
-        self, batch: int = 1, device: torch.device | str = "meta"
-    ) -> tuple[Tensor, ...]:
-        """Zeros in the shapes that the model takes; on the meta device, where they have no values,
-        they are what :func:`summary` needs."""
-        size = (*self.input_size[: self.batch_dim], batch, *self.input_size[self.batch_dim :])
-        return tuple(
-            torch.zeros(size, dtype=self.input_dtype, device=device)
-            for _ in range(self.input_count)
-        )
+    vocabulary: int | None = None
+    inputs: int = 1
 
     @property
     def flops(self) -> int:
-        """Floating-point operations for one example: a multiply-add is two."""
+        """Floating-point operations for one image or sequence: a multiply-add is two."""
         return 2 * self.macs
+
+    def example_inputs(self, batch: int = 1, device: str = "cpu") -> tuple[Tensor, ...]:
+        """Random inputs for a call of the model: images, series or tokens."""
+        size = (batch, *self.input_size)
+        if self.vocabulary is None:
+            return tuple(torch.randn(size, device=device) for _ in range(self.inputs))
+        return tuple(
+            torch.randint(self.vocabulary, size, device=device) for _ in range(self.inputs)
+        )
 
 
 _builders: dict[str, tuple[Builder, ModelInfo]] = {}

@@ -1,8 +1,6 @@
-"""Recurrent classifier: one label for a whole sequence of tokens.
+"""Classifiers of token sequences: recurrent layers in both directions, their last states, a class.
 
-Source: Graves and Schmidhuber, 2005, Framewise Phoneme Classification with Bidirectional LSTM; here
-the states that both directions end in are read, once a sequence. The default sizes are those of
-Keras's example on movie reviews.
+Source: Graves and Schmidhuber, 2005, Framewise Phoneme Classification with Bidirectional LSTM.
 """
 
 from __future__ import annotations
@@ -10,27 +8,26 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, cat
 from torch.nn import Module
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import nnarch.nn
-from nnarch.models.recurrent import recurrent_layer
+from nnarch.models.cells import PAPERS, hidden_of, recurrent
 from nnarch.models.registry import register_model
 
 
 class SequenceClassifier(Module):
-    """Embedding, recurrent layers in both directions, and a linear layer on their last states.
+    """Embedding, recurrent layers, a linear map of the last states.
 
     Args:
-        cell: "lstm", "gru" or "rnn".
-        vocabulary: tokens, numbered from 0.
-        num_classes: labels.
-        embedding, hidden: features of a token, and of the state of one direction.
+        cell: "rnn", "lstm" or "gru".
+        vocabulary: number of tokens.
+        num_classes: outputs.
+        embedding, hidden: sizes; `hidden` of each direction.
         layers: recurrent layers.
-        bidirectional: whether to read from both ends.
-        dropout: probability of a zero between layers and before the last one, in training.
+        bidirectional: whether the sequence is read backwards as well.
+        dropout: between layers and before the output.
         nn: the layer namespace.
 
     Raises:
@@ -41,64 +38,54 @@ class SequenceClassifier(Module):
         self,
         cell: str = "lstm",
         *,
-        vocabulary: int = 20_000,
+        vocabulary: int = 10_000,
         num_classes: int = 2,
         embedding: int = 128,
-        hidden: int = 64,
-        layers: int = 2,
+        hidden: int = 128,
+        layers: int = 1,
         bidirectional: bool = True,
         dropout: float = 0.0,
         nn: ModuleType = nnarch.nn,
     ) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(vocabulary, embedding)
-        self.rnn = recurrent_layer(cell, nn)(
-            embedding,
-            hidden,
-            layers,
-            dropout=dropout if layers > 1 else 0.0,
-            bidirectional=bidirectional,
-        )
-        self.has_cell = cell == "lstm"  # beside h, in its state
-        self.dropout = nn.Dropout(dropout)
         self.directions = 2 if bidirectional else 1
-        self.classifier = nn.Linear(self.directions * hidden, num_classes)
+        self.embedding = nn.Embedding(vocabulary, embedding)
+        between = dropout if layers > 1 else 0.0
+        self.recurrent = recurrent(
+            cell, nn, embedding, hidden, layers, dropout=between, bidirectional=bidirectional
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.output = nn.Linear(hidden * self.directions, num_classes)
 
     def forward(self, tokens: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Logits ``[B, num_classes]`` of ``tokens [T, B]``, of which sequence b has ``lengths[b]``;
-        all T where that is None."""
-        x = self.embedding(tokens)
-        if lengths is not None:  # what lies behind the end of a sequence costs nothing
+        """Logits ``[B, num_classes]`` of ``tokens [B, T]``.
+
+        `lengths` [B] says how many tokens of each sequence count, in any order; None: all.
+        """
+        x: Any = self.embedding(tokens.t())
+        if lengths is not None:
             x = pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False)
-        _, state = self.rnn(x)
-        h = state[0] if self.has_cell else state
-        last = h[-self.directions :].transpose(0, 1).flatten(1)
-        return self.classifier(self.dropout(last))
+        last = hidden_of(self.recurrent(x)[1])[-self.directions :]  # the top layer's
+        return self.output(self.dropout(cat(last.unbind(), 1)))
 
 
-_FACTS = {
-    "paper": "Graves and Schmidhuber, 2005, Framewise Phoneme Classification with Bidirectional "
-    "LSTM and Other Neural Network Architectures",
-    "input_size": (200,),
-    "num_classes": 2,
-    "input_dtype": torch.int64,
-    "batch_dim": 1,
-}
+_FACTS = {"input_size": (200,), "vocabulary": 10_000, "num_classes": 2}
+_GRAVES = "Graves and Schmidhuber, 2005, Framewise Phoneme Classification with Bidirectional LSTM"
 
 
-@register_model(**_FACTS, parameters=2_758_914, macs=39_321_856)
+@register_model(**_FACTS, paper=PAPERS["rnn"], parameters=1_346_562, macs=13_107_712)
+def rnn_classifier(**options: Any) -> SequenceClassifier:
+    """Elman networks; `options` are those of :class:`SequenceClassifier`."""
+    return SequenceClassifier("rnn", **options)
+
+
+@register_model(**_FACTS, paper=_GRAVES, parameters=1_544_706, macs=52_429_312)
 def lstm_classifier(**options: Any) -> SequenceClassifier:
-    """LSTM; `options` are those of :class:`SequenceClassifier`."""
+    """LSTMs; `options` are those of :class:`SequenceClassifier`."""
     return SequenceClassifier("lstm", **options)
 
 
-@register_model(**_FACTS, parameters=2_709_250, macs=29_491_456)
+@register_model(**_FACTS, paper=PAPERS["gru"], parameters=1_478_658, macs=39_322_112)
 def gru_classifier(**options: Any) -> SequenceClassifier:
-    """GRU; `options` are those of :class:`SequenceClassifier`."""
+    """GRUs; `options` are those of :class:`SequenceClassifier`."""
     return SequenceClassifier("gru", **options)
-
-
-@register_model(**_FACTS, parameters=2_609_922, macs=9_830_656)
-def rnn_classifier(**options: Any) -> SequenceClassifier:
-    """Elman network; `options` are those of :class:`SequenceClassifier`."""
-    return SequenceClassifier("rnn", **options)

@@ -144,8 +144,9 @@ def _recording(model: Module, rows: list[LayerRow]) -> Iterator[None]:
 
 def _recorder(name: str, rows: list[LayerRow]) -> Any:
     def record(module: Module, inputs: tuple[Any, ...], output: Any) -> None:
-        first = output if isinstance(output, Tensor) else output[0]
-        first = first.data if isinstance(first, PackedSequence) else first  # its rows
+        first = output
+        while not isinstance(first, Tensor):  # a recurrent layer's output and state, say
+            first = first[0]
         own = sum(p.numel() for p in module.parameters(recurse=False))
         macs = _multiply_adds(module, inputs, first)
         rows.append(LayerRow(name, type(module).__name__, tuple(first.shape), own, macs))
@@ -160,8 +161,8 @@ def _multiply_adds(module: Module, inputs: tuple[Any, ...], output: Tensor) -> i
         return output.numel() * module.weight[0].numel()
     if isinstance(module, torch.nn.Linear):
         return output.numel() * module.in_features
-    if isinstance(module, (RNNBase, RNNCellBase)):  # every row meets every matrix, a direction each
-        rows = inputs[0].data.numel() // module.input_size
-        matrices = ("weight_ih", "weight_hh", "weight_hr")
-        return rows * sum(p.numel() for n, p in module.named_parameters() if n.startswith(matrices))
+    if isinstance(module, (RNNBase, RNNCellBase)):  # every step is a product with every weight
+        steps = inputs[0][0] if isinstance(inputs[0], PackedSequence) else inputs[0]
+        weights = sum(p.numel() for p in module.parameters() if p.dim() == 2)
+        return steps.numel() // module.input_size * weights
     return 0

@@ -28,7 +28,14 @@ from nnarch.nn.activation import (
 from nnarch.nn.conv import Conv2d, LazyConv2d
 from nnarch.nn.conv1d import Conv1d, ConvTranspose1d, LazyConv1d, LazyConvTranspose1d
 from nnarch.nn.conv_transpose import ConvTranspose2d, LazyConvTranspose2d
-from nnarch.nn.fused import FusedConv2d, FusedLinear
+from nnarch.nn.echo_state import EchoStateNetwork
+from nnarch.nn.fused import (
+    FusedConv1d,
+    FusedConv2d,
+    FusedConvTranspose1d,
+    FusedConvTranspose2d,
+    FusedLinear,
+)
 from nnarch.nn.linear import LazyLinear, Linear
 from nnarch.nn.local_response_norm import LocalResponseNorm
 from nnarch.nn.normalization import (
@@ -49,5 +56,6 @@ from nnarch.nn.pooling import (
 )
 from nnarch.nn.recurrent import GRU, LSTM, RNN, LayerNormLSTM
 from nnarch.nn.recurrent_cells import GRUCell, LSTMCell, RNNCell
+from nnarch.nn.reservoir import Reservoir
 from nnarch.nn.separable import DepthwiseSeparableConv2d
 from nnarch.nn.upsample import Upsample, UpsamplingBilinear2d, UpsamplingNearest2d

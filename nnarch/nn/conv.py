@@ -72,7 +72,8 @@ class Conv2d(PackedWeightMixin, torch.nn.Conv2d):
 
     def _layout(self, weight: Tensor, x: Tensor | None) -> int | None:
         """Winograd's tile, or 0: see nnarch.functional.conv2d_tile."""
-        if self.kernel_size != (3, 3) or self.stride != (1, 1) or weight.shape[1] == 1:
+        square = self.kernel_size == (3, 3) or self.kernel_size == (5, 5)
+        if not square or self.stride != (1, 1) or weight.shape[1] == 1:
             return 0
         if x is None:
             return None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nnarch import functional as F
+from nnarch.kernels.activation.kinds import Activation
 from nnarch.nn.checks import check_dtype
 from nnarch.nn.conv_transpose import transposed_layout
 from nnarch.nn.packing import PackedWeightMixin
@@ -36,20 +37,32 @@ class Conv1d(PackedWeightMixin, torch.nn.Conv1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve ``input [N, C, L]`` (or ``[C, L]``)."""
-        padding: Any = self.padding
-        packed = self._packed_weight(self.weight, input)
+        return self._convolve(input)
+
+    def _convolve(
+        self, x: Tensor, residual: Tensor | None = None, activation: Activation = None
+    ) -> Tensor:
+        # Past nn.Module.__getattr__, as in Conv2d.
+        parameters, padding = self._parameters, self.padding
+        weight = parameters.get("weight")
+        if weight is None:
+            weight = self.weight
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (lazy)
+        packed = self._packed_weight(weight, x)
         if self.padding_mode != "zeros":
             pads = self._reversed_padding_repeated_twice
-            input = torch.nn.functional.pad(input, pads, mode=self.padding_mode)
+            x = torch.nn.functional.pad(x, pads, mode=self.padding_mode)
             padding = 0
         return F.conv1d(
-            input,
-            self.weight,
-            self.bias,
+            x,
+            weight,
+            bias,
             self.stride,
-            padding,
+            padding,  # type: ignore[arg-type]
             self.dilation,
             self.groups,
+            residual=residual,
+            activation=activation,
             packed=packed,
         )
 
@@ -80,10 +93,19 @@ class ConvTranspose1d(PackedWeightMixin, torch.nn.ConvTranspose1d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Convolve ``input [N, C, L]`` (or ``[C, L]``), to ``output_size`` where given."""
+        return self._convolve(input, output_size=output_size)
+
+    def _convolve(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        activation: Activation = None,
+        output_size: list[int] | None = None,
+    ) -> Tensor:
         extra: Any = self.output_padding
         if output_size is not None:
             extra = self._output_padding(
-                input,
+                x,
                 output_size,
                 self.stride,  # type: ignore[arg-type]
                 self.padding,  # type: ignore[arg-type]
@@ -92,7 +114,7 @@ class ConvTranspose1d(PackedWeightMixin, torch.nn.ConvTranspose1d):
                 self.dilation,  # type: ignore[arg-type]
             )
         return F.conv_transpose1d(
-            input,
+            x,
             self.weight,
             self.bias,
             self.stride,
@@ -100,7 +122,9 @@ class ConvTranspose1d(PackedWeightMixin, torch.nn.ConvTranspose1d):
             extra,
             self.groups,
             self.dilation,
-            packed=self._packed_weight(self.weight, input),
+            residual=residual,
+            activation=activation,
+            packed=self._packed_weight(self.weight, x),
         )
 
     def _layout(self, weight: Tensor, x: Tensor | None) -> int | None:

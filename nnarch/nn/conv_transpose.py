@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from nnarch import functional as F
+from nnarch.kernels.activation.kinds import Activation
 from nnarch.nn.checks import check_dtype
 from nnarch.nn.packing import PackedWeightMixin
 from nnarch.precision import get_precision
@@ -39,13 +40,19 @@ class ConvTranspose2d(PackedWeightMixin, torch.nn.ConvTranspose2d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Convolve ``input [N, C, H, W]`` (or ``[C, H, W]``), to ``output_size`` where given."""
+        return self._convolve(input, output_size=output_size)
+
+    def _convolve(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        activation: Activation = None,
+        output_size: list[int] | None = None,
+    ) -> Tensor:
         extra = self.output_padding
         if output_size is not None:
             sizes: Any = (self.stride, self.padding, self.kernel_size, 2, self.dilation)
-            extra = self._output_padding(input, output_size, *sizes)
-        return self._convolve(input, tuple(extra))
-
-    def _convolve(self, x: Tensor, output_padding: tuple[int, ...]) -> Tensor:
+            extra = self._output_padding(x, output_size, *sizes)
         weight = self._parameters.get("weight")
         if weight is None:
             weight = self.weight
@@ -56,9 +63,11 @@ class ConvTranspose2d(PackedWeightMixin, torch.nn.ConvTranspose2d):
             bias,
             self.stride,
             self.padding,
-            output_padding,
+            tuple(extra),
             self.groups,
             self.dilation,
+            residual=residual,
+            activation=activation,
             packed=self._packed_weight(weight, x),
         )
 

@@ -13,10 +13,47 @@ from torch import Tensor
 from nnarch.kernels.activation.kinds import Activation, encode
 from nnarch.nn.checks import check_dtype
 from nnarch.nn.conv import Conv2d
+from nnarch.nn.conv1d import Conv1d, ConvTranspose1d
+from nnarch.nn.conv_transpose import ConvTranspose2d
 from nnarch.nn.linear import Linear
 
 
-class FusedConv2d(Conv2d):
+class _FusedConvolution(torch.nn.Module):
+    """What is common to convolutions with an epilogue; stands before their class."""
+
+    _twin: Any  # the class of torch.nn
+
+    def __init__(self, conv: Any, activation: str | None = None, alpha: float = 0.0) -> None:
+        name, twin = type(self).__name__, self._twin
+        if not isinstance(conv, twin):
+            raise TypeError(f"{name}: conv must be a {twin.__name__}, got {type(conv).__name__}")
+        check_dtype(name, conv.weight.dtype)
+        options: dict[str, Any] = {
+            "in_channels": conv.in_channels,
+            "out_channels": conv.out_channels,
+            "kernel_size": conv.kernel_size,
+            "stride": conv.stride,
+            "padding": conv.padding,
+            "dilation": conv.dilation,
+            "groups": conv.groups,
+            "bias": conv.bias is not None,
+            "padding_mode": conv.padding_mode,
+            "device": "meta",  # the parameters come from conv: allocate and initialise nothing
+        }
+        if conv.transposed:
+            options["output_padding"] = conv.output_padding
+        super().__init__(**options)
+        _take_over(self, conv)
+        self.activation = activation
+        self.alpha = alpha
+        self._epilogue = _epilogue(name, activation, alpha)
+
+    def extra_repr(self) -> str:
+        """torch.nn's, with the activation."""
+        return super().extra_repr() + _epilogue_repr(self.activation, self.alpha)
+
+
+class FusedConv2d(_FusedConvolution, Conv2d):
     """``activation(conv(x) + residual)`` in one kernel.
 
     Args:
@@ -30,36 +67,41 @@ class FusedConv2d(Conv2d):
         ValueError: unknown activation, or a negative slope.
     """
 
-    def __init__(
-        self, conv: torch.nn.Conv2d, activation: str | None = None, alpha: float = 0.0
-    ) -> None:
-        if not isinstance(conv, torch.nn.Conv2d):
-            raise TypeError(f"FusedConv2d: conv must be a Conv2d, got {type(conv).__name__}")
-        check_dtype("FusedConv2d", conv.weight.dtype)
-        super().__init__(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
-            conv.bias is not None,
-            conv.padding_mode,
-            device="meta",  # the parameters come from conv: allocate and initialise nothing
-        )
-        _take_over(self, conv)
-        self.activation = activation
-        self.alpha = alpha
-        self._epilogue = _epilogue("FusedConv2d", activation, alpha)
+    _twin = torch.nn.Conv2d
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Convolve ``input [N, C, H, W]``, add `residual` of the output's shape, activate."""
         return self._convolve(input, residual, self._epilogue)
 
-    def extra_repr(self) -> str:
-        """torch.nn.Conv2d's, with the activation."""
-        return super().extra_repr() + _epilogue_repr(self.activation, self.alpha)
+
+class FusedConv1d(_FusedConvolution, Conv1d):
+    """``activation(conv(x) + residual)`` of signals; arguments as for :class:`FusedConv2d`."""
+
+    _twin = torch.nn.Conv1d
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Convolve ``input [N, C, L]``, add `residual` of the output's shape, activate."""
+        return self._convolve(input, residual, self._epilogue)
+
+
+class FusedConvTranspose2d(_FusedConvolution, ConvTranspose2d):
+    """``activation(conv_transpose(x))`` in one kernel; arguments as for :class:`FusedConv2d`."""
+
+    _twin = torch.nn.ConvTranspose2d
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Convolve ``input [N, C, H, W]``, to ``output_size`` where given, and activate."""
+        return self._convolve(input, None, self._epilogue, output_size)
+
+
+class FusedConvTranspose1d(_FusedConvolution, ConvTranspose1d):
+    """``activation(conv_transpose(x))`` of signals; arguments as for :class:`FusedConv2d`."""
+
+    _twin = torch.nn.ConvTranspose1d
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Convolve ``input [N, C, L]``, to ``output_size`` where given, and activate."""
+        return self._convolve(input, None, self._epilogue, output_size)
 
 
 class FusedLinear(Linear):

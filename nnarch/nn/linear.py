@@ -36,11 +36,16 @@ class Linear(PackedWeightMixin, torch.nn.Linear):
     def _multiply(
         self, x: Tensor, residual: Tensor | None = None, activation: Activation = None
     ) -> Tensor:
-        weight = self.weight
+        # Past nn.Module.__getattr__, as in Conv2d.
+        parameters = self._parameters
+        weight = parameters.get("weight")
+        if weight is None:
+            weight = self.weight
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (lazy)
         return F.linear(
             x,
             weight,
-            self.bias,
+            bias,
             residual=residual,
             activation=activation,
             packed=self._packed_weight(weight, x),

@@ -15,15 +15,19 @@ class _KernelBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise ``input [N, C, ...]`` per channel."""
         self._check_input_dim(input)
-        mean, var = self.running_mean, self.running_var
+        # Past nn.Module.__getattr__, as in Conv2d.
+        parameters, buffers = self._parameters, self._buffers
+        weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
+        mean, var = buffers["running_mean"], buffers["running_var"]
         use_batch = self.training or (mean is None and var is None)
         update = self.training and self.track_running_stats
         return F.batch_norm(
             input,
             mean if update or not use_batch else None,
             var if update or not use_batch else None,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             use_batch,
             self._step(update),
             self.eps,
@@ -31,10 +35,11 @@ class _KernelBatchNorm(_BatchNorm):
 
     def _step(self, update: bool) -> float:
         """Count this batch and return the weight of its statistics in the running ones."""
-        if update and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        batches = self._buffers["num_batches_tracked"] if update else None
+        if batches is not None:
+            batches.add_(1)
             if self.momentum is None:  # a cumulative average over all batches so far
-                return 1.0 / float(self.num_batches_tracked)
+                return 1.0 / float(batches)
         return 0.0 if self.momentum is None else self.momentum
 
 

@@ -59,8 +59,8 @@ class _Cell(RecurrentWeights, RNNCellBase):
         if not batched:
             x, h = x.unsqueeze(0), None if h is None else h.unsqueeze(0)
         weights, packed = self._arguments(x, h)
-        h = step(x, *weights, h0=h, packed=packed, **options)[0]
-        return h if batched else h.squeeze(0)
+        y = step(x, *weights, h0=h, packed=packed, **options)[0]
+        return y if batched else y.squeeze(0)
 
     def extra_repr(self) -> str:
         """torch.nn's, with the option that it lacks."""
@@ -132,7 +132,8 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
             named += [("hx[0]", h), ("hx[1]", c)]
         x, batched = input, self._check_dims(*named)
         if not batched:
-            x, h, c = (None if t is None else t.unsqueeze(0) for t in (x, h, c))
+            x = x.unsqueeze(0)
+            h, c = (None if t is None else t.unsqueeze(0) for t in (h, c))
         weights, packed = self._arguments(x, h, c)
         h, _, c = F.lstm_layer(x, *weights, h0=h, c0=c, packed=packed)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))

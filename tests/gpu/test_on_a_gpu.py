@@ -134,6 +134,40 @@ def test_accelerated_model(name):
     assert error <= 4 * torchs + 5e-6  # what Winograd may add (ADR 7)
 
 
+RECURRENT = {
+    "lstm": (F.lstm_layer, torch_nn.LSTM),
+    "gru": (F.gru_layer, torch_nn.GRU),
+    "rnn": (F.rnn_layer, torch_nn.RNN),
+}
+
+
+@pytest.mark.parametrize("batch, hidden", [(5, 48), (3, 300), (70, 300), (300, 1024)])
+@pytest.mark.parametrize("name", RECURRENT)
+def test_recurrent_layer(name, batch, hidden):
+    """Each algorithm: small, persistent, one cooperative launch of all steps, a launch a step."""
+    layer, Twin = RECURRENT[name]
+    twin = Twin(40, hidden)
+    x = torch.randn(7, batch, 40)
+
+    def torchs(device, dtype):
+        module = twin.to(device, dtype)
+        y, _ = module(x.to(device, dtype))
+        grads = torch.autograd.grad(y.square().sum(), list(module.parameters()))
+        return [t.detach().cpu() for t in (y, *grads)]
+
+    truth = torchs("cpu", torch.float64)
+    expected = torchs("cuda", torch.float32)
+    weights = [p.detach().cuda().requires_grad_() for p in twin.float().parameters()]
+    with nnarch.trace() as record:
+        y, *_ = layer(x.cuda(), *weights)
+        grads = torch.autograd.grad(y.square().sum(), weights)
+    assert {entry.backend for entry in record} == {"triton"}
+    expected_algorithm = {5: "small", 3: "persistent"}.get(batch, "step")
+    assert next(iter(record)).algorithm == expected_algorithm
+    for three in zip([y, *grads], expected, truth, strict=True):
+        assert_as_accurate(three[0].detach().cpu(), *three[1:])
+
+
 def test_half_precision():
     conv = nn.Conv2d(64, 64, 3, padding=1).cuda().half().eval()
     x = torch.randn(2, 64, 14, 14, device="cuda", dtype=torch.float16)

@@ -47,7 +47,7 @@ def test_each_kernel(family, target):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_each_tile(target):
-    families = ("conv_transpose2d", "conv2d", "linear")
+    families = ("conv_transpose2d", "conv2d", "linear", "recurrent")
     if target in BOTH_VENDORS:
         families += ("depthwise",)
     assert_rules(survey.each_tile(cases(*families), [TARGETS[target]]))

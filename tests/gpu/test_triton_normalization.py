@@ -96,6 +96,17 @@ def test_affine_of_mixed_memory_formats():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_batch_norm_by_given_statistics(dtype):
+    x, residual = LAYOUTS["nchw"]().to(dtype), LAYOUTS["nchw"]().to(dtype)
+    mean, var, weight, bias = per_channel(4)
+    for w, b, r in ((weight, bias, residual), (weight, None, None), (None, None, None)):
+        arguments = (x, mean, var, w, b, r, EPS, kinds.CODES["relu"], 0.0)
+        y = triton_kernel.batch_norm_eval(*arguments)
+        torch.testing.assert_close(y, reference.batch_norm_eval(*arguments))
+        assert_format(y, x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_channel_sum_and_dot(layout, dtype):
     a, b = LAYOUTS[layout]().to(dtype), LAYOUTS[layout]().to(dtype)

@@ -10,6 +10,7 @@ import torch
 from kernel_cases import DTYPES, VIEWS, compare, equal_to_torch, name_of, small_integers
 from torch.nn import functional as TF
 
+import nnarch
 from nnarch import functional as F
 
 # x, weight, then stride, padding, dilation, groups
@@ -25,6 +26,12 @@ CONVS: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[Any, ...]]] = {
     "groups": ((2, 12, 11), (18, 4, 3), (1, 1, 1, 3)),
     "depthwise": ((2, 12, 11), (24, 1, 5), (2, 2, 1, 12)),
     "waveform": ((2, 1, 400), (16, 1, 25), (4, 11, 1, 1)),
+    "long": ((2, 5, 150), (17, 5, 3), (1, 1, 1, 1)),
+    "long, in two blocks": ((1, 3, 701), (15, 3, 3), (1, 1, 1, 1)),
+    "long, stride": ((2, 3, 700), (15, 3, 10), (5, 2, 1, 1)),
+    "long, dilated stride": ((1, 4, 900), (29, 4, 4), (3, 7, 2, 1)),
+    "long, step past the kernel": ((1, 2, 900), (3, 2, 2), (7, 0, 1, 1)),
+    "long, more padding than signal": ((1, 2, 9), (3, 2, 3), (1, 70, 1, 1)),
     "one sample": ((3, 9, 1), (5, 9, 3), (1, 1, 1, 1)),
     "no batch": ((0, 9, 8), (5, 9, 3), (1, 1, 1, 1)),
     "unbatched": ((9, 8), (5, 9, 3), (1, 1, 1, 1)),
@@ -110,6 +117,51 @@ def test_the_epilogue():
     )
     z = TF.conv_transpose1d(x, weight.transpose(0, 1), padding=1) * scale[:, None] + residual
     torch.testing.assert_close(y, TF.silu(z), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "gelu", ("leaky_relu", 0.1)])
+@pytest.mark.parametrize("length", [64, 100, 300])
+def test_the_epilogue_of_long_signals(activation, length):
+    x, weight = torch.randn(2, 6, length), torch.randn(31, 6, 3)
+    bias, scale, shift = torch.randn(31), torch.randn(31), torch.randn(31)
+    residual = torch.randn(2, 31, length)
+
+    def expected(*more):
+        z = TF.conv1d(x, weight, bias, padding=1)
+        for vector in more:
+            z = vector(z)
+        return (
+            F.activation(z, activation)
+            if isinstance(activation, str)
+            else (z if activation is None else TF.leaky_relu(z, 0.1))
+        )
+
+    with nnarch.trace() as trace:
+        y = F.conv1d(x, weight, bias, padding=1, activation=activation)
+    assert [event.algorithm for event in trace] == ["signal"]
+    torch.testing.assert_close(y, expected(), rtol=1e-5, atol=1e-5)
+    y = F.conv1d(
+        x, weight, bias, padding=1, scale=scale, shift=shift, residual=residual,
+        activation=activation,
+    )  # fmt: skip
+    z = expected(lambda z: z * scale[:, None], lambda z: z + shift[:, None] + residual)
+    torch.testing.assert_close(y, z, rtol=1e-5, atol=2e-5)
+
+
+def test_long_signals_keep_what_is_not_finite():
+    x = torch.randn(1, 3, 100)
+    x[0, 1, 50], x[0, 2, 80] = torch.nan, torch.inf
+    y = F.conv1d(x, torch.ones(5, 3, 3), padding=1, activation="relu")
+    assert y.isnan().nonzero()[:, 2].unique().tolist() == [49, 50, 51]
+    assert y.isinf().nonzero()[:, 2].unique().tolist() == [79, 80, 81]
+
+
+def test_packed_weights_of_long_signals():
+    x, weight = torch.randn(1, 20, 100), torch.randn(18, 20, 4)
+    packed = F.pack_conv2d_weight(weight.unsqueeze(2))
+    assert torch.equal(F.conv1d(x, weight, packed=packed), F.conv1d(x, weight))
+    with pytest.raises((ValueError, RuntimeError), match="packed"):
+        F.conv1d(x, weight, packed=packed[1:].clone())
 
 
 def test_packed_weights():

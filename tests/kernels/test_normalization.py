@@ -20,6 +20,7 @@ from kernel_cases import (
     on_fresh_memory,
     torch_epilogue,
 )
+from tolerances import assert_as_accurate
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as TF
 
@@ -170,6 +171,28 @@ def test_evaluation(activation, dtype, memory_format):
 
     rough = {"ulps": 2e9 if dtype == torch.float64 else 16}
     compare(mine, truth, t, torch.randn(shape).to(dtype), **rough)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape", [*SMALL, (0, 3, 2, 2)], ids=str)
+def test_evaluation_without_gradient(shape, dtype, backend):
+    """One operation, for every subset of weight, bias and residual, and statistics of any dtype."""
+    t = operands(shape, dtype) | {"residual": torch.randn(shape).to(dtype)}
+    x, channels = t.pop("input"), shape[1]
+    for statistic in {dtype, t["weight"].dtype}:
+        mean = torch.randn(channels).to(statistic)[torch.arange(channels)]
+        var = (torch.rand(2 * channels) + 0.1).to(statistic)[::2]
+        for names in itertools.chain(*(itertools.combinations(t, n) for n in range(4))):
+            given = {name: t[name] for name in names}
+            with nnarch.use_backend(backend), nnarch.trace() as trace:
+                y = F.batch_norm(x, mean, var, activation="leaky_relu", **given)
+            assert trace.ops == ["batch_norm_eval"]
+            wide = {name: v.double() for name, v in given.items()}
+            residual = wide.pop("residual", 0)
+            truth = TF.batch_norm(x.double(), mean.double(), var.double(), **wide) + residual
+            truth = TF.leaky_relu(truth)
+            assert_as_accurate(y, truth.to(dtype), truth, ulps=32)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -247,7 +247,7 @@ def test_where_it_does_not_serve():
     assert F.conv2d_tile(weight, (1, 32, 28, 28), dilation=2) == 0
     assert F.conv2d_tile(weight.double(), (1, 32, 28, 28)) == 0
     assert F.conv2d_tile(torch.randn(32, 3, 3, 3), (1, 3, 28, 28)) == 0
-    assert F.conv2d_tile(torch.randn(32, 32, 5, 5), (1, 32, 28, 28)) == 0
+    assert F.conv2d_tile(torch.randn(32, 32, 7, 7), (1, 32, 28, 28)) == 0
     assert F.conv2d_tile(torch.randn(512, 512, 3, 3), (1, 512, 1, 1), padding=1) == 0
     with pytest.raises(ValueError, match="conv2d_tile: weight has 32 input channels"):
         F.conv2d_tile(weight, (1, 16, 28, 28))
@@ -260,6 +260,8 @@ def test_packed_for_another_convolution():
         F.conv2d(x, weight, stride=2, packed=packed)
     with pytest.raises(ValueError, match="packed does not belong"):
         F.conv2d(x, torch.randn(32, 32, 5, 5), packed=packed)
+    with pytest.raises(ValueError, match=r"conv2d_pack: .*5×5 for tile 2"):
+        F.pack_conv2d_weight(torch.randn(32, 32, 5, 5), tile=4)
 
 
 def test_module_packs_for_each_kind_of_input():

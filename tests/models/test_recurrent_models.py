@@ -1,169 +1,119 @@
-"""Language model, classifier, sequence to sequence, forecaster."""
+"""Classifiers, language models, sequence to sequence, forecasters: against torch.nn, and alone."""
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import torch
+from tolerances import assert_as_accurate
 
 import nnarch
+from nnarch.models.cells import CELLS
+from nnarch.models.registry import model_info
 
-CELLS = ["lstm", "gru", "rnn"]
 SMALL = {
-    "language_model": {"vocabulary": 11, "embedding": 6, "hidden": 7},
-    "classifier": {"vocabulary": 11, "num_classes": 3, "embedding": 6, "hidden": 7},
-    "seq2seq": {"source_vocabulary": 11, "target_vocabulary": 9, "embedding": 6, "hidden": 7},
-    "forecaster": {"features": 2, "horizon": 5, "hidden": 7},
+    "classifier": {"vocabulary": 30, "embedding": 6, "hidden": 9, "layers": 2, "num_classes": 3},
+    "language_model": {"vocabulary": 30, "embedding": 6, "hidden": 9},
+    "seq2seq": {"vocabulary": 30, "embedding": 6, "hidden": 9},
+    "forecaster": {"features": 2, "horizon": 3, "hidden": 9, "layers": 2},
 }
-STEPS, BATCH = 6, 3
+NAMES = [f"{cell}_{task}" for cell in CELLS for task in SMALL]
 
 
-def twins(cell, model, **options):
-    """(ours, the same on torch.nn's layers)."""
-    options = {**SMALL[model], **options}
-    ours = nnarch.create_model(f"{cell}_{model}", **options).double()
-    theirs = nnarch.create_model(f"{cell}_{model}", nn=torch.nn, **options).double()
-    theirs.load_state_dict(ours.state_dict())
-    return ours, theirs
+def build(name, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    return nnarch.create_model(name, **SMALL[name.partition("_")[2]], **options).to(dtype)
 
 
-def make_inputs(model):
-    if model == "forecaster":
-        return (torch.randn(STEPS, BATCH, 2, dtype=torch.float64),)
-    tokens = torch.randint(9, (STEPS, BATCH))
-    return (tokens, torch.randint(9, (4, BATCH))) if model == "seq2seq" else (tokens,)
+def inputs_of(name):
+    info = model_info(name)
+    if info.vocabulary is None:
+        return (torch.randn(4, 11, 2),)
+    return tuple(torch.randint(30, (4, 11)) for _ in range(info.inputs))
 
 
-def logits(output):
-    return output[0] if isinstance(output, tuple) else output
+def outputs_and_gradients(model, inputs):
+    inputs = [x if x.dtype == torch.int64 else x.to(next(model.parameters()).dtype) for x in inputs]
+    output = model(*inputs)
+    output = output[0] if isinstance(output, tuple) else output
+    weights = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+    (output * weights).sum().backward()
+    return [output, *(p.grad for p in model.parameters())]
 
 
-@pytest.mark.parametrize("model", SMALL)
-@pytest.mark.parametrize("cell", CELLS)
-def test_outputs_and_gradients_equal_those_on_torch_layers(cell, model):
-    ours, theirs = twins(cell, model, dropout=0.2)
-    inputs = make_inputs(model)
-    for mode in (True, False):
-        results = []
-        for net in (ours.train(mode), theirs.train(mode)):
-            torch.manual_seed(1)  # for dropout
-            out = logits(net(*inputs))
-            net.zero_grad()
-            (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
-            results.append([out, *[p.grad for p in net.parameters()]])
-        torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
-    assert not any(type(m).__module__.startswith("nnarch.nn") for m in theirs.modules())
-
-
-@pytest.mark.parametrize("model", SMALL)
-@pytest.mark.parametrize("cell", CELLS)
-def test_example_inputs_and_shapes(cell, model):
-    info = nnarch.model_info(f"{cell}_{model}")
-    inputs = info.example_inputs(2)
-    assert len(inputs) == (2 if model == "seq2seq" else 1)
-    assert all(x.shape[1] == 2 and x.is_meta and x.dtype == info.input_dtype for x in inputs)
-    net, _ = twins(cell, model)
-    y = logits(net(*make_inputs(model)))
-    assert (
-        y.shape
-        == {
-            "language_model": (STEPS, BATCH, 11),
-            "classifier": (BATCH, 3),
-            "seq2seq": (4, BATCH, 9),
-            "forecaster": (5, BATCH, 2),
-        }[model]
-    )
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_and_gradients_are_torchs(name):
+    inputs = inputs_of(name)
+    ours = outputs_and_gradients(build(name), inputs)
+    torchs = outputs_and_gradients(build(name, nn=torch.nn), inputs)
+    truth = outputs_and_gradients(build(name, torch.float64, nn=torch.nn), inputs)
+    for found, theirs, exact in zip(ours, torchs, truth, strict=True):
+        assert_as_accurate(found, theirs, exact)
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_language_model_goes_on_from_its_state(cell):
-    net, _ = twins(cell, "language_model")
-    (tokens,) = make_inputs("language_model")
-    whole, _ = net(tokens)
-    first, state = net(tokens[:2])
-    rest, _ = net(tokens[2:], state)
-    torch.testing.assert_close(torch.cat([first, rest]), whole)
+def test_a_classifier_reads_only_what_counts(cell):
+    model = build(f"{cell}_classifier").eval()
+    tokens, lengths = torch.randint(30, (3, 8)), torch.tensor([3, 8, 5])
+    found = model(tokens, lengths)
+    for i, length in enumerate(lengths.tolist()):
+        alone = model(tokens[i : i + 1, :length])
+        torch.testing.assert_close(found[i : i + 1], alone)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_language_model_reads_on_from_its_state(cell):
+    model = build(f"{cell}_language_model").eval()
+    tokens = torch.randint(30, (2, 9))
+    whole, _ = model(tokens)
+    first, state = model(tokens[:, :4])
+    second, _ = model(tokens[:, 4:], state)
+    torch.testing.assert_close(torch.cat([first, second], 1), whole)
 
 
 def test_tied_weights():
-    net = nnarch.create_model(
-        "lstm_language_model", vocabulary=11, embedding=7, hidden=7, tied=True
+    model = nnarch.create_model(
+        "lstm_language_model", vocabulary=30, embedding=9, hidden=9, tied=True
     )
-    assert net.decoder.weight is net.encoder.weight
-    with pytest.raises(ValueError, match="tied weights need embedding == hidden, got 200, 300"):
-        nnarch.create_model("lstm_language_model", hidden=300, tied=True)
+    assert model.output.weight is model.embedding.weight
+    with pytest.raises(ValueError, match="tied weights need embedding = hidden, got 6 and 9"):
+        nnarch.create_model("lstm_language_model", embedding=6, hidden=9, tied=True)
+
+
+@pytest.mark.parametrize("attention", [True, False])
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_is_generated_is_what_the_forward_prefers(cell, attention):
+    model = build(f"{cell}_seq2seq", attention=attention).eval()
+    source = torch.randint(30, (3, 7))
+    written = model.generate(source, start=1, end=2, limit=6)
+    target = torch.cat([torch.ones(3, 1, dtype=torch.int64), written], 1)
+    preferred = model(source, target)[:, :-1].argmax(2)
+    for found, likeliest in zip(written.tolist(), preferred.tolist(), strict=True):
+        length = found.index(2) + 1 if 2 in found else len(found)
+        assert found[:length] == likeliest[:length]
+        assert all(token == 2 for token in found[length:])
 
 
 @pytest.mark.parametrize("cell", CELLS)
-def test_a_classifier_reads_each_sequence_to_its_end(cell):
-    net, theirs = twins(cell, "classifier")
-    (tokens,) = make_inputs("classifier")
-    lengths = torch.tensor([2, 6, 1])
-    y = net(tokens, lengths)
-    torch.testing.assert_close(y, theirs(tokens, lengths), rtol=1e-10, atol=1e-12)
-    for b, length in enumerate(lengths):
-        torch.testing.assert_close(y[b], net(tokens[:length, b : b + 1])[0])
+def test_padding_of_a_source_changes_nothing(cell):
+    model = build(f"{cell}_seq2seq").eval()
+    source, target, lengths = torch.randint(30, (2, 7)), torch.randint(30, (2, 4)), [7, 3]
+    found = model(source, target, torch.tensor(lengths))
+    source[1, 3:] = 0
+    assert torch.equal(model(source, target, torch.tensor(lengths)), found)
+    torch.testing.assert_close(model(source[1:, :3], target[1:]), found[1:])
 
 
-@pytest.mark.parametrize("cell", CELLS)
-def test_generation_is_the_greedy_path_of_the_decoder(cell):
-    net, _ = twins(cell, "seq2seq")
-    source, _ = make_inputs("seq2seq")
-    written = net.generate(source, start=0, length=5)
-    target = torch.cat([torch.zeros(1, BATCH, dtype=torch.int64), written[:-1]])
-    assert torch.equal(net(source, target).argmax(-1), written)
-    assert not torch.equal(net.encode(source)[0], net.encode(source.flip(0))[0])
+def test_a_sentence_that_ends_at_once():
+    model = build("gru_seq2seq").eval()
+    with torch.no_grad():
+        model.output.bias[2] = 1e4
+    written = model.generate(torch.randint(30, (3, 7)), start=1, end=2, limit=6)
+    assert written.tolist() == [[2]] * 3
+    assert model.generate(torch.randint(30, (3, 7)), start=1, end=2, limit=0).shape == (3, 0)
 
 
-def test_learning_to_reverse():
-    """Four tokens written backwards, which needs all of the encoder's state."""
-    torch.manual_seed(0)
-    net = nnarch.create_model(
-        "gru_seq2seq", source_vocabulary=5, target_vocabulary=5, embedding=16, hidden=48, layers=1
-    )
-    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
-    for _ in range(200):
-        source = torch.randint(1, 5, (4, 64))
-        target = torch.cat([torch.zeros(1, 64, dtype=torch.int64), source.flip(0)])
-        out = net(source, target[:-1]).flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(out, target[1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    source = torch.randint(1, 5, (4, 64))
-    assert (net.eval().generate(source, 0, 4) == source.flip(0)).float().mean() > 0.95
-
-
-def test_unknown_cells():
-    from nnarch.models.forecaster import Forecaster
-
-    with pytest.raises(ValueError, match="cell must be one of lstm, gru, rnn, got 'mgu'"):
-        Forecaster("mgu")
-
-
-def test_recurrent_layers_in_a_summary():
-    """Multiply-adds of the gates: every row meets both weights, and the projection."""
-    net = torch.nn.Sequential(torch.nn.LSTM(3, 5, 2, bidirectional=True, proj_size=2))
-    (row,) = nnarch.summary(net, (7, 4, 3)).rows
-    layer1, layer2 = 20 * (3 + 2) + 5 * 2, 20 * (4 + 2) + 5 * 2
-    assert row.macs == 7 * 4 * 2 * (layer1 + layer2)
-    assert row.output_shape == (7, 4, 4)
-    (row,) = nnarch.summary(nnarch.nn.GRUCell(3, 5), (4, 3)).rows
-    assert row.macs == 4 * 15 * (3 + 5)
-    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(3, 3), torch.randn(2, 3)])
-    rows = nnarch.summary(_Packing(), packed.data).rows
-    assert rows[0].macs == 5 * 15 * (3 + 5)
-    assert re.search("GRU", str(rows[0]))
-
-
-class _Packing(torch.nn.Module):
-    """A layer that gets a packed sequence and returns one."""
-
-    def __init__(self):
-        super().__init__()
-        self.rnn = torch.nn.GRU(3, 5)
-
-    def forward(self, data):
-        sizes = torch.tensor([2, 2, 1])
-        return self.rnn(torch.nn.utils.rnn.PackedSequence(data, sizes))[0].data
+@pytest.mark.parametrize("task", SMALL)
+def test_unknown_cells(task):
+    kind = type(build(f"gru_{task}"))
+    with pytest.raises(ValueError, match="cell must be one of rnn, lstm, gru, got 'rwkv'"):
+        kind("rwkv")

@@ -1,0 +1,85 @@
+"""The running statistics of batch normalization, updated in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnarch import library
+
+from . import checks
+
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
+
+# In place, hence no declared operation: those change none of their arguments.
+_native_update = library.define_native(
+    "batch_norm_update(Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor mean, "
+    "Tensor invstd, float momentum, float eps, int count) -> ()"
+)
+_HAS_UPDATE = "batch_norm_update" in library.native_op_names()
+
+
+def update_of(input: Tensor, mean: Tensor | None, var: Tensor | None) -> Callable[..., None] | None:
+    """How a batch's statistics are mixed into the running ones; None where there are none.
+
+    Raises:
+        ValueError, TypeError: statistics that do not fit `input`.
+    """
+    given = [s for s in (mean, var) if s is not None]
+    if not given:
+        return None
+    if _is_native(input, given):  # it checks for itself, before it writes
+        return _update_natively
+    checks.running_statistics(input, mean, var)
+    return _update_in_torch
+
+
+def _is_native(input: Tensor, given: list[Tensor]) -> bool:
+    """Whether nothing but this thread's dispatch to the CPU will see the update."""
+    if not _HAS_UPDATE or not input.is_cpu or torch.compiler.is_compiling():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    dtype = torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
+    for s in given:
+        if type(s) is not Tensor or s.dtype != dtype or s.requires_grad or s.is_inference():
+            return False
+    return True
+
+
+def _update_natively(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *arguments: Any,
+) -> None:
+    try:
+        with _BelowAutograd():
+            _native_update._op(running_mean, running_var, *arguments)
+    except RuntimeError:
+        checks.running_statistics(input, running_mean, running_var)
+        raise
+    # What keeps something made of these looks at it.
+    torch._C._increment_version([s for s in (running_mean, running_var) if s is not None])
+
+
+@torch.no_grad()
+def _update_in_torch(
+    _: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    momentum: float,
+    eps: float,
+    count: int,
+) -> None:
+    if running_mean is not None:
+        running_mean.mul_(1 - momentum).add_(mean, alpha=momentum)
+    if running_var is not None:
+        biased = invstd.double().pow(-2).sub_(eps).clamp_min_(0)
+        # In-place addition rounds to the dtype of running_var.
+        running_var.mul_(1 - momentum).add_(biased, alpha=momentum * count / (count - 1))

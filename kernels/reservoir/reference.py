@@ -1,0 +1,81 @@
+"""The definition of a sparse reservoir in plain torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nnarch.kernels.activation import reference as activations
+
+
+def _matrix(values: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+    """The recurrent matrix, dense: entries of one place add up."""
+    n = rows.numel() - 1
+    lengths = rows[1:].long() - rows[:-1].long()
+    row = torch.repeat_interleave(torch.arange(n, device=rows.device), lengths)
+    return torch.zeros(n, n, dtype=values.dtype, device=values.device).index_put(
+        (row, columns.long()), values, accumulate=True
+    )
+
+
+def _step(state: Tensor, z: Tensor, w: Tensor, leak: float, activation: int) -> Tensor:
+    response = activations.activation(z + state @ w.T, activation, 0.0)
+    return (1 - leak) * state + leak * response
+
+
+def reservoir_pack(values: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
+    """Nothing to do: the definition reads the matrix as it is."""
+    return torch.empty(0, dtype=torch.uint8, device=values.device)
+
+
+def reservoir_scan(
+    x: Tensor,
+    w_in: Tensor | None,
+    bias: Tensor | None,
+    values: Tensor,
+    columns: Tensor,
+    rows: Tensor,
+    packed: Tensor | None,
+    state0: Tensor,
+    leak: float,
+    activation: int,
+    skip: int,
+) -> tuple[Tensor, Tensor]:
+    """s = (1 - leak)·s + leak·f(W·s + w_in·x + bias): the states after `skip` steps, the last."""
+    w, state, kept = _matrix(values, columns, rows), state0, []
+    for t, u in enumerate(x):
+        z = u if w_in is None else u @ w_in.T
+        state = _step(state, z if bias is None else z + bias, w, leak, activation)
+        if t >= skip:
+            kept.append(state)
+    states = torch.stack(kept) if kept else x.new_empty((0, *state0.shape))
+    return states, state.clone()
+
+
+def reservoir_generate(
+    x: Tensor,
+    y0: Tensor,
+    w_in: Tensor,
+    bias: Tensor | None,
+    values: Tensor,
+    columns: Tensor,
+    rows: Tensor,
+    packed: Tensor | None,
+    state0: Tensor,
+    w_out: Tensor,
+    b_out: Tensor | None,
+    leak: float,
+    activation: int,
+) -> tuple[Tensor, Tensor]:
+    """The same with [x, y] as input, where y = w_out·[s, x, y] + b_out is the step before's."""
+    w, state, y, outputs = _matrix(values, columns, rows), state0, y0, []
+    for u in x:
+        u = torch.cat((u, y), 1)
+        z = u @ w_in.T
+        state = _step(state, z if bias is None else z + bias, w, leak, activation)
+        features = state if w_out.shape[1] == state.shape[1] else torch.cat((state, u), 1)
+        y = features @ w_out.T
+        y = y if b_out is None else y + b_out
+        outputs.append(y)
+    ys = torch.stack(outputs) if outputs else x.new_empty((0, *y0.shape))
+    return ys, state.clone()

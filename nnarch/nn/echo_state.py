@@ -1,0 +1,439 @@
+"""Echo-state networks: a fixed sparse reservoir, and a linear readout fitted in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nnarch import functional as F
+from nnarch.nn.linear import Linear
+from nnarch.nn.readout import Readout
+from nnarch.nn.reservoir import Reservoir, Scaling
+
+Array = Tensor | np.ndarray
+
+_CHUNK_ELEMENTS = 4 << 20  # states held at a time: 32 MB in float64
+
+
+class EchoStateNetwork(nn.Module):
+    """An echo-state network: reservoirs that are never trained, and a readout fitted in float64.
+
+        network = nn.EchoStateNetwork(1, 1000, 1, leak=0.3).fit(series[:-1], series[1:])
+        prediction = network.predict(other_series)
+        future = network.generate(500)          # runs freely where the last call stopped
+
+    Sequences are ``[T, features]`` or ``[T, B, features]`` (``[T]`` where there is one feature);
+    NumPy in gives NumPy out. The readout is a plain linear layer ``readout`` on the states of all
+    layers, so that it has ``(N + 1)·outputs`` parameters. Jaeger and Haas, 2004, Harnessing
+    nonlinearity: predicting chaotic systems and saving energy in wireless communication; deep:
+    Gallicchio, Micheli and Pedrelli, 2017, Deep reservoir computing.
+
+    Args:
+        inputs: I, features of the input; 0 for a network driven by its own output alone.
+        units: N, neurons of a reservoir; a sequence of numbers makes a deep network, every layer
+            of which reads the states of the one before.
+        outputs: O, features of the output.
+        connectivity, spectral_radius, leak, input_scaling, bias_scaling, activation: see
+            :class:`Reservoir`.
+        feedback_scaling: weights from the previous output into the (first) reservoir are uniform in
+            ± this; 0 is a network without output feedback. While it is fitted, the true output is
+            fed back.
+        washout: steps at the start of every fitted sequence that the fit ignores.
+        solver: "ridge" accumulates the Gram matrix and penalizes weights (never the bias); "lstsq"
+            is least squares by an incremental QR factorization, which keeps twice the digits.
+            Both keep memory bounded however long the sequence is.
+        ridge: the penalty.
+        noise: standard deviation of noise added to the neurons' inputs while fitting.
+        input_to_readout: whether the readout reads the input (and what is fed back) too.
+        bidirectional: a second stack of reservoirs reads the sequence backwards; the network then
+            needs whole sequences and cannot run freely.
+        seed: the same seed gives the same network.
+        device, dtype: of weights and states. The fit itself is float64 always.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        units: int | Sequence[int],
+        outputs: int,
+        *,
+        connectivity: float = 0.01,
+        spectral_radius: float = 0.9,
+        leak: float = 1.0,
+        input_scaling: Scaling = 1.0,
+        bias_scaling: float = 0.0,
+        feedback_scaling: float = 0.0,
+        activation: str | None = "tanh",
+        washout: int = 100,
+        solver: Literal["ridge", "lstsq"] = "ridge",
+        ridge: float = 1e-6,
+        noise: float = 0.0,
+        input_to_readout: bool = False,
+        bidirectional: bool = False,
+        seed: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = (units,) if isinstance(units, int) else tuple(units)
+        self._check(inputs, sizes, outputs, washout, feedback_scaling, bidirectional)
+        self.inputs, self.outputs, self.washout = inputs, outputs, washout
+        self.solver, self.ridge, self.noise, self.seed = solver, ridge, noise, seed
+        self.feedback = feedback_scaling != 0
+        self.input_to_readout, self.bidirectional = input_to_readout, bidirectional
+        width = inputs + (outputs if self.feedback else 0)
+        options: dict[str, Any] = {
+            "connectivity": connectivity, "spectral_radius": spectral_radius, "leak": leak,
+            "bias_scaling": bias_scaling, "activation": activation, "device": device,
+            "dtype": dtype,
+        }  # fmt: skip
+        scaling = _per_input(input_scaling, inputs)
+        scaling += [feedback_scaling] * (width - inputs)
+
+        def stack(first_seed: int) -> nn.ModuleList:
+            layers, before, scale = nn.ModuleList(), width, scaling
+            for i, size in enumerate(sizes):
+                layers.append(
+                    Reservoir(before, size, input_scaling=scale, seed=first_seed + i, **options)
+                )
+                # A state has N numbers of about 1: keep the sum of its inputs at that size.
+                before, scale = size, [(3.0 / size) ** 0.5] * size
+            return layers
+
+        # Seeds of layers: far apart for different networks, and different from each other.
+        self.layers = stack(1000 * seed)
+        self.backward_layers = stack(1000 * seed + 500) if bidirectional else None
+        features = sum(sizes) * (2 if bidirectional else 1) + (width if input_to_readout else 0)
+        self.readout = Linear(features, outputs, device=device, dtype=dtype)
+        nn.init.zeros_(self.readout.weight)
+        nn.init.zeros_(self.readout.bias)
+        self._fitted = False
+        self._states: list[Tensor] | None = None
+        self._output: Tensor | None = None
+        self._unsaid = False  # whether generate begins with that output
+
+    @staticmethod
+    def _check(
+        inputs: int, sizes: tuple[int, ...], outputs: int, washout: int, feedback: float,
+        bidirectional: bool,
+    ) -> None:  # fmt: skip
+        name = "EchoStateNetwork"
+        if inputs < 0 or (inputs == 0 and not feedback):
+            raise ValueError(
+                f"{name}: inputs must be at least 1, or 0 with feedback_scaling; got {inputs}"
+            )
+        if not sizes or min(sizes) < 1:
+            raise ValueError(f"{name}: units must be positive, got {sizes}")
+        if outputs < 1:
+            raise ValueError(f"{name}: outputs must be at least 1, got {outputs}")
+        if washout < 0:
+            raise ValueError(f"{name}: washout must be at least 0, got {washout}")
+        if feedback and bidirectional:
+            raise ValueError(f"{name}: a bidirectional network cannot feed back its output")
+
+    # --------------------------------------------------------------------------------- sequences
+
+    @property
+    def _kind(self) -> dict[str, Any]:
+        weight = self.readout.weight
+        return {"device": weight.device, "dtype": weight.dtype}
+
+    def _sequence(self, op: str, name: str, value: Array, width: int) -> Tensor:
+        """Any accepted shape as [T, B, width]."""
+        if not isinstance(value, (Tensor, np.ndarray)):
+            value = np.asarray(value)
+        x = torch.as_tensor(value).to(**self._kind)
+        if x.dim() == 1 and width == 1:
+            x = x[:, None]
+        if x.dim() == 2:
+            x = x[:, None]
+        if x.dim() != 3 or x.shape[2] != width:
+            raise ValueError(
+                f"EchoStateNetwork.{op}: {name} must be [T, {width}] or [T, B, {width}], "
+                f"got {tuple(np.shape(value))}"
+            )
+        return x
+
+    @staticmethod
+    def _like(y: Tensor, like: Any, flat: bool, batched: bool) -> Any:
+        """`y` in the shape and kind of what came in."""
+        if not batched:
+            y = y[:, 0]
+        if flat and y.shape[-1] == 1:
+            y = y[..., 0]
+        return y if isinstance(like, Tensor) else y.detach().cpu().numpy()
+
+    def _chunks(self, steps: int, batch: int) -> Iterator[tuple[int, int]]:
+        size = max(1, _CHUNK_ELEMENTS // max(1, batch * self.readout.in_features))
+        for first in range(0, steps, size):
+            yield first, min(first + size, steps)
+
+    def _run(
+        self, layers: nn.ModuleList, x: Tensor, states: list[Tensor] | None, noise: float = 0.0,
+        generator: torch.Generator | None = None, keep: bool = True,
+    ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+        """The states of every layer over a chunk, and those after it."""
+        kept, after = [], []
+        for i, layer in enumerate(layers):
+            last_layer = i == len(layers) - 1
+            skip = 0 if keep or not last_layer else x.shape[0]
+            state = None if states is None else states[i]
+            if noise:
+                drive = F.linear(x, layer.w_in, layer.bias)
+                drive += noise * torch.randn(drive.shape, generator=generator).to(drive)
+                x, last = F.reservoir_scan(
+                    drive, layer.matrix, None, None, state, leak=layer.leak,
+                    activation=layer.activation, skip=skip, packed=layer.packed(),
+                )  # fmt: skip
+            else:
+                x, last = layer(x, state, skip=skip)
+            kept.append(x)
+            after.append(last)
+        return kept, after
+
+    def _features(
+        self, x: Tensor, states: list[Tensor] | None, noise: float = 0.0
+    ) -> Iterator[tuple[int, int, Tensor, list[Tensor]]]:
+        """Chunk by chunk: its first and last step, the readout's input, the states after it."""
+        steps, batch = x.shape[:2]
+        chunks = list(self._chunks(steps, batch))
+        generator = torch.Generator().manual_seed(self.seed) if noise else None
+        # Backwards, only the states between chunks are kept; each chunk is run again in its turn.
+        entry: dict[int, list[Tensor] | None] = {}
+        if self.backward_layers is not None:
+            reverse: list[Tensor] | None = None
+            for first, end in reversed(chunks):
+                entry[first] = reverse
+                if first:
+                    _, reverse = self._run(
+                        self.backward_layers, x[first:end].flip(0), reverse, keep=False
+                    )
+        for first, end in chunks:
+            part = x[first:end]
+            kept, states = self._run(self.layers, part, states, noise, generator)
+            if self.backward_layers is not None:
+                backward, _ = self._run(self.backward_layers, part.flip(0), entry[first])
+                kept = kept + [s.flip(0) for s in backward]
+            if self.input_to_readout:
+                kept = kept + [part]
+            yield first, end, kept[0] if len(kept) == 1 else torch.cat(kept, 2), states
+
+    # --------------------------------------------------------------------------------- the public
+
+    @torch.no_grad()
+    def fit(self, x: Array | None, y: Array, *, reset: bool = True) -> EchoStateNetwork:
+        """Fit the readout to sequences.
+
+        Args:
+            x: ``[T, B, I]``, ``[T, I]`` or ``[T]``; None for a network without inputs. Rows of a
+                batch are independent sequences.
+            y: ``[T, B, O]``, ``[T, O]`` or ``[T]``, what the network shall say at each step.
+            reset: whether it begins with a zero state rather than where the last call stopped.
+
+        Returns:
+            The network itself, which stands at the end of the sequence: :meth:`generate` goes on
+            from there.
+
+        Raises:
+            ValueError: shapes that do not fit; no more steps than the washout; NaN in `y`.
+        """
+        x, target = self._inputs("fit", x, y)
+        steps = x.shape[0]
+        if steps <= self.washout:
+            raise ValueError(
+                f"EchoStateNetwork.fit: x must have more steps than the washout, "
+                f"{self.washout}; got {steps}"
+            )
+        if not bool(torch.isfinite(target[self.washout :]).all()):
+            raise ValueError("EchoStateNetwork.fit: y must be finite after the washout")
+        readout = Readout(self.readout.in_features, self.outputs, self.solver, self.ridge)
+        states = None if reset else self._states
+        for first, end, features, after in self._features(x, states, self.noise):
+            states = after
+            skip = max(0, self.washout - first)
+            if skip < end - first:
+                readout.add(features[skip:], target[first + skip : end])
+        weight, bias = readout.solve()
+        self.readout.weight.copy_(weight)
+        self.readout.bias.copy_(bias)
+        self._fitted, self._states = True, states
+        self._output, self._unsaid = target[-1], False
+        return self
+
+    def _inputs(self, op: str, x: Array | None, y: Array | None) -> tuple[Tensor, Tensor]:
+        """What drives the reservoir, fed-back outputs included, and the target."""
+        assert y is not None
+        target = self._sequence(op, "y", y, self.outputs)
+        if x is None:
+            if self.inputs:
+                raise ValueError(f"EchoStateNetwork.{op}: x is missing")
+            u = target.new_empty((*target.shape[:2], 0))
+        else:
+            u = self._sequence(op, "x", x, self.inputs)
+        if u.shape[:2] != target.shape[:2]:
+            raise ValueError(
+                f"EchoStateNetwork.{op}: x and y must have the same steps and batch, "
+                f"got {tuple(u.shape[:2])} and {tuple(target.shape[:2])}"
+            )
+        if self.feedback:  # the output of the step before
+            fed = torch.cat((torch.zeros_like(target[:1]), target[:-1]))
+            u = torch.cat((u, fed), 2)
+        return u, target
+
+    def predict(self, x: Array, *, reset: bool = True) -> Any:
+        """The output at every step of a sequence.
+
+        A network with output feedback feeds back what it says itself.
+
+        Args:
+            x: ``[T, B, I]``, ``[T, I]`` or ``[T]``.
+            reset: whether it begins with a zero state rather than where the last call stopped.
+
+        Returns:
+            ``[T, B, O]`` or ``[T, O]`` (``[T]`` for ``[T]`` where O is 1), of the kind of `x`.
+        """
+        self._require_fit("predict")
+        u = self._sequence("predict", "x", x, self.inputs)
+        if self.feedback:
+            if reset:
+                self._states = self._output = None
+            with torch.no_grad():
+                y = self._free_run(u)
+        else:
+            y = self._read(u, None if reset else self._states)
+        return self._like(y, x, np.ndim(x) == 1, np.ndim(x) == 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[T, B, I]`` to ``[T, B, O]``: the readout's gradient flows, so it can be trained."""
+        if self.feedback:
+            raise ValueError("EchoStateNetwork: with output feedback, call predict or generate")
+        return self._read(self._sequence("forward", "x", x, self.inputs), None)
+
+    def _read(self, x: Tensor, states: list[Tensor] | None) -> Tensor:
+        parts = []
+        for _, _, features, after in self._features(x, states):
+            states = after
+            parts.append(self.readout(features))
+        y = torch.cat(parts) if parts else x.new_empty((0, x.shape[1], self.outputs))
+        if states is not None:
+            self._states = [s.detach() for s in states]
+        if len(y):
+            self._output, self._unsaid = y[-1].detach(), False
+        return y
+
+    @torch.no_grad()
+    def warm_up(self, x: Array | None = None, y: Array | None = None) -> EchoStateNetwork:
+        """Bring the network to the end of a sequence, from a zero state, for :meth:`generate`.
+
+        Args:
+            x: its inputs; None for a network without.
+            y: its true outputs, which a network with feedback needs.
+        """
+        if self.feedback:
+            if y is None:
+                raise ValueError("EchoStateNetwork.warm_up: y is missing: its output is fed back")
+            u, target = self._inputs("warm_up", x, y)
+            states: list[Tensor] | None = None
+            for first, end in self._chunks(*u.shape[:2]):
+                _, states = self._run(self.layers, u[first:end], states, keep=False)
+            self._states, self._output, self._unsaid = states, target[-1], False
+        else:
+            if x is None:
+                raise ValueError("EchoStateNetwork.warm_up: x is missing")
+            self._read(self._sequence("warm_up", "x", x, self.inputs), None)
+            self._unsaid = True  # nobody has seen what it makes of the last input
+        return self
+
+    @torch.no_grad()
+    def generate(self, steps: int | None = None, x: Array | None = None) -> Any:
+        """Run freely from where the last call (fit, predict, warm_up, generate) stopped.
+
+        With feedback, the output goes on being fed back. Without, the output takes the place of the
+        input, so the network must predict its own next input (``inputs == outputs``).
+
+        Args:
+            steps: T, how many; not needed where `x` has them.
+            x: ``[T, B, I]`` or ``[T, I]``, the inputs of a network with feedback and inputs.
+
+        Returns:
+            ``[T, B, O]``, or ``[T, O]`` where the last call had no batch of several: NumPy, or a
+            tensor where `x` is one.
+        """
+        self._require_fit("generate")
+        if self.bidirectional:
+            raise ValueError("EchoStateNetwork.generate: a bidirectional network needs the future")
+        if self._states is None or self._output is None:
+            raise ValueError("EchoStateNetwork.generate: call fit, predict or warm_up first")
+        batch = self._output.shape[0]
+        if self.feedback and self.inputs:
+            if x is None:
+                raise ValueError("EchoStateNetwork.generate: x is missing: the network has inputs")
+            u = self._sequence("generate", "x", x, self.inputs)
+            if steps not in (None, u.shape[0]) or u.shape[1] != batch:
+                raise ValueError(
+                    f"EchoStateNetwork.generate: x must have {steps or 'T'} steps of batch "
+                    f"{batch}, got {tuple(u.shape)}"
+                )
+        else:
+            if steps is None or steps < 0:
+                raise ValueError(f"EchoStateNetwork.generate: steps must be >= 0, got {steps}")
+            if not self.feedback and self.inputs != self.outputs:
+                raise ValueError(
+                    "EchoStateNetwork.generate: without feedback, outputs take the place of "
+                    f"inputs: there must be as many, got {self.outputs} and {self.inputs}"
+                )
+            u = self._output.new_empty((steps, batch, 0))
+        if self._unsaid and u.shape[0]:
+            self._unsaid = False
+            y = torch.cat((self._output[None], self._free_run(u[1:])))
+        else:
+            y = self._free_run(u)
+        return self._like(y, x, False, batch > 1 or (x is not None and np.ndim(x) == 3))
+
+    def _free_run(self, u: Tensor) -> Tensor:
+        """Outputs fed back over ``u``'s steps, in native code where there is one layer."""
+        layer, batch = self.layers[0], u.shape[1]
+        if self._output is None or self._states is None:
+            self._output = u.new_zeros(batch, self.outputs)
+            self._states = [u.new_zeros(batch, r.units) for r in self.layers]
+        if len(self.layers) == 1:
+            y, last = F.reservoir_generate(
+                u, self._output, layer.matrix, layer.w_in, self.readout.weight, self.readout.bias,
+                layer.bias, self._states[0], leak=layer.leak, activation=layer.activation,
+                packed=layer.packed(),
+            )  # fmt: skip
+            self._states = [last]
+        else:
+            y = u.new_empty((*u.shape[:2], self.outputs))
+            output = self._output
+            for t in range(u.shape[0]):
+                step = torch.cat((u[t], output), 1)[None]
+                kept, self._states = self._run(self.layers, step, self._states)
+                kept = kept + [step] if self.input_to_readout else kept
+                output = y[t] = self.readout(torch.cat(kept, 2))[0]
+        if u.shape[0]:
+            self._output = y[-1].clone()
+        return y
+
+    def _require_fit(self, op: str) -> None:
+        if not self._fitted and not bool(self.readout.weight.any()):
+            raise ValueError(f"EchoStateNetwork.{op}: call fit first, or load a fitted state_dict")
+
+    def extra_repr(self) -> str:
+        """What `print(module)` shows."""
+        return f"feedback={self.feedback}, washout={self.washout}, solver={self.solver!r}"
+
+
+def _per_input(scaling: Scaling, inputs: int) -> list[float]:
+    if isinstance(scaling, (int, float)):
+        return [float(scaling)] * inputs
+    if len(scaling) != inputs:
+        raise ValueError(
+            f"EchoStateNetwork: input_scaling must be a number or {inputs} numbers, "
+            f"got {len(scaling)}"
+        )
+    return [float(s) for s in scaling]
