@@ -79,7 +79,7 @@ def _sizes(
         "P": weight_hh.shape[1],
         **named_strides("w", "rk", weight_hh),
         **named_strides("p", "rk", weight_hr),
-        "KIND": kind,
+        "CELL": kind,
         "DOT": problem.precision != "ieee",
         "PRECISION": problem.precision if problem.precision == "tf32" else "ieee",
         "HIDDEN": max(least, triton.next_power_of_2(hidden)),
