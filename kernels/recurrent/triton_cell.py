@@ -24,15 +24,15 @@ def step_rows(t, steps, batch, starts_ptr):
 
 
 @triton.jit
-def rnn_act(z, KIND: tl.constexpr):
+def rnn_act(z, CELL: tl.constexpr):
     """tanh, or a relu that keeps NaN."""
-    return tanh(z) if KIND == 0 else tl.where(z < 0, 0.0, z)
+    return tanh(z) if CELL == 0 else tl.where(z < 0, 0.0, z)
 
 
 @triton.jit
-def rnn_derivative(y, KIND: tl.constexpr):
+def rnn_derivative(y, CELL: tl.constexpr):
     """The derivative as a function of the output; relu passes NaN's gradient on, as torch does."""
-    return 1.0 - y * y if KIND == 0 else tl.where(y <= 0, 0.0, 1.0)
+    return 1.0 - y * y if CELL == 0 else tl.where(y <= 0, 0.0, 1.0)
 
 
 @triton.jit

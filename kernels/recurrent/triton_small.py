@@ -49,7 +49,11 @@ _VECTORS = (
     tile(BLOCK_B=1, num_warps=4, num_stages=1),
 )
 SMALL = TileTable("recurrent_small", {"half": _DOTS, "tf32": _DOTS, "ieee": _VECTORS}, _cost, _fits)
-SMALL_BACKWARD = dataclasses.replace(SMALL, name="recurrent_small_backward")
+SMALL_BACKWARD = dataclasses.replace(
+    SMALL,
+    name="recurrent_small_backward",
+    tiles=SMALL.tiles | dict.fromkeys(("half", "tf32"), _DOTS[:1]),  # 4 warps spill on sm_100
+)
 
 
 def _problem(kind: int, x: Tensor, weight_hh: Tensor, batch: int) -> Problem:
@@ -79,7 +83,7 @@ def _sizes(
         "P": weight_hh.shape[1],
         **named_strides("w", "rk", weight_hh),
         **named_strides("p", "rk", weight_hr),
-        "KIND": kind,
+        "CELL": kind,
         "DOT": problem.precision != "ieee",
         "PRECISION": problem.precision if problem.precision == "tf32" else "ieee",
         "HIDDEN": max(least, triton.next_power_of_2(hidden)),

@@ -84,7 +84,7 @@ def _recurrent_small_fwd_kernel(
     stride_wk,
     stride_pr,
     stride_pk,
-    KIND: tl.constexpr,
+    CELL: tl.constexpr,
     REVERSE: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -95,21 +95,21 @@ def _recurrent_small_fwd_kernel(
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     u, p = tl.arange(0, HIDDEN), tl.arange(0, OUT)
     u_in, p_in, b_in = u < H, p < P, b < B
-    GATES: tl.constexpr = 4 if KIND == 2 else (3 if KIND == 3 else 1)
+    GATES: tl.constexpr = 4 if CELL == 2 else (3 if CELL == 3 else 1)
     width = GATES * H
 
     w0 = _matrix(w_ptr, 0, u, H, p, P, stride_wr, stride_wk)
-    if KIND >= 2:
+    if CELL >= 2:
         w1 = _matrix(w_ptr, H, u, H, p, P, stride_wr, stride_wk)
         w2 = _matrix(w_ptr, 2 * H, u, H, p, P, stride_wr, stride_wk)
-    if KIND == 2:
+    if CELL == 2:
         w3 = _matrix(w_ptr, 3 * H, u, H, p, P, stride_wr, stride_wk)
         peep_i = _peephole(peephole_ptr, 0, u, H)
         peep_f = _peephole(peephole_ptr, 1, u, H)
         peep_o = _peephole(peephole_ptr, 2, u, H)
         if proj_ptr is not None:
             proj = _matrix(proj_ptr, 0, p, P, u, H, stride_pr, stride_pk)
-    if KIND == 3:
+    if CELL == 3:
         bias_n = tl.zeros((HIDDEN, 1), tl.float32)
         if bias_n_ptr is not None:
             bias_n += tl.load(bias_n_ptr + u, mask=u_in, other=0.0).to(tl.float32)[:, None]
@@ -119,7 +119,7 @@ def _recurrent_small_fwd_kernel(
     c = tl.zeros((HIDDEN, BLOCK_B), tl.float32)
     if h0_ptr is not None:
         h += _rows(h0_ptr, row, P, p, p_in[:, None] & b_in[None, :])
-    if KIND == 2 and c0_ptr is not None:
+    if CELL == 2 and c0_ptr is not None:
         c += _rows(c0_ptr, row, H, u, u_in[:, None] & b_in[None, :])
 
     for step in range(steps):
@@ -129,10 +129,10 @@ def _recurrent_small_fwd_kernel(
         r = first + row
         inside = u_in[:, None] & runs[None, :]
         x0 = _rows(gx_ptr, r, width, u, inside)
-        if KIND >= 2:
+        if CELL >= 2:
             x1 = _rows(gx_ptr + H, r, width, u, inside)
             x2 = _rows(gx_ptr + 2 * H, r, width, u, inside)
-        if KIND == 2:
+        if CELL == 2:
             x3 = _rows(gx_ptr + 3 * H, r, width, u, inside)
             g0, g1, g2, g3, c_next, h_next = lstm_cell(
                 x0 + _product(w0, h, DOT, PRECISION),
@@ -153,7 +153,7 @@ def _recurrent_small_fwd_kernel(
                 _put(reserve_ptr + 4 * H, r, 5 * H, u, c_next, inside)
             if proj_ptr is not None:
                 h_next = _product(proj, h_next, DOT, PRECISION)
-        elif KIND == 3:
+        elif CELL == 3:
             hn = _product(w2, h, DOT, PRECISION) + bias_n
             g0, g1, g2, h_next = gru_cell(
                 x0,
@@ -170,12 +170,12 @@ def _recurrent_small_fwd_kernel(
                 _put(reserve_ptr + 2 * H, r, 4 * H, u, g2, inside)
                 _put(reserve_ptr + 3 * H, r, 4 * H, u, hn, inside)
         else:
-            h_next = rnn_act(x0 + _product(w0, h, DOT, PRECISION), KIND)
+            h_next = rnn_act(x0 + _product(w0, h, DOT, PRECISION), CELL)
         h = tl.where(runs[None, :], h_next, h)
         _put(y_ptr, r, P, p, h_next, p_in[:, None] & runs[None, :])
 
     _put(h_ptr, row, P, p, h, p_in[:, None] & b_in[None, :])
-    if KIND == 2:
+    if CELL == 2:
         _put(c_ptr, row, H, u, c, u_in[:, None] & b_in[None, :])
 
 
@@ -207,7 +207,7 @@ def _recurrent_small_bwd_kernel(
     stride_pk,
     stride_dr,
     stride_dp,
-    KIND: tl.constexpr,
+    CELL: tl.constexpr,
     REVERSE: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -218,15 +218,15 @@ def _recurrent_small_bwd_kernel(
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     u, p = tl.arange(0, HIDDEN), tl.arange(0, OUT)
     u_in, p_in, b_in = u < H, p < P, b < B
-    GATES: tl.constexpr = 4 if KIND == 2 else (3 if KIND == 3 else 1)
+    GATES: tl.constexpr = 4 if CELL == 2 else (3 if CELL == 3 else 1)
     width = GATES * H
 
     # Transposed: [P, H], so that the product is the same as in the forward.
     w0 = _matrix(w_ptr, 0, p, P, u, H, stride_wk, stride_wr)
-    if KIND >= 2:
+    if CELL >= 2:
         w1 = _matrix(w_ptr + H * stride_wr, 0, p, P, u, H, stride_wk, stride_wr)
         w2 = _matrix(w_ptr + 2 * H * stride_wr, 0, p, P, u, H, stride_wk, stride_wr)
-    if KIND == 2:
+    if CELL == 2:
         w3 = _matrix(w_ptr + 3 * H * stride_wr, 0, p, P, u, H, stride_wk, stride_wr)
         peep_i = _peephole(peephole_ptr, 0, u, H)
         peep_f = _peephole(peephole_ptr, 1, u, H)
@@ -239,7 +239,7 @@ def _recurrent_small_bwd_kernel(
     dc = tl.zeros((HIDDEN, BLOCK_B), tl.float32)
     if dh_ptr is not None:
         dh += _rows(dh_ptr, row, P, p, p_in[:, None] & b_in[None, :])
-    if KIND == 2 and dc_ptr is not None:
+    if CELL == 2 and dc_ptr is not None:
         dc += _rows(dc_ptr, row, H, u, u_in[:, None] & b_in[None, :])
 
     for step in range(steps):
@@ -254,7 +254,7 @@ def _recurrent_small_bwd_kernel(
         if dy_ptr is not None:
             where = dy_ptr + r[None, :] * stride_dr + (p * stride_dp)[:, None]
             d += tl.load(where, mask=out_inside, other=0.0).to(tl.float32)
-        if KIND == 2:
+        if CELL == 2:
             if proj_ptr is not None:
                 _put(dy_all_ptr, r, P, p, d, out_inside)
                 d_full = _product(proj, d, DOT, PRECISION)
@@ -286,7 +286,7 @@ def _recurrent_small_bwd_kernel(
             dh_next = _product(w0, d0, DOT, PRECISION) + _product(w1, d1, DOT, PRECISION)
             dh_next += _product(w2, d2, DOT, PRECISION)
             dh_next += _product(w3, d3, DOT, PRECISION)
-        elif KIND == 3:
+        elif CELL == 3:
             h_before = _rows(y_ptr, r_before, P, p, p_in[:, None] & known[None, :])
             if h0_ptr is not None:
                 h_before += _rows(h0_ptr, row, P, p, p_in[:, None] & (runs & ~known)[None, :])
@@ -308,7 +308,7 @@ def _recurrent_small_bwd_kernel(
             dh_next += _product(w1, d1, DOT, PRECISION)
             dh_next += _product(w2, d3, DOT, PRECISION)
         else:
-            d0 = d * rnn_derivative(_rows(y_ptr, r, P, p, out_inside), KIND)
+            d0 = d * rnn_derivative(_rows(y_ptr, r, P, p, out_inside), CELL)
             _put(dgx_ptr, r, width, u, d0, inside)
             dh_next = _product(w0, d0, DOT, PRECISION)
         dh = tl.where(runs[None, :], dh_next, dh)

@@ -142,7 +142,7 @@ def step_forward(
         "reserve_ptr": out.reserve if out.reserve.numel() else None,
         **{"steps": sequence.steps, "ROWS": rows, "B": batch, "H": hidden, "P": size},
         **named_strides("w", "rk", weight_hh),
-        **{"KIND": kind, "REVERSE": reverse, "PRECISION": dot_precision("matmul")},
+        **{"CELL": kind, "REVERSE": reverse, "PRECISION": dot_precision("matmul")},
     }
 
     def run(tile: Tile) -> None:
@@ -208,7 +208,7 @@ def step_backward(
         **{"steps": sequence.steps, "B": batch, "H": hidden},
         **named_strides("w", "rk", weight_hh),
         **named_strides("d", "rp", through),
-        **{"KIND": kind, "REVERSE": reverse, "PRECISION": dot_precision("matmul")},
+        **{"CELL": kind, "REVERSE": reverse, "PRECISION": dot_precision("matmul")},
     }
 
     def run(tile: Tile) -> None:

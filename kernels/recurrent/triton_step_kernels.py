@@ -79,7 +79,7 @@ def _recurrent_step_fwd_kernel(
     P,
     stride_wr,
     stride_wk,
-    KIND: tl.constexpr,
+    CELL: tl.constexpr,
     REVERSE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -92,12 +92,12 @@ def _recurrent_step_fwd_kernel(
     u = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, BLOCK_K)
     u_in = u < H
-    GATES: tl.constexpr = 4 if KIND == 2 else (3 if KIND == 3 else 1)
+    GATES: tl.constexpr = 4 if CELL == 2 else (3 if CELL == 3 else 1)
     width = GATES * H
     gate = tl.cast(H, tl.int64) * stride_wr
     w_row = w_ptr + u.to(tl.int64) * stride_wr
     s = m.to(tl.int64)
-    if KIND == 2:
+    if CELL == 2:
         peep_i = _peephole(peephole_ptr, 0, u, H)
         peep_f = _peephole(peephole_ptr, 1, u, H)
         peep_o = _peephole(peephole_ptr, 2, u, H)
@@ -125,22 +125,22 @@ def _recurrent_step_fwd_kernel(
                 w_in = k_in[:, None] & u_in[None, :]
                 w0 = tl.load(where, mask=w_in, other=0.0)
                 acc0 = tl.dot(h, w0, acc0, input_precision=PRECISION)
-                if KIND >= 2:
+                if CELL >= 2:
                     w1 = tl.load(where + gate, mask=w_in, other=0.0)
                     w2 = tl.load(where + 2 * gate, mask=w_in, other=0.0)
                     acc1 = tl.dot(h, w1, acc1, input_precision=PRECISION)
                     acc2 = tl.dot(h, w2, acc2, input_precision=PRECISION)
-                if KIND == 2:
+                if CELL == 2:
                     w3 = tl.load(where + 3 * gate, mask=w_in, other=0.0)
                     acc3 = tl.dot(h, w3, acc3, input_precision=PRECISION)
 
             r = first + s
             inside = runs[:, None] & u_in[None, :]
             x0 = _load(gx_ptr, r, width, u, inside)
-            if KIND >= 2:
+            if CELL >= 2:
                 x1 = _load(gx_ptr + H, r, width, u, inside)
                 x2 = _load(gx_ptr + 2 * H, r, width, u, inside)
-            if KIND == 2:
+            if CELL == 2:
                 x3 = _load(gx_ptr + 3 * H, r, width, u, inside)
                 c = _load(c_ptr, s, H, u, inside)
                 i, f, g, o, c, h_next = lstm_cell(
@@ -153,7 +153,7 @@ def _recurrent_step_fwd_kernel(
                     _put(reserve_ptr + 2 * H, r, 5 * H, u, g, inside)
                     _put(reserve_ptr + 3 * H, r, 5 * H, u, o, inside)
                     _put(reserve_ptr + 4 * H, r, 5 * H, u, c, inside)
-            elif KIND == 3:
+            elif CELL == 3:
                 hn = acc2
                 if bias_n_ptr is not None:
                     hn += tl.load(bias_n_ptr + u, mask=u_in, other=0.0).to(tl.float32)[None, :]
@@ -165,7 +165,7 @@ def _recurrent_step_fwd_kernel(
                     _put(reserve_ptr + 2 * H, r, 4 * H, u, g, inside)
                     _put(reserve_ptr + 3 * H, r, 4 * H, u, hn, inside)
             else:
-                h_next = rnn_act(x0 + acc0, KIND)
+                h_next = rnn_act(x0 + acc0, CELL)
             if full_ptr is not None:
                 _put(full_ptr, s, H, u, h_next, inside)
             else:
@@ -197,7 +197,7 @@ def _recurrent_step_bwd_kernel(
     stride_wk,
     stride_dr,
     stride_dp,
-    KIND: tl.constexpr,
+    CELL: tl.constexpr,
     REVERSE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -210,10 +210,10 @@ def _recurrent_step_bwd_kernel(
     u = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, BLOCK_K)
     u_in = u < H
-    GATES: tl.constexpr = 4 if KIND == 2 else (3 if KIND == 3 else 1)
+    GATES: tl.constexpr = 4 if CELL == 2 else (3 if CELL == 3 else 1)
     width = GATES * H
     s = m.to(tl.int64)
-    if KIND == 2:
+    if CELL == 2:
         peep_i = _peephole(peephole_ptr, 0, u, H)
         peep_f = _peephole(peephole_ptr, 1, u, H)
         peep_o = _peephole(peephole_ptr, 2, u, H)
@@ -246,12 +246,12 @@ def _recurrent_step_bwd_kernel(
             if dy_ptr is not None:
                 dh += _load(dy_ptr, r, stride_dr, u * stride_dp, inside)
             if carry_ptr is not None:
-                if KIND == 3:
+                if CELL == 3:
                     dh += _load(carry_ptr, s, H, u, inside)
                 else:
                     dh += _load(carry_ptr, s, H, u, inside & (m >= count_after)[:, None])
 
-            if KIND == 2:
+            if CELL == 2:
                 c_before = _load(reserve_ptr + 4 * H, before + s, 5 * H, u, known)
                 if c0_ptr is not None:
                     c_before += _load(c0_ptr, s, H, u, new)
@@ -273,7 +273,7 @@ def _recurrent_step_bwd_kernel(
                 _put(dgx_ptr + H, r, width, u, d1, inside)
                 _put(dgx_ptr + 2 * H, r, width, u, d2, inside)
                 _put(dgx_ptr + 3 * H, r, width, u, d3, inside)
-            elif KIND == 3:
+            elif CELL == 3:
                 h_before = _load(y_ptr, before + s, H, u, known)
                 if h0_ptr is not None:
                     h_before += _load(h0_ptr, s, H, u, new)
@@ -293,6 +293,6 @@ def _recurrent_step_bwd_kernel(
                 _put(dgh_ptr + H, r, width, u, d1, inside)
                 _put(dgh_ptr + 2 * H, r, width, u, d3, inside)
             else:
-                d0 = dh * rnn_derivative(_load(y_ptr, r, H, u, inside), KIND)
+                d0 = dh * rnn_derivative(_load(y_ptr, r, H, u, inside), CELL)
                 _put(dgx_ptr, r, width, u, d0, inside)
         _grid_barrier(barrier_ptr, (step - step_from + 1) * tl.num_programs(0))
