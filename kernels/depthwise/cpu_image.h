@@ -116,17 +116,17 @@ void pack_depthwise(const Tensor& weight_in, const TapList& taps, T* dst) {
 
 // The positions first, first + stride, … of one axis of the input of a convolution, and the kernel
 // taps that reach them, as a convolution of stride 1 over the output positions.
-struct Phase {
+struct GradientPhase {
   int64_t first, count;  // positions
   int64_t offset;        // output position of the first tap for the first of them
   IntList taps;          // in the order of output positions, `step` apart
 };
 
-inline std::vector<Phase> gradient_phases(int64_t size, int64_t stride, int64_t pad, int64_t kernel,
-                                          int64_t dilation) {
-  std::vector<Phase> phases;
+inline std::vector<GradientPhase> gradient_phases(int64_t size, int64_t stride, int64_t pad,
+                                                  int64_t kernel, int64_t dilation) {
+  std::vector<GradientPhase> phases;
   for (int64_t first = 0; first < std::min(stride, size); ++first) {
-    Phase phase{first, ceil_div(size - first, stride), 0, {}};
+    GradientPhase phase{first, ceil_div(size - first, stride), 0, {}};
     for (int64_t tap = kernel; tap-- > 0;) {
       const int64_t at = first + pad - tap * dilation;
       if (at % stride != 0) continue;

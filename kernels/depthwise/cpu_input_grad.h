@@ -67,8 +67,8 @@ void input_grad(const Tensor& grad, const Tensor& weight, const Tensor& dx, cons
   const Scratch<T> packed(packed_depthwise_size(p.k, p.taps()));
   std::vector<DepthwisePass<T>> passes;
   T* next = packed.get();
-  for (const Phase& row : rows)
-    for (const Phase& column : columns) {
+  for (const GradientPhase& row : rows)
+    for (const GradientPhase& column : columns) {
       const TapList taps{row.taps, column.taps};
       const bool none = taps.count() == 0;
       pack_depthwise<T>(weight, taps, next);
