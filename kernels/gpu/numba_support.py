@@ -125,8 +125,13 @@ def assembler() -> str | None:
     return str(found[0]) if found else None
 
 
-def assemble(ptx: str, capability: tuple[int, int]) -> Usage:
+def assemble(ptx: str, capability: tuple[int, int], max_registers: int | None = None) -> Usage:
     """Assemble PTX down to machine code and report what ptxas says about it.
+
+    Args:
+        ptx: from :func:`compile_to_ptx`.
+        capability: such as (9, 0).
+        max_registers: as given to ``@cuda.jit``; it does not show in the PTX.
 
     Raises:
         RuntimeError: ptxas is missing, or refuses the code.
@@ -135,12 +140,13 @@ def assemble(ptx: str, capability: tuple[int, int]) -> Usage:
     if ptxas is None:
         raise RuntimeError("assemble: needs ptxas, which the triton package brings")
     arch = f"sm_{capability[0]}{capability[1]}"
+    limit = [f"-maxrregcount={max_registers}"] if max_registers else []
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx, "utf-8")
         done = subprocess.run(
             # -c: a grid barrier calls a function of CUDA's device runtime, linked in at load.
-            [ptxas, "-c", f"-arch={arch}", "-v", str(source), "-o", f"{source}.cubin"],
+            [ptxas, "-c", f"-arch={arch}", "-v", *limit, str(source), "-o", f"{source}.cubin"],
             capture_output=True,
             text=True,
         )

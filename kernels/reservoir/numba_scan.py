@@ -22,6 +22,7 @@ from numba import cuda, float32, float64, int64
 WARP = 32
 GRID_THREADS = 256  # of a block of the grid kernel
 SHARED_THREADS = 1024  # of a block of the shared kernel, at most
+SHARED_REGISTERS = 64  # of its threads: 65,536 are a processor's
 _TANH, _SIGMOID, _RELU = 9, 10, 1
 
 
@@ -105,7 +106,7 @@ def kernels(dtype: torch.dtype) -> Kernels:
                 total += memory[first + i]
         return total
 
-    @cuda.jit(cache=False)
+    @cuda.jit(max_registers=SHARED_REGISTERS)
     def scan_shared(
         values, columns, lengths, starts, rows, w_in, bias, x, driven, given, leak, activation,
         steps, batch, n, skip, states, last, fed, y0, w_out, readout, b_out, y,
@@ -147,7 +148,7 @@ def kernels(dtype: torch.dtype) -> Kernels:
         for i in range(thread, n, threads):
             last[int64(b) * n + i] = memory[old + i]
 
-    @cuda.jit(cache=False)
+    @cuda.jit
     def scan_grid(
         values, columns, lengths, starts, rows, w_in, bias, x, driven, given, leak, activation,
         steps, batch, n, skip, states, last, fed, y0, w_out, readout, b_out, y, work,

@@ -331,4 +331,4 @@ def reservoir_generate(
 def _zero_state(op: str, x: Tensor, rows: Tensor) -> Tensor:
     if x.dim() != 3:
         raise ValueError(f"{op}: x must be [steps, batch, inputs], got {tuple(x.shape)}")
-    return x.new_zeros(x.shape[1], rows.numel() - 1)
+    return x.new_zeros(x.shape[1], max(0, rows.numel() - 1))

@@ -24,7 +24,7 @@ def test_reservoir(dtype, capability):
     assert "cudaCGSynchronize" in grid and "cudaCGSynchronize" not in shared
     if numba_support.assembler() is None:
         pytest.skip("no ptxas: triton is not installed")
-    usage = numba_support.assemble(shared, capability)
+    usage = numba_support.assemble(shared, capability, numba_scan.SHARED_REGISTERS)
     assert usage.spilled == 0 and usage.registers * numba_scan.SHARED_THREADS <= 65536
     usage = numba_support.assemble(grid, capability)
     assert usage.spilled == 0
