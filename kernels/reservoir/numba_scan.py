@@ -21,8 +21,8 @@ from numba import cuda, float32, float64, int64
 
 WARP = 32
 GRID_THREADS = 256  # of a block of the grid kernel
-SHARED_THREADS = 1024  # of a block of the shared kernel, at most
-SHARED_REGISTERS = 64  # of its threads: 65,536 are a processor's
+SHARED_THREADS = 256  # of a block of the shared kernel, at most
+SHARED_REGISTERS = 255  # of its threads: 65,536 are a processor's
 _TANH, _SIGMOID, _RELU = 9, 10, 1
 
 

@@ -29,7 +29,8 @@ def _step(state: Tensor, z: Tensor, w: _Matrix, leak: float, activation: int) ->
 
 def reservoir_pack(values: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
     """Nothing to do: the definition reads the matrix as it is."""
-    return torch.empty(0, dtype=torch.uint8, device=values.device)
+    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    return values.new_empty(0, dtype=dtype)
 
 
 def reservoir_scan(
