@@ -21,8 +21,8 @@ from numba import cuda, float32, float64, int64
 
 WARP = 32
 GRID_THREADS = 256  # of a block of the grid kernel
-# Of a block of the shared kernel, at most. A thread takes 137 registers; of 512 or 1024 threads each
-# would have 128 or 64, and spill.
+# Of a block of the shared kernel, at most. A thread takes 137 registers; of 512 or 1024 threads
+# each would have 128 or 64, and spill.
 SHARED_THREADS = 256
 _TANH, _SIGMOID, _RELU = 9, 10, 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -156,7 +156,7 @@ def _fake_pack(values: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
 
 def _fake_scan(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     state0, skip = args[6], args[9]
-    kept = torch.sym_max(0, x.shape[0] - skip)
+    kept: Any = torch.sym_max(0, x.shape[0] - skip)
     return x.new_empty((kept, *state0.shape)), x.new_empty(tuple(state0.shape))
 
 
@@ -218,7 +218,7 @@ def _compressed(op: str, matrix: Any) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(matrix, Tensor) and matrix.layout == torch.sparse_csr:
         parts = matrix.values(), matrix.col_indices(), matrix.crow_indices()
     elif all(hasattr(matrix, part) for part in ("tocsr", "shape")):
-        matrix = matrix.tocsr()
+        matrix = cast(Any, matrix).tocsr()
         parts = tuple(map(torch.as_tensor, (matrix.data, matrix.indices, matrix.indptr)))
     else:
         raise TypeError(

@@ -22,6 +22,12 @@ class ReservoirLoop(nn.Module):
         keep: whether all states are the result, ``[T, B, N]``, rather than the last one.
     """
 
+    values: Tensor
+    columns: Tensor
+    rows: Tensor
+    w_in: Tensor
+    bias: Tensor
+
     def __init__(self, units: int, keep: bool) -> None:
         super().__init__()
         self.units, self.keep = units, keep
