@@ -27,8 +27,8 @@ TRAIN, WASHOUT, FREE = 6000, 200, 100
 def build(seed: int = 0) -> nn.EchoStateNetwork:
     """A reservoir of 1,000 neurons that reads the intensity and predicts the next one."""
     return nn.EchoStateNetwork(
-        1, 1000, 1, connectivity=0.01, spectral_radius=0.9, leak=0.9, input_scaling=2.0,
-        bias_scaling=0.5, washout=WASHOUT, solver="ridge", ridge=1e-6, input_to_readout=True,
+        1, 1000, 1, connectivity=0.01, spectral_radius=0.7, input_scaling=2.0,
+        bias_scaling=1.0, washout=WASHOUT, solver="ridge", ridge=1e-5, input_to_readout=True,
         seed=seed, dtype=torch.float64,
     )  # fmt: skip
 

@@ -125,20 +125,27 @@ def assembler() -> str | None:
     return str(found[0]) if found else None
 
 
-def _run_assembler(ptxas: str, ptx: str, arch: str) -> subprocess.CompletedProcess[str]:
+def _run_assembler(
+    ptxas: str, ptx: str, arch: str, limit: list[str]
+) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx, "utf-8")
         return subprocess.run(
             # -c: a grid barrier calls a function of CUDA's device runtime, linked in at load.
-            [ptxas, "-c", f"-arch={arch}", "-v", str(source), "-o", f"{source}.cubin"],
+            [ptxas, "-c", f"-arch={arch}", "-v", *limit, str(source), "-o", f"{source}.cubin"],
             capture_output=True,
             text=True,
         )
 
 
-def assemble(ptx: str, capability: tuple[int, int]) -> Usage:
+def assemble(ptx: str, capability: tuple[int, int], max_registers: int | None = None) -> Usage:
     """Assemble PTX down to machine code and report what ptxas says about it.
+
+    Args:
+        ptx: from :func:`compile_to_ptx`.
+        capability: such as (9, 0).
+        max_registers: as given to ``@cuda.jit``; it does not show in the PTX.
 
     Raises:
         RuntimeError: ptxas is missing, or refuses the code.
@@ -147,11 +154,12 @@ def assemble(ptx: str, capability: tuple[int, int]) -> Usage:
     if ptxas is None:
         raise RuntimeError("assemble: needs ptxas, which the triton package brings")
     arch = f"sm_{capability[0]}{capability[1]}"
-    done = _run_assembler(ptxas, ptx, arch)
+    limit = [f"-maxrregcount={max_registers}"] if max_registers else []
+    done = _run_assembler(ptxas, ptx, arch, limit)
     newer = re.search(r"Unsupported \.version (\S+); current version is '(\S+)'", done.stderr)
     if newer:  # NVVM is of a newer toolkit than triton's ptxas: the instructions are the same
         older = ptx.replace(f".version {newer[1]}", f".version {newer[2]}", 1)
-        done = _run_assembler(ptxas, older, arch)
+        done = _run_assembler(ptxas, older, arch, limit)
     report = done.stdout + done.stderr
     if done.returncode:
         raise RuntimeError(f"assemble: ptxas for {arch}: {report[-2000:]}")

@@ -15,7 +15,8 @@ constexpr const char* kBadMatrix = "reservoir_pack: values, columns and rows are
 
 template <class T>
 Tensor pack_as(const Tensor& values, const Tensor& columns, const Tensor& rows) {
-  return pack_rows(checked_rows(values, columns, rows, kBadMatrix), data<T>(values));
+  return pack_rows(checked_rows(values, columns, rows, kBadMatrix), data<T>(values),
+                   values.scalar_type());
 }
 
 Tensor reservoir_pack(const Tensor& values, const Tensor& columns, const Tensor& rows) {
@@ -109,7 +110,7 @@ Pair reservoir_scan(const Tensor& x, const OptTensor& w_in, const OptTensor& bia
     const Operand<T> input(x), start(state0), offset(bias, n), weight(w_in, 0);
     const std::vector<T> w_in_t = w_in ? transposed(weight.get(), n, given) : std::vector<T>{};
     Scan<T> a{};
-    a.matrix = sliced<T>(matrix, n, kBadScan);
+    a.matrix = sliced<T>(matrix, n, compute, kBadScan);
     a.steps = steps, a.batch = batch, a.given = given;
     a.x = input.get(), a.driven = !w_in;
     a.w_in = weight.get(), a.w_in_t = w_in_t.data(), a.bias = offset.get();
@@ -148,7 +149,7 @@ Pair reservoir_generate(const Tensor& x, const Tensor& y0, const Tensor& w_in,
     const Operand<T> offset(bias, n), readout_offset(b_out, fed);
     const std::vector<T> w_in_t = transposed(weight.get(), n, given + fed);
     Scan<T> a{};
-    a.matrix = sliced<T>(matrix, n, kBadRun);
+    a.matrix = sliced<T>(matrix, n, compute, kBadRun);
     a.steps = steps, a.batch = batch, a.given = given, a.fed = fed;
     a.x = input.get();
     a.w_in = weight.get(), a.w_in_t = w_in_t.data(), a.bias = offset.get();

@@ -1,4 +1,4 @@
-// Sparse matrices in slices, in one tensor of bytes: what reservoir_pack makes and a scan reads.
+// Sparse matrices in slices, in one tensor: what reservoir_pack makes and a scan reads.
 #pragma once
 
 #include <cstring>
@@ -9,7 +9,7 @@
 
 namespace nnarch {
 
-// At the start of the bytes; the arrays follow, each at a multiple of 64.
+// At the start of the memory; the arrays follow, each at a multiple of 64 bytes.
 struct PackedHeader {
   static constexpr int64_t kMagic = 0x72657376'6f697201;
   int64_t magic, neurons, slices, entries, value_bytes, column_bytes, lengths, rows, values,
@@ -27,7 +27,7 @@ struct PackedHeader {
     h.rows = round_up(h.lengths + h.slices * 4, 64);
     h.values = round_up(h.rows + h.slices * kSlice * 4, 64);
     h.columns = round_up(checked_sum(h.values, checked_product(entries, value_bytes)), 64);
-    h.end = checked_sum(h.columns, checked_product(entries, h.column_bytes));
+    h.end = checked_sum(h.columns, round_up(checked_product(entries, h.column_bytes), 64));
     return h;
   }
 };
@@ -82,17 +82,22 @@ void fill_entries(const Rows& m, const T* values, const int32_t* lengths, const 
       }
 }
 
-// The bytes of a matrix. `byte_type` tensors of torch are uint8.
+// A matrix in slices, in a tensor of its own dtype, whose elements mean nothing.
 template <class T>
-Tensor pack_rows(const Rows& m, const T* values) {
+Tensor pack_rows(const Rows& m, const T* values, ScalarType type) {
   const std::vector<int32_t> order = by_length(m);
   int64_t entries = 0;
   for (int64_t s = 0; s < m.neurons; s += kSlice)
     entries = checked_sum(entries, m.length(order[static_cast<size_t>(s)]) * kSlice);
   const PackedHeader h = PackedHeader::of(m.neurons, entries, sizeof(T));
-  const Tensor packed = new_contiguous({h.end}, ScalarType::Byte);
-  auto* bytes = mutable_data<char>(packed);
-  std::memset(bytes, 0, static_cast<size_t>(h.lengths));
+  const Tensor packed = new_contiguous({h.end / static_cast<int64_t>(sizeof(T))}, type);
+  auto* bytes = reinterpret_cast<char*>(mutable_data<T>(packed));
+  // The gaps too: equal matrices have equal bytes.
+  std::memset(bytes, 0, static_cast<size_t>(h.values));
+  const int64_t values_end = h.values + entries * h.value_bytes;
+  std::memset(bytes + values_end, 0, static_cast<size_t>(h.columns - values_end));
+  const int64_t columns_end = h.columns + entries * h.column_bytes;
+  std::memset(bytes + columns_end, 0, static_cast<size_t>(h.end - columns_end));
   std::memcpy(bytes, &h, sizeof h);
   auto* lengths = reinterpret_cast<int32_t*>(bytes + h.lengths);
   auto* rows = reinterpret_cast<int32_t*>(bytes + h.rows);
@@ -108,15 +113,18 @@ Tensor pack_rows(const Rows& m, const T* values) {
   return packed;
 }
 
-// What a scan reads out of such bytes.
+// What a scan reads out of it.
 template <class T>
-Sliced<T> sliced(const Tensor& packed, int64_t neurons, const char* message) {
-  const auto* bytes = data<char>(packed);
+Sliced<T> sliced(const Tensor& packed, int64_t neurons, ScalarType type, const char* message) {
   PackedHeader h;
-  require(packed.numel() >= static_cast<int64_t>(sizeof h), message);
+  const auto bytes_there = packed.numel() * static_cast<int64_t>(sizeof(T));
+  require(packed.scalar_type() == type && packed.is_contiguous() &&
+              bytes_there >= static_cast<int64_t>(sizeof h),
+          message);
+  const auto* bytes = reinterpret_cast<const char*>(data<T>(packed));
   std::memcpy(&h, bytes, sizeof h);
   require(h.magic == PackedHeader::kMagic && h.neurons == neurons && h.value_bytes == sizeof(T) &&
-              h.end == packed.numel(),
+              h.end == bytes_there,
           message);
   const void* columns = bytes + h.columns;
   return {neurons,

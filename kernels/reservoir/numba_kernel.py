@@ -71,7 +71,7 @@ def slices(values: Tensor, columns: Tensor, rows: Tensor) -> Slices:
 def reservoir_pack(values: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
     """Nothing: the GPU's slices are cut in every call, which costs less than a few steps."""
     numba_support.check_device("reservoir_pack", values)
-    return torch.empty(0, dtype=torch.uint8, device=values.device)
+    return values.new_empty(0, dtype=_compute(values))
 
 
 def reservoir_scan(

@@ -21,7 +21,9 @@ from numba import cuda, float32, float64, int64
 
 WARP = 32
 GRID_THREADS = 256  # of a block of the grid kernel
-SHARED_THREADS = 1024  # of a block of the shared kernel, at most
+# Of a block of the shared kernel, at most. A thread takes 137 registers; of 512 or 1024 threads
+# each would have 128 or 64, and spill.
+SHARED_THREADS = 256
 _TANH, _SIGMOID, _RELU = 9, 10, 1
 
 
@@ -105,7 +107,7 @@ def kernels(dtype: torch.dtype) -> Kernels:
                 total += memory[first + i]
         return total
 
-    @cuda.jit(cache=False)
+    @cuda.jit
     def scan_shared(
         values, columns, lengths, starts, rows, w_in, bias, x, driven, given, leak, activation,
         steps, batch, n, skip, states, last, fed, y0, w_out, readout, b_out, y,
@@ -147,7 +149,7 @@ def kernels(dtype: torch.dtype) -> Kernels:
         for i in range(thread, n, threads):
             last[int64(b) * n + i] = memory[old + i]
 
-    @cuda.jit(cache=False)
+    @cuda.jit
     def scan_grid(
         values, columns, lengths, starts, rows, w_in, bias, x, driven, given, leak, activation,
         steps, batch, n, skip, states, last, fed, y0, w_out, readout, b_out, y, work,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -73,9 +73,19 @@ def _check_common(
         raise ValueError(f"{op}: activation must be one of {list(ACTIVATIONS)}, got {activation}")
 
 
-def _check_packed(op: str, packed: Tensor | None) -> None:
-    if packed is not None and (not isinstance(packed, Tensor) or packed.dtype != torch.uint8):
-        raise TypeError(f"{op}: packed must come from pack_reservoir, got {packed!r}")
+def _check_packed(op: str, packed: Tensor | None, x: Tensor) -> None:
+    if packed is None:
+        return
+    if not isinstance(packed, Tensor) or packed.dtype != _compute_dtype(x):
+        what = packed.dtype if isinstance(packed, Tensor) else type(packed).__name__
+        raise TypeError(
+            f"{op}: packed must be a {_compute_dtype(x)} tensor of pack_reservoir, got {what}"
+        )
+    library.check_device(op, "packed", packed, x)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _check_pack(values: Tensor, columns: Tensor, rows: Tensor) -> None:
@@ -101,7 +111,7 @@ def _check_scan(
         _check_shape(op, "bias", bias, (n,), x)
     if skip < 0:
         raise ValueError(f"{op}: skip must be at least 0, got {skip}")
-    _check_packed(op, packed)
+    _check_packed(op, packed, x)
     if packed is None:
         _check_entries(op, values, columns, rows)
 
@@ -131,7 +141,7 @@ def _check_generate(
         _check_shape(op, "bias", bias, (n,), x)
     if b_out is not None:
         _check_shape(op, "b_out", b_out, (fed,), x)
-    _check_packed(op, packed)
+    _check_packed(op, packed, x)
     if packed is None:
         _check_entries(op, values, columns, rows)
 
@@ -141,12 +151,12 @@ def _check_generate(
 
 def _fake_pack(values: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
     size = torch.library.get_ctx().new_dynamic_size()  # rows are padded by what they hold
-    return torch.empty(size, dtype=torch.uint8, device=values.device)
+    return values.new_empty(size, dtype=_compute_dtype(values))
 
 
 def _fake_scan(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     state0, skip = args[6], args[9]
-    kept = torch.sym_max(0, x.shape[0] - skip)
+    kept: Any = torch.sym_max(0, x.shape[0] - skip)
     return x.new_empty((kept, *state0.shape)), x.new_empty(tuple(state0.shape))
 
 
@@ -208,7 +218,7 @@ def _compressed(op: str, matrix: Any) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(matrix, Tensor) and matrix.layout == torch.sparse_csr:
         parts = matrix.values(), matrix.col_indices(), matrix.crow_indices()
     elif all(hasattr(matrix, part) for part in ("tocsr", "shape")):
-        matrix = matrix.tocsr()
+        matrix = cast(Any, matrix).tocsr()
         parts = tuple(map(torch.as_tensor, (matrix.data, matrix.indices, matrix.indptr)))
     else:
         raise TypeError(
@@ -228,7 +238,7 @@ def pack_reservoir(matrix: Any) -> Tensor:
         matrix: as for :func:`reservoir_scan`.
 
     Returns:
-        Opaque bytes. They hold the values too: pack again when those change.
+        An opaque tensor. It holds the values too: pack again when those change.
     """
     return reservoir_pack_op(*_compressed("pack_reservoir", matrix))
 
@@ -331,4 +341,4 @@ def reservoir_generate(
 def _zero_state(op: str, x: Tensor, rows: Tensor) -> Tensor:
     if x.dim() != 3:
         raise ValueError(f"{op}: x must be [steps, batch, inputs], got {tuple(x.shape)}")
-    return x.new_zeros(x.shape[1], rows.numel() - 1)
+    return x.new_zeros(x.shape[1], max(0, rows.numel() - 1))

@@ -8,24 +8,29 @@ from torch import Tensor
 from nnarch.kernels.activation import reference as activations
 
 
-def _matrix(values: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
-    """The recurrent matrix, dense: entries of one place add up."""
-    n = rows.numel() - 1
-    lengths = rows[1:].long() - rows[:-1].long()
-    row = torch.repeat_interleave(torch.arange(n, device=rows.device), lengths)
-    return torch.zeros(n, n, dtype=values.dtype, device=values.device).index_put(
-        (row, columns.long()), values, accumulate=True
-    )
+class _Matrix:
+    """Compressed rows, as a product with states. Entries of one place add up."""
+
+    def __init__(self, values: Tensor, columns: Tensor, rows: Tensor) -> None:
+        self.size, self.values, self.columns = rows.numel() - 1, values, columns.long()
+        lengths = rows[1:].long() - rows[:-1].long()
+        self.row = torch.repeat_interleave(torch.arange(self.size, device=rows.device), lengths)
+
+    def times(self, state: Tensor) -> Tensor:
+        """W·s for every batch row; what is not connected is not touched, NaN included."""
+        products = self.values * state[:, self.columns]
+        return state.new_zeros(len(state), self.size).index_add(1, self.row, products)
 
 
-def _step(state: Tensor, z: Tensor, w: Tensor, leak: float, activation: int) -> Tensor:
-    response = activations.activation(z + state @ w.T, activation, 0.0)
+def _step(state: Tensor, z: Tensor, w: _Matrix, leak: float, activation: int) -> Tensor:
+    response = activations.activation(z + w.times(state), activation, 0.0)
     return (1 - leak) * state + leak * response
 
 
 def reservoir_pack(values: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
     """Nothing to do: the definition reads the matrix as it is."""
-    return torch.empty(0, dtype=torch.uint8, device=values.device)
+    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
+    return values.new_empty(0, dtype=dtype)
 
 
 def reservoir_scan(
@@ -42,7 +47,7 @@ def reservoir_scan(
     skip: int,
 ) -> tuple[Tensor, Tensor]:
     """s = (1 - leak)·s + leak·f(W·s + w_in·x + bias): the states after `skip` steps, the last."""
-    w, state, kept = _matrix(values, columns, rows), state0, []
+    w, state, kept = _Matrix(values, columns, rows), state0, []
     for t, u in enumerate(x):
         z = u if w_in is None else u @ w_in.T
         state = _step(state, z if bias is None else z + bias, w, leak, activation)
@@ -68,7 +73,7 @@ def reservoir_generate(
     activation: int,
 ) -> tuple[Tensor, Tensor]:
     """The same with [x, y] as input, where y = w_out·[s, x, y] + b_out is the step before's."""
-    w, state, y, outputs = _matrix(values, columns, rows), state0, y0, []
+    w, state, y, outputs = _Matrix(values, columns, rows), state0, y0, []
     for u in x:
         u = torch.cat((u, y), 1)
         z = u @ w_in.T

@@ -22,20 +22,28 @@ class ReservoirLoop(nn.Module):
         keep: whether all states are the result, ``[T, B, N]``, rather than the last one.
     """
 
+    values: Tensor
+    columns: Tensor
+    rows: Tensor
+    w_in: Tensor
+    bias: Tensor
+
     def __init__(self, units: int, keep: bool) -> None:
         super().__init__()
         self.units, self.keep = units, keep
         count = max(1, units * units // 100)
-        place = torch.randint(units * units, (count,)).unique()
-        row, column = place // units, place % units
-        rows = torch.cat((torch.zeros(1), torch.bincount(row, minlength=units).cumsum(0)))
-        # A spectral radius of about 0.9: errors of rounding fade rather than grow.
-        values = torch.randn(len(place)) * 0.9 / (len(place) / units) ** 0.5
+        with torch.device("cpu"):  # also where the case is only counted, on meta tensors
+            place = torch.randint(units * units, (count,)).unique()
+            row, column = place // units, place % units
+            rows = torch.cat((torch.zeros(1), torch.bincount(row, minlength=units).cumsum(0)))
+            # A spectral radius of about 0.9: errors of rounding fade rather than grow.
+            values = torch.randn(len(place)) * 0.9 / (len(place) / units) ** 0.5
+            w_in, bias = torch.rand(units, 1) * 2 - 1, torch.rand(units) * 0.2 - 0.1
         self.register_buffer("values", values)
         self.register_buffer("columns", column.int())
         self.register_buffer("rows", rows.int())
-        self.register_buffer("w_in", torch.rand(units, 1) * 2 - 1)
-        self.register_buffer("bias", torch.rand(units) * 0.2 - 0.1)
+        self.register_buffer("w_in", w_in)
+        self.register_buffer("bias", bias)
 
     def matrix(self) -> Tensor:
         """W as a sparse CSR tensor."""

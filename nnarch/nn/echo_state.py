@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -178,7 +178,7 @@ class EchoStateNetwork(nn.Module):
     ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
         """The states of every layer over a chunk, and those after it."""
         kept, after = [], []
-        for i, layer in enumerate(layers):
+        for i, layer in enumerate(_reservoirs(layers)):
             last_layer = i == len(layers) - 1
             skip = 0 if keep or not last_layer else x.shape[0]
             state = None if states is None else states[i]
@@ -396,11 +396,12 @@ class EchoStateNetwork(nn.Module):
 
     def _free_run(self, u: Tensor) -> Tensor:
         """Outputs fed back over ``u``'s steps, in native code where there is one layer."""
-        layer, batch = self.layers[0], u.shape[1]
+        reservoirs, batch = _reservoirs(self.layers), u.shape[1]
+        layer = reservoirs[0]
         if self._output is None or self._states is None:
             self._output = u.new_zeros(batch, self.outputs)
-            self._states = [u.new_zeros(batch, r.units) for r in self.layers]
-        if len(self.layers) == 1:
+            self._states = [u.new_zeros(batch, r.units) for r in reservoirs]
+        if len(reservoirs) == 1:
             y, last = F.reservoir_generate(
                 u, self._output, layer.matrix, layer.w_in, self.readout.weight, self.readout.bias,
                 layer.bias, self._states[0], leak=layer.leak, activation=layer.activation,
@@ -426,6 +427,10 @@ class EchoStateNetwork(nn.Module):
     def extra_repr(self) -> str:
         """What `print(module)` shows."""
         return f"feedback={self.feedback}, washout={self.washout}, solver={self.solver!r}"
+
+
+def _reservoirs(layers: nn.ModuleList) -> list[Reservoir]:
+    return cast(list[Reservoir], list(layers))
 
 
 def _per_input(scaling: Scaling, inputs: int) -> list[float]:

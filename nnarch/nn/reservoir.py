@@ -33,6 +33,12 @@ class Reservoir(nn.Module):
         device, dtype: of the buffers.
     """
 
+    values: Tensor
+    columns: Tensor
+    rows: Tensor
+    w_in: Tensor
+    bias: Tensor
+
     def __init__(
         self,
         inputs: int,

@@ -28,7 +28,7 @@ def test_reservoir(dtype, capability):
     assert usage.spilled == 0 and usage.registers * numba_scan.SHARED_THREADS <= 65536
     usage = numba_support.assemble(grid, capability)
     assert usage.spilled == 0
-    # The cooperative launch is legal: at least two blocks a processor are resident.
+    # The cooperative launch is legal: at least one block a processor is resident.
     blocks = numba_support.cooperative_grid_limit(
         capability,
         threads=numba_scan.GRID_THREADS,
@@ -36,7 +36,7 @@ def test_reservoir(dtype, capability):
         shared_bytes=usage.shared,
         processors=1,
     )
-    assert blocks >= 2
+    assert blocks >= 1
     numba_kernel.check_grid(blocks, blocks)
     with pytest.raises(ValueError, match="cooperative grid"):
         numba_kernel.check_grid(blocks + 1, blocks)

@@ -95,7 +95,7 @@ def test_slices_hold_every_entry():
                     dense[row, cut.columns[at]] += cut.values[at]
                 else:
                     assert cut.values[at] == 0
-    expected = reference._matrix(values, columns, rows)
+    expected = torch.sparse_csr_tensor(rows, columns, values, (70, 70)).to_dense()
     assert torch.equal(dense[:, :70], expected) and not bool(dense[:, 70].any())
 
 

@@ -355,7 +355,7 @@ def test_states_equal_reservoirpys():
 def test_mackey_glass():
     """Jaeger and Haas' accuracy with four seeds: NRMSE84 <= 6.3e-5."""
     m = mackey_glass
-    series = m.mackey_glass(m.TRAIN + m.WASHOUT + m.TRIALS * 40 + 1000)
+    series = m.mackey_glass(m.TRAIN + m.WARM_UP + m.TRIALS * 40 + 1000)
     inputs = m.squash(series)
     for seed in range(4):
         net = m.build(seed).fit(inputs[: m.TRAIN - 1], inputs[1 : m.TRAIN])
