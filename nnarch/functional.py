@@ -1,6 +1,7 @@
 """Every operation's public function, with the signatures of `torch.nn.functional` first."""
 
 from nnarch.kernels.activation.op import activation
+from nnarch.kernels.capsule_routing.op import capsule_routing, pack_capsule_weight, squash
 from nnarch.kernels.conv1d.op import conv1d, conv_transpose1d
 from nnarch.kernels.conv2d.op import conv2d, conv2d_tile, pack_conv2d_weight
 from nnarch.kernels.conv_transpose2d.op import (
@@ -27,6 +28,7 @@ __all__ = [
     "adaptive_max_pool2d",
     "avg_pool2d",
     "batch_norm",
+    "capsule_routing",
     "conv1d",
     "conv2d",
     "conv2d_tile",
@@ -39,8 +41,10 @@ __all__ = [
     "local_response_norm",
     "max_pool2d",
     "max_unpool2d",
+    "pack_capsule_weight",
     "pack_conv2d_weight",
     "pack_conv_transpose2d_weight",
     "pack_linear_weight",
+    "squash",
     "upsample",
 ]

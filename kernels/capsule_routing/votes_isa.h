@@ -1,0 +1,115 @@
+// Votes of one block of input capsules. For *_isa.cpp files.
+#pragma once
+
+#include "capsule_routing/cpu_kernels.h"
+#include "cpu/simd.h"
+
+namespace nnarch::NNARCH_ISA {
+
+// Vectors of a block.
+template <class T>
+inline constexpr int kParts = static_cast<int>(kCapsuleBlock<T>) / kLanes<T>;
+
+// Samples that share a loaded vector of the weight: with 32 registers, two samples' values fit.
+#if defined(NNARCH_ISA_avx512)
+inline constexpr int kVoteSamples = 2;
+#else
+inline constexpr int kVoteSamples = 1;
+#endif
+
+// Calls f(Values<n>{}, k) for runs of n input values that cover [0, in).
+template <int N>
+struct Values {
+  static constexpr int count = N;
+};
+
+template <class F>
+NNARCH_INLINE void over_values(int64_t in, const F& f) {
+  int64_t k = 0;
+  for (; k + 8 <= in; k += 8) f(Values<8>{}, k);
+  if (in & 4) f(Values<4>{}, k), k += 4;
+  if (in & 2) f(Values<2>{}, k), k += 2;
+  if (in & 1) f(Values<1>{}, k);
+}
+
+// votes[d] = Σ_k weight[d][k] · x[k], added to what stands there unless these are the first values.
+template <class T, int N, int SAMPLES, bool sum>
+NNARCH_INLINE void votes_of_values(const T* weight, int64_t weight_step, const T* const* x,
+                                   int64_t dim, T* const* votes, T* const* sums, bool first) {
+  constexpr int64_t block = kCapsuleBlock<T>;
+  Vec<T> values[SAMPLES][N];
+  for (int s = 0; s < SAMPLES; ++s)
+    for (int k = 0; k < N; ++k) {
+      values[s][k] = load(x[s] + k * block);
+      keep_in_register(values[s][k]);
+    }
+  for (int64_t d = 0; d < dim; ++d) {
+    const T* row = weight + d * weight_step;
+    Vec<T> v[SAMPLES];
+    for (int s = 0; s < SAMPLES; ++s) v[s] = first ? Vec<T>{} : load(votes[s] + d * block);
+    for (int k = 0; k < N; ++k) {
+      Vec<T> w = load(row + k * block);
+      for (int s = 0; s < SAMPLES; ++s) v[s] += w * values[s][k];
+    }
+    for (int s = 0; s < SAMPLES; ++s) {
+      store(votes[s] + d * block, v[s]);
+      if constexpr (sum) {
+        T* total = sums[s] + d * kLanes<T>;
+        store(total, load(total) + v[s]);
+      }
+    }
+  }
+}
+
+template <class T, int SAMPLES>
+NNARCH_INLINE void votes_of_samples(const CapsuleShape& s, const T* weight, const T* const* x,
+                                    T* const* votes, T* const* sums) {
+  constexpr int64_t block = kCapsuleBlock<T>;
+  for (int part = 0; part < kParts<T>; ++part) {
+    const int64_t at = part * kLanes<T>;
+    over_values(s.in, [&](auto values, int64_t k) NNARCH_INLINE_LAMBDA {
+      const T* from[SAMPLES];
+      T* to[SAMPLES];
+      for (int i = 0; i < SAMPLES; ++i) {
+        from[i] = x[i] + k * block + at;
+        to[i] = votes[i] + at;
+      }
+      const T* w = weight + k * block + at;
+      constexpr int n = decltype(values)::count;
+      if (sums && k + n == s.in)
+        votes_of_values<T, n, SAMPLES, true>(w, s.in * block, from, s.dim, to, sums, k == 0);
+      else
+        votes_of_values<T, n, SAMPLES, false>(w, s.in * block, from, s.dim, to, sums, k == 0);
+    });
+  }
+}
+
+// One output capsule after the other: its part of the weight stays in the first cache for all
+// samples.
+template <class T>
+void votes_of_block(const CapsuleShape& s, const T* weight, PerSample<const T> x, int64_t samples,
+                    PerSample<T> votes, PerSample<T> sums) {
+  constexpr int64_t block = kCapsuleBlock<T>;
+  const int64_t capsule = s.dim * block;
+  for (int64_t o = 0; o < s.out; ++o, weight += capsule * s.in) {
+    int64_t i = 0;
+    for (; i + kVoteSamples <= samples; i += kVoteSamples) {
+      const T* from[kVoteSamples];
+      T *to[kVoteSamples], *total[kVoteSamples];
+      for (int j = 0; j < kVoteSamples; ++j) {
+        from[j] = x[i + j];
+        to[j] = votes[i + j] + o * capsule;
+        total[j] = sums.first ? sums[i + j] + o * s.dim * kLanes<T> : nullptr;
+      }
+      votes_of_samples<T, kVoteSamples>(s, weight, from, to, sums.first ? total : nullptr);
+    }
+    for (; i < samples; ++i) {
+      const T* from = x[i];
+      T* to = votes[i] + o * capsule;
+      T* total = sums.first ? sums[i] + o * s.dim * kLanes<T> : nullptr;
+      votes_of_samples<T, 1>(s, weight, &from, &to, sums.first ? &total : nullptr);
+    }
+  }
+}
+
+}  // namespace nnarch::NNARCH_ISA
