@@ -2,6 +2,7 @@
 
 from nnarch.kernels.activation.op import activation
 from nnarch.kernels.capsule_routing.op import capsule_routing, pack_capsule_weight, squash
+from nnarch.kernels.capsule_routing.windows import conv_capsule_routing2d
 from nnarch.kernels.conv1d.op import conv1d, conv_transpose1d
 from nnarch.kernels.conv2d.op import conv2d, conv2d_tile, pack_conv2d_weight
 from nnarch.kernels.conv_transpose2d.op import (
@@ -32,6 +33,7 @@ __all__ = [
     "conv1d",
     "conv2d",
     "conv2d_tile",
+    "conv_capsule_routing2d",
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose2d_layout",

@@ -14,7 +14,9 @@ struct Group {
   const Routing<T>& r;
   const RoutingTable<T>& table;
   int64_t first, count;
-  Scratch<T> x, votes, partial, logits, agreed;
+  Scratch<T> x;
+  LargeScratch<T> votes;
+  Scratch<T> partial, logits, agreed;
 
   Group(const Routing<T>& routing, const RoutingTable<T>& table_, int64_t first_)
       : r(routing),

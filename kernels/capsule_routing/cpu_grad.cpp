@@ -29,20 +29,31 @@ struct Terms {
         constant(!detach || iterations_ == 1) {}
 };
 
+// One block of the weight's gradient, to where the weight has it.
+template <class T>
+void unpack_weight_block(const Routing<T>& r, int64_t i, const T* packed, T* weight) {
+  const int64_t row = r.shape.dim * r.shape.in, block = kCapsuleBlock<T>;
+  for (int64_t o = 0; o < r.shape.out; ++o)
+    transpose_fn<T>()(packed + o * row * block, block, weight + (o * r.inputs + i * block) * row,
+                      row, row, r.inside(i));
+}
+
 template <class T>
 struct Backward {
   const Routing<T>& r;
   const RoutingTable<T>& table;
   const Terms terms;
-  const T *x, *grad, *sums, *weight;            // weight packed
-  T *dx, *dw = nullptr, *bias_grads = nullptr;  // dw packed; bias_grads [B][O·D_out]
+  const T *x, *grad, *sums, *weight;  // weight packed
+  T *dx, *dw;
+  T* bias_grads = nullptr;  // [B][O·D_out]
+  T* packed_dw = nullptr;   // grows from chunk to chunk; null where there is but one
 
   // Of a chunk.
   int64_t chunk = 1;
   T *packed_x = nullptr, *coefficients = nullptr, *constants = nullptr, *factors = nullptr;
 
   int64_t coefficient_block() const { return terms.count * r.shape.out * kCapsuleBlock<T>; }
-  int64_t coefficient_step() const { return r.shape.blocks * coefficient_block(); }
+  int64_t coefficient_step() const { return padded<T>(r.shape.blocks * coefficient_block()); }
   int64_t factor_step() const { return terms.count * r.outputs; }
 
   static void clear(T* p, int64_t count) {
@@ -54,7 +65,7 @@ struct Backward {
     for (int64_t b = first; b < first + count; ++b)
       pack_sample(r, x + (base + b) * r.inputs * r.shape.in, packed_x + b * r.x_sample);
     const bool needs_votes = terms.iterations > 1;
-    const Scratch<T> votes(needs_votes ? count * r.votes_step : 0);
+    const LargeScratch<T> votes(needs_votes ? count * r.votes_step : 0);
     if (needs_votes)
       for (int64_t i = 0; i < r.shape.blocks; ++i)
         table.votes(r.shape, weight + i * r.weight_block,
@@ -116,9 +127,10 @@ struct Backward {
   }
 
   // Block i of the input capsules, for a chunk of samples.
-  void finish_block(int64_t i, int64_t base, int64_t count, bool first) const {
+  void finish_block(int64_t i, int64_t base, int64_t count) const {
     const int64_t block = kCapsuleBlock<T>, in = r.shape.in;
     const Scratch<T> scratch(kGradSamples * r.shape.dim * block), grads(count * r.x_block);
+    const Scratch<T> weight_grad(packed_dw ? 0 : r.weight_block);
     GradBlock<T> g;
     g.samples = count;
     g.terms = terms.count;
@@ -127,11 +139,12 @@ struct Backward {
     g.factors = {factors, factor_step()};
     g.x = {packed_x + i * r.x_block, r.x_sample};
     g.weight = weight + i * r.weight_block;
-    g.first = first;
+    g.first = base == 0;
     g.scratch = scratch.get();
     g.x_grad = {grads.get(), r.x_block};
-    g.weight_grad = dw + i * r.weight_block;
+    g.weight_grad = packed_dw ? packed_dw + i * r.weight_block : weight_grad.get();
     table.grad(r.shape, g);
+    if (base + count == r.samples) unpack_weight_block(r, i, g.weight_grad, dw);
     for (int64_t b = 0; b < count; ++b)
       transpose_fn<T>()(grads.get() + b * r.x_block, block,
                         dx + ((base + b) * r.inputs + i * block) * in, in, in, r.inside(i));
@@ -144,20 +157,10 @@ struct Backward {
         const int64_t first = task * r.group;
         walk_group(base, first, std::min(r.group, count - first));
       });
-      parallel_tasks(r.shape.blocks, [&](int64_t i) { finish_block(i, base, count, base == 0); });
+      parallel_tasks(r.shape.blocks, [&](int64_t i) { finish_block(i, base, count); });
     }
   }
 };
-
-template <class T>
-void unpack_weight(const Routing<T>& r, const T* packed, T* weight) {
-  const int64_t row = r.shape.dim * r.shape.in, block = kCapsuleBlock<T>;
-  parallel_tasks(r.shape.blocks, [&](int64_t i) {
-    for (int64_t o = 0; o < r.shape.out; ++o)
-      transpose_fn<T>()(packed + (i * r.shape.out + o) * row * block, block,
-                        weight + (o * r.inputs + i * block) * row, row, row, r.inside(i));
-  });
-}
 
 template <class T>
 void capsule_routing_grad_of(const Tensor& grad, const Tensor& x, const Tensor& weight,
@@ -173,19 +176,21 @@ void capsule_routing_grad_of(const Tensor& grad, const Tensor& x, const Tensor& 
                 data<T>(grad),
                 data<T>(sums),
                 order.get(),
-                mutable_data<T>(dx)};
+                mutable_data<T>(dx),
+                mutable_data<T>(dw)};
   const int64_t per_sample = (b.coefficient_step() + r.x_sample) * int64_t{sizeof(T)};
   const int64_t groups = kChunkBytes / std::max<int64_t>(1, per_sample * r.group);
   b.chunk = std::min(r.samples, std::max<int64_t>(1, groups) * r.group);
-  const Scratch<T> packed_grad(r.packed_size()), bias_grads(r.samples * r.outputs);
+  const bool one_chunk = b.chunk == r.samples;
+  const LargeScratch<T> packed_dw(one_chunk ? 0 : r.packed_size());
+  const Scratch<T> bias_grads(r.samples * r.outputs);
   const Scratch<T> packed_x(b.chunk * r.x_sample), constants(b.chunk * r.outputs);
-  const Scratch<T> coefficients(b.chunk * b.coefficient_step());
+  const LargeScratch<T> coefficients(b.chunk * b.coefficient_step());
   const Scratch<T> factors(b.chunk * b.factor_step());
-  b.dw = packed_grad.get(), b.bias_grads = bias_grads.get();
+  b.packed_dw = one_chunk ? nullptr : packed_dw.get(), b.bias_grads = bias_grads.get();
   b.packed_x = packed_x.get(), b.constants = constants.get();
   b.coefficients = coefficients.get(), b.factors = factors.get();
   b.run();
-  unpack_weight(r, b.dw, mutable_data<T>(dw));
   T* const bias_grad = mutable_data<T>(db);
   for (int64_t n = 0; n < r.samples; ++n)
     for (int64_t j = 0; j < r.outputs; ++j) bias_grad[j] += b.bias_grads[n * r.outputs + j];

@@ -9,9 +9,26 @@
 #include "cpu/arena.h"
 #include "cpu/layout.h"
 #include "cpu/parallel.h"
+#include "cpu/pool.h"
 #include "cpu/tensor.h"
 
 namespace nnarch {
+
+// Elements from one sample to the next. The votes of 1152 capsules for 10 × 16 values are 180
+// pages: without the padding, all samples of a group would meet in the same sets of the caches.
+template <class T>
+int64_t padded(int64_t elements) {
+  return checked_sum(elements, 5 * kCapsuleBlock<T>);
+}
+
+// Scratch memory of megabytes, on huge pages where the system gives them.
+template <class T>
+class LargeScratch : public Scratch<T> {
+ public:
+  explicit LargeScratch(int64_t count) : Scratch<T>(count) {
+    if (count > 0) prefer_huge_pages(this->get(), count * static_cast<int64_t>(sizeof(T)));
+  }
+};
 
 // Samples that share a pass over the weight, at most, and what their votes may take together: they
 // are read again from the last-level cache. Eight samples of MNIST's CapsNet are 6 MB.
@@ -36,11 +53,9 @@ struct Routing {
     outputs = checked_product(out, dim);
     weight_block = checked_product(outputs, checked_product(in, block));
     x_block = checked_product(in, block);
-    x_sample = checked_product(shape.blocks, x_block);
+    x_sample = padded<T>(checked_product(shape.blocks, x_block));
     const int64_t votes = checked_product(shape.blocks, checked_product(outputs, block));
-    // 1152 capsules' 10 × 16 votes are 180 pages: without the padding all samples of a group meet
-    // in the same sets of the caches.
-    votes_step = checked_sum(votes, 5 * block);
+    votes_step = padded<T>(votes);
     group = std::clamp<int64_t>(kGroupBytes / (votes_step * int64_t{sizeof(T)}), 1, kGroupSamples);
     checked_product(shape.blocks, weight_block);
     checked_product(group, votes_step);
@@ -90,7 +105,7 @@ class PackedWeight {
   const T* get() const { return get_; }
 
  private:
-  Scratch<T> scratch_;
+  LargeScratch<T> scratch_;
   const T* get_;
 };
 

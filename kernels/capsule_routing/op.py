@@ -98,8 +98,7 @@ def _check_grad(
         raise ValueError(f"{op}: grad must have the shape {(b, o, d)}, got {tuple(grad.shape)}")
     if sums.dim() != 4 or (sums.shape[0], *sums.shape[2:]) != (b, o, d) or sums.shape[1] < 1:
         raise ValueError(
-            f"{op}: sums must be [B, iterations, O, D_out] for {(b, o, d)}, got "
-            f"{tuple(sums.shape)}"
+            f"{op}: sums must be [B, iterations, O, D_out] for {(b, o, d)}, got {tuple(sums.shape)}"
         )
     if sums.dtype != _sum_dtype(x):
         raise TypeError(f"{op}: sums must be {_sum_dtype(x)}, got {sums.dtype}")

@@ -38,6 +38,7 @@ FAMILIES = (
     "activation",
     "local_response_norm",
     "upsample",
+    "capsule_routing",
 )
 
 _TYPE_NAMES = {

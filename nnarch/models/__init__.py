@@ -1,11 +1,12 @@
 """The architectures, one file each, and the registry that finds them by name."""
 
-from nnarch.models import mobilenet_v2, resnet
+from nnarch.models import capsnet, mobilenet_v2, resnet
 from nnarch.models.registry import ModelInfo, create_model, list_models, model_info, register_model
 from nnarch.models.summary import summary
 
 __all__ = [
     "ModelInfo",
+    "capsnet",
     "create_model",
     "list_models",
     "mobilenet_v2",
