@@ -33,9 +33,10 @@ struct Terms {
 template <class T>
 void unpack_weight_block(const Routing<T>& r, int64_t i, const T* packed, T* weight) {
   const int64_t row = r.shape.dim * r.shape.in, block = kCapsuleBlock<T>;
+  const auto transpose = NNARCH_SELECT(routing_table<T>()).transpose;
   for (int64_t o = 0; o < r.shape.out; ++o)
-    transpose_fn<T>()(packed + o * row * block, block, weight + (o * r.inputs + i * block) * row,
-                      row, row, r.inside(i));
+    transpose(packed + o * row * block, block, weight + (o * r.inputs + i * block) * row, row, row,
+              r.inside(i));
 }
 
 template <class T>

@@ -54,6 +54,9 @@ struct GradBlock {
 template <class T>
 struct RoutingTable {
   int64_t lanes;
+  // to[j][i] = from[i][j] for i < rows, j < columns.
+  void (*transpose)(const T* from, int64_t from_step, T* to, int64_t to_step, int64_t rows,
+                    int64_t columns);
   // The votes of `samples` samples for one block, and their sums [O][D_out][lanes] (or null).
   void (*votes)(const CapsuleShape& s, const T* weight, PerSample<const T> x, int64_t samples,
                 PerSample<T> votes, PerSample<T> sums);

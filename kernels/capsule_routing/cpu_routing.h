@@ -69,19 +69,20 @@ struct Routing {
 };
 
 // to[column][kBlock] = from[row][columns] for the rows of a block that exist, zero for the others.
-template <class T>
-void pack_block(const T* from, int64_t rows, int64_t columns, T* to) {
+template <class T, class Transpose>
+void pack_block(const Transpose& transpose, const T* from, int64_t rows, int64_t columns, T* to) {
   constexpr int64_t block = kCapsuleBlock<T>;
   if (rows < block) std::memset(to, 0, static_cast<size_t>(columns * block) * sizeof(T));
-  transpose_fn<T>()(from, columns, to, block, rows, columns);
+  transpose(from, columns, to, block, rows, columns);
 }
 
 template <class T>
 void pack_weight(const Routing<T>& r, const T* weight, T* packed) {
   const int64_t row = r.shape.dim * r.shape.in, tile = row * kCapsuleBlock<T>;
+  const auto transpose = NNARCH_SELECT(routing_table<T>()).transpose;
   parallel_tasks(r.shape.blocks, [&](int64_t i) {
     for (int64_t o = 0; o < r.shape.out; ++o)
-      pack_block(weight + (o * r.inputs + i * kCapsuleBlock<T>)*row, r.inside(i), row,
+      pack_block(transpose, weight + (o * r.inputs + i * kCapsuleBlock<T>)*row, r.inside(i), row,
                  packed + (i * r.shape.out + o) * tile);
   });
 }
@@ -114,7 +115,8 @@ template <class T>
 void pack_sample(const Routing<T>& r, const T* x, T* packed) {
   const int64_t in = r.shape.in;
   for (int64_t i = 0; i < r.shape.blocks; ++i)
-    pack_block(x + i * kCapsuleBlock<T> * in, r.inside(i), in, packed + i * r.x_block);
+    pack_block(transpose_fn<T>(), x + i * kCapsuleBlock<T> * in, r.inside(i), in,
+               packed + i * r.x_block);
 }
 
 // v = s·|s| / (1 + |s|²) for each output capsule.

@@ -112,7 +112,7 @@ def _capsule_routing_bwd_kernel(
     IN: tl.constexpr, INT64: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """partial[split, b, o, d] = Σ db·votes: the gradient of what an iteration's logits agree with."""
+    """partial[split, b, o, d] = Σ db·votes, the gradient of what the logits agree with."""
     groups = tl.cdiv(samples, BLOCK_B)
     pid = tl.program_id(0)
     split = pid // groups

@@ -10,11 +10,12 @@ namespace nnarch::NNARCH_ISA {
 template <class T>
 inline constexpr int kParts = static_cast<int>(kCapsuleBlock<T>) / kLanes<T>;
 
-// Samples that share a loaded vector of the weight: with 32 registers, two samples' values fit.
+// Vectors of votes that are computed side by side, of two samples or of two parts of one: with 32
+// registers, the values of two fit.
 #if defined(NNARCH_ISA_avx512)
-inline constexpr int kVoteSamples = 2;
+inline constexpr int kVoteSamples = 2, kVoteParts = 2;
 #else
-inline constexpr int kVoteSamples = 1;
+inline constexpr int kVoteSamples = 1, kVoteParts = 1;
 #endif
 
 // Calls f(Values<n>{}, k) for runs of n input values that cover [0, in).
@@ -33,39 +34,50 @@ NNARCH_INLINE void over_values(int64_t in, const F& f) {
 }
 
 // votes[d] = Σ_k weight[d][k] · x[k], added to what stands there unless these are the first values.
-template <class T, int N, int SAMPLES, bool sum>
+// `ahead` is where the next output capsule's weight lies.
+template <class T, int N, int SAMPLES, int PARTS, bool sum>
 NNARCH_INLINE void votes_of_values(const T* weight, int64_t weight_step, const T* const* x,
-                                   int64_t dim, T* const* votes, T* const* sums, bool first) {
-  constexpr int64_t block = kCapsuleBlock<T>;
-  Vec<T> values[SAMPLES][N];
+                                   int64_t dim, int64_t ahead, T* const* votes, T* const* sums,
+                                   bool first) {
+  constexpr int64_t block = kCapsuleBlock<T>, lanes = kLanes<T>;
+  Vec<T> values[SAMPLES][PARTS][N];
   for (int s = 0; s < SAMPLES; ++s)
-    for (int k = 0; k < N; ++k) {
-      values[s][k] = load(x[s] + k * block);
-      keep_in_register(values[s][k]);
-    }
+    for (int p = 0; p < PARTS; ++p)
+      for (int k = 0; k < N; ++k) {
+        values[s][p][k] = load(x[s] + k * block + p * lanes);
+        keep_in_register(values[s][p][k]);
+      }
   for (int64_t d = 0; d < dim; ++d) {
     const T* row = weight + d * weight_step;
-    Vec<T> v[SAMPLES];
-    for (int s = 0; s < SAMPLES; ++s) v[s] = first ? Vec<T>{} : load(votes[s] + d * block);
-    for (int k = 0; k < N; ++k) {
-      Vec<T> w = load(row + k * block);
-      for (int s = 0; s < SAMPLES; ++s) v[s] += w * values[s][k];
-    }
+    Vec<T> v[SAMPLES][PARTS];
+    for (int s = 0; s < SAMPLES; ++s)
+      for (int p = 0; p < PARTS; ++p)
+        v[s][p] = first ? Vec<T>{} : load(votes[s] + d * block + p * lanes);
+    for (int k = 0; k < N; ++k)
+      for (int p = 0; p < PARTS; ++p) {
+        const Vec<T> w = load(row + k * block + p * lanes);
+        // One sample waits for the weight to come from the last-level cache or memory.
+        if constexpr (SAMPLES == 1) __builtin_prefetch(row + k * block + p * lanes + ahead, 0, 0);
+        for (int s = 0; s < SAMPLES; ++s) v[s][p] += w * values[s][p][k];
+      }
     for (int s = 0; s < SAMPLES; ++s) {
-      store(votes[s] + d * block, v[s]);
+      for (int p = 0; p < PARTS; ++p) store(votes[s] + d * block + p * lanes, v[s][p]);
       if constexpr (sum) {
-        T* total = sums[s] + d * kLanes<T>;
-        store(total, load(total) + v[s]);
+        T* total = sums[s] + d * lanes;
+        Vec<T> part = load(total);
+        for (int p = 0; p < PARTS; ++p) part += v[s][p];
+        store(total, part);
       }
     }
   }
 }
 
-template <class T, int SAMPLES>
+template <class T, int SAMPLES, int PARTS>
 NNARCH_INLINE void votes_of_samples(const CapsuleShape& s, const T* weight, const T* const* x,
                                     T* const* votes, T* const* sums) {
   constexpr int64_t block = kCapsuleBlock<T>;
-  for (int part = 0; part < kParts<T>; ++part) {
+  const int64_t ahead = s.dim * s.in * block;
+  for (int part = 0; part < kParts<T>; part += PARTS) {
     const int64_t at = part * kLanes<T>;
     over_values(s.in, [&](auto values, int64_t k) NNARCH_INLINE_LAMBDA {
       const T* from[SAMPLES];
@@ -77,9 +89,11 @@ NNARCH_INLINE void votes_of_samples(const CapsuleShape& s, const T* weight, cons
       const T* w = weight + k * block + at;
       constexpr int n = decltype(values)::count;
       if (sums && k + n == s.in)
-        votes_of_values<T, n, SAMPLES, true>(w, s.in * block, from, s.dim, to, sums, k == 0);
+        votes_of_values<T, n, SAMPLES, PARTS, true>(w, s.in * block, from, s.dim, ahead, to, sums,
+                                                    k == 0);
       else
-        votes_of_values<T, n, SAMPLES, false>(w, s.in * block, from, s.dim, to, sums, k == 0);
+        votes_of_values<T, n, SAMPLES, PARTS, false>(w, s.in * block, from, s.dim, ahead, to, sums,
+                                                     k == 0);
     });
   }
 }
@@ -93,21 +107,22 @@ void votes_of_block(const CapsuleShape& s, const T* weight, PerSample<const T> x
   const int64_t capsule = s.dim * block;
   for (int64_t o = 0; o < s.out; ++o, weight += capsule * s.in) {
     int64_t i = 0;
-    for (; i + kVoteSamples <= samples; i += kVoteSamples) {
-      const T* from[kVoteSamples];
-      T *to[kVoteSamples], *total[kVoteSamples];
-      for (int j = 0; j < kVoteSamples; ++j) {
-        from[j] = x[i + j];
-        to[j] = votes[i + j] + o * capsule;
-        total[j] = sums.first ? sums[i + j] + o * s.dim * kLanes<T> : nullptr;
+    if constexpr (kVoteSamples > 1)
+      for (; i + kVoteSamples <= samples; i += kVoteSamples) {
+        const T* from[kVoteSamples];
+        T *to[kVoteSamples], *total[kVoteSamples];
+        for (int j = 0; j < kVoteSamples; ++j) {
+          from[j] = x[i + j];
+          to[j] = votes[i + j] + o * capsule;
+          total[j] = sums.first ? sums[i + j] + o * s.dim * kLanes<T> : nullptr;
+        }
+        votes_of_samples<T, kVoteSamples, 1>(s, weight, from, to, sums.first ? total : nullptr);
       }
-      votes_of_samples<T, kVoteSamples>(s, weight, from, to, sums.first ? total : nullptr);
-    }
     for (; i < samples; ++i) {
       const T* from = x[i];
       T* to = votes[i] + o * capsule;
       T* total = sums.first ? sums[i] + o * s.dim * kLanes<T> : nullptr;
-      votes_of_samples<T, 1>(s, weight, &from, &to, sums.first ? &total : nullptr);
+      votes_of_samples<T, 1, kVoteParts>(s, weight, &from, &to, sums.first ? &total : nullptr);
     }
   }
 }

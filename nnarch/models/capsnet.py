@@ -86,8 +86,8 @@ def plain_routing(
     raise ValueError(f"plain_routing: iterations must be at least 1, got {iterations}")
 
 
-def _capsules(nn: ModuleType) -> Any:
-    """Where the capsule layers of a namespace are."""
+def capsule_layers(nn: ModuleType) -> Any:
+    """Where the capsule layers for a layer namespace are."""
     return nn if hasattr(nn, "DenseCapsules") else PlainRouting
 
 
@@ -127,7 +127,7 @@ class CapsNet(Module):
                 f"CapsNet: expected a width of at least 1/32 and images of at least 17×17, got "
                 f"{width} and {image_size}"
             )
-        caps = _capsules(nn)
+        caps = capsule_layers(nn)
         self.conv1 = nn.Conv2d(image_size[0], channels, 9)
         self.relu = nn.ReLU()
         self.primarycaps = caps.PrimaryCapsules(channels, channels, 8, 9, 2, layout=capsule_layout)
@@ -194,6 +194,7 @@ class ConvCapsNet(Module):
         self.digitcaps = nn.DenseCapsules(
             types[2] * size[0] * size[1], dims[2], num_classes, 16, **options
         )
+        nnarch.nn.capsule.spread_capsules_(self.digitcaps.weight)
         self.decoder = nn.CapsuleDecoder(num_classes, 16, image_size)
         self.lengths = nn.CapsuleLengths()
         self.first = (types[0], dims[0])
@@ -231,13 +232,13 @@ def capsnet(*, num_classes: int = 10, nn: ModuleType = nnarch.nn, **options: Any
     return CapsNet(num_classes=num_classes, nn=nn, **options)
 
 
-@register_model(**_FACTS, parameters=0, macs=0)
+@register_model(**_FACTS, parameters=2_117_072, macs=14_017_536)
 def capsnet_x0_25(*, num_classes: int = 10, nn: ModuleType = nnarch.nn, **options: Any) -> CapsNet:
     """CapsNet with a quarter of the channels; `options` are those of :class:`CapsNet`."""
     return CapsNet(num_classes=num_classes, width=0.25, nn=nn, **options)
 
 
-@register_model(**_FACTS, parameters=0, macs=0)
+@register_model(**_FACTS, parameters=1_855_440, macs=1_116_416)
 def conv_capsnet(
     *, num_classes: int = 10, nn: ModuleType = nnarch.nn, **options: Any
 ) -> ConvCapsNet:

@@ -231,6 +231,13 @@ class ConvCapsules2d(DenseCapsules):
             packed=self._packed_weight(self.weight, input),
         )
 
+    def reset_parameters(self) -> None:
+        """Normal weights with which outputs start about as long as inputs: in a deep network the
+        small ones of :class:`DenseCapsules` would leave nothing to route. No bias."""
+        spread_capsules_(self.weight)
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
+
     def _pack(self, weight: Tensor, layout: int) -> Tensor | None:
         return F.pack_capsule_weight(weight.flatten(1, 3))
 
@@ -238,6 +245,14 @@ class ConvCapsules2d(DenseCapsules):
         """Sizes and options, for repr()."""
         window = f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
         return f"{super().extra_repr()}, {window}"
+
+
+def spread_capsules_(weight: Tensor) -> Tensor:
+    """Fill ``weight [O, …, D_out, D_in]`` so that, with uniform routing and inputs of length 0.5,
+    sums have length 1."""
+    outputs, dim = weight.shape[0], weight.shape[-2]
+    inputs = weight[0].numel() // (dim * weight.shape[-1])
+    return torch.nn.init.normal_(weight, std=2 * outputs / math.sqrt(inputs * dim))
 
 
 class CapsuleDecoder(torch.nn.Sequential):

@@ -30,7 +30,11 @@ from nnarch.kernels.capsule_routing.op import (
 
 def _capsules(b: int, i: int, k: int, o: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
     """x, weight and bias; votes of about length one, so that the routing has something to do."""
-    return torch.randn(b, i, k), torch.randn(o, i, d, k) * k**-0.5, torch.randn(o, d) * 0.3
+    return (
+        torch.randn(b, i, k),
+        torch.randn(o, i, d, k) * max(1, k) ** -0.5,
+        torch.randn(o, d) * 0.3,
+    )
 
 
 def _grad_sample(b: int, i: int, k: int, o: int, d: int, iterations: int, detach: bool):
@@ -113,10 +117,10 @@ def test_forward_and_backward(iterations, dtype):
 def test_nothing_to_route(shape):
     x, weight, bias = _capsules(*shape)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
-    b, i, k, o, d = shape
+    b, _, _, o, d = shape
     for detach in (False, True):
         v = F.capsule_routing(*leaves[:2], bias=bias, detach_routing=detach)
-        expected = _squash(bias).expand(b, o, d) if i * k * d else torch.zeros(b, o, d)
+        expected = _squash(bias).expand(b, o, d)  # nothing but the bias
         torch.testing.assert_close(v, expected)
         for g, leaf in zip(torch.autograd.grad(v.sum(), leaves), leaves, strict=True):
             assert g.shape == leaf.shape
