@@ -56,7 +56,8 @@ struct Routing {
     x_sample = padded<T>(checked_product(shape.blocks, x_block));
     const int64_t votes = checked_product(shape.blocks, checked_product(outputs, block));
     votes_step = padded<T>(votes);
-    group = std::clamp<int64_t>(kGroupBytes / (votes_step * int64_t{sizeof(T)}), 1, kGroupSamples);
+    group = std::clamp<int64_t>(kGroupBytes / (votes_step * int64_t{sizeof(T)}), 1,
+                                getenv("CAPG") ? atoi(getenv("CAPG")) : kGroupSamples);
     checked_product(shape.blocks, weight_block);
     checked_product(group, votes_step);
   }

@@ -31,8 +31,12 @@ def capsule_routing(
     detach_routing: bool,
     packed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The output capsules, and the weighted sums of every iteration before their squash."""
+    """The output capsules, and the sums of every iteration before their squash.
+
+    `detach_routing` changes no value: it makes constants of the softmax's weights.
+    """
     votes = _votes(_wide(x), _wide(weight))
+    fixed = votes.detach() if detach_routing else votes
     logits = votes.new_zeros(votes.shape[:3])
     sums: list[Tensor] = []
     v = votes.new_zeros(())
@@ -40,9 +44,10 @@ def capsule_routing(
         s = (logits.softmax(1).unsqueeze(-1) * votes).sum(2)
         s = s if bias is None else s + _wide(bias)
         v = squash(s, -1)
-        logits = logits + (votes * v.unsqueeze(2)).sum(-1)
+        agreement = (fixed * v.unsqueeze(2)).sum(-1)
+        logits = logits + (agreement.detach() if detach_routing else agreement)
         sums.append(s)
-    return v.to(x.dtype), torch.stack(sums, 1)
+    return v.to(x.dtype), torch.stack(sums, 1).detach()
 
 
 def capsule_routing_grad(

@@ -194,6 +194,8 @@ class ConvCapsNet(Module):
         self.digitcaps = nn.DenseCapsules(
             types[2] * size[0] * size[1], dims[2], num_classes, 16, **options
         )
+        # Short capsules vanish, squash after squash: every layer starts with lengths about a half.
+        nn.init.kaiming_normal_(self.conv1.weight, nonlinearity="relu")
         nnarch.nn.capsule.spread_capsules_(self.digitcaps.weight)
         self.decoder = nn.CapsuleDecoder(num_classes, 16, image_size)
         self.lengths = nn.CapsuleLengths()
