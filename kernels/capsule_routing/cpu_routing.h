@@ -56,8 +56,7 @@ struct Routing {
     x_sample = padded<T>(checked_product(shape.blocks, x_block));
     const int64_t votes = checked_product(shape.blocks, checked_product(outputs, block));
     votes_step = padded<T>(votes);
-    group = std::clamp<int64_t>(kGroupBytes / (votes_step * int64_t{sizeof(T)}), 1,
-                                getenv("CAPG") ? atoi(getenv("CAPG")) : kGroupSamples);
+    group = std::clamp<int64_t>(kGroupBytes / (votes_step * int64_t{sizeof(T)}), 1, kGroupSamples);
     checked_product(shape.blocks, weight_block);
     checked_product(group, votes_step);
   }
@@ -81,10 +80,11 @@ template <class T>
 void pack_weight(const Routing<T>& r, const T* weight, T* packed) {
   const int64_t row = r.shape.dim * r.shape.in, tile = row * kCapsuleBlock<T>;
   const auto transpose = NNARCH_SELECT(routing_table<T>()).transpose;
-  parallel_tasks(r.shape.blocks, [&](int64_t i) {
-    for (int64_t o = 0; o < r.shape.out; ++o)
-      pack_block(transpose, weight + (o * r.inputs + i * kCapsuleBlock<T>)*row, r.inside(i), row,
-                 packed + (i * r.shape.out + o) * tile);
+  // In the order of the weight's memory, which is then read ahead.
+  parallel_tasks(r.shape.out * r.shape.blocks, [&](int64_t task) {
+    const int64_t o = task / r.shape.blocks, i = task % r.shape.blocks;
+    pack_block(transpose, weight + (o * r.inputs + i * kCapsuleBlock<T>)*row, r.inside(i), row,
+               packed + (i * r.shape.out + o) * tile);
   });
 }
 

@@ -327,37 +327,49 @@ def _tensors(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.empty((_O, _I, _D, _K), dtype=dtype, device="meta")
 
 
-def _forward_case(dtype: torch.dtype) -> None:
-    capsule_routing(*_tensors(dtype), None, 2, False, None)
-
-
-def _backward_case(dtype: torch.dtype, iterations: int) -> None:
+def _iteration_case(dtype: torch.dtype, first: bool) -> None:
     x, weight = _tensors(dtype)
-    sums = torch.empty((_B, iterations, _O, _D), dtype=torch.float32, device="meta")
+    agreed = torch.empty((_B, _O, _D), dtype=torch.float32, device="meta")
+    block = _prepare("capsule_routing", x, weight)
+    _over_inputs(_capsule_routing_fwd_kernel, x, weight, {"agreed_ptr": agreed}, block, FIRST=first)
+
+
+def _iteration_grad_case(dtype: torch.dtype) -> None:
+    x, weight = _tensors(dtype)
+    state = torch.empty((_B, _O, _D), dtype=torch.float32, device="meta")
+    block = _prepare("capsule_routing_grad", x, weight)
+    tensors = {"agreed_ptr": state, "grad_ptr": state}
+    _over_inputs(_capsule_routing_bwd_kernel, x, weight, tensors, block)
+
+
+def _inputs_grad_case(dtype: torch.dtype) -> None:
+    x, weight = _tensors(dtype)
+    sums = torch.empty((_B, 3, _O, _D), dtype=torch.float32, device="meta")
     grad = torch.empty((_B, _O, _D), dtype=dtype, device="meta")
     capsule_routing_grad(grad, x, weight, sums, False, None)
 
 
+# An iteration is a launch, and a case of its own: each reads x and the weight once.
 STATIC_CASES = [
     *triton_squash.STATIC_CASES,
-    # Products, logits and sums; the second of two iterations, which the others are like.
-    StaticCase(
-        "capsule_routing B512 1152×8→10×16",
-        _forward_case,
-        flops=_VOTES * (2 * _K + 4),
-        elements=_TENSORS,
-        main=2,
+    *(
+        StaticCase(
+            f"capsule_routing B512 1152×8→10×16, {name}",
+            lambda dtype, first=first: _iteration_case(dtype, first),
+            flops=_VOTES * (2 * _K + terms),
+            elements=_TENSORS,
+        )
+        for name, first, terms in (("first iteration", True, 1), ("an iteration", False, 4))
     ),
     StaticCase(
         "capsule_routing_grad B512 1152×8→10×16, an iteration",
-        lambda dtype: _backward_case(dtype, 2),
+        _iteration_grad_case,
         flops=_VOTES * (2 * _K + 6),
         elements=_TENSORS,
-        main=2,
     ),
     StaticCase(
         "capsule_routing_grad B512 1152×8→10×16, dx and dw",
-        lambda dtype: _backward_case(dtype, 3),
+        _inputs_grad_case,
         flops=_VOTES * (6 * _K + 20),
         elements=2 * _TENSORS,
         main=6,
