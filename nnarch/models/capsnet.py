@@ -19,6 +19,7 @@ from torch.nn import Module
 
 import nnarch.nn
 from nnarch.models.registry import register_model
+from nnarch.nn.capsule import split_capsules, spread_capsules_
 
 
 class PlainRouting:
@@ -37,7 +38,7 @@ class PlainRouting:
             images = torch.nn.functional.conv2d(
                 input, conv.weight, conv.bias, conv.stride, conv.padding
             )
-            return plain_squash(nnarch.nn.capsule.split_capsules(images, self.dim, self.layout))
+            return plain_squash(split_capsules(images, self.dim, self.layout))
 
     class DenseCapsules(nnarch.nn.DenseCapsules):
         """Fully connected capsules."""
@@ -196,7 +197,7 @@ class ConvCapsNet(Module):
         )
         # Short capsules vanish, squash after squash: every layer starts with lengths about a half.
         nn.init.kaiming_normal_(self.conv1.weight, nonlinearity="relu")
-        nnarch.nn.capsule.spread_capsules_(self.digitcaps.weight)
+        spread_capsules_(self.digitcaps.weight)
         self.decoder = nn.CapsuleDecoder(num_classes, 16, image_size)
         self.lengths = nn.CapsuleLengths()
         self.first = (types[0], dims[0])

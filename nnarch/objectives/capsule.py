@@ -101,11 +101,18 @@ class CapsuleLoss(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.reconstruction_weight = reconstruction_weight
-        self.margins = {"present": present, "absent": absent, "down_weight": down_weight}
+        self.present, self.absent, self.down_weight = present, absent, down_weight
 
     def forward(
         self, lengths: Tensor, target: Tensor, reconstruction: Tensor, images: Tensor
     ) -> Tensor:
         """The mean over the samples."""
         rebuilt = reconstruction_loss(reconstruction, images, weight=self.reconstruction_weight)
-        return margin_loss(lengths, target, **self.margins) + rebuilt
+        margins = margin_loss(
+            lengths,
+            target,
+            present=self.present,
+            absent=self.absent,
+            down_weight=self.down_weight,
+        )
+        return margins + rebuilt
