@@ -219,8 +219,8 @@ def save_picture(path: Path, picture: np.ndarray) -> None:
 def main() -> None:
     """Train, test, draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--pair-epochs", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--pair-epochs", type=int, default=10)
     parser.add_argument("--folder", type=Path, default=Path("runs/capsnet_mnist"))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)

@@ -279,7 +279,25 @@ def capsule_routing(
         raise TypeError(f"{op}: iterations must be an int, got {iterations!r}")
     if not isinstance(detach_routing, bool):
         raise TypeError(f"{op}: detach_routing must be a bool, got {detach_routing!r}")
+    if packed is None and _shares_packed(x, weight):
+        packed = capsule_routing_pack(weight.detach())
     return capsule_routing_op(x, weight, bias, iterations, detach_routing, packed)[0]
+
+
+def _shares_packed(x: Tensor, weight: Tensor) -> bool:
+    """Whether a backward will follow on the native kernels, which then need not pack once more."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and isinstance(weight, Tensor)
+        and weight.dim() == 4
+        and weight.device.type == x.device.type == "cpu"
+        and weight.dtype == x.dtype
+        and x.is_floating_point()
+        and (x.requires_grad or weight.requires_grad)
+        and library.native is not None
+    )
 
 
 def pack_capsule_weight(weight: Tensor) -> Tensor | None:
