@@ -1,6 +1,8 @@
 """Every operation's public function, with the signatures of `torch.nn.functional` first."""
 
 from nnarch.kernels.activation.op import activation
+from nnarch.kernels.capsule_routing.op import capsule_routing, pack_capsule_weight, squash
+from nnarch.kernels.capsule_routing.windows import conv_capsule_routing2d
 from nnarch.kernels.conv1d.op import conv1d, conv_transpose1d
 from nnarch.kernels.conv2d.op import conv2d, conv2d_tile, pack_conv2d_weight
 from nnarch.kernels.conv_transpose2d.op import (
@@ -30,9 +32,11 @@ __all__ = [
     "adaptive_max_pool2d",
     "avg_pool2d",
     "batch_norm",
+    "capsule_routing",
     "conv1d",
     "conv2d",
     "conv2d_tile",
+    "conv_capsule_routing2d",
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose2d_layout",
@@ -46,6 +50,7 @@ __all__ = [
     "lstm_layer",
     "max_pool2d",
     "max_unpool2d",
+    "pack_capsule_weight",
     "pack_conv2d_weight",
     "pack_conv_transpose2d_weight",
     "pack_linear_weight",
@@ -55,5 +60,6 @@ __all__ = [
     "reservoir_scan",
     "rnn_cell",
     "rnn_layer",
+    "squash",
     "upsample",
 ]

@@ -43,6 +43,12 @@ CALLS = {
         F.depthwise_separable_conv2d,
         (X, array(6, 1, 3, 3), array(4, 6, 1, 1)),
     ),
+    "capsule_routing": (F.capsule_routing, (array(3, 7, 4), array(5, 7, 2, 4))),
+    "conv_capsule_routing2d": (
+        F.conv_capsule_routing2d,
+        (array(2, 3, 4, 6, 5), array(5, 3, 3, 3, 2, 4)),
+    ),
+    "squash": (F.squash, (X,)),
     "local_response_norm": (lambda x: F.local_response_norm(x, 3), (X,)),
     "interpolate": (lambda x: F.interpolate(x, scale_factor=2), (X,)),
     "upsample": (lambda x: F.upsample(x, (5, 7), mode="bilinear"), (X,)),

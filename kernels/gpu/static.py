@@ -39,6 +39,7 @@ FAMILIES = (
     "recurrent",
     "local_response_norm",
     "upsample",
+    "capsule_routing",
 )
 
 _TYPE_NAMES = {

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nnarch.benchmarking.capsule_cases import CAPSULE_TARGETS, capsules
 from nnarch.benchmarking.case import Case, Target
 from nnarch.benchmarking.convolution_cases import (
     BATCHES,
@@ -58,6 +59,7 @@ TARGETS: dict[str, Target] = {
     "separable fwd+bwd": Target(1.1, 1.3),
     "models": Target(1.0, 1.3),
     "training": Target(1.5, 2.1),
+    **CAPSULE_TARGETS,
 }
 
 
@@ -319,5 +321,6 @@ CASES: tuple[Case, ...] = (
     *reservoirs(),
     *recurrents(),
     *training_convolutions(),
+    *capsules(),
     *models(),
 )

@@ -1,6 +1,7 @@
 """The architectures, one file each, and the registry that finds them by name."""
 
 from nnarch.models import (
+    capsnet,
     forecaster,
     language_model,
     mobilenet_v2,
@@ -13,6 +14,7 @@ from nnarch.models.summary import summary
 
 __all__ = [
     "ModelInfo",
+    "capsnet",
     "create_model",
     "forecaster",
     "language_model",

@@ -25,6 +25,13 @@ from nnarch.nn.activation import (
     Step,
     Tanh,
 )
+from nnarch.nn.capsule import (
+    CapsuleDecoder,
+    CapsuleLengths,
+    ConvCapsules2d,
+    DenseCapsules,
+    PrimaryCapsules,
+)
 from nnarch.nn.conv import Conv2d, LazyConv2d
 from nnarch.nn.conv1d import Conv1d, ConvTranspose1d, LazyConv1d, LazyConvTranspose1d
 from nnarch.nn.conv_transpose import ConvTranspose2d, LazyConvTranspose2d

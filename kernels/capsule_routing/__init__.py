@@ -1,0 +1,1 @@
+"""Capsules: votes, dynamic routing by agreement in one call, and the squash."""

@@ -1,0 +1,25 @@
+// The table of capsule routing.
+#include "capsule_routing/gradient_isa.h"
+#include "capsule_routing/iteration_isa.h"
+#include "capsule_routing/transpose_isa.h"
+
+namespace nnarch::NNARCH_ISA {
+namespace {
+
+template <class T>
+constexpr RoutingTable<T> kTable = {kLanes<T>,  transpose_matrix<T>, votes_of_block<T>,
+                                    total<T>,   iteration<T>,        iteration_grad<T>,
+                                    softmax<T>, grad_of_block<T>};
+
+}  // namespace
+
+template <>
+const RoutingTable<float>& routing_table<float>() {
+  return kTable<float>;
+}
+template <>
+const RoutingTable<double>& routing_table<double>() {
+  return kTable<double>;
+}
+
+}  // namespace nnarch::NNARCH_ISA

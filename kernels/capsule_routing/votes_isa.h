@@ -1,0 +1,130 @@
+// Votes of one block of input capsules. For *_isa.cpp files.
+#pragma once
+
+#include "capsule_routing/cpu_kernels.h"
+#include "cpu/simd.h"
+
+namespace nnarch::NNARCH_ISA {
+
+// Vectors of a block.
+template <class T>
+inline constexpr int kParts = static_cast<int>(kCapsuleBlock<T>) / kLanes<T>;
+
+// Vectors of votes that are computed side by side, of two samples or of two parts of one: with 32
+// registers, the values of two fit.
+#if defined(NNARCH_ISA_avx512)
+inline constexpr int kVoteSamples = 2, kVoteParts = 2;
+#else
+inline constexpr int kVoteSamples = 1, kVoteParts = 1;
+#endif
+
+// Calls f(Values<n>{}, k) for runs of n input values that cover [0, in).
+template <int N>
+struct Values {
+  static constexpr int count = N;
+};
+
+template <class F>
+NNARCH_INLINE void over_values(int64_t in, const F& f) {
+  int64_t k = 0;
+  for (; k + 8 <= in; k += 8) f(Values<8>{}, k);
+  if (in & 4) f(Values<4>{}, k), k += 4;
+  if (in & 2) f(Values<2>{}, k), k += 2;
+  if (in & 1) f(Values<1>{}, k);
+}
+
+// votes[d] = Σ_k weight[d][k] · x[k], added to what stands there unless these are the first values.
+// `ahead` is where the next output capsule's weight lies.
+template <class T, int N, int SAMPLES, int PARTS, bool sum>
+NNARCH_INLINE void votes_of_values(const T* weight, int64_t weight_step, const T* const* x,
+                                   int64_t dim, int64_t ahead, T* const* votes, T* const* sums,
+                                   bool first) {
+  constexpr int64_t block = kCapsuleBlock<T>, lanes = kLanes<T>;
+  Vec<T> values[SAMPLES][PARTS][N];
+  for (int s = 0; s < SAMPLES; ++s)
+    for (int p = 0; p < PARTS; ++p)
+      for (int k = 0; k < N; ++k) {
+        values[s][p][k] = load(x[s] + k * block + p * lanes);
+        keep_in_register(values[s][p][k]);
+      }
+  for (int64_t d = 0; d < dim; ++d) {
+    const T* row = weight + d * weight_step;
+    Vec<T> v[SAMPLES][PARTS];
+    for (int s = 0; s < SAMPLES; ++s)
+      for (int p = 0; p < PARTS; ++p)
+        v[s][p] = first ? Vec<T>{} : load(votes[s] + d * block + p * lanes);
+    for (int k = 0; k < N; ++k)
+      for (int p = 0; p < PARTS; ++p) {
+        const Vec<T> w = load(row + k * block + p * lanes);
+        // One sample waits for the weight to come from the last-level cache or memory.
+        if constexpr (SAMPLES == 1) __builtin_prefetch(row + k * block + p * lanes + ahead, 0, 0);
+        for (int s = 0; s < SAMPLES; ++s) v[s][p] += w * values[s][p][k];
+      }
+    for (int s = 0; s < SAMPLES; ++s) {
+      for (int p = 0; p < PARTS; ++p) store(votes[s] + d * block + p * lanes, v[s][p]);
+      if constexpr (sum) {
+        T* total = sums[s] + d * lanes;
+        Vec<T> part = load(total);
+        for (int p = 0; p < PARTS; ++p) part += v[s][p];
+        store(total, part);
+      }
+    }
+  }
+}
+
+template <class T, int SAMPLES, int PARTS>
+NNARCH_INLINE void votes_of_samples(const CapsuleShape& s, const T* weight, const T* const* x,
+                                    T* const* votes, T* const* sums) {
+  constexpr int64_t block = kCapsuleBlock<T>;
+  const int64_t ahead = s.dim * s.in * block;
+  for (int part = 0; part < kParts<T>; part += PARTS) {
+    const int64_t at = part * kLanes<T>;
+    over_values(s.in, [&](auto values, int64_t k) NNARCH_INLINE_LAMBDA {
+      const T* from[SAMPLES];
+      T* to[SAMPLES];
+      for (int i = 0; i < SAMPLES; ++i) {
+        from[i] = x[i] + k * block + at;
+        to[i] = votes[i] + at;
+      }
+      const T* w = weight + k * block + at;
+      constexpr int n = decltype(values)::count;
+      if (sums && k + n == s.in)
+        votes_of_values<T, n, SAMPLES, PARTS, true>(w, s.in * block, from, s.dim, ahead, to, sums,
+                                                    k == 0);
+      else
+        votes_of_values<T, n, SAMPLES, PARTS, false>(w, s.in * block, from, s.dim, ahead, to, sums,
+                                                     k == 0);
+    });
+  }
+}
+
+// One output capsule after the other: its part of the weight stays in the first cache for all
+// samples.
+template <class T>
+void votes_of_block(const CapsuleShape& s, const T* weight, PerSample<const T> x, int64_t samples,
+                    PerSample<T> votes, PerSample<T> sums) {
+  constexpr int64_t block = kCapsuleBlock<T>;
+  const int64_t capsule = s.dim * block;
+  for (int64_t o = 0; o < s.out; ++o, weight += capsule * s.in) {
+    int64_t i = 0;
+    if constexpr (kVoteSamples > 1)
+      for (; i + kVoteSamples <= samples; i += kVoteSamples) {
+        const T* from[kVoteSamples];
+        T *to[kVoteSamples], *total[kVoteSamples];
+        for (int j = 0; j < kVoteSamples; ++j) {
+          from[j] = x[i + j];
+          to[j] = votes[i + j] + o * capsule;
+          total[j] = sums.first ? sums[i + j] + o * s.dim * kLanes<T> : nullptr;
+        }
+        votes_of_samples<T, kVoteSamples, 1>(s, weight, from, to, sums.first ? total : nullptr);
+      }
+    for (; i < samples; ++i) {
+      const T* from = x[i];
+      T* to = votes[i] + o * capsule;
+      T* total = sums.first ? sums[i] + o * s.dim * kLanes<T> : nullptr;
+      votes_of_samples<T, 1, kVoteParts>(s, weight, &from, &to, sums.first ? &total : nullptr);
+    }
+  }
+}
+
+}  // namespace nnarch::NNARCH_ISA

@@ -1,0 +1,362 @@
+"""Capsule routing and squash against plain torch in float64, forward and backward."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from kernel_cases import (
+    DTYPES,
+    VIEWS,
+    check_under_isa,
+    compare,
+    name_of,
+    needs_poison,
+    on_fresh_memory,
+)
+from torch import Tensor
+from torch.autograd import gradcheck
+
+import nnarch
+from nnarch import functional as F
+from nnarch.kernels.capsule_routing.op import (
+    capsule_routing_grad,
+    capsule_routing_op,
+    capsule_routing_pack,
+    squash_grad,
+)
+
+
+def _capsules(b: int, i: int, k: int, o: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
+    """x, weight and bias; votes of about length one, so that the routing has something to do."""
+    return (
+        torch.randn(b, i, k),
+        torch.randn(o, i, d, k) * max(1, k) ** -0.5,
+        torch.randn(o, d) * 0.3,
+    )
+
+
+def _grad_sample(b: int, i: int, k: int, o: int, d: int, iterations: int, detach: bool):
+    x, weight, _ = _capsules(b, i, k, o, d)
+    v, sums = capsule_routing_op(x, weight, None, iterations, detach, None)
+    return torch.randn_like(v), x, weight, sums, detach, None
+
+
+SAMPLES = {
+    "squash": lambda: [(torch.randn(3, 5, 8), -1), (torch.randn(2, 4, 3, 5), 1)],
+    "squash_grad": lambda: [
+        (torch.randn(3, 5, 8), torch.randn(3, 5, 8), -1),
+        (torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5), 1),
+    ],
+    "capsule_routing": lambda: [
+        (*_capsules(3, 37, 8, 5, 6), 3, False, None),
+        (*_capsules(2, 9, 5, 4, 3)[:2], None, 2, True, None),
+    ],
+    "capsule_routing_grad": lambda: [
+        _grad_sample(3, 37, 8, 5, 6, 3, False),
+        _grad_sample(2, 9, 5, 4, 3, 2, True),
+    ],
+    "capsule_routing_pack": lambda: [(torch.randn(5, 37, 6, 8),)],
+}
+
+# B, I, D_in, O, D_out: less and more than a block of input capsules, groups of samples with a rest,
+# values in runs of 8, 4, 2 and 1.
+SHAPES = [
+    (2, 7, 3, 4, 5),
+    (9, 70, 8, 10, 16),
+    (19, 33, 15, 2, 7),
+    (1, 1, 1, 2, 1),
+    (3, 40, 11, 3, 70),
+]
+EMPTY = [(0, 7, 3, 4, 5), (2, 0, 3, 4, 5), (2, 7, 0, 4, 5), (2, 7, 3, 0, 5), (2, 7, 3, 4, 0)]
+
+
+def _squash(s: Tensor, dim: int = -1) -> Tensor:
+    energy = (s * s).sum(dim, keepdim=True)
+    return s * (energy.sqrt() / (1 + energy))
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, iterations=3, detach=False):
+    """Routing as people write it: votes by einsum, a loop over the iterations."""
+    votes = torch.einsum("oidk,bik->boid", weight, x)
+    fixed = votes.detach() if detach else votes
+    logits = votes.new_zeros(votes.shape[:3])
+    v = votes.new_zeros(())
+    for n in range(iterations):
+        c = logits.softmax(1).unsqueeze(-1)
+        c = c.detach() if detach else c
+        s = (c * (votes if n == iterations - 1 else fixed)).sum(2)
+        v = _squash(s if bias is None else s + bias)
+        logits = logits + (fixed * v.unsqueeze(2)).sum(-1)
+    return v
+
+
+def _ours(**options):
+    return lambda x, weight, bias=None: F.capsule_routing(x, weight, bias=bias, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("iterations", [1, 2, 3, 5])
+def test_forward_and_backward(iterations, dtype):
+    for shape, detach, with_bias in itertools.product(SHAPES, (False, True), (False, True)):
+        x, weight, bias = (t.to(dtype) for t in _capsules(*shape))
+        tensors = {"x": x, "weight": weight, "bias": bias if with_bias else None}
+        b, _, _, o, d = shape
+        compare(
+            _ours(iterations=iterations, detach_routing=detach),
+            lambda detach=detach, **t: _plain(**t, iterations=iterations, detach=detach),
+            tensors,
+            torch.randn(b, o, d).to(dtype),
+            # Five iterations pass rounding errors on; in float64 the truth has them too.
+            ulps={torch.float64: 256, torch.float32: 64}.get(dtype, 8),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
+def test_nothing_to_route(shape):
+    x, weight, bias = _capsules(*shape)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    b, _, _, o, d = shape
+    for detach in (False, True):
+        v = F.capsule_routing(*leaves[:2], bias=bias, detach_routing=detach)
+        expected = _squash(bias).expand(b, o, d)  # nothing but the bias
+        torch.testing.assert_close(v, expected)
+        for g, leaf in zip(torch.autograd.grad(v.sum(), leaves), leaves, strict=True):
+            assert g.shape == leaf.shape
+            assert bool(g.isfinite().all())
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_views(view):
+    """Inputs and gradient with strides that are not the usual ones, stride 0 among them."""
+    x, weight, bias = (VIEWS[view](t) for t in _capsules(3, 21, 8, 4, 6))
+    grad = VIEWS[view](torch.randn(3, 4, 6))
+    compare(_ours(), _plain, {"x": x, "weight": weight, "bias": bias}, grad, ulps=64)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_input_capsules_have_no_order(detach):
+    """With their weights they may come in any order; the sums are rounded differently, no more."""
+    x, weight, _ = (t.double() for t in _capsules(4, 75, 8, 5, 6))
+    order = torch.randperm(75)
+    v = F.capsule_routing(x, weight, detach_routing=detach)
+    other = F.capsule_routing(x[:, order], weight[:, order], detach_routing=detach)
+    torch.testing.assert_close(v, other, rtol=1e-13, atol=1e-14)
+
+
+def test_detached_routing_has_another_gradient_and_the_same_output():
+    x, weight, _ = _capsules(2, 40, 8, 5, 6)
+    x.requires_grad_()
+    outputs = [F.capsule_routing(x, weight, detach_routing=detach) for detach in (False, True)]
+    assert torch.equal(*outputs)
+    full, detached = (torch.autograd.grad(v.square().sum(), x)[0] for v in outputs)
+    assert (full - detached).norm() > 0.05 * full.norm()
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3])
+def test_gradcheck(iterations):
+    x, weight, bias = (t.double().requires_grad_() for t in _capsules(2, 6, 3, 3, 4))
+    with nnarch.trace() as trace:
+        # The detached gradient is that of no function: test_forward_and_backward has it.
+        assert gradcheck(_ours(iterations=iterations), (x, weight, bias))
+    assert {entry.backend for entry in trace} == {"cpu"}
+
+
+def test_packed_weight():
+    x, weight, bias = _capsules(3, 37, 8, 5, 6)
+    packed = F.pack_capsule_weight(weight)
+    assert torch.equal(
+        F.capsule_routing(x, weight, bias=bias, packed=packed),
+        F.capsule_routing(x, weight, bias=bias),
+    )
+    assert packed is not None
+    with pytest.raises(ValueError, match="packed is not what this weight"):
+        F.capsule_routing(x, weight, packed=packed[1:])
+
+
+def test_nan_and_infinities():
+    """One reaches everything that its sample routes, as in torch, and no other sample."""
+    for value in (float("nan"), float("inf"), 3e38):
+        x, weight, _ = _capsules(3, 40, 8, 5, 6)
+        x[1, 3, 2] = value
+        v = F.capsule_routing(x, weight)
+        torch.testing.assert_close(v, _plain(x, weight), equal_nan=True)
+        assert bool(v[1].isnan().any())
+        assert bool(v[[0, 2]].isfinite().all())
+
+
+def test_large_logits_do_not_overflow():
+    x, weight, _ = _capsules(2, 40, 8, 5, 6)
+    torch.testing.assert_close(
+        F.capsule_routing(x * 300, weight), _plain((x * 300).double(), weight.double()).float()
+    )
+
+
+def test_no_second_derivative_is_an_error():
+    x, weight, _ = _capsules(2, 9, 5, 4, 3)
+    x.requires_grad_()
+    for function in (lambda: F.capsule_routing(x, weight), lambda: F.squash(x)):
+        (dx,) = torch.autograd.grad(function().sum(), x, create_graph=True)
+        with pytest.raises(NotImplementedError, match=r"_grad.*once_different"):
+            dx.sum().backward()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(dynamic):
+    torch._dynamo.reset()
+    _, weight, bias = _capsules(1, 9, 5, 4, 3)
+    weight.requires_grad_()
+
+    def net(x: Tensor) -> Tensor:
+        return F.capsule_routing(F.squash(x * 2), weight, bias=bias)
+
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for b in (3, 5) if dynamic else (3,):
+        x = torch.randn(b, 9, 5, requires_grad=True)
+        results = [(v, *torch.autograd.grad(v.sum(), (x, weight))) for v in (compiled(x), net(x))]
+        assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
+# --------------------------------------------------------------------------------------- squash
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [((4, 9, 8), -1), ((3, 50, 7), 1), ((5,), 0), ((2, 3, 4, 35), 2), ((7, 70), 1), ((2, 5, 1), 1)],
+    ids=str,
+)
+def test_squash(shape, dim, dtype):
+    x, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    ulps = 64 if dtype == torch.float64 else 8
+    compare(lambda x: F.squash(x, dim), lambda x: _squash(x, dim), {"x": x}, grad, ulps=ulps)
+    assert F.squash(torch.zeros(shape, dtype=dtype), dim).eq(0).all()
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, 3, -1])
+def test_squash_of_channels_last(dim):
+    x = torch.randn(2, 12, 5, 7).contiguous(memory_format=torch.channels_last)
+    y = compare(
+        lambda x: F.squash(x, dim),
+        lambda x: _squash(x, dim),
+        {"x": x},
+        torch.randn(x.shape),
+        ulps=8,
+    )
+    assert y.stride() == x.stride()
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_squash_of_views(view):
+    x, grad = VIEWS[view](torch.randn(3, 6, 9)), VIEWS[view](torch.randn(3, 6, 9))
+    for dim in (1, 2):
+        compare(
+            lambda x, d=dim: F.squash(x, d), lambda x, d=dim: _squash(x, d), {"x": x}, grad, ulps=8
+        )
+
+
+@pytest.mark.parametrize("inner", [1, 3])
+def test_squash_is_safe_at_zero(inner):
+    x = torch.zeros(4, 8, inner)
+    x[1] = torch.randn(8, inner)
+    x.requires_grad_()
+    y = F.squash(x, 1)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert bool((dx[[0, 2, 3]] == 0).all())
+    assert bool(dx.isfinite().all())
+    assert bool((y.norm(dim=1) < 1).all())
+
+
+def test_squash_gradcheck():
+    for shape, dim in (((3, 4, 5), -1), ((2, 5, 3), 1)):
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        assert gradcheck(lambda x, dim=dim: F.squash(x, dim), x)
+
+
+# ------------------------------------------------------------------- machines, threads, bad input
+
+
+@needs_poison
+def test_reads_no_uninitialised_memory():
+    for iterations, detach in itertools.product((1, 3), (False, True)):
+        arguments = _grad_sample(5, 45, 9, 5, 6, iterations, detach)
+        fresh = on_fresh_memory(lambda a=arguments: capsule_routing_grad(*a))
+        assert all(map(torch.equal, fresh, capsule_routing_grad(*arguments)))
+        assert all(bool(t.isfinite().all()) for t in fresh)
+
+
+def _everything(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    results = []
+    for shape, detach in itertools.product(((19, 100, 8, 10, 16), (3, 45, 7, 3, 5)), (False, True)):
+        torch.manual_seed(3)
+        x, weight, bias = (t.to(dtype).requires_grad_() for t in _capsules(*shape))
+        v = F.capsule_routing(F.squash(x), weight, bias=bias, detach_routing=detach)
+        results += [v.detach(), *torch.autograd.grad(v.square().sum(), (x, weight, bias))]
+    return results
+
+
+def test_one_and_two_threads_agree():
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append(_everything())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, *results))
+
+
+def _against_reference() -> None:
+    """What the subprocess of the next test runs."""
+    for dtype in DTYPES[:2]:
+        results = _everything(dtype)
+        with nnarch.use_backend("reference"):
+            torch.testing.assert_close(results, _everything(dtype), rtol=1e-4, atol=1e-6)
+    test_gradcheck(3)
+    test_nan_and_infinities()
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    check_under_isa(isa, "test_capsule_routing", "_against_reference")
+
+
+X, W, B = torch.randn(2, 9, 5), torch.randn(4, 9, 3, 5), torch.randn(4, 3)
+V = torch.randn(2, 4, 3)
+BAD = [
+    (lambda: F.capsule_routing([1.0], W), TypeError, "x must be a tensor.*list|DLPack"),
+    (lambda: F.capsule_routing(X.long(), W), TypeError, "x must be floating.*int64"),
+    (lambda: F.capsule_routing(X, W.double()), TypeError, "weight must be.*float32.*float64"),
+    (lambda: F.capsule_routing(X[0], W), ValueError, r"x must be \[B, I, D_in\].*\(9, 5\)"),
+    (lambda: F.capsule_routing(X, W[0]), ValueError, r"weight \[O, I, D_out, D_in\].*\(9, 3, 5\)"),
+    (lambda: F.capsule_routing(X, W[:, :8]), ValueError, "9 capsules of 5 values.*8 of 5"),
+    (lambda: F.capsule_routing(X[..., :4], W), ValueError, "9 capsules of 4 values.*9 of 5"),
+    (lambda: F.capsule_routing(X, W, 0), ValueError, "iterations must be at least 1, got 0"),
+    (lambda: F.capsule_routing(X, W, 2.0), TypeError, "iterations must be an int, got 2.0"),
+    (lambda: F.capsule_routing(X, W, bias=B[:2]), ValueError, r"bias.*\(4, 3\), got \(2, 3\)"),
+    (lambda: F.capsule_routing(X, W, bias=B.double()), TypeError, "bias must be.*float32"),
+    (lambda: F.capsule_routing(X, W, detach_routing=1), TypeError, "detach_routing.*bool, got 1"),
+    (lambda: F.capsule_routing(X, W, packed=3), TypeError, "packed|Tensor"),
+    (lambda: F.squash(X, 3), ValueError, "dim must be one of the 3 dimensions.*got 3"),
+    (lambda: F.squash(X, "a"), TypeError, "dim must be an int, got 'a'"),
+    (lambda: F.squash(X.int()), TypeError, "x must be floating.*int32"),
+    (lambda: squash_grad(X[:1], X, 1), ValueError, r"grad must have the shape.*got \(1, 9, 5\)"),
+    (lambda: capsule_routing_pack(W[0]), ValueError, r"weight must be \[O, I, D_out, D_in\]"),
+    (
+        lambda: capsule_routing_grad(V, X, W, torch.randn(2, 3, 4, 2), False, None),
+        ValueError,
+        r"sums must be \[B, iterations, O, D_out\]",
+    ),
+    (
+        lambda: capsule_routing_grad(V[:1], X, W, torch.randn(2, 3, 4, 3), False, None),
+        ValueError,
+        r"grad must have the shape \(2, 4, 3\)",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD, ids=range(len(BAD)))
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
