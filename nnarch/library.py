@@ -309,7 +309,7 @@ def _cheap_call(op: Op, backward: Any, setup_context: Any) -> Callable[..., Any]
 def _cheap_apply(function: Any) -> Callable[..., Any]:
     """`function.apply` past the part of it in Python: that looks at every argument for what
     functorch left behind, 2.9 µs of conv2d's 6.8."""
-    return super(torch.autograd.Function, function).apply
+    return super(torch.autograd.Function, function).apply  # type: ignore[attr-defined]
 
 
 def _autograd_function(op: Op, backward_formula: Any, setup_context: Any) -> Any:

@@ -53,6 +53,15 @@ CALLS = {
     "interpolate": (lambda x: F.interpolate(x, scale_factor=2), (X,)),
     "upsample": (lambda x: F.upsample(x, (5, 7), mode="bilinear"), (X,)),
     "max_unpool2d": (lambda x: F.max_unpool2d(x, INDICES, 2), (X,)),
+    "lstm_layer": (lambda *a: F.lstm_layer(*a)[0], (array(4, 2, 3), array(20, 3), array(20, 5))),
+    "gru_layer": (lambda *a: F.gru_layer(*a)[0], (array(4, 2, 3), array(15, 3), array(15, 5))),
+    "rnn_layer": (lambda *a: F.rnn_layer(*a)[0], (array(4, 2, 3), array(5, 3), array(5, 5))),
+    "lstm_cell": (
+        lambda x, h, c, *w: F.lstm_cell(x, (h, c), *w)[0],
+        (array(2, 3), array(2, 5), array(2, 5), array(20, 3), array(20, 5)),
+    ),
+    "gru_cell": (F.gru_cell, (array(2, 3), array(2, 5), array(15, 3), array(15, 5))),
+    "rnn_cell": (F.rnn_cell, (array(2, 3), array(2, 5), array(5, 3), array(5, 5))),
     "reservoir_scan": (
         lambda x, w, w_in: F.reservoir_scan(x, w, w_in)[0],
         (array(4, 2, 3), array(5, 5), array(5, 3)),

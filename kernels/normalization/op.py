@@ -144,8 +144,8 @@ def _eval_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         of_normalized = (channel_dot(g, x) - mean * total) * invstd
     return (
         affine(g, scale, None, None, kinds.NONE, 0.0) if need_x else None,
-        -scale * total if need_mean else None,
-        -0.5 * invstd * scale * of_normalized if need_var else None,
+        -scale * total if need_mean and total is not None else None,
+        -0.5 * invstd * scale * of_normalized if need_var and of_normalized is not None else None,
         of_normalized if need_weight else None,
         total if need_bias else None,
         g if need_residual else None,

@@ -55,8 +55,9 @@ def batch_norm_eval(
     alpha: float,
 ) -> Tensor:
     """act((x - mean)/√(var + eps)·weight + bias + residual)"""
-    wide = (None if t is None else _wide(t) for t in (mean, var, weight, bias))
-    return affine(x, *fold(*wide, eps), residual, activation, alpha)
+    weight, bias = (None if t is None else _wide(t) for t in (weight, bias))
+    scale, shift = fold(_wide(mean), _wide(var), weight, bias, eps)
+    return affine(x, scale, shift, residual, activation, alpha)
 
 
 def channel_sum(x: Tensor) -> Tensor:

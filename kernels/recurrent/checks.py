@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-from nnarch.library import check_device, check_same, check_tensor
+from nnarch.library import check_same, check_tensor
 
 from . import kinds
 
@@ -46,6 +48,8 @@ def check_scan(
     batch = _check_input(op, x, batch_sizes)
     hidden = _check_weights(op, kind, x, weight_ih, weight_hh, weight_hr)
     rows = weight_ih.shape[0]
+    if batch is None and h0 is not None and h0.dim() == 2:
+        batch = h0.shape[0]
     _check_shape(op, "h0", h0, (batch, weight_hh.shape[1]))
     _check_shape(op, "bias_ih", bias_ih, (rows,))
     _check_shape(op, "bias_hh", bias_hh, (rows,))
@@ -53,13 +57,15 @@ def check_scan(
         for name in ("c0", "weight_hr", "peephole", "norm"):
             if tensors[name] is not None:
                 raise ValueError(f"{op}: {name} belongs to the LSTM alone")
+    if batch is None and c0 is not None and c0.dim() == 2:
+        batch = c0.shape[0]
     _check_shape(op, "c0", c0, (batch, hidden))
     _check_shape(op, "peephole", peephole, (3, hidden))
     _check_shape(op, "norm", norm, (kinds.NORM_ROWS, hidden))
 
 
-def _check_input(op: str, x: Tensor, batch_sizes: Tensor | None) -> int:
-    """The number of sequences."""
+def _check_input(op: str, x: Tensor, batch_sizes: Tensor | None) -> int | None:
+    """The number of sequences; None where it cannot be known."""
     if batch_sizes is None:
         if x.dim() not in (2, 3):
             raise ValueError(f"{op}: x must be [T, B, I] or [B, I], got {tuple(x.shape)}")
@@ -68,7 +74,10 @@ def _check_input(op: str, x: Tensor, batch_sizes: Tensor | None) -> int:
         raise ValueError(f"{op}: x must be [rows, I] with batch_sizes, got {tuple(x.shape)}")
     if batch_sizes.dtype != torch.int64 or batch_sizes.dim() != 1:
         raise ValueError(f"{op}: batch_sizes must be [T] of int64")
-    check_device(op, "batch_sizes", batch_sizes, torch.empty(0), of="PackedSequence has it")
+    if without_values(batch_sizes):
+        return None
+    if not batch_sizes.is_cpu:
+        raise ValueError(f"{op}: batch_sizes must be on the CPU, got {batch_sizes.device}")
     counts = batch_sizes.tolist()
     falls = all(a >= b for a, b in itertools.pairwise(counts))
     if not falls or (counts and counts[-1] < 1) or sum(counts) != x.shape[0]:
@@ -77,6 +86,11 @@ def _check_input(op: str, x: Tensor, batch_sizes: Tensor | None) -> int:
             f"({x.shape[0]}), got {counts[:10]}"
         )
     return counts[0] if counts else 0
+
+
+def without_values(t: Tensor) -> bool:
+    """Whether a tensor has a shape and nothing in it, as while a graph is traced."""
+    return t.is_meta or isinstance(t, FakeTensor)
 
 
 def _check_weights(
@@ -100,6 +114,6 @@ def _check_weights(
     return hidden
 
 
-def _check_shape(op: str, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+def _check_shape(op: str, name: str, tensor: Tensor | None, shape: tuple[Any, ...]) -> None:
     if tensor is not None and tuple(tensor.shape) != shape:
         raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(tensor.shape)}")

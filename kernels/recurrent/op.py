@@ -10,7 +10,7 @@ from torch import Tensor
 from nnarch import arrays, library
 
 from . import kinds, reference
-from .checks import check_scan
+from .checks import check_scan, without_values
 
 _GPU = "nnarch.kernels.recurrent.gpu_kernel"
 _ARGUMENTS = (
@@ -95,6 +95,8 @@ def _check_backward(*arguments: Any) -> None:
     y, reserve, kind, reverse, eps, _ = arguments[14:]
     check_scan(*inputs, None, kind, reverse, eps, True)  # type: ignore[call-arg]
     op, x, norm, batch_sizes = kinds.NAMES[kind], inputs[0], inputs[9], inputs[10]
+    if batch_sizes is not None and without_values(batch_sizes):
+        return
     shapes = output_shapes(
         x, inputs[3], inputs[4], norm, kind, reference.batch_of(x, batch_sizes), True
     )
@@ -149,11 +151,17 @@ def _check_pack(
     )  # fmt: skip
 
 
+def _fake_pack(weight: Tensor, *_: Any) -> Tensor:
+    half = weight.dtype in (torch.float16, torch.bfloat16)
+    size = torch.library.get_ctx().new_dynamic_size()
+    return weight.new_empty(size, dtype=torch.float32 if half else weight.dtype)
+
+
 pack = library.declare(
     "recurrent_pack(Tensor weight_ih, Tensor weight_hh, Tensor? weight_hr, int kind, bool bfloat16)"
     " -> Tensor",
     reference=reference.recurrent_pack,
-    fake=lambda w, *_: w.new_empty(torch.library.get_ctx().new_dynamic_size()),
+    fake=_fake_pack,
     check=_check_pack,
 )
 

@@ -96,7 +96,7 @@ def recurrent_scan(
     empty = x.new_zeros(0, weight_hh.shape[1])
     y = torch.cat([empty, *outputs]).reshape(*x.shape[:-1], weight_hh.shape[1])
     kept = torch.cat([x.new_zeros(0, width * hidden), *reserve])
-    return y, h.clone(), c.clone(), kept
+    return y, h.clone(), c.clone(), kept.detach()  # no result: only the backward reads it
 
 
 @contextlib.contextmanager

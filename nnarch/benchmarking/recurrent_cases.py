@@ -32,13 +32,17 @@ class Sequences(nn.Module):
     ) -> None:
         super().__init__()
         self.layer = getattr(namespace, kind)(hidden, hidden, layers)
-        self.lengths = None if lengths is None else torch.tensor(lengths)
+        self.lengths = lengths
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, B, H], or the rows that belong to a sequence."""
         if self.lengths is None:
             return self.layer(x)[0]
-        return self.layer(rnn.pack_padded_sequence(x, self.lengths))[0].data
+        return self.layer(_packed(x, self.lengths))[0].data
+
+
+def _packed(x: Tensor, lengths: Any) -> rnn.PackedSequence:
+    return rnn.pack_padded_sequence(x, torch.tensor(lengths, device="cpu"))
 
 
 def _by_function(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -62,7 +66,7 @@ def _by_function(module: nn.Module) -> Callable[[Tensor], Tensor]:
     def run(x: Tensor) -> Tensor:
         sizes = None
         if lengths is not None:
-            x, sizes, *_ = rnn.pack_padded_sequence(x, lengths)
+            x, sizes, *_ = _packed(x, lengths)
         for w, ready in zip(weights, packed, strict=True):
             x = function(x, *w, batch_sizes=sizes, packed=ready)[0]
         return x

@@ -26,8 +26,3 @@ def recurrent(cell: str, nn: ModuleType, *sizes: int, **options: Any) -> Module:
     if cell not in CELLS:
         raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
     return getattr(nn, CELLS[cell])(*sizes, **options)
-
-
-def hidden_of(state: Any) -> Any:
-    """h of a layer's state, which for an LSTM is (h, c)."""
-    return state[0] if isinstance(state, tuple) else state

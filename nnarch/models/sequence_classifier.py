@@ -13,7 +13,7 @@ from torch.nn import Module
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import nnarch.nn
-from nnarch.models.cells import PAPERS, hidden_of, recurrent
+from nnarch.models.cells import PAPERS, recurrent
 from nnarch.models.registry import register_model
 
 
@@ -49,6 +49,7 @@ class SequenceClassifier(Module):
     ) -> None:
         super().__init__()
         self.directions = 2 if bidirectional else 1
+        self.has_cell_state = cell == "lstm"
         self.embedding = nn.Embedding(vocabulary, embedding)
         between = dropout if layers > 1 else 0.0
         self.recurrent = recurrent(
@@ -65,7 +66,9 @@ class SequenceClassifier(Module):
         x: Any = self.embedding(tokens.t())
         if lengths is not None:
             x = pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False)
-        last = hidden_of(self.recurrent(x)[1])[-self.directions :]  # the top layer's
+        _, state = self.recurrent(x)
+        h = state[0] if self.has_cell_state else state
+        last = h[-self.directions :]  # the top layer's
         return self.output(self.dropout(cat(last.unbind(), 1)))
 
 

@@ -103,7 +103,7 @@ def test_functions_of_torch_are_exchanged():
 
 
 def test_the_models_of_the_registry():
-    for name in ("gru_classifier", "lstm_forecaster"):
+    for name in ("gru_classifier", "lstm_classifier", "rnn_classifier", "lstm_forecaster"):
         model = nnarch.create_model(name, hidden=12, nn=torch.nn)
         x = torch.randint(100, (9, 2)) if "class" in name else torch.randn(9, 2, 1)
         fast = nnarch.accelerate(model, x)

@@ -177,7 +177,7 @@ def test_no_warning_for_a_traceable_model():
         nnarch.accelerate(randomize(block()), (torch.randn(1, 3, 4, 4),))
 
 
-@pytest.mark.parametrize("bad", [None, torch.relu, nn.Conv2d, {"a": 1}], ids=str)
+@pytest.mark.parametrize("bad", [None, torch.relu, nn.Conv2d, {"a": 1}], ids=range(4))
 def test_refuses_what_is_no_module(bad):
     with pytest.raises(TypeError, match=r"accelerate: model must be a torch\.nn\.Module, got"):
         nnarch.accelerate(bad)
