@@ -44,7 +44,7 @@ example: $(STAMPS)/examples
 	$(BIN)/python examples/$(NAME).py $(ARGS)
 
 # One test process a core, with one thread each: tests that are about threads ask for more.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --numprocesses auto --maxprocesses 8 --dist worksteal
 
 test: $(STAMPS)/test $(STAMPS)/oracles
 	$(PYTEST)
