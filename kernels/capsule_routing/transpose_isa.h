@@ -1,7 +1,7 @@
 // Transposition between the weight as it lies and in blocks, by square register tiles of as many
 // rows as a vector has lanes. For *_isa.cpp files.
 //
-// kernels/cpu/layout_isa.cpp moves 8 × 8 floats at a time; whole lines of 16 take half as long.
+// kernels/cpu/layout_isa.cpp moves 8 × 8 floats at a time; here whole lines are written.
 #pragma once
 
 #include "cpu/simd.h"
@@ -25,7 +25,7 @@ NNARCH_INLINE void transpose_rows(Vec<T> (&row)[kLanes<T>]) {
 }
 
 // to[j][i] = from[i][j]. Whole lines go past the caches: stores that jump from line to line wait
-// for each of them to be read first, which took three times as long.
+// for each of them to be read first.
 template <class T>
 void transpose_matrix(const T* from, int64_t from_step, T* to, int64_t to_step, int64_t rows,
                       int64_t columns) {

@@ -153,8 +153,7 @@ class _Recurrent(RecurrentWeights, RNNBase):
                 )  # fmt: skip
                 outputs.append(y)
                 ends.append(end)
-            # Operations return fresh memory, so two directions are copied once to lie side by side:
-            # 1 to 2 % of a bidirectional layer's time.
+            # Operations return fresh memory, so two directions are copied once to lie side by side.
             x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
             if self.dropout and self.training and last + 1 < count:
                 x = torch.dropout(x, self.dropout, True)
