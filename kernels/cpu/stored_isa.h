@@ -139,13 +139,20 @@ NNARCH_INLINE HalfBits narrow(BFloat16, Vec<float> v) {
   return low_halves(v == v ? rounded : B{} + 0x7fc0);
 }
 
-#define NNARCH_HALF_STORAGE(S)                                                                   \
-  NNARCH_INLINE Vec<float> load_as(const S* p) { return widen(S{}, load_bits(p)); }              \
+// v as it reads after it has been stored.
+template <class S>
+NNARCH_INLINE Vec<Compute<S>> rounded_as(Vec<Compute<S>> v) {
+  if constexpr (sizeof(S) == sizeof(Compute<S>))
+    return v;
+  else
+    return widen(S{}, narrow(S{}, v));
+}
+
+#define NNARCH_HALF_STORAGE(S)                                                                    \
+  NNARCH_INLINE Vec<float> load_as(const S* p) { return widen(S{}, load_bits(p)); }               \
   NNARCH_INLINE Vec<float> load_as(const S* p, int64_t n) { return widen(S{}, load_bits(p, n)); } \
-  NNARCH_INLINE void store_as(S* p, Vec<float> v) { store_bits(p, narrow(S{}, v)); }             \
-  NNARCH_INLINE void store_as(S* p, Vec<float> v, int64_t n) {                                   \
-    store_bits(p, narrow(S{}, v), n);                                                            \
-  }
+  NNARCH_INLINE void store_as(S* p, Vec<float> v) { store_bits(p, narrow(S{}, v)); }              \
+  NNARCH_INLINE void store_as(S* p, Vec<float> v, int64_t n) { store_bits(p, narrow(S{}, v), n); }
 NNARCH_HALF_STORAGE(BFloat16)
 NNARCH_HALF_STORAGE(Float16)
 #undef NNARCH_HALF_STORAGE

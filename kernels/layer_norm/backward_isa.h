@@ -6,13 +6,13 @@
 
 namespace nnarch::NNARCH_ISA {
 
-// What the gradient of a row needs to know of it: ds = grad·weight·of_u - (s - mean)·of_d - constant.
+// What the gradient of a row needs to know of it: ds = (u - mean_u - (s - mean)·of_d)·rstd.
 template <class S>
 struct GradRow {
   using T = Compute<S>;
   const S *grad, *grad_sum, *s;
   S* ds;
-  T mean, rstd, of_d, constant;
+  T mean, rstd, of_d, mean_u;
 };
 
 template <class S>
@@ -31,8 +31,8 @@ NNARCH_INLINE GradRow<S> grad_row(const NormBackward<S>& a, int64_t r) {
     return Terms<T, 2>{{u, u * (load_as(row.s + i, n) - row.mean)}};
   });
   const double rstd = row.rstd, inverse = 1.0 / static_cast<double>(a.columns);
-  row.of_d = static_cast<T>(sums.of[1] * inverse * rstd * rstd * rstd);
-  row.constant = a.mean ? static_cast<T>(sums.of[0] * inverse * rstd) : T{0};
+  row.of_d = static_cast<T>(sums.of[1] * inverse * rstd * rstd);
+  row.mean_u = a.mean ? static_cast<T>(sums.of[0] * inverse) : T{0};
   return row;
 }
 
@@ -54,7 +54,9 @@ NNARCH_INLINE void backward_of(const NormBackward<S>& a, int64_t first, Compute<
         of_bias += grad;
       }
       if (!a.ds) continue;
-      Vec<T> ds = grad * weight * row[r].rstd - (d * row[r].of_d + row[r].constant);
+      Vec<T> u = grad * weight;
+      keep_in_register(u);  // rounded as in its mean: in rows of one column they cancel exactly
+      Vec<T> ds = ((u - row[r].mean_u) - d * row[r].of_d) * row[r].rstd;
       if (row[r].grad_sum) ds += load_as(row[r].grad_sum + i, n);
       put(row[r].ds + i, ds, n, a.past_caches);
     }

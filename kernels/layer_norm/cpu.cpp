@@ -1,4 +1,5 @@
-// layer_norm and layer_norm_train on the CPU.
+// layer_norm, layer_norm_train and row_dropout on the CPU.
+#include <cmath>
 #include <tuple>
 
 #include "cpu/registry.h"
@@ -8,6 +9,19 @@
 namespace nnarch {
 namespace {
 
+// What `seed` and `p` drop, or nothing.
+std::optional<RowDropout> dropout_of(const OptTensor& seed, double p) {
+  require(p >= 0 && p <= 1, "dropout_p must be between 0 and 1");
+  if (!seed) {
+    require(p == 0, "dropout needs a seed");
+    return std::nullopt;
+  }
+  require(seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+          "seed must be an int64 tensor of one element");
+  return RowDropout{static_cast<uint64_t>(*data<int64_t>(*seed)),
+                    static_cast<uint64_t>(std::nearbyint(p * 0x1p32)), p < 1 ? 1 / (1 - p) : 0};
+}
+
 // What both operations take; the outputs that one does not have are null.
 struct Arguments {
   const Tensor& x;
@@ -15,6 +29,7 @@ struct Arguments {
   int64_t columns, rows;
   double eps;
   bool rms;
+  std::optional<RowDropout> dropout = std::nullopt;
 };
 
 void run(const Arguments& a, const Tensor& y, const Tensor* sum, const Tensor* stats) {
@@ -41,11 +56,12 @@ void run(const Arguments& a, const Tensor& y, const Tensor* sum, const Tensor* s
     o.columns = a.columns;
     o.eps = a.eps;
     o.rms = a.rms;
+    o.dropout = a.dropout ? &*a.dropout : nullptr;
     o.past_caches = sizeof(S) >= 4 && outgrows_caches(o.y, a.rows, a.columns) &&
                     (!o.sum || outgrows_caches(o.sum, a.rows, a.columns));
     const auto& table = NNARCH_SELECT(layer_norm_table<S>());
     for_each_run(a.rows, a.columns, [&](int64_t first, int64_t count) {
-      const Scratch<T> scratch(a.columns);
+      const Scratch<T> scratch(2 * (a.columns + 64));
       table.forward(o, first, count, scratch.get());
     });
   });
@@ -59,18 +75,39 @@ Tensor layer_norm(const Tensor& x, const OptTensor& weight, const OptTensor& bia
   return y;
 }
 
-// y, the sum (empty where nothing is added), and what backward needs: [mean; rstd], or [rstd].
+// y, the sum (empty where that is x), and what backward needs: [mean; rstd], or [rstd].
 std::tuple<Tensor, Tensor, Tensor> layer_norm_train(const Tensor& x, const OptTensor& weight,
                                                     const OptTensor& bias,
-                                                    const OptTensor& residual, int64_t columns,
-                                                    double eps, bool rms) {
-  const Arguments a{x, weight, bias, residual, columns, rows_of(x, columns), eps, rms};
+                                                    const OptTensor& residual,
+                                                    const OptTensor& seed, int64_t columns,
+                                                    double eps, double p, bool rms) {
+  const Arguments a{
+      x, weight, bias, residual, columns, rows_of(x, columns), eps, rms, dropout_of(seed, p)};
   const ScalarType type = x.scalar_type();
+  const bool adds = residual || seed;
   const Tensor y = new_contiguous(sizes_of(x), type);
-  const Tensor sum = new_contiguous(residual ? sizes_of(x) : IntList{0}, type);
+  const Tensor sum = new_contiguous(adds ? sizes_of(x) : IntList{0}, type);
   const Tensor stats = new_contiguous({rms ? 1 : 2, a.rows}, compute_type(type));
-  run(a, y, residual ? &sum : nullptr, &stats);
+  run(a, y, adds ? &sum : nullptr, &stats);
   return {y, sum, stats};
+}
+
+Tensor row_dropout(const Tensor& x, const Tensor& seed, int64_t columns, double p) {
+  const int64_t rows = rows_of(x, columns);
+  const RowDropout dropout = *dropout_of(seed, p);
+  const Tensor y = new_contiguous(sizes_of(x), x.scalar_type());
+  with_stored_type(x.scalar_type(), "row_dropout", [&](auto stored) {
+    using S = decltype(stored);
+    const RowsOf<S> from(x, x, rows, columns);
+    if (rows == 0) return;
+    S* to = mutable_data<S>(y);
+    const auto& table = NNARCH_SELECT(layer_norm_table<S>());
+    for_each_run(rows, columns, [&](int64_t first, int64_t count) {
+      const Scratch<Compute<S>> scratch(columns + 64);
+      table.dropout(from.get(), dropout, first, count, columns, scratch.get(), to);
+    });
+  });
+  return y;
 }
 
 }  // namespace
@@ -78,6 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_train(const Tensor& x, const OptTe
 NNARCH_OPS(layer_norm, ops) {
   ops.impl("layer_norm", TORCH_BOX(&layer_norm));
   ops.impl("layer_norm_train", TORCH_BOX(&layer_norm_train));
+  ops.impl("row_dropout", TORCH_BOX(&row_dropout));
 }
 
 }  // namespace nnarch

@@ -27,7 +27,13 @@ struct Rows {
   }
 };
 
-// s = x + residual; y = (s - mean)·rstd·weight + bias, or s·rstd·weight ("rms").
+// Which elements of a row are dropped (kernels/dropout/reference.py): words below the threshold.
+struct RowDropout {
+  uint64_t seed = 0, threshold = 0;
+  double scale = 1;  // of the others
+};
+
+// s = dropout(x) + residual; y = (s - mean)·rstd·weight + bias, or s·rstd·weight ("rms").
 template <class S>
 struct NormForward {
   using T = Compute<S>;
@@ -38,6 +44,7 @@ struct NormForward {
   T *mean = nullptr, *rstd = nullptr;  // [rows], likewise
   int64_t columns = 0;
   double eps = 0;
+  const RowDropout* dropout = nullptr;  // null: none
   bool rms = false, past_caches = false;
 };
 
@@ -69,12 +76,15 @@ inline constexpr int64_t kGradRows = 4;
 template <class S>
 struct LayerNormTable {
   using T = Compute<S>;
-  // Rows [first, first + count). scratch: columns + 64.
+  // Rows [first, first + count). scratch: 2 · (columns + 64).
   void (*forward)(const NormForward<S>&, int64_t first, int64_t count, T* scratch);
   // The same; sums of the rows are added to dweight and dbias, [columns], where these are not null.
   void (*backward)(const NormBackward<S>&, int64_t first, int64_t count, T* dweight, T* dbias);
   void (*backward_backward)(const NormBackwardBackward<S>&, int64_t first, int64_t count,
                             T* dweight);
+  // y = x, elements dropped or scaled. scratch: columns + 64.
+  void (*dropout)(const Rows<S>& x, const RowDropout&, int64_t first, int64_t count,
+                  int64_t columns, T* scratch, S* y);
 };
 
 NNARCH_PER_ISA(template <class S> const LayerNormTable<S>& layer_norm_table();)

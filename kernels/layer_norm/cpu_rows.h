@@ -21,9 +21,7 @@ auto with_stored_type(ScalarType type, const char* op, const F& f) {
   throw std::runtime_error(std::string(op) + ": dtype must be floating point");
 }
 
-inline ScalarType compute_type(ScalarType type) {
-  return is_half(type) ? ScalarType::Float : type;
-}
+inline ScalarType compute_type(ScalarType type) { return is_half(type) ? ScalarType::Float : type; }
 
 // How many rows a tensor has; none where a row has no columns.
 inline int64_t rows_of(const Tensor& x, int64_t columns) {
@@ -116,9 +114,8 @@ class RowVector {
 template <class F>
 void for_each_run(int64_t rows, int64_t columns, const F& f) {
   const int64_t run = std::max<int64_t>(1, 16384 / columns);
-  parallel_tasks(ceil_div(rows, run), [&](int64_t task) {
-    f(task * run, std::min(run, rows - task * run));
-  });
+  parallel_tasks(ceil_div(rows, run),
+                 [&](int64_t task) { f(task * run, std::min(run, rows - task * run)); });
 }
 
 // Sums over all rows, `terms` for every column: rows are cut into parts by the shape alone, a part

@@ -4,40 +4,65 @@
 // the first-level cache, from where its squared deviations and the result are computed.
 #pragma once
 
+#include "cpu/philox_isa.h"
 #include "layer_norm/cpu_kernels.h"
 #include "layer_norm/row_isa.h"
 
 namespace nnarch::NNARCH_ISA {
-// Σ s, or Σ s² for rms, of a row of s = x + residual that is also stored to `row`, and to `sum`
-// where there is one.
+// A row before it is normalized: s = x·factors + residual.
+template <class S>
+struct Addends {
+  const S *x, *residual;      // residual and factors may be null
+  const Compute<S>* factors;  // of dropout
+};
+
+// Σ s, or Σ s² for rms, of a row that is also stored to `row`, and to `sum` where there is one.
 template <class S, bool rms>
-NNARCH_INLINE double stage_row(const S* x, const S* residual, int64_t columns, Compute<S>* row,
-                               S* sum, bool past_caches) {
+NNARCH_INLINE double stage_row(const Addends<S>& a, int64_t columns, Compute<S>* row, S* sum,
+                               bool past_caches) {
   using T = Compute<S>;
-  return sum_row<T, 1>(columns, [&](int64_t i, int64_t n) NNARCH_INLINE_LAMBDA {
-           Vec<T> s = load_as(x + i, n);
-           if (residual) s += load_as(residual + i, n);
-           store_n(row + i, s, n);
-           if (sum) put(sum + i, s, n, past_caches);
-           return Terms<T, 1>{{rms ? s * s : s}};
-         }).of[0];
+  return sum_row<T, 1>(
+             columns,
+             [&](int64_t i, int64_t n) NNARCH_INLINE_LAMBDA {
+               Vec<T> s = load_as(a.x + i, n);
+               if (a.factors) s *= load_n(a.factors + i, n);
+               if (a.residual) s += load_as(a.residual + i, n);
+               s = rounded_as<S>(s);  // y is that of the sum that backward and the caller see
+               store_n(row + i, s, n);
+               if (sum) put(sum + i, s, n, past_caches);
+               return Terms<T, 1>{{rms ? s * s : s}};
+             })
+      .of[0];
 }
 
 // The same of a row that is there already.
 template <class T, bool rms>
 NNARCH_INLINE double sum_of(const T* row, int64_t columns) {
-  return sum_row<T, 1>(columns, [&](int64_t i, int64_t n) NNARCH_INLINE_LAMBDA {
-           const Vec<T> s = load_n(row + i, n);
-           return Terms<T, 1>{{rms ? s * s : s}};
-         }).of[0];
+  return sum_row<T, 1>(columns,
+                       [&](int64_t i, int64_t n) NNARCH_INLINE_LAMBDA {
+                         const Vec<T> s = load_n(row + i, n);
+                         return Terms<T, 1>{{rms ? s * s : s}};
+                       })
+      .of[0];
 }
 
 template <class T>
 NNARCH_INLINE double squared_deviations(const T* row, int64_t columns, T mean) {
-  return sum_row<T, 1>(columns, [&](int64_t i, int64_t n) NNARCH_INLINE_LAMBDA {
-           const Vec<T> d = load_n(row + i, n) - mean;
-           return Terms<T, 1>{{d * d}};
-         }).of[0];
+  return sum_row<T, 1>(columns,
+                       [&](int64_t i, int64_t n) NNARCH_INLINE_LAMBDA {
+                         const Vec<T> d = load_n(row + i, n) - mean;
+                         return Terms<T, 1>{{d * d}};
+                       })
+      .of[0];
+}
+
+// The factors of dropout for a row, or null.
+template <class T>
+NNARCH_INLINE const T* factors_of(const RowDropout* dropout, int64_t row, int64_t columns, T* to) {
+  if (!dropout) return nullptr;
+  const DropoutRule rule{dropout->seed, dropout->threshold, dropout->scale};
+  dropout_factors(rule, 0, static_cast<uint32_t>(row), columns, to);
+  return to;
 }
 
 template <class S, bool rms>
@@ -45,20 +70,18 @@ void forward_rows(const NormForward<S>& a, int64_t first, int64_t count, Compute
   using T = Compute<S>;
   const int64_t columns = a.columns;
   const double inverse = 1.0 / static_cast<double>(columns);
+  const bool in_place = sizeof(S) == sizeof(T) && !a.residual.data && !a.dropout;
   for (int64_t r = first; r < first + count; ++r) {
-    const S* x = a.x[r];
-    const S* residual = a.residual.data ? a.residual[r] : nullptr;
+    const Addends<S> addends{a.x[r], a.residual.data ? a.residual[r] : nullptr,
+                             factors_of(a.dropout, r, columns, scratch + columns + 64)};
     const T* row = scratch;
     double total;
-    if constexpr (sizeof(S) == sizeof(T)) {
-      if (!residual) {
-        row = x;
-        total = sum_of<T, rms>(row, columns);
-      } else {
-        total = stage_row<S, rms>(x, residual, columns, scratch, a.sum ? a.sum + r * columns : nullptr, a.past_caches);
-      }
+    if (in_place) {
+      row = reinterpret_cast<const T*>(addends.x);
+      total = sum_of<T, rms>(row, columns);
     } else {
-      total = stage_row<S, rms>(x, residual, columns, scratch, a.sum ? a.sum + r * columns : nullptr, a.past_caches);
+      S* sum = a.sum ? a.sum + r * columns : nullptr;
+      total = stage_row<S, rms>(addends, columns, scratch, sum, a.past_caches);
     }
     const T mean = rms ? T{0} : static_cast<T>(total * inverse);
     const double squares = rms ? total : squared_deviations<T>(row, columns, mean);
@@ -77,6 +100,19 @@ void forward_rows(const NormForward<S>& a, int64_t first, int64_t count, Compute
     });
   }
   if (a.past_caches) finish_streaming();
+}
+
+template <class S>
+void dropout_rows(const Rows<S>& x, const RowDropout& dropout, int64_t first, int64_t count,
+                  int64_t columns, Compute<S>* scratch, S* y) {
+  using T = Compute<S>;
+  for (int64_t r = first; r < first + count; ++r) {
+    const S* from = x[r];
+    const T* factors = factors_of(&dropout, r, columns, scratch);
+    over_row<T>(columns, [&](int64_t i, int64_t n) NNARCH_INLINE_LAMBDA {
+      store_as(y + r * columns + i, load_as(from + i, n) * load_n(factors + i, n), n);
+    });
+  }
 }
 
 }  // namespace nnarch::NNARCH_ISA

@@ -14,7 +14,8 @@ void forward(const NormForward<S>& a, int64_t first, int64_t count, Compute<S>* 
 }
 
 template <class S>
-constexpr LayerNormTable<S> kTable = {forward<S>, backward_rows<S>, backward_backward_rows<S>};
+constexpr LayerNormTable<S> kTable = {forward<S>, backward_rows<S>, backward_backward_rows<S>,
+                                      dropout_rows<S>};
 
 }  // namespace
 

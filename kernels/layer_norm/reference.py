@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nnarch.kernels.dropout.reference import factors
+
 
 def layer_norm(
     x: Tensor,
@@ -20,7 +22,7 @@ def layer_norm(
     rms: bool,
 ) -> Tensor:
     """(s - mean)/√(variance + eps)·weight + bias of s = x + residual, or s/√(E[s²] + eps)·weight"""
-    return layer_norm_train(x, weight, bias, residual, columns, eps, rms)[0]
+    return layer_norm_train(x, weight, bias, residual, None, columns, eps, 0.0, rms)[0]
 
 
 def layer_norm_train(
@@ -28,14 +30,19 @@ def layer_norm_train(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    seed: Tensor | None,
     columns: int,
     eps: float,
+    dropout_p: float,
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same; s, or an empty tensor where that is x; [mean; 1/√(…)], without the mean for rms."""
+    """The same of s = dropout(x) + residual; s, or an empty tensor where that is x; [mean; 1/√(…)], without the mean for rms."""
     s = _rows(x, columns)
+    if seed is not None:
+        s = s * factors(seed, 1, *s.shape, dropout_p, s)[0]
     if residual is not None:
         s = s + _rows(residual, columns)
+    s = _wide(s.to(x.dtype))  # y is that of the sum that backward and the caller see
     mean = s.new_zeros(len(s), 1) if rms else s.mean(1, keepdim=True)
     invstd = 1 / torch.sqrt((s - mean).square().mean(1, keepdim=True) + eps)
     y = (s - mean) * invstd
@@ -43,7 +50,7 @@ def layer_norm_train(
         y = y * _wide(weight)
     if bias is not None:
         y = y + _wide(bias)
-    total = x.new_empty(0) if residual is None else s.view(x.shape).to(x.dtype)
+    total = x.new_empty(0) if residual is None and seed is None else s.view(x.shape).to(x.dtype)
     stats = torch.stack([invstd[:, 0]] if rms else [mean[:, 0], invstd[:, 0]])
     return y.view(x.shape).to(x.dtype), total, stats
 
@@ -100,6 +107,13 @@ def layer_norm_backward_backward(
     d_s = invstd * (pq - invstd * (ux * pa + ax * pu + normalized * apu))
     d_weight = (invstd * g * pa).sum(0)
     return d_grad.view(s.shape).to(s.dtype), d_s.view(s.shape).to(s.dtype), d_weight
+
+
+def row_dropout(x: Tensor, seed: Tensor, columns: int, dropout_p: float) -> Tensor:
+    """x with each row's elements dropped, or multiplied by 1/(1 - p)."""
+    rows = _rows(x, columns)
+    kept = rows * factors(seed, 1, *rows.shape, dropout_p, rows)[0]
+    return kept.view(x.shape).to(x.dtype)
 
 
 def _project(v: Tensor, normalized: Tensor, rms: bool) -> Tensor:
