@@ -29,6 +29,7 @@ from nnarch.benchmarking.convolution_cases import (
     training_convolutions,
     transposed_convolutions,
 )
+from nnarch.benchmarking.layer_norm_cases import LAYER_NORM_TARGETS, layer_norms
 from nnarch.benchmarking.peers import torchvision
 from nnarch.benchmarking.recurrent_cases import recurrents
 from nnarch.benchmarking.reservoir_cases import reservoirs
@@ -60,6 +61,7 @@ TARGETS: dict[str, Target] = {
     "models": Target(1.0, 1.3),
     "training": Target(1.5, 2.1),
     **CAPSULE_TARGETS,
+    **LAYER_NORM_TARGETS,
 }
 
 
@@ -318,6 +320,7 @@ CASES: tuple[Case, ...] = (
     *upsamples(),
     *local_response_norms(),
     *batch_norms(),
+    *layer_norms(),
     *reservoirs(),
     *recurrents(),
     *training_convolutions(),
