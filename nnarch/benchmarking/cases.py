@@ -30,6 +30,7 @@ from nnarch.benchmarking.convolution_cases import (
     training_convolutions,
     transposed_convolutions,
 )
+from nnarch.benchmarking.layer_norm_cases import LAYER_NORM_TARGETS, layer_norms
 from nnarch.benchmarking.peers import torchvision
 from nnarch.benchmarking.recurrent_cases import recurrents
 from nnarch.benchmarking.reservoir_cases import reservoirs
@@ -62,6 +63,7 @@ TARGETS: dict[str, Target] = {
     "training": Target(1.5, 2.1),
     **CAPSULE_TARGETS,
     **ATTENTION_TARGETS,
+    **LAYER_NORM_TARGETS,
 }
 
 
@@ -320,6 +322,7 @@ CASES: tuple[Case, ...] = (
     *upsamples(),
     *local_response_norms(),
     *batch_norms(),
+    *layer_norms(),
     *reservoirs(),
     *recurrents(),
     *training_convolutions(),
