@@ -13,6 +13,9 @@ from nnarch.kernels.conv_transpose2d.op import (
     pack_conv_transpose2d_weight,
 )
 from nnarch.kernels.depthwise_separable.op import depthwise_separable_conv2d
+from nnarch.kernels.dropout.op import dropout
+from nnarch.kernels.embedding.fused import embedding_layer_norm
+from nnarch.kernels.embedding.op import embedding
 from nnarch.kernels.linear.gated import gated_linear, pack_gated_linear_weights
 from nnarch.kernels.linear.op import linear, pack_linear_weight
 from nnarch.kernels.local_response_norm.op import local_response_norm
@@ -47,6 +50,9 @@ __all__ = [
     "conv_transpose2d",
     "conv_transpose2d_layout",
     "depthwise_separable_conv2d",
+    "dropout",
+    "embedding",
+    "embedding_layer_norm",
     "gated_activation",
     "gated_linear",
     "gru_cell",

@@ -40,6 +40,8 @@ FAMILIES = (
     "local_response_norm",
     "upsample",
     "capsule_routing",
+    "dropout",
+    "embedding",
 )
 
 _TYPE_NAMES = {
