@@ -45,8 +45,8 @@ def _sum(
     if position_weight is not None:
         if positions is None:
             length = tokens.shape[-1] if tokens.dim() else 1
-            positions = torch.arange(offset, offset + length, device=tokens.device)
-            positions = positions.expand(tokens.shape) if tokens.dim() else positions[0]
+            row = torch.arange(offset, offset + length, device=tokens.device)
+            positions = row.expand(tokens.shape) if tokens.dim() else row[0]
         x = x + position_weight[positions.long()]
     if segment_weight is not None and segments is not None:
         x = x + segment_weight[segments.long()]

@@ -40,3 +40,26 @@ def test_bad_construction():
         nn.Embedding(4, 3, _weight=torch.zeros(4, 3, dtype=torch.complex64))
     with pytest.raises(ValueError, match="sparse cannot be combined"):
         nn.Embedding(4, 3, scale_grad_by_freq=True, sparse=True)
+
+
+def test_accelerated():
+    """Swapped in a model whose input is tokens; as a function too."""
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = torch.nn.Embedding(30, 16), torch.nn.Linear(16, 5)
+
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            position = torch.nn.functional.embedding(tokens % 7, self.table.weight)
+            return self.head(self.table(tokens) + position)
+
+    model, tokens = Model().eval(), torch.randint(30, (3, 9))
+    with torch.no_grad():
+        expected = model(tokens)
+        fast = nnarch.accelerate(model)
+        for _ in range(3):
+            torch.testing.assert_close(fast(tokens), expected)
+        with nnarch.trace() as trace:
+            fast(tokens)
+    assert [e.op for e in trace].count("embedding") == 2
