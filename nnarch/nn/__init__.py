@@ -35,7 +35,9 @@ from nnarch.nn.capsule import (
 from nnarch.nn.conv import Conv2d, LazyConv2d
 from nnarch.nn.conv1d import Conv1d, ConvTranspose1d, LazyConv1d, LazyConvTranspose1d
 from nnarch.nn.conv_transpose import ConvTranspose2d, LazyConvTranspose2d
+from nnarch.nn.dropout import Dropout
 from nnarch.nn.echo_state import EchoStateNetwork
+from nnarch.nn.embedding import Embedding
 from nnarch.nn.fused import (
     FusedConv1d,
     FusedConv2d,
@@ -44,6 +46,7 @@ from nnarch.nn.fused import (
     FusedLinear,
 )
 from nnarch.nn.layer_norm import LayerNorm, RMSNorm
+from nnarch.nn.gated import GatedFeedForward, GatedLinear
 from nnarch.nn.linear import LazyLinear, Linear
 from nnarch.nn.local_response_norm import LocalResponseNorm
 from nnarch.nn.normalization import (
