@@ -10,6 +10,7 @@ from nnarch.kernels.conv_transpose2d.op import (
     conv_transpose2d_layout,
     pack_conv_transpose2d_weight,
 )
+from nnarch.kernels.cross_entropy.op import cross_entropy, linear_cross_entropy
 from nnarch.kernels.depthwise_separable.op import depthwise_separable_conv2d
 from nnarch.kernels.linear.op import linear, pack_linear_weight
 from nnarch.kernels.local_response_norm.op import local_response_norm
@@ -40,11 +41,13 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose2d_layout",
+    "cross_entropy",
     "depthwise_separable_conv2d",
     "gru_cell",
     "gru_layer",
     "interpolate",
     "linear",
+    "linear_cross_entropy",
     "local_response_norm",
     "lstm_cell",
     "lstm_layer",
