@@ -54,7 +54,8 @@ struct LogitArguments {
 
 void check_logits(const char* op, const Tensor& x, const Tensor& target, const OptTensor& weight) {
   const ScalarType type = x.scalar_type();
-  bool fits = (x.dim() == 2 || x.dim() == 3) && x.size(1) > 0 && is_vector(weight, x.size(1), type);
+  bool fits =
+      (x.dim() == 2 || x.dim() == 3) && x.size(1) > 0 && is_class_weight(weight, x.size(1), type);
   if (fits && target.scalar_type() == ScalarType::Long)
     fits = target.dim() == 1 && target.size(0) == x.numel() / x.size(1);
   else if (fits)

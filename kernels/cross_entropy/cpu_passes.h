@@ -24,7 +24,7 @@ struct LogitResults {
 };
 
 // So many classes and a position has vectors of its own.
-constexpr int64_t kRowClasses = 65;
+constexpr int64_t kRowClasses = 129;
 
 // Positions whose classes lie side by side and are many.
 template <class T>

@@ -178,7 +178,7 @@ void check_linear(const char* op, const Tensor& x, const Tensor& weight, const O
   const ScalarType type = x.scalar_type();
   const bool fits = x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) &&
                     weight.scalar_type() == type && is_vector(bias, weight.size(0), type) &&
-                    is_vector(class_weight, weight.size(0), type) && weight.size(0) > 0 &&
+                    is_class_weight(class_weight, weight.size(0), type) && weight.size(0) > 0 &&
                     target.scalar_type() == ScalarType::Long && target.dim() == 1 &&
                     target.size(0) == x.size(0);
   if (!fits) throw std::runtime_error(std::string(op) + ": arguments do not fit together");

@@ -368,7 +368,7 @@ def cross_entropy(
         x = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
     if target.is_floating_point():
         target = target.to(input.dtype).reshape(x.shape)
-    else:
+    elif target.dtype != torch.int64 or target.dim() != 1:  # each of the two costs a µs
         target = target.to(torch.int64).reshape(-1)
     wanted = int(
         code != NONE
@@ -454,6 +454,8 @@ def _reduction(op: str, name: Any, size_average: Any = None, reduce: Any = None)
 
 
 def _numbers(op: str, ignore_index: Any, smoothing: Any, z_loss: Any) -> tuple[int, float, float]:
+    if type(ignore_index) is int and smoothing == 0.0 and z_loss == 0.0:
+        return ignore_index, 0.0, 0.0
     try:
         numbers = int(ignore_index.__index__()), float(smoothing), float(z_loss)
     except (AttributeError, TypeError, ValueError):

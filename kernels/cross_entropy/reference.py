@@ -155,7 +155,7 @@ def cross_entropy_backward(
 
 
 def cross_entropy_scale(grad: Tensor, ready: Tensor, like: Tensor | None) -> Tensor:
-    """A gradient that is ready for a gradient 1 of the loss; `like` is what it is the gradient of."""
+    """A gradient that is ready for a gradient 1 of the loss, times that of the loss."""
     return (ready * grad).to(ready.dtype).contiguous()
 
 

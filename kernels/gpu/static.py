@@ -40,6 +40,7 @@ FAMILIES = (
     "local_response_norm",
     "upsample",
     "capsule_routing",
+    "cross_entropy",
 )
 
 _TYPE_NAMES = {

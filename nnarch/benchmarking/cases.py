@@ -29,6 +29,7 @@ from nnarch.benchmarking.convolution_cases import (
     training_convolutions,
     transposed_convolutions,
 )
+from nnarch.benchmarking.cross_entropy_cases import CROSS_ENTROPY_TARGETS, cross_entropies
 from nnarch.benchmarking.peers import torchvision
 from nnarch.benchmarking.recurrent_cases import recurrents
 from nnarch.benchmarking.reservoir_cases import reservoirs
@@ -60,6 +61,7 @@ TARGETS: dict[str, Target] = {
     "models": Target(1.0, 1.3),
     "training": Target(1.5, 2.1),
     **CAPSULE_TARGETS,
+    **CROSS_ENTROPY_TARGETS,
 }
 
 
@@ -322,5 +324,6 @@ CASES: tuple[Case, ...] = (
     *recurrents(),
     *training_convolutions(),
     *capsules(),
+    *cross_entropies(),
     *models(),
 )

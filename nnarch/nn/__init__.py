@@ -45,6 +45,7 @@ from nnarch.nn.fused import (
 )
 from nnarch.nn.linear import LazyLinear, Linear
 from nnarch.nn.local_response_norm import LocalResponseNorm
+from nnarch.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from nnarch.nn.normalization import (
     BatchNorm1d,
     BatchNorm2d,
