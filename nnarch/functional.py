@@ -1,6 +1,7 @@
 """Every operation's public function, with the signatures of `torch.nn.functional` first."""
 
 from nnarch.kernels.activation.op import activation
+from nnarch.kernels.attention.op import scaled_dot_product_attention
 from nnarch.kernels.capsule_routing.op import capsule_routing, pack_capsule_weight, squash
 from nnarch.kernels.capsule_routing.windows import conv_capsule_routing2d
 from nnarch.kernels.conv1d.op import conv1d, conv_transpose1d
@@ -27,10 +28,13 @@ from nnarch.kernels.recurrent.op import gru_layer, lstm_layer, pack_recurrent_we
 from nnarch.kernels.reservoir.op import pack_reservoir, reservoir_generate, reservoir_scan
 from nnarch.kernels.upsample.op import interpolate, upsample
 
+attention = scaled_dot_product_attention
+
 __all__ = [
     "activation",
     "adaptive_avg_pool2d",
     "adaptive_max_pool2d",
+    "attention",
     "avg_pool2d",
     "batch_norm",
     "capsule_routing",
@@ -63,6 +67,7 @@ __all__ = [
     "reservoir_scan",
     "rnn_cell",
     "rnn_layer",
+    "scaled_dot_product_attention",
     "squash",
     "upsample",
 ]

@@ -19,5 +19,6 @@ from nnarch.functional import (
     local_response_norm,
     max_pool2d,
     max_unpool2d,
+    scaled_dot_product_attention,
     upsample,
 )

@@ -1,0 +1,1 @@
+"""Scaled dot-product attention: reference, native CPU and Triton kernels."""
