@@ -1,10 +1,10 @@
 """The losses on the GPU.
 
 Logits: one kernel for the statistics of every position, one for the gradient. Fused with the linear
-layer: the samples go in chunks whose logits are about as many numbers as x has, by the tiled product
-of kernels/linear; their gradient takes their place and goes into two more products (three in all,
-as Liger's kernels do it). A target that is no class makes its loss NaN: asking the GPU would wait
-for it.
+layer: the samples go in chunks whose logits are about as many numbers as x has, by the tiled
+product of kernels/linear; their gradient takes their place and goes into two more products (three
+in all, as Liger's kernels do it). A target that is no class makes its loss NaN: asking the GPU
+would wait for it.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def linear_cross_entropy(
                 gradients(as_ncl(logits), part, terms["lse"], slopes, as_ncl(logits))
                 made.add(logits, first, rows)
     dtype = compute_dtype(x.dtype)
-    empty = x.new_empty(0, dtype=torch.float32)
+    empty = x.new_empty(0, dtype=torch.float64)
     value = loss.reduced(torch.cat(values) if values else empty, dtype)
     return value, torch.cat(lses) if lses else empty, *made.results()
 
@@ -348,7 +348,7 @@ def _logits_case(name: str, size: tuple[int, ...], backward: bool) -> StaticCase
         target = torch.empty(positions, dtype=torch.int64, device="meta")
         if not backward:
             return cross_entropy(x, target, None, -100, 0.0, 0.0, MEAN, 0)
-        lse = meta(positions, dtype=torch.float32)
+        lse = meta(positions, dtype=torch.float64)
         grad = meta(dtype=dtype)
         return cross_entropy_backward(grad, x, target, None, lse, -100, 0.0, 0.0, MEAN, 1)
 

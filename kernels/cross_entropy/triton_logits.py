@@ -34,7 +34,8 @@ def cross_entropy_fwd_kernel(
     target_ptr,  # [N·L] int64, or None where q is given
     weight_ptr,  # [C] or None
     q_ptr,  # [N, C, L] target probabilities, or None
-    lse_ptr,  # [N·L] each, float32
+    top_ptr,  # [N·L] each, float32: lse = top + log
+    log_ptr,
     nll_ptr,  # lse - x at the target; NaN where the target is no class
     entropy_ptr,  # Σ a·(lse - x)
     total_ptr,  # Σ a
@@ -80,7 +81,8 @@ def cross_entropy_fwd_kernel(
         hit = inside & (c == target[:, None])
         at_target += tl.sum(tl.where(hit, x, 0.0), axis=1)
     log_sum = tl.log(total)
-    tl.store(lse_ptr + p, top + log_sum, mask=valid)
+    tl.store(top_ptr + p, top, mask=valid)
+    tl.store(log_ptr + p, log_sum, mask=valid)
     if target_ptr is not None:
         is_class = (target >= 0) & (target < classes)
         nll = tl.where(is_class, (top - at_target) + log_sum, float("nan"))
@@ -244,15 +246,19 @@ class Numbers:
 
 
 def statistics(x: torch.Tensor, numbers: Numbers) -> dict[str, torch.Tensor]:
-    """lse, nll, entropy and total of every position of x [N, C, L]; those that do not apply are 0."""
+    """lse (float64), nll, entropy and total of every position of x [N, C, L].
+
+    What does not apply to the loss is 0.
+    """
     count = x.shape[0] * x.shape[2]
-    names = ("lse", "nll", "entropy", "total")
+    names = ("top", "log", "nll", "entropy", "total")
     results = {name: x.new_zeros(count, dtype=torch.float32) for name in names}
     block = block_of(x)
     arguments = {f"{name}_ptr": t for name, t in results.items()}
     programs = cdiv(count, block["BLOCK_P"])
     arguments |= numbers.arguments(x)
     launch(cross_entropy_fwd_kernel, flat_grid(programs), arguments, block)
+    results["lse"] = results["top"].double() + results["log"]
     return results
 
 
@@ -269,14 +275,18 @@ def gradients(
     Args:
         x: logits.
         numbers: of the loss.
-        lse: [positions].
+        lse: [positions], float64.
         slopes: alpha, beta and scale of every position.
         dx, dq: like x; None where one is not wanted. dx may be x.
     """
     block = block_of(x)
-    alpha, beta, scale = (s.contiguous() for s in slopes)
+    alpha, beta, scale = slopes
+    rounded = lse.float()
+    # What the rounding of lse takes away: exp(x - lse) would be off by 4e-6 for logits near 100.
+    alpha = torch.where(alpha == 0, 0.0, alpha * (rounded.double() - lse).exp())
+    alpha, beta, scale = (s.float().contiguous() for s in (alpha, beta, scale))
     arguments = numbers.arguments(x, dx, dq) | {
-        **{"dx_ptr": dx, "dq_ptr": dq, "lse_ptr": lse.contiguous()},
+        **{"dx_ptr": dx, "dq_ptr": dq, "lse_ptr": rounded.contiguous()},
         **{"alpha_ptr": alpha, "beta_ptr": beta, "scale_ptr": scale},
         **named_strides("d", "ncl", dx),
         **named_strides("e", "ncl", dq),

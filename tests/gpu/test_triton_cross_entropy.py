@@ -9,9 +9,8 @@ import torch
 from triton_cases import DTYPES, VIEWS, check
 
 launch = pytest.importorskip("nnarch.kernels.gpu.launch", reason="needs triton")
-from nnarch.kernels.cross_entropy import reference  # noqa: E402
+from nnarch.kernels.cross_entropy import reference, triton_logits  # noqa: E402
 from nnarch.kernels.cross_entropy import triton_kernel as kernel  # noqa: E402
-from nnarch.kernels.cross_entropy import triton_logits  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="needs TRITON_INTERPRET=1")
 
@@ -55,7 +54,9 @@ def test_logits(soft, name, dtype):
         wanted = int(numbers[3] != 0)
         for i in (0, 1) + (2,) * wanted:
             functions = (kernel.cross_entropy, reference.cross_entropy)
-            check(*(_bound(f, i, target, weight, *numbers, wanted) for f in functions), [x], ulps=32)
+            check(
+                *(_bound(f, i, target, weight, *numbers, wanted) for f in functions), [x], ulps=32
+            )
         loss, lse, dx = kernel.cross_entropy(x, target, weight, *numbers, wanted)
         assert not wanted or dx.stride() == reference.empty_like_logits(x).stride()
         grad = torch.randn(loss.shape).to(dtype)

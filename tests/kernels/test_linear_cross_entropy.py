@@ -35,8 +35,8 @@ def _samples() -> list[tuple]:
 def _backward_samples() -> list[tuple]:
     samples = []
     for x, weight, bias, target, class_weight, *numbers, _ in _samples():
-        lse = TF.linear(x, weight, bias).logsumexp(1)
-        grad = torch.randn(lse.shape) if numbers[-1] == 0 else torch.tensor(0.7)
+        lse = TF.linear(x, weight, bias).logsumexp(1).double()
+        grad = torch.randn(len(lse)) if numbers[-1] == 0 else torch.tensor(0.7)
         wanted = 3 if bias is None else 7
         samples.append((grad, x, weight, bias, target, class_weight, lse, *numbers, wanted))
     return samples
