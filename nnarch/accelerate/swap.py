@@ -50,6 +50,7 @@ _SWAPPED = (
     "LSTMCell",
     "GRUCell",
     "Embedding",
+    "CrossEntropyLoss",
 )
 _TWINS: dict[type, type] = {getattr(nn, name): getattr(layers, name) for name in _SWAPPED}
 # Their modes, and the ranks that they meet, are not all ours.
@@ -72,6 +73,7 @@ _TWIN_FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.rms_norm: functional.rms_norm,
     F.local_response_norm: functional.local_response_norm,
     F.max_unpool2d: functional.max_unpool2d,
+    F.cross_entropy: functional.cross_entropy,
     F.interpolate: interpolate,
     torch.conv1d: functional.conv1d,
     torch.conv2d: functional.conv2d,
