@@ -12,6 +12,7 @@ from nnarch.kernels.conv_transpose2d.op import (
     pack_conv_transpose2d_weight,
 )
 from nnarch.kernels.depthwise_separable.op import depthwise_separable_conv2d
+from nnarch.kernels.layer_norm.op import layer_norm, rms_norm
 from nnarch.kernels.linear.op import linear, pack_linear_weight
 from nnarch.kernels.local_response_norm.op import local_response_norm
 from nnarch.kernels.normalization.op import batch_norm
@@ -48,6 +49,7 @@ __all__ = [
     "gru_cell",
     "gru_layer",
     "interpolate",
+    "layer_norm",
     "linear",
     "local_response_norm",
     "lstm_cell",
@@ -62,6 +64,7 @@ __all__ = [
     "pack_reservoir",
     "reservoir_generate",
     "reservoir_scan",
+    "rms_norm",
     "rnn_cell",
     "rnn_layer",
     "scaled_dot_product_attention",
