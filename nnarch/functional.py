@@ -1,5 +1,6 @@
 """Every operation's public function, with the signatures of `torch.nn.functional` first."""
 
+from nnarch.kernels.activation.gated import gated_activation
 from nnarch.kernels.activation.op import activation
 from nnarch.kernels.attention.op import scaled_dot_product_attention
 from nnarch.kernels.capsule_routing.op import capsule_routing, pack_capsule_weight, squash
@@ -13,6 +14,7 @@ from nnarch.kernels.conv_transpose2d.op import (
 )
 from nnarch.kernels.depthwise_separable.op import depthwise_separable_conv2d
 from nnarch.kernels.layer_norm.op import layer_norm, rms_norm
+from nnarch.kernels.linear.gated import gated_linear, pack_gated_linear_weights
 from nnarch.kernels.linear.op import linear, pack_linear_weight
 from nnarch.kernels.local_response_norm.op import local_response_norm
 from nnarch.kernels.normalization.op import batch_norm
@@ -46,6 +48,8 @@ __all__ = [
     "conv_transpose2d",
     "conv_transpose2d_layout",
     "depthwise_separable_conv2d",
+    "gated_activation",
+    "gated_linear",
     "gru_cell",
     "gru_layer",
     "interpolate",
@@ -59,6 +63,7 @@ __all__ = [
     "pack_capsule_weight",
     "pack_conv2d_weight",
     "pack_conv_transpose2d_weight",
+    "pack_gated_linear_weights",
     "pack_linear_weight",
     "pack_recurrent_weights",
     "pack_reservoir",

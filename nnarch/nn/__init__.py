@@ -45,6 +45,7 @@ from nnarch.nn.fused import (
     FusedConvTranspose2d,
     FusedLinear,
 )
+from nnarch.nn.gated import GatedFeedForward, GatedLinear
 from nnarch.nn.layer_norm import LayerNorm, RMSNorm
 from nnarch.nn.linear import LazyLinear, Linear
 from nnarch.nn.local_response_norm import LocalResponseNorm
