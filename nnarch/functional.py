@@ -12,6 +12,7 @@ from nnarch.kernels.conv_transpose2d.op import (
     conv_transpose2d_layout,
     pack_conv_transpose2d_weight,
 )
+from nnarch.kernels.cross_entropy.op import cross_entropy, linear_cross_entropy
 from nnarch.kernels.depthwise_separable.op import depthwise_separable_conv2d
 from nnarch.kernels.layer_norm.op import layer_norm, rms_norm
 from nnarch.kernels.linear.gated import gated_linear, pack_gated_linear_weights
@@ -47,6 +48,7 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose2d_layout",
+    "cross_entropy",
     "depthwise_separable_conv2d",
     "gated_activation",
     "gated_linear",
@@ -55,6 +57,7 @@ __all__ = [
     "interpolate",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "local_response_norm",
     "lstm_cell",
     "lstm_layer",
