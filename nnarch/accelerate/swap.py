@@ -49,6 +49,12 @@ _SWAPPED = (
     "RNNCell",
     "LSTMCell",
     "GRUCell",
+    "MultiheadAttention",
+    "TransformerEncoderLayer",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerDecoder",
+    "Transformer",
 )
 _TWINS: dict[type, type] = {getattr(nn, name): getattr(layers, name) for name in _SWAPPED}
 # Their modes, and the ranks that they meet, are not all ours.
@@ -71,6 +77,7 @@ _TWIN_FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.local_response_norm: functional.local_response_norm,
     F.max_unpool2d: functional.max_unpool2d,
     F.interpolate: interpolate,
+    F.scaled_dot_product_attention: functional.scaled_dot_product_attention,
     torch.conv1d: functional.conv1d,
     torch.conv2d: functional.conv2d,
     torch.conv_transpose1d: functional.conv_transpose1d,

@@ -33,6 +33,7 @@ from nnarch.benchmarking.convolution_cases import (
 from nnarch.benchmarking.peers import torchvision
 from nnarch.benchmarking.recurrent_cases import recurrents
 from nnarch.benchmarking.reservoir_cases import reservoirs
+from nnarch.benchmarking.transformer_cases import TRANSFORMER_TARGETS, transformers
 
 TARGETS: dict[str, Target] = {
     "conv1x1": Target(1.1, 1.3),
@@ -62,6 +63,7 @@ TARGETS: dict[str, Target] = {
     "training": Target(1.5, 2.1),
     **CAPSULE_TARGETS,
     **ATTENTION_TARGETS,
+    **TRANSFORMER_TARGETS,
 }
 
 
@@ -322,6 +324,7 @@ CASES: tuple[Case, ...] = (
     *batch_norms(),
     *reservoirs(),
     *recurrents(),
+    *transformers(),
     *training_convolutions(),
     *capsules(),
     *attentions(),

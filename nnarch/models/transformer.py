@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+import nnarch.functional
 import nnarch.nn
 from nnarch.models.registry import register_model
 
@@ -163,13 +164,17 @@ class TransformerModel(Module):
         """
         memory, padding = self.encode(source)
         y = self.decode(target[:, :-1], memory, padding)
-        ignored = -100 if self.config.padding is None else self.config.padding
-        return torch.nn.functional.cross_entropy(
-            self.output(y).flatten(0, 1),
-            target[:, 1:].flatten(),
-            ignore_index=ignored,
-            label_smoothing=self.config.label_smoothing,
-        )
+        wanted = target[:, 1:].flatten()
+        options: dict[str, Any] = {
+            "ignore_index": -100 if self.config.padding is None else self.config.padding,
+            "label_smoothing": self.config.label_smoothing,
+        }
+        if type(self.output) is nnarch.nn.Linear:  # no logits in memory
+            weight, bias = self.output.weight, self.output.bias
+            return nnarch.functional.linear_cross_entropy(
+                y.flatten(0, 1), weight, wanted, bias, **options
+            )
+        return torch.nn.functional.cross_entropy(self.output(y).flatten(0, 1), wanted, **options)
 
     @torch.no_grad()
     def generate(

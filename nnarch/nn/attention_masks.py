@@ -9,7 +9,7 @@ _UNSEEN = float("-inf")
 
 
 def check_mask(module: str, name: str, mask: Tensor | None, *shapes: tuple[int, ...]) -> None:
-    """Raise TypeError or ValueError for a mask that is neither bool nor real, or has no such shape."""
+    """Raise for a mask that is neither bool nor real, or that has none of the shapes."""
     if mask is None:
         return
     if mask.dtype != torch.bool and not mask.is_floating_point():

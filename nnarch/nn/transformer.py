@@ -2,7 +2,8 @@
 
 Every layer of a Transformer is the same few steps: a sublayer (attention or feed-forward), dropout,
 the residual add, LayerNorm. Where nothing is dropped the add runs in the epilogue of the sublayer's
-last product; the activation runs in that of the feed-forward's first.
+last product, else with dropout in the pass of the LayerNorm behind it; the activation runs in the
+epilogue of the feed-forward's first product.
 
 Parts that are not what the constructor made (a linear layer replaced by an adapter, hooks, another
 dropout) are called as modules, with the same outputs.
@@ -18,12 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from nnarch import functional as F
 from nnarch.nn.activation import GELU, ReLU, SiLU
 from nnarch.nn.attention import MultiheadAttention
 from nnarch.nn.attention_masks import detect_causal
 from nnarch.nn.cache import DecoderCache, LayerCache
 from nnarch.nn.checks import check_dtype
+from nnarch.nn.layer_norm import LayerNorm
 from nnarch.nn.linear import Linear
 
 _EPILOGUES: dict[Any, str] = {
@@ -293,6 +294,7 @@ class Transformer(torch.nn.Transformer):
 _ADOPTED: dict[type, type] = {
     torch.nn.MultiheadAttention: MultiheadAttention,
     torch.nn.Linear: Linear,
+    torch.nn.LayerNorm: LayerNorm,
     torch.nn.TransformerEncoderLayer: TransformerEncoderLayer,
     torch.nn.TransformerDecoderLayer: TransformerDecoderLayer,
     torch.nn.TransformerEncoder: TransformerEncoder,
@@ -318,14 +320,33 @@ Sublayer = Callable[[Tensor, Tensor | None], Tensor]
 
 def _run(x: Tensor, norm_first: bool, *steps: tuple[Sublayer, Module, Module]) -> Tensor:
     """Sublayers with dropout, residual add and norm, one after another."""
+    return _run_norm_first(x, steps) if norm_first else _run_norm_last(x, steps)
+
+
+def _run_norm_last(x: Tensor, steps: tuple[tuple[Sublayer, Module, Module], ...]) -> Tensor:
     for sublayer, dropout, norm in steps:
-        y = norm(x) if norm_first else x
-        if _drops_nothing(dropout):
-            x = sublayer(y, x)
+        p = _probability(dropout)
+        if p == 0:
+            x = norm(sublayer(x, x))
+        elif p is not None and _takes_residual(norm):
+            x = norm.forward(sublayer(x, None), x, dropout_p=p)
         else:
-            x = x + dropout(sublayer(y, None))
-        if not norm_first:
-            x = norm(x)
+            x = norm(x + dropout(sublayer(x, None)))
+    return x
+
+
+def _run_norm_first(x: Tensor, steps: tuple[tuple[Sublayer, Module, Module], ...]) -> Tensor:
+    norms = [norm for _, _, norm in steps[1:]] + [None]
+    normed = steps[0][2](x)
+    for (sublayer, dropout, _), following in zip(steps, norms, strict=True):
+        p = _probability(dropout)
+        if p and following is not None and _takes_residual(following):
+            y = sublayer(normed, None)
+            normed, x = following.forward(y, x, dropout_p=p, return_sum=True)
+            continue
+        x = sublayer(normed, x) if p == 0 else x + dropout(sublayer(normed, None))
+        if following is not None:
+            normed = following(x)
     return x
 
 
@@ -362,7 +383,7 @@ def _feed_forward(layer: Any) -> Sublayer:
             x = first._multiply(x, activation=activation)
         else:
             x = layer.activation(first(x))
-        if not _drops_nothing(dropout):
+        if _probability(dropout) != 0:
             x = dropout(x)
         if type(second) is Linear and _is_bare(second):
             return second._multiply(x, residual)
@@ -386,17 +407,20 @@ def epilogue_of(activation: Any) -> str | None:
         return None
 
 
-def _drops_nothing(dropout: Module) -> bool:
-    """Whether `dropout` returns its input."""
-    return (
-        type(dropout) is torch.nn.Dropout
-        and (not dropout.training or dropout.p == 0)
-        and _is_bare(dropout)
-    )
+def _probability(dropout: Module) -> float | None:
+    """The probability at which `dropout` drops now, or None for a module that may do more."""
+    if type(dropout) is not torch.nn.Dropout or not _is_bare(dropout):
+        return None
+    return dropout.p if dropout.training else 0.0
+
+
+def _takes_residual(norm: Any) -> bool:
+    """Whether `norm` is one that drops and adds in the pass that normalizes."""
+    return type(norm) is LayerNorm and _is_bare(norm)
 
 
 def _is_bare(module: Module) -> bool:
-    """Whether calling `module` does no more than its class says: no hooks, no forward of its own."""
+    """Whether a call of `module` does what its class says: no hooks, no forward of its own."""
     state = module.__dict__
     return not (
         state["_forward_hooks"]

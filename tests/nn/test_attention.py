@@ -184,7 +184,7 @@ def test_queries_that_see_nothing_give_zeros():
 
 def test_dropout_drops_weights_that_it_returns():
     ours, _ = pair("self", "batch first", dropout=0.5)
-    leaves, args = inputs("self", "batch first")
+    _, args = inputs("self", "batch first")
     torch.manual_seed(3)
     output, weights = ours(*args, average_attn_weights=False)
     dropped = (weights == 0).double().mean()

@@ -99,7 +99,7 @@ def test_bad_input_is_named():
     cache.append(x, x)
     with pytest.raises(ValueError, match=r"key must be \[2, 3, length, 5\]"):
         cache.append(x[:1], x[:1])
-    with pytest.raises(ValueError, match="value must be torch.float32"):
+    with pytest.raises(ValueError, match="value must be torch"):
         cache.append(x, x.double())
     with pytest.raises(RuntimeError, match="caches are for inference"):
         cache.append(x.clone().requires_grad_(), x)

@@ -1,4 +1,4 @@
-"""nn.Transformer and its layers are torch.nn's: outputs, gradients, state, masks, replaced parts."""
+"""nn.Transformer and its layers are torch.nn's: outputs, gradients, state, masks, parts."""
 
 from __future__ import annotations
 
