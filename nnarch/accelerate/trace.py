@@ -154,7 +154,8 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 def _takes_several(module: nn.Module) -> bool:
     """Whether a call of `module` needs more than one argument."""
     parameters = inspect.signature(module.forward).parameters.values()
-    return sum(p.default is p.empty for p in parameters) > 1
+    needed = (p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD and p.default is p.empty)
+    return len(list(needed)) > 1
 
 
 def _fixed_arguments(module: nn.Module) -> dict[str, Any]:

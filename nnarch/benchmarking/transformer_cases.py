@@ -28,7 +28,7 @@ class HandWritten(nn.TransformerEncoderLayer):
     def forward(self, src: Tensor) -> Tensor:  # type: ignore[override]
         """[B, L, E] to the same."""
         attention = self.self_attn
-        batch, length, width = src.shape
+        batch, length, _ = src.shape
         qkv = nn.functional.linear(src, attention.in_proj_weight, attention.in_proj_bias)  # type: ignore[arg-type]
         heads = attention.num_heads
         q, k, v = qkv.view(batch, length, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)

@@ -98,7 +98,7 @@ def summary(model: Module, input: Tensor | Sequence[Tensor] | Sequence[int]) -> 
 
     parameters = sum(p.numel() for p in model.parameters())
     result = ModelSummary(type(model).__name__, parameters=parameters)
-    with torch.no_grad(), _eval_mode(model), _recording(model, result.rows):
+    with torch.no_grad(), _eval_mode(model), _recording(model, result.rows), _kept_state(model):
         torch.func.functional_call(model, state, inputs)
     result.macs = sum(row.macs for row in result.rows)
     return result
@@ -129,6 +129,19 @@ def _eval_mode(model: Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def _kept_state(model: Module) -> Iterator[None]:
+    """Give modules back what they held: functional_call leaves its stand-ins in a module that a
+    model has under two names."""
+    places: list[Any] = [p for m in model.modules() for p in (m._parameters, m._buffers)]
+    held = [(place, dict(place)) for place in places]
+    try:
+        yield
+    finally:
+        for place, values in held:
+            place.update(values)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ feed-forward network.
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -209,6 +210,29 @@ class TransformerModel(Module):
         if beams == 1:
             return self._greedy(step, source, limit)
         return self._beam_search(step, source, limit, beams, length_penalty)
+
+    @torch.no_grad()
+    def attention_maps(self, source: Tensor, target: Tensor) -> Tensor:
+        """Where the decoder looks: its weights on the source, [layers, B, heads, T, S].
+
+        Args:
+            source, target: as in :meth:`forward`.
+        """
+        found: list[Tensor] = []
+
+        def ask(module: Module, args: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, {**options, "need_weights": True, "average_attn_weights": False}
+
+        def keep(module: Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
+            found.append(output[1])
+
+        with ExitStack() as hooks:
+            for layer in self.decoder.layers:
+                attention = layer.multihead_attn
+                hooks.callback(attention.register_forward_pre_hook(ask, with_kwargs=True).remove)
+                hooks.callback(attention.register_forward_hook(keep).remove)
+            self(source, target)
+        return torch.stack(found)
 
     def _greedy(self, step: _Stepper, source: Tensor, limit: int) -> Tensor:
         token = source.new_full((source.shape[0], 1), self.config.start)

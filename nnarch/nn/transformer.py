@@ -88,7 +88,9 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             src_key_padding_mask: [B, L], likewise.
             is_causal: promises that `src_mask` is the causal one; it may then be left out.
         """
-        parts = self._modules
+        if src.is_nested:
+            return self._nested(src)
+        parts: dict[str, Any] = self._modules
         attend = _attention(
             parts["self_attn"], None, src_key_padding_mask, src_mask, is_causal, None
         )
@@ -98,6 +100,16 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             self.norm_first,
             (attend, parts["dropout1"], parts["norm1"]),
             (feed, parts["dropout2"], parts["norm2"]),
+        )
+
+    def _nested(self, src: Tensor) -> Tensor:
+        """The same of a nested tensor, which torch.nn's encoder makes of padded ones."""
+        padded = src.to_padded_tensor(0.0)
+        lengths = torch.tensor([len(row) for row in src.unbind()], device=padded.device)
+        padding = torch.arange(padded.shape[1], device=padded.device) >= lengths[:, None]
+        y = self(padded, src_key_padding_mask=padding)
+        return torch._nested_tensor_from_mask(  # type: ignore[reportPrivateImportUsage]
+            y, ~padding, mask_check=False
         )
 
 
@@ -144,7 +156,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             cache: keys and values of earlier calls, to which this one adds; masks of the target
                 then count the stored tokens as keys.
         """
-        parts = self._modules
+        parts: dict[str, Any] = self._modules
         attend = _attention(
             parts["self_attn"],
             None,
@@ -177,8 +189,10 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         encoder_layer: is copied.
         num_layers: how often.
         norm: applied at the end, or None.
-        enable_nested_tensor, mask_check: as in torch.nn, without effect: padding costs no detour
-            through nested tensors here, and outputs at padded places are what the layers compute.
+        enable_nested_tensor, mask_check: as in torch.nn. Padding costs no detour through nested
+            tensors here; but where torch.nn's encoder goes through them (in eval mode, with
+            left-aligned padding and no other mask, where no gradient is wanted), padded places of
+            the last layer's output are zeros as there.
 
     Source: Vaswani et al., 2017, Attention Is All You Need.
     """
@@ -191,9 +205,9 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         enable_nested_tensor: bool = True,
         mask_check: bool = True,
     ) -> None:
-        # False: torch warns where nested tensors cannot be used.
-        super().__init__(encoder_layer, num_layers, norm, False, mask_check)
-        self.enable_nested_tensor = enable_nested_tensor
+        with warnings.catch_warnings():  # that nested tensors cannot be used
+            warnings.simplefilter("ignore", UserWarning)
+            super().__init__(encoder_layer, num_layers, norm, enable_nested_tensor, mask_check)
 
     def forward(
         self,
@@ -207,11 +221,34 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         `is_causal` None looks whether `mask` is the causal one.
         """
         is_causal = detect_causal(mask, is_causal, _length(src, self.layers))
+        zeros = mask is None and self._leaves_zeros(src, src_key_padding_mask)
         for layer in self.layers:
             src = layer(
                 src, src_mask=mask, is_causal=is_causal, src_key_padding_mask=src_key_padding_mask
             )
+        if zeros and src_key_padding_mask is not None:
+            src = src.masked_fill(src_key_padding_mask.bool()[..., None], 0.0)
         return src if self.norm is None else self.norm(src)
+
+    def _leaves_zeros(self, src: Tensor, padding: Tensor | None) -> bool:
+        """Whether torch.nn's encoder would go through nested tensors."""
+        if padding is None or not self.use_nested_tensor or self.layers[0].training:
+            return False
+        if src.dim() != 3 or torch.is_autocast_enabled():
+            return False
+        if not torch.backends.mha.get_fastpath_enabled():
+            return False
+        if torch.is_grad_enabled() and any(
+            t.requires_grad for t in (src, *self.layers[0].parameters())
+        ):
+            return False
+        if not self.mask_check:
+            return True
+        if torch.compiler.is_compiling() or src.is_meta:
+            return False
+        return torch._nested_tensor_from_mask_left_aligned(  # type: ignore[reportPrivateImportUsage]
+            src, padding.logical_not()
+        )
 
 
 class TransformerDecoder(torch.nn.TransformerDecoder):

@@ -174,6 +174,17 @@ def test_a_sentence_that_ends_at_once():
         assert model.generate(source, 0, beams=beams).shape == (4, 0)
 
 
+def test_attention_maps():
+    model, twin = build().eval(), build(nn=torch.nn).eval()
+    source, target = sentences()
+    maps = model.attention_maps(source, target)
+    assert maps.shape == (2, 4, 4, 6, 7)
+    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 4, 4, 6))
+    assert (maps[..., 4:][:, 1] == 0).all() and (maps[..., :4] > 0).any()
+    torch.testing.assert_close(twin.attention_maps(source, target), maps)
+    assert not model.decoder.layers[0].multihead_attn._forward_hooks
+
+
 def test_the_limit_follows_from_the_source():
     model = build("Marian's").eval()
     with torch.no_grad():

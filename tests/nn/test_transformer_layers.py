@@ -141,6 +141,30 @@ def test_padding_in_whole_transformers():
     assert_same(ours, theirs, leaves, masks | {"tgt_mask": causal(T)})
 
 
+@pytest.mark.filterwarnings("ignore:.*prototype stage")
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("hidden", ["left-aligned", "anywhere", "float"])
+def test_padded_places_of_an_encoder(hidden, nested):
+    """Zeros where torch.nn goes through nested tensors, else what the layers make of them."""
+    layer, twin = pair("TransformerEncoderLayer", E, 4, FF, batch_first=True, dtype=torch.float32)
+    build = {"num_layers": 2, "enable_nested_tensor": nested}
+    theirs = torch.nn.TransformerEncoder(twin, norm=torch.nn.LayerNorm(E), **build).eval()
+    ours = nn.TransformerEncoder(layer, norm=nn.LayerNorm(E), **build).eval()
+    mixed = torch.nn.TransformerEncoder(layer, norm=torch.nn.LayerNorm(E), **build).eval()
+    mask = padding(5, 3, length=T)
+    if hidden == "anywhere":
+        mask = mask.flip(1)
+    if hidden == "float":
+        mask = torch.zeros(B, T).masked_fill(mask, float("-inf"))
+    x = torch.randn(B, T, E)
+    with torch.no_grad():
+        expected = theirs(x, src_key_padding_mask=mask)
+        for module in (ours, mixed):
+            torch.testing.assert_close(module(x, src_key_padding_mask=mask), expected)
+    expected = theirs(x, src_key_padding_mask=mask)  # a gradient is wanted
+    torch.testing.assert_close(ours(x, src_key_padding_mask=mask), expected)
+
+
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_as_accurate_as_torch(name, norm_first):
@@ -232,7 +256,7 @@ def test_nothing_is_said_about_nested_tensors():
         warnings.simplefilter("error")
         model = nn.Transformer(E, H, 1, 1, FF)
         nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, norm_first=True), 1)
-    assert model.encoder.enable_nested_tensor
+    assert model.encoder.enable_nested_tensor and not model.encoder.use_nested_tensor
 
 
 @pytest.mark.parametrize("norm_first", [False, True])
@@ -277,6 +301,16 @@ def test_compiles_into_one_graph(name):
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
     for what, value in results(compiled, leaves, {}).items():
         torch.testing.assert_close(value, expected[what.replace("_orig_mod.", "")])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_exports(name):
+    ours, _ = pair(name, dtype=torch.float32, batch_first=True)
+    ours.eval()
+    args = tuple(x.detach() for x in sequences(True, T, S, dtype=torch.float32)[: count(name)])
+    with torch.no_grad():
+        exported = torch.export.export(ours, args)
+        torch.testing.assert_close(exported.module()(*args), ours(*args))
 
 
 def test_stacks_compile_with_a_mask():
