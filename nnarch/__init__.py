@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 from nnarch import functional, nn
-from nnarch.accelerate import accelerate
+from nnarch.accelerate import accelerate, register_transformers_attention
 from nnarch.backends import backends, trace, use_backend
 from nnarch.library import FallbackWarning, empty_cache
 from nnarch.models import create_model, list_models, model_info, summary
@@ -20,6 +20,7 @@ __all__ = [
     "list_models",
     "model_info",
     "nn",
+    "register_transformers_attention",
     "set_precision",
     "summary",
     "trace",

@@ -12,7 +12,8 @@ swap.py             layers that have kernels of ours become nnarch.nn layers, we
 memory_format.py    4-D activations stay channels_last inside, whatever comes in and goes out
 ==================  ==============================================================================
 
-The result (accelerated.py) runs its operations as one native call (program.py).
+Models of the transformers package take nnarch's attention (transformers_attention.py). The result
+(accelerated.py) runs its operations as one native call (program.py).
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ from nnarch.accelerate.memory_format import keep_channels_last
 from nnarch.accelerate.separable import join_separable_convolutions
 from nnarch.accelerate.swap import pack_weights, swap_functions, swap_layers
 from nnarch.accelerate.trace import TracedModel, frozen_copy, trace_model
+from nnarch.accelerate.transformers_attention import (
+    choose_attention,
+    register_transformers_attention,
+)
 
-__all__ = ["Accelerated", "accelerate"]
+__all__ = ["Accelerated", "accelerate", "register_transformers_attention"]
 
 # Largest relative L2 difference that rewriting may cause, by dtype: reordered sums, nothing else.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -99,6 +104,7 @@ def _rewrite(traced: TracedModel) -> Accelerated:
         graph_module.delete_all_unused_submodules()
         graph_module.graph.lint()
         graph_module.recompile()
+    choose_attention(body)
     swap_layers(body)
     pack_weights(body)
     return Accelerated(body, converts_layout)
