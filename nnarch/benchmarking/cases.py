@@ -30,6 +30,7 @@ from nnarch.benchmarking.convolution_cases import (
     training_convolutions,
     transposed_convolutions,
 )
+from nnarch.benchmarking.layer_norm_cases import LAYER_NORM_TARGETS, layer_norms
 from nnarch.benchmarking.peers import torchvision
 from nnarch.benchmarking.recurrent_cases import recurrents
 from nnarch.benchmarking.reservoir_cases import reservoirs
@@ -64,6 +65,7 @@ TARGETS: dict[str, Target] = {
     **CAPSULE_TARGETS,
     **ATTENTION_TARGETS,
     **TRANSFORMER_TARGETS,
+    **LAYER_NORM_TARGETS,
 }
 
 
@@ -322,6 +324,7 @@ CASES: tuple[Case, ...] = (
     *upsamples(),
     *local_response_norms(),
     *batch_norms(),
+    *layer_norms(),
     *reservoirs(),
     *recurrents(),
     *transformers(),
