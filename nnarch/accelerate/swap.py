@@ -51,6 +51,12 @@ _SWAPPED = (
     "GRUCell",
     "Embedding",
     "CrossEntropyLoss",
+    "MultiheadAttention",
+    "TransformerEncoderLayer",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerDecoder",
+    "Transformer",
 )
 _TWINS: dict[type, type] = {getattr(nn, name): getattr(layers, name) for name in _SWAPPED}
 # Their modes, and the ranks that they meet, are not all ours.
@@ -75,6 +81,7 @@ _TWIN_FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.max_unpool2d: functional.max_unpool2d,
     F.cross_entropy: functional.cross_entropy,
     F.interpolate: interpolate,
+    F.scaled_dot_product_attention: functional.scaled_dot_product_attention,
     torch.conv1d: functional.conv1d,
     torch.conv2d: functional.conv2d,
     torch.conv_transpose1d: functional.conv_transpose1d,

@@ -36,6 +36,7 @@ from nnarch.benchmarking.cross_entropy_cases import CROSS_ENTROPY_TARGETS, cross
 from nnarch.benchmarking.peers import torchvision
 from nnarch.benchmarking.recurrent_cases import recurrents
 from nnarch.benchmarking.reservoir_cases import reservoirs
+from nnarch.benchmarking.transformer_cases import TRANSFORMER_TARGETS, transformers
 
 TARGETS: dict[str, Target] = {
     "conv1x1": Target(1.1, 1.3),
@@ -68,6 +69,8 @@ TARGETS: dict[str, Target] = {
     **LAYER_NORM_TARGETS,
     **EMBEDDING_TARGETS,
     **CROSS_ENTROPY_TARGETS,
+    **TRANSFORMER_TARGETS,
+    **LAYER_NORM_TARGETS,
 }
 
 
@@ -332,6 +335,7 @@ CASES: tuple[Case, ...] = (
     *layer_norms(),
     *reservoirs(),
     *recurrents(),
+    *transformers(),
     *training_convolutions(),
     *capsules(),
     *attentions(),

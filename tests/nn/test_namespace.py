@@ -22,7 +22,8 @@ def test_modules_with_kernels_replace_their_twins():
         BatchNorm3d MaxPool2d AvgPool2d AdaptiveAvgPool2d AdaptiveMaxPool2d LocalResponseNorm
         LayerNorm RMSNorm Sigmoid Tanh ReLU ReLU6 LeakyReLU Hardswish Hardsigmoid SiLU GELU Upsample
         UpsamplingNearest2d UpsamplingBilinear2d MaxUnpool2d RNN LSTM GRU RNNCell LSTMCell
-        GRUCell"""
+        GRUCell MultiheadAttention TransformerEncoderLayer TransformerDecoderLayer
+        TransformerEncoder TransformerDecoder Transformer"""
     for name in names.split():
         ours, twin = getattr(nn, name), getattr(torch.nn, name)
         assert issubclass(ours, twin)
