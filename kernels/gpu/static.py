@@ -40,6 +40,7 @@ FAMILIES = (
     "local_response_norm",
     "upsample",
     "capsule_routing",
+    "attention",
 )
 
 _TYPE_NAMES = {
