@@ -44,6 +44,7 @@ FAMILIES = (
     "dropout",
     "embedding",
     "cross_entropy",
+    "attention",
 )
 
 _TYPE_NAMES = {
