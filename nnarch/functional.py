@@ -1,5 +1,6 @@
 """Every operation's public function, with the signatures of `torch.nn.functional` first."""
 
+from nnarch.kernels.activation.gated import gated_activation
 from nnarch.kernels.activation.op import activation
 from nnarch.kernels.attention.op import scaled_dot_product_attention
 from nnarch.kernels.capsule_routing.op import capsule_routing, pack_capsule_weight, squash
@@ -11,7 +12,10 @@ from nnarch.kernels.conv_transpose2d.op import (
     conv_transpose2d_layout,
     pack_conv_transpose2d_weight,
 )
+from nnarch.kernels.cross_entropy.op import cross_entropy, linear_cross_entropy
 from nnarch.kernels.depthwise_separable.op import depthwise_separable_conv2d
+from nnarch.kernels.layer_norm.op import layer_norm, rms_norm
+from nnarch.kernels.linear.gated import gated_linear, pack_gated_linear_weights
 from nnarch.kernels.linear.op import linear, pack_linear_weight
 from nnarch.kernels.local_response_norm.op import local_response_norm
 from nnarch.kernels.normalization.op import batch_norm
@@ -44,11 +48,16 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose2d_layout",
+    "cross_entropy",
     "depthwise_separable_conv2d",
+    "gated_activation",
+    "gated_linear",
     "gru_cell",
     "gru_layer",
     "interpolate",
+    "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "local_response_norm",
     "lstm_cell",
     "lstm_layer",
@@ -57,11 +66,13 @@ __all__ = [
     "pack_capsule_weight",
     "pack_conv2d_weight",
     "pack_conv_transpose2d_weight",
+    "pack_gated_linear_weights",
     "pack_linear_weight",
     "pack_recurrent_weights",
     "pack_reservoir",
     "reservoir_generate",
     "reservoir_scan",
+    "rms_norm",
     "rnn_cell",
     "rnn_layer",
     "scaled_dot_product_attention",

@@ -49,6 +49,8 @@ CALLS = {
         (array(2, 3, 4, 6, 5), array(5, 3, 3, 3, 2, 4)),
     ),
     "squash": (F.squash, (X,)),
+    "layer_norm": (lambda x: F.layer_norm(x, (7,)), (ROWS,)),
+    "rms_norm": (lambda x, w: F.rms_norm(x, (7,), w), (ROWS, array(7))),
     "local_response_norm": (lambda x: F.local_response_norm(x, 3), (X,)),
     "interpolate": (lambda x: F.interpolate(x, scale_factor=2), (X,)),
     "upsample": (lambda x: F.upsample(x, (5, 7), mode="bilinear"), (X,)),

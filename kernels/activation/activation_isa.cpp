@@ -52,7 +52,33 @@ void grad_grad(const T* gradgrad, const T* grad, const T* saved, T* out, int64_t
 }
 
 template <class T>
-constexpr ActivationTable<T> kTable = {forward<T>, grad<T>, grad_grad<T>};
+void gate(const T* gate, const T* value, T* y, int64_t n, int64_t code, T alpha) {
+  with_activation(code, [&](auto c) {
+    over_vectors<T>(n, [&](int64_t i, int64_t left) __attribute__((always_inline)) {
+      const Vec<T> open = activate_as<T, c.code>(load_n(gate + i, left), alpha);
+      store_n(y + i, open * load_n(value + i, left), left);
+    });
+  });
+}
+
+template <class T>
+void gate_grad(const T* grad, const T* gate, const T* value, T* d_gate, T* d_value, int64_t n,
+               int64_t code, T alpha) {
+  with_activation(code, [&](auto c) {
+    for (int64_t i = 0; i < n; i += kLanes<T>) {
+      const int64_t left = n - i;
+      const Vec<T> z = load_n(gate + i, left), dy = load_n(grad + i, left);
+      const Vec<T> open = activate_as<T, c.code>(z, alpha);
+      const Vec<T> saved = follows_from_output(c.code) ? open : z;
+      const Vec<T> slope = activate_grad_as<T, c.code>(saved, alpha);
+      store_n(d_gate + i, dy * load_n(value + i, left) * slope, left);
+      store_n(d_value + i, dy * open, left);
+    }
+  });
+}
+
+template <class T>
+constexpr ActivationTable<T> kTable = {forward<T>, grad<T>, grad_grad<T>, gate<T>, gate_grad<T>};
 
 }  // namespace
 

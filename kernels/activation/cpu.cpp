@@ -1,5 +1,6 @@
 // Activation functions on the CPU: elementwise over dense memory.
 #include <algorithm>
+#include <tuple>
 
 #include "activation/cpu_kernels.h"
 #include "cpu/dense.h"
@@ -83,12 +84,52 @@ Tensor activation_grad_grad(const Tensor& gradgrad, const Tensor& grad, const Te
   return to_type(out, saved.scalar_type());
 }
 
+Tensor gate(const Tensor& gate, const Tensor& value, int64_t code, double alpha) {
+  check(gate, code);
+  check_alike(gate, value);
+  const Tensor g = in_order_of(gate, to_compute_type(gate));
+  const Tensor v = in_order_of(gate, to_compute_type(value));
+  const Tensor y = new_like(gate, g.scalar_type());
+  with_scalar_type(g.scalar_type(), "gate", [&](auto scalar) {
+    using T = decltype(scalar);
+    const auto& table = NNARCH_SELECT(activation_table<T>());
+    const T *from = data<T>(g), *by = data<T>(v);
+    T* to = mutable_data<T>(y);
+    over_runs(gate.numel(), [&](int64_t first, int64_t n) {
+      table.gate(from + first, by + first, to + first, n, code, static_cast<T>(alpha));
+    });
+  });
+  return to_type(y, gate.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> gate_grad(const Tensor& grad, const Tensor& gate, const Tensor& value,
+                                     int64_t code, double alpha) {
+  check(gate, code);
+  check_alike(gate, value);
+  check_alike(gate, grad);
+  const Tensor dy = in_order_of(gate, to_compute_type(grad));
+  const Tensor g = in_order_of(gate, to_compute_type(gate));
+  const Tensor v = in_order_of(gate, to_compute_type(value));
+  const Tensor d_gate = new_like(gate, g.scalar_type()), d_value = new_like(gate, g.scalar_type());
+  with_scalar_type(g.scalar_type(), "gate_grad", [&](auto scalar) {
+    using T = decltype(scalar);
+    const auto& table = NNARCH_SELECT(activation_table<T>());
+    over_runs(gate.numel(), [&](int64_t i, int64_t n) {
+      table.gate_grad(data<T>(dy) + i, data<T>(g) + i, data<T>(v) + i, mutable_data<T>(d_gate) + i,
+                      mutable_data<T>(d_value) + i, n, code, static_cast<T>(alpha));
+    });
+  });
+  return {to_type(d_gate, gate.scalar_type()), to_type(d_value, gate.scalar_type())};
+}
+
 }  // namespace
 
 NNARCH_OPS(activation, ops) {
   ops.impl("activation", TORCH_BOX(&activation));
   ops.impl("activation_grad", TORCH_BOX(&activation_grad));
   ops.impl("activation_grad_grad", TORCH_BOX(&activation_grad_grad));
+  ops.impl("gate", TORCH_BOX(&gate));
+  ops.impl("gate_grad", TORCH_BOX(&gate_grad));
 }
 
 }  // namespace nnarch

@@ -13,6 +13,10 @@ struct ActivationTable {
   void (*grad)(const T* grad, const T* saved, T* out, int64_t n, int64_t code, T alpha);
   void (*grad_grad)(const T* gradgrad, const T* grad, const T* saved, T* out, int64_t n,
                     int64_t code, T alpha);
+  // y = act(gate)·value, and its two gradients.
+  void (*gate)(const T* gate, const T* value, T* y, int64_t n, int64_t code, T alpha);
+  void (*gate_grad)(const T* grad, const T* gate, const T* value, T* d_gate, T* d_value, int64_t n,
+                    int64_t code, T alpha);
 };
 
 NNARCH_PER_ISA(template <class T> const ActivationTable<T>& activation_table();)

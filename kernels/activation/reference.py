@@ -95,3 +95,17 @@ def _gelu_tanh_parts(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     k, cubic = math.sqrt(2 / math.pi), 0.044715
     t = torch.tanh(k * (z + cubic * z * z * z))
     return t, k * (1 + 3 * cubic * z * z), k * 6 * cubic * z
+
+
+def gate(gate: Tensor, value: Tensor, activation: int, alpha: float) -> Tensor:
+    """act(gate) · value"""
+    return _FORWARD[activation](gate, alpha) * value
+
+
+def gate_grad(
+    grad: Tensor, gate: Tensor, value: Tensor, activation: int, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """grad · value · act'(gate), and grad · act(gate)"""
+    opened = _FORWARD[activation](gate, alpha)
+    saved = opened if activation in kinds.INVERTIBLE else gate
+    return grad * value * _derivative(saved, activation, alpha), grad * opened

@@ -36,7 +36,7 @@ _TILE = tile(BLOCK=1024, num_warps=4)
 
 
 @triton.jit
-def _element_range(elements, INT64: tl.constexpr, BLOCK: tl.constexpr):
+def element_range(elements, INT64: tl.constexpr, BLOCK: tl.constexpr):
     """The indices of this program's elements, and which of them exist."""
     pid = tl.program_id(0)
     if INT64:
@@ -46,7 +46,7 @@ def _element_range(elements, INT64: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _offset(index, size_1, size_2, stride_0, stride_1, stride_2, RANK: tl.constexpr):
+def element_offset(index, size_1, size_2, stride_0, stride_1, stride_2, RANK: tl.constexpr):
     """Offset of the elements with a linear index in a tensor [·, size_1, size_2]."""
     if RANK == 1:
         return index * stride_2
@@ -73,8 +73,8 @@ def _activation_fwd_kernel(
     BLOCK: tl.constexpr,
 ):
     """y = act(x)"""
-    index, inside = _element_range(elements, INT64, BLOCK)
-    x_offset = _offset(index, size_1, size_2, stride_x0, stride_x1, stride_x2, RANK)
+    index, inside = element_range(elements, INT64, BLOCK)
+    x_offset = element_offset(index, size_1, size_2, stride_x0, stride_x1, stride_x2, RANK)
     x = tl.load(x_ptr + x_offset, mask=inside, other=0.0).to(tl.float32)
     y = apply_activation(x, KIND, alpha)
     tl.store(y_ptr + index, y.to(y_ptr.dtype.element_ty), mask=inside)
@@ -105,15 +105,17 @@ def _activation_bwd_kernel(
     BLOCK: tl.constexpr,
 ):
     """dx = grad · act'(saved), or gradgrad · grad · act''(saved)"""
-    index, inside = _element_range(elements, INT64, BLOCK)
-    g_offset = _offset(index, size_1, size_2, stride_grad0, stride_grad1, stride_grad2, RANK)
-    s_offset = _offset(index, size_1, size_2, stride_saved0, stride_saved1, stride_saved2, RANK)
+    index, inside = element_range(elements, INT64, BLOCK)
+    g_offset = element_offset(index, size_1, size_2, stride_grad0, stride_grad1, stride_grad2, RANK)
+    s_offset = element_offset(
+        index, size_1, size_2, stride_saved0, stride_saved1, stride_saved2, RANK
+    )
     grad = tl.load(grad_ptr + g_offset, mask=inside, other=0.0).to(tl.float32)
     saved = tl.load(saved_ptr + s_offset, mask=inside, other=0.0).to(tl.float32)
     if gradgrad_ptr is None:
         dx = grad * activation_derivative(saved, KIND, alpha)
     else:
-        a_offset = _offset(
+        a_offset = element_offset(
             index, size_1, size_2, stride_gradgrad0, stride_gradgrad1, stride_gradgrad2, RANK
         )
         gradgrad = tl.load(gradgrad_ptr + a_offset, mask=inside, other=0.0).to(tl.float32)
@@ -128,7 +130,7 @@ def activation(x: torch.Tensor, activation: int, alpha: float) -> torch.Tensor:
     """``nnarch::activation``."""
     check_dtype("activation", x)
     y = library.new_output(x, x.shape)
-    _launch(_activation_fwd_kernel, {"x": x}, {"y": y}, activation, alpha)
+    launch_elementwise(_activation_fwd_kernel, {"x": x}, {"y": y}, activation, alpha)
     return y
 
 
@@ -161,26 +163,29 @@ def _backward(
 ) -> torch.Tensor:
     dx = library.new_output(saved, saved.shape)
     inputs = {"grad": grad, "saved": saved, "gradgrad": gradgrad}
-    _launch(_activation_bwd_kernel, inputs, {"dx": dx}, activation, alpha)
+    launch_elementwise(_activation_bwd_kernel, inputs, {"dx": dx}, activation, alpha)
     return dx
 
 
-def _launch(
+def launch_elementwise(
     kernel: Any,
     inputs: dict[str, torch.Tensor | None],
-    output: dict[str, torch.Tensor],
+    outputs: dict[str, torch.Tensor],
     activation: int,
     alpha: float,
 ) -> None:
-    """Launch an elementwise kernel over tensors of one shape; an absent input is None."""
-    ((_, out),) = output.items()
+    """Launch an elementwise kernel over tensors of one shape; an absent input is None.
+
+    The outputs are dense, and lie in one order.
+    """
+    out = next(iter(outputs.values()))
     given = [t for t in inputs.values() if t is not None]
     sizes, strides = merged_dims(out, given)
     if len(sizes) > _MAX_RANK:
         given = [torch.empty_like(out).copy_(t) for t in given]
         sizes, strides = merged_dims(out, given)
     copies, merged = iter(given), iter(strides)
-    arguments: dict[str, Any] = {f"{name}_ptr": t for name, t in output.items()}
+    arguments: dict[str, Any] = {f"{name}_ptr": t for name, t in outputs.items()}
     for name, t in inputs.items():
         arguments[f"{name}_ptr"] = None if t is None else next(copies)
         steps = (0,) * _MAX_RANK if t is None else _left_padded(next(merged), 0)

@@ -34,9 +34,12 @@ NNARCH_INLINE Vec<T> activate_as(Vec<T> z, T alpha) {
   if constexpr (code == kLeakyRelu) return z > zero ? z : z * alpha;
   if constexpr (code == kHardswish) return z * clamp<T>(z + T(3), zero, six) * T(1.0 / 6);
   if constexpr (code == kHardsigmoid) return clamp<T>(z + T(3), zero, six) * T(1.0 / 6);
-  if constexpr (code == kSilu) return z / (exp<T>(-z) + T(1));
-  if constexpr (code == kGelu) return z * normal(z).cdf;
-  if constexpr (code == kGeluTanh) return z * T(0.5) * (GeluTanh<T>(z).tanh + T(1));
+  if constexpr (code == kSilu) return z * one_over_one_plus<T>(exp<T>(-z));
+  if constexpr (code == kGelu) return gelu(z);
+  if constexpr (code == kGeluTanh) {  // (1 + tanh(u)) / 2 = 1 / (1 + exp(-2u))
+    constexpr T k = T(-2 * 0.79788456080286535588);
+    return z * one_over_one_plus<T>(exp<T>((z * z * T(0.044715) + T(1)) * (z * k)));
+  }
   if constexpr (code == kTanh) return tanh<T>(z);
   if constexpr (code == kSigmoid) return sigmoid<T>(z);
   return z;
@@ -56,7 +59,7 @@ NNARCH_INLINE Vec<T> activate_grad_as(Vec<T> saved, T alpha) {
   if constexpr (code == kHardsigmoid)
     return ((saved > zero) & (saved < one)) ? zero + T(1.0 / 6) : zero;
   if constexpr (code == kSilu) {
-    const Vec<T> s = sigmoid<T>(saved);
+    const Vec<T> s = one_over_one_plus<T>(exp<T>(-saved));
     return s * (saved * (one - s) + one);
   }
   if constexpr (code == kGelu) {

@@ -38,6 +38,7 @@ FAMILIES = (
     "activation",
     "recurrent",
     "local_response_norm",
+    "layer_norm",
     "upsample",
     "capsule_routing",
 )

@@ -6,29 +6,10 @@
 #include "cpu/pack_weight.h"
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
+#include "linear/cpu_rows.h"
 
 namespace nnarch {
 namespace {
-
-// x as rows: `m` of them, `depth` long, dense, `stride` apart.
-struct Rows {
-  Tensor tensor;
-  int64_t m, depth, stride;
-};
-
-Rows as_rows(const Tensor& x) {
-  const int64_t depth = x.size(x.dim() - 1);
-  if (x.dim() == 2 && x.stride(1) == 1 && x.stride(0) >= depth)
-    return {x, x.size(0), depth, x.stride(0)};
-  int64_t m = 1;
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) m = checked_product(m, x.size(d));
-  return {as_contiguous(x), m, depth, depth};
-}
-
-template <class T>
-WeightView<T> weight_view(const Tensor& w) {
-  return {data<T>(w), w.size(0), w.size(1), w.stride(0), w.stride(1), {0}};
-}
 
 // Few rows: every weight is read once, in place.
 template <class T>
@@ -69,10 +50,7 @@ void pack_and_multiply(const Rows& x, const Tensor& w, T* y, const Epilogue<T>& 
   parallel_tasks(ceil_div(view.columns, columns), [&](int64_t task) {
     const int64_t first = task * columns, n = std::min(columns, view.columns - first);
     Scratch<T> packed(packed_size<T>(n, 1, view.depth));
-    for (int64_t j = 0; j < n; j += table.nr)
-      table.pack_panel(view.data + (first + j) * view.column_stride, view.depth_stride,
-                       view.column_stride, view.depth, std::min(table.nr, n - j),
-                       packed.get() + j * view.depth);
+    pack_columns<T>(view, first, n, packed.get());
     const Strip<T> rows{data<T>(x.tensor), 0, x.m};
     table.run({.depth = view.depth,
                .b = packed.get(),
@@ -103,10 +81,9 @@ Tensor linear_pack(const Tensor& weight_in) {
 template <class T>
 void run_linear(const Rows& x, const Tensor& weight, const OptTensor& packed, T* y,
                 const Epilogue<T>& epilogue) {
-  constexpr int64_t few = 4, many = 512;
   const int64_t n = weight.size(0);
   if (x.m == 0 || n == 0) return;
-  if (x.m <= few && weight.stride(1) == 1 && x.depth > 0)
+  if (x.m <= kFewRows && weight.stride(1) == 1 && x.depth > 0)
     return few_rows<T>(x, weight, y, epilogue);
   if (packed) {
     require(packed->numel() == packed_size<T>(n, 1, x.depth) && packed->is_contiguous() &&
@@ -114,7 +91,7 @@ void run_linear(const Rows& x, const Tensor& weight, const OptTensor& packed, T*
             "linear: packed does not belong to this weight");
     return packed_gemm<T>(x, data<T>(*packed), n, y, epilogue);
   }
-  if (x.m > many) return packed_gemm<T>(x, data<T>(linear_pack(weight)), n, y, epilogue);
+  if (x.m > kManyRows) return packed_gemm<T>(x, data<T>(linear_pack(weight)), n, y, epilogue);
   pack_and_multiply<T>(x, weight, y, epilogue);
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from nnarch.kernels.activation.reference import gate
 from nnarch.kernels.epilogue import reference_epilogue
 
 
@@ -28,3 +29,27 @@ def linear(
 def linear_pack(weight: Tensor) -> Tensor:
     """Nothing to pack: only the native kernels read packed weights."""
     return weight.new_empty(0)
+
+
+def gated_linear(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    packed: Tensor | None,
+    activation: int,
+    alpha: float,
+) -> Tensor:
+    """y[…, k] = act(Σ_c x[…, c] · gate[k, c] + …) · (Σ_c x[…, c] · up[k, c] + …)."""
+    gates, ups = x @ gate_weight.T, x @ up_weight.T
+    if gate_bias is not None:
+        gates = gates + gate_bias
+    if up_bias is not None:
+        ups = ups + up_bias
+    return gate(gates, ups, activation, alpha)
+
+
+def gated_linear_pack(gate_weight: Tensor, up_weight: Tensor) -> Tensor:
+    """Nothing to pack: only the native kernels read packed weights."""
+    return gate_weight.new_empty(0)

@@ -12,8 +12,10 @@ import math
 
 import torch
 
+from nnarch.kernels.activation.triton_gated import STATIC_CASES as GATES
 from nnarch.kernels.gpu.launch import check_dtype, device_guard, vector
 from nnarch.kernels.gpu.static import StaticCase, meta
+from nnarch.kernels.linear import triton_gated
 from nnarch.kernels.linear.triton_product import product
 from nnarch.kernels.linear.triton_row import one_row
 
@@ -84,5 +86,7 @@ STATIC_CASES = [
     _case("few rows", 16, 4096, 16384),
     _case("few rows and columns", 32, 4096, 1024),  # the reduction is split
     _case("one row", 1, 4096, 16384),
+    *triton_gated.STATIC_CASES,
+    *GATES,
 ]
 """What bench/static_gpu.py compiles."""

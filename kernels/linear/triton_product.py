@@ -162,7 +162,11 @@ def product(
     precision = dot_precision("matmul")
     swap = m <= SMALL_M
     problem = Problem(
-        m, k, c, precision_of(x.dtype, precision), vectors=_vectors(x) and _vectors(weight)
+        m,
+        k,
+        c,
+        precision_of(x.dtype, precision),
+        vectors=reads_vectors(x) and reads_vectors(weight),
     )
     arguments = {
         **{"x_ptr": x, "w_ptr": weight, "y_ptr": y, "M": m, "K": k, "C": c},
@@ -199,7 +203,7 @@ def _finish(partial, y, epilogue: dict[str, Any]) -> None:
     finish_split(partial, as_image(y), epilogue | {"residual_ptr": residual})
 
 
-def _vectors(matrix: torch.Tensor) -> bool:
+def reads_vectors(matrix: torch.Tensor) -> bool:
     """Whether a matrix is read 16 bytes at a time along one of its dimensions."""
     rows, columns = matrix.shape
     along_columns = matrix.stride(1) == 1 and loads_vectors(columns, matrix.stride(0))

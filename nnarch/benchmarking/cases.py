@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nnarch.benchmarking.attention_cases import ATTENTION_TARGETS, attentions
 from nnarch.benchmarking.capsule_cases import CAPSULE_TARGETS, capsules
 from nnarch.benchmarking.case import Case, Target
 from nnarch.benchmarking.convolution_cases import (
@@ -60,6 +61,7 @@ TARGETS: dict[str, Target] = {
     "models": Target(1.0, 1.3),
     "training": Target(1.5, 2.1),
     **CAPSULE_TARGETS,
+    **ATTENTION_TARGETS,
 }
 
 
@@ -322,5 +324,6 @@ CASES: tuple[Case, ...] = (
     *recurrents(),
     *training_convolutions(),
     *capsules(),
+    *attentions(),
     *models(),
 )

@@ -76,6 +76,13 @@ CASES = [
     ),
     ("UpsamplingNearest2d", (11,), {}, (2, 5, 6, 7)),
     ("UpsamplingBilinear2d", (None, 2), {}, (2, 5, 6, 7)),
+    ("LayerNorm", (50,), {}, (3, 50)),
+    ("LayerNorm", ((4, 50), 1e-3), {}, (3, 4, 50)),
+    ("LayerNorm", (50,), {"elementwise_affine": False}, (50,)),
+    ("LayerNorm", ([50],), {"bias": False}, (2, 3, 50)),
+    ("RMSNorm", (50,), {}, (3, 50)),
+    ("RMSNorm", ((4, 50), 1e-3), {}, (3, 4, 50)),
+    ("RMSNorm", (50,), {"elementwise_affine": False}, (3, 50)),
     ("LocalResponseNorm", (4, 0.5, 0.6, 2.0), {}, (2, 12, 9)),
 ]
 IDS = [f"{name}-{i}" for i, (name, *_) in enumerate(CASES)]
