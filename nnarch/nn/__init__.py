@@ -47,8 +47,6 @@ from nnarch.nn.fused import (
     FusedConvTranspose2d,
     FusedLinear,
 )
-from nnarch.nn.layer_norm import LayerNorm, RMSNorm
-from nnarch.nn.gated import GatedFeedForward, GatedLinear
 from nnarch.nn.gated import GatedFeedForward, GatedLinear
 from nnarch.nn.layer_norm import LayerNorm, RMSNorm
 from nnarch.nn.linear import LazyLinear, Linear
