@@ -122,13 +122,34 @@ NNARCH_INLINE Vec<T> scores_gradient(const Product<T>& p, Vec<T> sum, const T* c
   return (sum * load(kept) - held * *delta) * p.scale;
 }
 
-template <class T, int NV, int... I>
-NNARCH_INLINE void product_tile(Indices<I...>, const Product<T>& p, int64_t m, int64_t n,
-                                int64_t from, int64_t count, Fetch::Lines lines) {
+// One row of a step, and what becomes of one row's sums.
+template <class T, int... J>
+NNARCH_INLINE void add_row(Indices<J...>, Vec<T> x, const Vec<T>* b, Vec<T>* sums) {
+  ((sums[J] += x * b[J]), ...);
+}
+template <class T, int... J>
+NNARCH_INLINE void load_row(Indices<J...>, const T* from, Vec<T>* to) {
+  ((to[J] = load(from + J * kLanes<T>), keep_in_register(to[J])), ...);
+}
+template <class T, Finish How, int... J>
+NNARCH_INLINE void put_sums(Indices<J...>, const Product<T>& p, const Vec<T>* sums, T* c,
+                            const T* kept, const T* delta) {
   constexpr int w = kLanes<T>;
+  if constexpr (How == Finish::store)
+    (store(c + J * w, sums[J]), ...);
+  else if constexpr (How == Finish::add)
+    (store(c + J * w, load(c + J * w) + sums[J]), ...);
+  else
+    (store(c + J * w, scores_gradient<T>(p, sums[J], c + J * w, kept + J * w, delta)), ...);
+}
+
+// Rows I by vectors J. Every access to an accumulator has a constant index, or GCC would keep them
+// in memory.
+template <class T, class Vectors, int NV, int... I>
+NNARCH_INLINE void product_tile(Vectors each, Indices<I...>, const Product<T>& p, int64_t m,
+                                int64_t n, int64_t from, int64_t count, Fetch::Lines lines) {
   constexpr int mr = sizeof...(I);
-  Vec<T> left[mr] = {(static_cast<void>(I), Vec<T>{})...};
-  Vec<T> right[mr] = {(static_cast<void>(I), Vec<T>{})...};
+  Vec<T> sums[mr * NV] = {};
   ProductRows<T, mr> rows(p.a + m * p.a_row + from * p.a_step, p.a_row, p.a_step);
   const T* b = p.b + n + from * p.b_step;
   const int64_t b_step = p.b_step;
@@ -136,45 +157,31 @@ NNARCH_INLINE void product_tile(Indices<I...>, const Product<T>& p, int64_t m, i
   for (int64_t k = 0; k < count; ++k) {
     __builtin_prefetch(lines.at, 0, 2);
     lines.at += lines.step;
-    Vec<T> b0 = load(b);
-    keep_in_register(b0);
-    if constexpr (NV == 2) {
-      Vec<T> b1 = load(b + w), x;
-      keep_in_register(b1);
-      ((x = broadcast(rows.template value<I>()), left[I] += x * b0, right[I] += x * b1), ...);
-    } else {
-      ((left[I] += broadcast(rows.template value<I>()) * b0), ...);
-    }
+    Vec<T> row[NV];
+    load_row<T>(each, b, row);
+    (add_row<T>(each, broadcast(rows.template value<I>()), row, sums + I * NV), ...);
     b += b_step;
     rows.next();
   }
-  T* c = p.c + m * p.c_row + n;
-  const int64_t c_row = p.c_row;
+  const int64_t c_row = p.c_row, at = m * c_row + n;
+  T* c = p.c + at;
   if (p.finish == Finish::add) {
-    ((store(c + I * c_row, load(c + I * c_row) + left[I])), ...);
-    if constexpr (NV == 2) ((store(c + I * c_row + w, load(c + I * c_row + w) + right[I])), ...);
-    return;
-  }
-  if (p.finish == Finish::store) {
-    ((store(c + I * c_row, left[I])), ...);
-    if constexpr (NV == 2) ((store(c + I * c_row + w, right[I])), ...);
-    return;
-  }
-  const T* kept = p.kept + m * p.c_row + n;
-  const T* delta = p.delta + m;
-  ((store(c + I * c_row,
-          scores_gradient<T>(p, left[I], c + I * c_row, kept + I * c_row, delta + I))),
-   ...);
-  if constexpr (NV == 2)
-    ((store(c + I * c_row + w,
-            scores_gradient<T>(p, right[I], c + I * c_row + w, kept + I * c_row + w, delta + I))),
+    (put_sums<T, Finish::add>(each, p, sums + I * NV, c + I * c_row, nullptr, nullptr), ...);
+  } else if (p.finish == Finish::store) {
+    (put_sums<T, Finish::store>(each, p, sums + I * NV, c + I * c_row, nullptr, nullptr), ...);
+  } else {
+    const T *kept = p.kept + at, *delta = p.delta + m;
+    (put_sums<T, Finish::scores_gradient>(each, p, sums + I * NV, c + I * c_row, kept + I * c_row,
+                                          delta + I),
      ...);
+  }
 }
 
 template <class T, int NV, int MR>
 NNARCH_NOINLINE void product_tile_of(const Product<T>& p, int64_t m, int64_t n, int64_t from,
                                      int64_t count, Fetch::Lines lines) {
-  product_tile<T, NV>(MakeIndices<MR>{}, p, m, n, from, count, lines);
+  product_tile<T, MakeIndices<NV>, NV>(MakeIndices<NV>{}, MakeIndices<MR>{}, p, m, n, from, count,
+                                       lines);
 }
 
 template <class T>
@@ -204,13 +211,13 @@ NNARCH_INLINE void multiply_all(const Product<T>& p, int64_t rows, int64_t colum
   // Of even height: 64 rows by 6 are 9 tiles of 6 and 2 of 5.
   const int64_t height = rows / tiles, higher = rows % tiles;
   for (int64_t n = 0; n < columns; n += 2 * w) {
-    const bool pair = columns - n >= 2 * w;
+    const int64_t vectors = columns - n < 2 * w ? 1 : 2;
     for (int64_t i = 0, m = 0; i < tiles; ++i) {
       const int64_t count = height + (i < higher);
-      const Steps steps = reach(m, m + count, n, n + (pair ? 2 * w : w));
+      const Steps steps = reach(m, m + count, n, n + vectors * w);
       if (steps.first <= steps.end) {
-        const auto tile = pair ? product_tile_of_rows<T, 2>(heights, count)
-                               : product_tile_of_rows<T, 1>(heights, count);
+        const auto tile = vectors == 1 ? product_tile_of_rows<T, 1>(heights, count)
+                                       : product_tile_of_rows<T, 2>(heights, count);
         const int64_t depth = steps.end - steps.first;
         tile(p, m, n, steps.first, depth, fetch.next(depth, p.a));
       }

@@ -41,7 +41,7 @@ def _arguments(
         torch.tensor([2**41 + 5]) if dropout_p else None,
     ]
     numbers = [dropout_p, 1 / math.sqrt(max(1, d)), *band]
-    out, lse = reference.attention(*tensors, *rest, *numbers)  # pyright: ignore
+    out, lse = reference.attention(*tensors, *rest, *numbers)
     grad = torch.randn(b, h, n, dv).to(dtype)
     d_lse = torch.randn(b, h, n).to(lse.dtype) if grad_lse else None
     return [grad, d_lse, *tensors, *rest, out, lse, *numbers, mask_gradient]
