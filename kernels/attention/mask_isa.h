@@ -18,6 +18,38 @@ NNARCH_INLINE T bias_of(const MaskOperand& mask, const char* p) {
   return load_as<T>(mask.values.storage, p, mask.values.column, 1)[0] * T(kLog2E);
 }
 
+// -infinity where a byte is 0, else 0, for as many bytes as a vector has lanes.
+template <class T>
+NNARCH_INLINE Vec<T> hidden_where_zero(const char* p) {
+  typedef typename Bits<T>::V B;
+  const B hidden = (B)broadcast(-kInfinity<T>);
+#if defined(NNARCH_ISA_avx512)
+  if constexpr (sizeof(T) == 4) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return (Vec<T>)_mm512_maskz_mov_epi32(_mm_testn_epi8_mask(bytes, bytes), (__m512i)hidden);
+  } else {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    const auto zero = static_cast<__mmask8>(_mm_testn_epi8_mask(bytes, bytes));
+    return (Vec<T>)_mm512_maskz_mov_epi64(zero, (__m512i)hidden);
+  }
+#elif defined(NNARCH_ISA_avx2)
+  const __m256i none = _mm256_setzero_si256();
+  if constexpr (sizeof(T) == 4) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return (Vec<T>)((B)_mm256_cmpeq_epi32(_mm256_cvtepu8_epi32(bytes), none) & hidden);
+  } else {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    const __m256i lanes = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+    return (Vec<T>)((B)_mm256_cmpeq_epi64(lanes, none) & hidden);
+  }
+#else
+  B bits;
+  for (int i = 0; i < kLanes<T>; ++i) bits[i] = p[i] ? 0 : hidden[i];
+  return (Vec<T>)bits;
+#endif
+}
+
 // One row of a mask for keys [0, n), in units of ln 2: 0 or -infinity where it is boolean. `to`
 // holds n rounded up to whole vectors.
 template <class T>
@@ -29,17 +61,13 @@ NNARCH_INLINE void bias_row(const MaskOperand& mask, const char* p, int64_t n, T
       store(to, load_as<T>(mask.values.storage, p, step, n - j) * T(kLog2E));
       continue;
     }
-    typedef uint8_t Bytes __attribute__((vector_size(w)));
-    uint8_t byte[w] = {};
     if (step == 1 && n - j >= w) {
-      __builtin_memcpy(byte, p, w);
+      store(to, hidden_where_zero<T>(p));
     } else {
-      for (int64_t i = 0; i < w && i < n - j; ++i) byte[i] = static_cast<uint8_t>(p[i * step]);
+      char byte[w] = {};
+      for (int64_t i = 0; i < w && i < n - j; ++i) byte[i] = p[i * step];
+      store(to, hidden_where_zero<T>(byte));
     }
-    Bytes bytes;
-    __builtin_memcpy(&bytes, byte, w);
-    const Vec<T> seen = __builtin_convertvector(bytes, Vec<T>);
-    store(to, seen == T(0) ? broadcast<T>(-kInfinity<T>) : Vec<T>{});
   }
 }
 
