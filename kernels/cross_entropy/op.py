@@ -17,6 +17,14 @@ from nnarch import arrays, library
 
 from . import reference
 from .autograd import not_differentiable, scaled
+from .checks import (
+    check_backward,
+    check_forward,
+    check_integers,
+    check_linear_backward,
+    check_linear_forward,
+    check_numbers,
+)
 from .reference import (
     MEAN,
     NONE,
@@ -33,137 +41,6 @@ from .reference import (
 _GPU = "nnarch.kernels.cross_entropy.triton_kernel"
 _REDUCTIONS = {"none": NONE, "mean": MEAN, "sum": SUM}
 _NUMBERS = "int ignore_index, float label_smoothing, float z_loss, int reduction, int wanted"
-
-# --------------------------------------------------------------------------------------- checks
-
-
-def _check_numbers(op: str, label_smoothing: float, z_loss: float, reduction: int) -> None:
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"{op}: label_smoothing must be from 0 to 1, got {label_smoothing}")
-    if not math.isfinite(z_loss):
-        raise ValueError(f"{op}: z_loss must be finite, got {z_loss}")
-    if reduction not in (NONE, MEAN, SUM):
-        raise ValueError(f"{op}: reduction must be 0 (none), 1 (mean) or 2 (sum), got {reduction}")
-
-
-def _check_wanted(op: str, wanted: int, reduction: int, most: int) -> None:
-    if not 0 <= wanted <= most or (wanted and reduction == NONE):
-        raise ValueError(f"{op}: wanted must be from 0 to {most}, and 0 with reduction 0 (none)")
-
-
-def _check_class_weight(op: str, class_weight: Any, x: Tensor, classes: int) -> None:
-    if class_weight is None:
-        return
-    library.check_tensor(op, "class_weight", class_weight)
-    library.check_device(op, "class_weight", class_weight, x)
-    if class_weight.dtype != compute_dtype(x.dtype):
-        wanted = compute_dtype(x.dtype)
-        raise TypeError(f"{op}: class_weight must be {wanted}, got {class_weight.dtype}")
-    if tuple(class_weight.shape) != (classes,):
-        raise ValueError(
-            f"{op}: class_weight must have the shape ({classes},), got {tuple(class_weight.shape)}"
-        )
-
-
-def _check_indices(op: str, target: Any, x: Tensor, count: int) -> None:
-    if not isinstance(target, Tensor):
-        raise TypeError(f"{op}: target must be a tensor, got {type(target).__name__}")
-    library.check_device(op, "target", target, x)
-    if target.dtype != torch.int64:
-        raise TypeError(f"{op}: target must be int64, got {target.dtype}")
-    if tuple(target.shape) != (count,):
-        raise ValueError(f"{op}: target must have the shape ({count},), got {tuple(target.shape)}")
-
-
-def _check_linear(
-    op: str, x: Tensor, weight: Tensor, bias: Any, target: Any, class_weight: Any
-) -> None:
-    library.check_tensor(op, "x", x)
-    library.check_tensor(op, "weight", weight)
-    library.check_same(op, "weight", weight, x)
-    if x.dim() != 2 or weight.dim() != 2:
-        raise ValueError(
-            f"{op}: x must be [samples, D] and weight [V, D], got {tuple(x.shape)} and "
-            f"{tuple(weight.shape)}"
-        )
-    if x.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"{op}: the last size of x ({x.shape[1]}) must be the second of weight "
-            f"({weight.shape[1]})"
-        )
-    classes = weight.shape[0]
-    if classes == 0:
-        raise ValueError(f"{op}: weight must have classes, got shape {tuple(weight.shape)}")
-    if bias is not None:
-        library.check_tensor(op, "bias", bias)
-        library.check_same(op, "bias", bias, x)
-        if tuple(bias.shape) != (classes,):
-            raise ValueError(
-                f"{op}: bias must have the shape ({classes},), got {tuple(bias.shape)}"
-            )
-    _check_indices(op, target, x, x.shape[0])
-    _check_class_weight(op, class_weight, x, classes)
-
-
-def _check_linear_forward(x, weight, bias, target, class_weight, ignore, smoothing, z, r, wanted):  # type: ignore[no-untyped-def]
-    op = "linear_cross_entropy"
-    _check_linear(op, x, weight, bias, target, class_weight)
-    _check_numbers(op, smoothing, z, r)
-    _check_wanted(op, wanted, r, 7)
-    if wanted & WANT_BIAS and bias is None:
-        raise ValueError(f"{op}: wanted asks for the gradient of bias, which is None")
-
-
-def _check_linear_backward(  # type: ignore[no-untyped-def]
-    grad, x, weight, bias, target, class_weight, lse, ignore, smoothing, z, r, wanted
-):
-    op = "linear_cross_entropy_backward"
-    _check_linear(op, x, weight, bias, target, class_weight)
-    _check_numbers(op, smoothing, z, r)
-    _check_upstream(op, grad, lse, x.shape[0], compute_dtype(x.dtype), x, r)
-
-
-def _check_upstream(
-    op: str, grad: Tensor, lse: Tensor, count: int, dtype: torch.dtype, x: Tensor, reduction: int
-) -> None:
-    library.check_tensor(op, "grad", grad)
-    library.check_tensor(op, "lse", lse)
-    wanted = (count,) if reduction == NONE else ()
-    if tuple(grad.shape) != wanted or grad.dtype != dtype:
-        raise ValueError(f"{op}: grad must be {dtype} of shape {wanted}, got {tuple(grad.shape)}")
-    if tuple(lse.shape) != (count,) or lse.dtype != torch.float64:
-        raise ValueError(f"{op}: lse must be float64 of shape ({count},), got {tuple(lse.shape)}")
-
-
-def _check_logits(op: str, x: Tensor, target: Any, class_weight: Any) -> None:
-    library.check_tensor(op, "x", x)
-    if x.dim() not in (2, 3) or x.shape[1] == 0:
-        raise ValueError(f"{op}: x must be [N, C] or [N, C, L] with classes, got {tuple(x.shape)}")
-    if isinstance(target, Tensor) and target.is_floating_point():
-        library.check_same(op, "target", target, x)
-        if target.shape != x.shape:
-            raise ValueError(
-                f"{op}: target probabilities must have the shape of x, {tuple(x.shape)}, got "
-                f"{tuple(target.shape)}"
-            )
-    else:
-        _check_indices(op, target, x, x.numel() // x.shape[1])
-    _check_class_weight(op, class_weight, x, x.shape[1])
-
-
-def _check_forward(x, target, class_weight, ignore, smoothing, z, r, wanted):  # type: ignore[no-untyped-def]
-    op = "cross_entropy"
-    _check_logits(op, x, target, class_weight)
-    _check_numbers(op, smoothing, z, r)
-    _check_wanted(op, wanted, r, 1)
-
-
-def _check_backward(grad, x, target, class_weight, lse, ignore, smoothing, z, r, wanted):  # type: ignore[no-untyped-def]
-    op = "cross_entropy_backward"
-    _check_logits(op, x, target, class_weight)
-    _check_numbers(op, smoothing, z, r)
-    _check_upstream(op, grad, lse, x.numel() // x.shape[1], x.dtype, x, r)
-
 
 # ------------------------------------------------------------------------------------- autograd
 
@@ -258,7 +135,7 @@ cross_entropy_op = library.declare(
     "-> (Tensor, Tensor, Tensor)",
     reference=reference.cross_entropy,
     fake=_fake,
-    check=_check_forward,
+    check=check_forward,
     gpu=f"{_GPU}:cross_entropy",
     setup_context=_setup,
     backward=_backward,
@@ -270,7 +147,7 @@ cross_entropy_backward = library.declare(
     f"Tensor lse, {_NUMBERS}) -> (Tensor, Tensor)",
     reference=reference.cross_entropy_backward,
     fake=_fake_backward,
-    check=_check_backward,
+    check=check_backward,
     gpu=f"{_GPU}:cross_entropy_backward",
     **not_differentiable("cross_entropy_backward"),
 )
@@ -298,7 +175,7 @@ linear_cross_entropy_op = library.declare(
     f"Tensor? class_weight, {_NUMBERS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     reference=reference.linear_cross_entropy,
     fake=_fake_linear,
-    check=_check_linear_forward,
+    check=check_linear_forward,
     gpu=f"{_GPU}:linear_cross_entropy",
     setup_context=_setup_linear,
     backward=_backward_linear,
@@ -309,7 +186,7 @@ linear_cross_entropy_backward = library.declare(
     f"Tensor target, Tensor? class_weight, Tensor lse, {_NUMBERS}) -> (Tensor, Tensor, Tensor)",
     reference=reference.linear_cross_entropy_backward,
     fake=lambda grad, x, weight, *rest: _linear_gradients(x, weight, rest[-1]),
-    check=_check_linear_backward,
+    check=check_linear_backward,
     gpu=f"{_GPU}:linear_cross_entropy_backward",
     **not_differentiable("linear_cross_entropy_backward"),
 )
@@ -429,7 +306,7 @@ def linear_cross_entropy(
         x, weight, bias = (_cast(t, dtype) for t in (x, weight, bias))
     if not isinstance(target, Tensor):
         raise TypeError(f"{op}: target must be a tensor, got {type(target).__name__}")
-    _check_integers(op, target)
+    check_integers(op, target)
     if x.dim() < 1 or target.shape != x.shape[:-1]:
         raise ValueError(
             f"{op}: x must be [..., D] and target [...], got {tuple(x.shape)} and "
@@ -440,7 +317,7 @@ def linear_cross_entropy(
     wanted = 0
     if code != NONE and torch.is_grad_enabled():
         bits = ((x, WANT_X), (weight, WANT_WEIGHT), (bias, WANT_BIAS))
-        wanted = sum(bit for t, bit in bits if isinstance(t, Tensor) and t.requires_grad)
+        wanted = sum(bit for t, bit in bits if getattr(t, "requires_grad", False))
     classes = target.to(torch.int64).reshape(-1)
     numbers = (ignore_index, label_smoothing, z_loss, code)
     loss = linear_cross_entropy_op(rows, weight, bias, classes, weights, *numbers, wanted)[0]
@@ -465,13 +342,8 @@ def _numbers(op: str, ignore_index: Any, smoothing: Any, z_loss: Any) -> tuple[i
             f"{op}: ignore_index must be an int, label_smoothing and z_loss numbers, got "
             f"{ignore_index!r}, {smoothing!r} and {z_loss!r}"
         ) from None
-    _check_numbers(op, *numbers[1:], NONE)
+    check_numbers(op, *numbers[1:], NONE)
     return numbers
-
-
-def _check_integers(op: str, target: Tensor) -> None:
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
-        raise TypeError(f"{op}: target must be integers, got {target.dtype}")
 
 
 def _target_sizes(op: str, input: Tensor, target: Tensor) -> torch.Size:
@@ -482,7 +354,7 @@ def _target_sizes(op: str, input: Tensor, target: Tensor) -> torch.Size:
     sizes = shape[:0] if input.dim() == 1 else torch.Size((shape[0], *shape[2:]))
     expected = shape if target.is_floating_point() else sizes
     if not target.is_floating_point():
-        _check_integers(op, target)
+        check_integers(op, target)
     if target.shape != expected:
         raise ValueError(
             f"{op}: target must have the shape {tuple(expected)} for input {tuple(shape)}, got "

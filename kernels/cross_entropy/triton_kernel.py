@@ -365,8 +365,8 @@ def _linear_case(samples: int, depth: int, classes: int) -> StaticCase:
     return StaticCase(
         f"linear_cross_entropy forward and gradients {samples}×{depth}×{classes}",
         run,
-        flops=2.0 * samples * depth * classes,
-        elements=samples * depth + classes * depth + samples * classes,
+        flops=6.0 * samples * depth * classes,
+        elements=3.0 * (samples * depth + classes * depth + samples * classes),
         matrix=True,
     )
 

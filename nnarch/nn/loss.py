@@ -38,6 +38,8 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         loss = nn.LinearCrossEntropyLoss()
         loss(hidden, head.weight, target).backward()
 
+    torch 2.13 has a class of this name that holds the layer itself; this one is another.
+
     Call it under `torch.no_grad` where no backward will follow: with gradients wanted, a reduced
     loss makes them at once.
 
