@@ -1,6 +1,11 @@
 // Where the memory of outputs comes from.
+#include "cpu/lazy_zeros.h"
 #include "cpu/pool.h"
 #include "cpu/tensor.h"
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 // Of torch 2.11 and newer; null where an older torch lacks it.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
@@ -37,6 +42,39 @@ Tensor new_strided(const IntList& sizes, const IntList& strides, ScalarType type
   Tensor result(handle);
   if (bytes >= (int64_t{4} << 20)) prefer_huge_pages(result.data_ptr(), bytes);
   return result;
+}
+
+OptTensor new_lazy_zeros([[maybe_unused]] const IntList& sizes, [[maybe_unused]] ScalarType type) {
+#ifdef __linux__
+  if (!torch_adopts_memory()) return std::nullopt;
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  auto bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
+  for (int64_t size : sizes) bytes = checked_product(bytes, size);
+  constexpr int64_t huge = int64_t{2} << 20;
+  const auto length = static_cast<size_t>(round_up(bytes, huge));
+  void* room =
+      mmap(nullptr, length + huge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (room == MAP_FAILED) return std::nullopt;
+  const auto head = static_cast<size_t>(-reinterpret_cast<intptr_t>(room) & (huge - 1));
+  char* block = static_cast<char*>(room) + head;
+  if (head > 0) munmap(room, head);
+  munmap(block + length, huge - head);
+  prefer_huge_pages(block, static_cast<int64_t>(length));
+  const auto give_back = [](void* memory, void* size) {
+    munmap(memory, reinterpret_cast<size_t>(size));
+  };
+  const IntList strides = contiguous_strides(sizes);
+  AtenTensorHandle handle;
+  if (torch_from_blob(block, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0,
+                      dtype, aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(),
+                      nullptr, 0, give_back, reinterpret_cast<void*>(length))) {
+    munmap(block, length);
+    return std::nullopt;
+  }
+  return Tensor(handle);
+#else
+  return std::nullopt;
+#endif
 }
 
 }  // namespace nnarch

@@ -5,6 +5,7 @@
 // make four words a lane.
 #pragma once
 
+#include "cpu/dropout.h"
 #include "cpu/math.h"
 
 namespace nnarch::NNARCH_ISA {
@@ -51,30 +52,82 @@ NNARCH_INLINE PhiloxWords philox(uint64_t seed, Words c0, Words c1, Words c2) {
   return {c0, c1, c2, c3};
 }
 
-// What a call drops. A word of at least `threshold` (up to 2³²) is kept, times `scale`.
-struct DropoutRule {
-  uint64_t seed, threshold;
-  double scale;
+// Lane i of a step works on quad `quad_order()[i]`, counted from the step's first: then two
+// interleavings within 128 bits bring the words into the order of elements, and no lane crosses.
+NNARCH_INLINE Words quad_order() {
+  constexpr int lanes = kLanes<float>;
+  Words order;
+  for (int i = 0; i < lanes; ++i) order[i] = static_cast<uint32_t>(i % 4 * (lanes / 4) + i / 4);
+  return order;
+}
+
+template <int first, int... I>
+NNARCH_INLINE Words interleave(Indices<I...>, Words a, Words b) {
+  constexpr int lanes = sizeof...(I);
+  return __builtin_shufflevector(a, b, (I / 4 * 4 + first + I % 4 / 2 + I % 2 * lanes)...);
+}
+template <int first, int... I>
+NNARCH_INLINE Words interleave_pairs(Indices<I...>, Words a, Words b) {
+  constexpr int lanes = sizeof...(I);
+  return __builtin_shufflevector(a, b, (I / 4 * 4 + first + I % 2 + I % 4 / 2 * lanes)...);
+}
+
+// The words of 4 * lanes elements one after the other, from quads in that order.
+struct ElementWords {
+  Words v[4];
+  NNARCH_INLINE explicit ElementWords(const PhiloxWords& w) {
+    constexpr MakeIndices<kLanes<float>> each{};
+    const Words low01 = interleave<0>(each, w.w0, w.w1), high01 = interleave<2>(each, w.w0, w.w1);
+    const Words low23 = interleave<0>(each, w.w2, w.w3), high23 = interleave<2>(each, w.w2, w.w3);
+    v[0] = interleave_pairs<0>(each, low01, low23), v[1] = interleave_pairs<2>(each, low01, low23);
+    v[2] = interleave_pairs<0>(each, high01, high23);
+    v[3] = interleave_pairs<2>(each, high01, high23);
+  }
 };
 
-// 0 or the scale for columns [0, n) of a row: out holds n rounded up to 4 * kLanes<float>.
+NNARCH_INLINE void store_factors(const DropoutRule& rule, const PhiloxWords& words, float* out) {
+  const ElementWords in_order(words);
+  // At a threshold of 2^32 the scale is 0 as well.
+  const uint32_t threshold =
+      rule.threshold > 0xFFFFFFFFu ? 0 : static_cast<uint32_t>(rule.threshold);
+  const Words kept = (Words)broadcast<float>(static_cast<float>(rule.scale));
+  for (int k = 0; k < 4; ++k)
+    store(out + k * kLanes<float>, (Vec<float>)((Words)(in_order.v[k] >= threshold) & kept));
+}
+NNARCH_INLINE void store_factors(const DropoutRule& rule, const PhiloxWords& words, double* out) {
+  const ElementWords in_order(words);
+  for (int k = 0; k < 4; ++k)
+    for (int i = 0; i < kLanes<float>; ++i)
+      *out++ = in_order.v[k][i] >= rule.threshold ? rule.scale : 0.0;
+}
+
+// 0 or the scale for quads [first, first + count) of rows that are all `quads` of them long: `out`
+// has room for `count` rounded up to kLanes<float>, four factors each.
+template <class T>
+NNARCH_INLINE void quad_factors(const DropoutRule& rule, uint32_t outer, int64_t quads,
+                                int64_t first, int64_t count, T* out) {
+  constexpr int lanes = kLanes<float>;
+  const auto row_quads = static_cast<uint32_t>(quads);
+  const int wraps = quads >= lanes ? 1 : static_cast<int>((lanes + quads - 1) / quads);
+  Words quad = quad_order() + static_cast<uint32_t>(first % quads);
+  Words row = static_cast<uint32_t>(first / quads) - Words{};
+  for (int64_t i = 0; i < count; i += lanes, out += 4 * lanes, quad += lanes) {
+    for (int w = 0; w < wraps; ++w) {
+      const Words over = (Words)(quad >= row_quads);
+      quad -= over & row_quads;
+      row += over & 1u;
+    }
+    store_factors(rule, philox(rule.seed, quad, row, outer - Words{}), out);
+  }
+}
+
+// The same for columns [0, n) of a row: out holds n rounded up to 4 * kLanes<float>.
 template <class T>
 NNARCH_INLINE void dropout_factors(const DropoutRule& rule, uint32_t outer, uint32_t row, int64_t n,
                                    T* out) {
-  constexpr int lanes = kLanes<float>;
-  const T kept[2] = {T(0), static_cast<T>(rule.scale)};
-  for (int64_t first = 0; first < n; first += 4 * lanes) {
-    Words quad;
-    for (int i = 0; i < lanes; ++i) quad[i] = static_cast<uint32_t>(first / 4 + i);
-    const PhiloxWords words = philox(rule.seed, quad, row - Words{}, outer - Words{});
-    for (int i = 0; i < lanes; ++i) {
-      T* at = out + first + 4 * i;
-      at[0] = kept[words.w0[i] >= rule.threshold];
-      at[1] = kept[words.w1[i] >= rule.threshold];
-      at[2] = kept[words.w2[i] >= rule.threshold];
-      at[3] = kept[words.w3[i] >= rule.threshold];
-    }
-  }
+  Words quad = quad_order();
+  for (int64_t first = 0; first < n; first += 4 * kLanes<float>, quad += kLanes<float>)
+    store_factors(rule, philox(rule.seed, quad, row - Words{}, outer - Words{}), out + first);
 }
 
 }  // namespace nnarch::NNARCH_ISA

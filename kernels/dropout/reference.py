@@ -60,3 +60,12 @@ def keep(seed: Tensor, outer: int, rows: int, columns: int, p: float) -> Tensor:
 def factors(seed: Tensor, outer: int, rows: int, columns: int, p: float, like: Tensor) -> Tensor:
     """0 or 1/(1-p) for each element of [outer, rows, columns], in the dtype of `like`."""
     return keep(seed, outer, rows, columns, p).to(like.dtype) * survivor_scale(p)
+
+
+def dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
+    """x, its last dimension the columns and all others rows, with elements dropped."""
+    columns = x.shape[-1] if x.dim() else 1
+    if x.numel() == 0:
+        return x.clone()
+    factor = factors(seed, 1, x.numel() // columns, columns, p, x).reshape(x.shape)
+    return x * factor

@@ -41,6 +41,8 @@ FAMILIES = (
     "layer_norm",
     "upsample",
     "capsule_routing",
+    "dropout",
+    "embedding",
 )
 
 _TYPE_NAMES = {

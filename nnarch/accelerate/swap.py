@@ -55,6 +55,7 @@ _SWAPPED = (
     "TransformerEncoder",
     "TransformerDecoder",
     "Transformer",
+    "Embedding",
 )
 _TWINS: dict[type, type] = {getattr(nn, name): getattr(layers, name) for name in _SWAPPED}
 # Their modes, and the ranks that they meet, are not all ours.
@@ -67,6 +68,7 @@ _TWIN_FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.conv_transpose1d: functional.conv_transpose1d,
     F.conv_transpose2d: functional.conv_transpose2d,
     F.linear: functional.linear,
+    F.embedding: functional.embedding,
     F.max_pool2d: functional.max_pool2d,
     F.max_pool2d_with_indices: max_pool2d_with_indices,
     F.avg_pool2d: functional.avg_pool2d,

@@ -31,6 +31,7 @@ from nnarch.benchmarking.convolution_cases import (
     transposed_convolutions,
 )
 from nnarch.benchmarking.layer_norm_cases import LAYER_NORM_TARGETS, layer_norms
+from nnarch.benchmarking.embedding_cases import EMBEDDING_TARGETS, embeddings, gated_linears
 from nnarch.benchmarking.peers import torchvision
 from nnarch.benchmarking.recurrent_cases import recurrents
 from nnarch.benchmarking.reservoir_cases import reservoirs
@@ -66,6 +67,7 @@ TARGETS: dict[str, Target] = {
     **ATTENTION_TARGETS,
     **TRANSFORMER_TARGETS,
     **LAYER_NORM_TARGETS,
+    **EMBEDDING_TARGETS,
 }
 
 
@@ -128,14 +130,15 @@ def linears() -> Iterable[Case]:
     yield linear(1, 768, 50257)
     yield linear(1, 2048, 1000)
     yield linear(1, 1280, 1000)
-    yield Case(
-        "linear_gelu_4096x768x3072",
-        "linear + GELU",
-        lambda nn: nn.Sequential(nn.Linear(768, 3072), nn.GELU()),
-        (4096, 768),
-        label="linear + GELU 4096×768→3072",
-        ours=_accelerated,
-    )
+    for rows in (128, 1024, 4096):
+        yield Case(
+            f"linear_gelu_{rows}x768x3072",
+            "linear + GELU",
+            lambda nn: nn.Sequential(nn.Linear(768, 3072), nn.GELU()),
+            (rows, 768),
+            label=f"linear + GELU {rows}×768→3072",
+            ours=_accelerated,
+        )
 
 
 def pool(
@@ -319,6 +322,8 @@ CASES: tuple[Case, ...] = (
     *depthwise_convolutions(),
     *separable_convolutions(),
     *linears(),
+    *gated_linears(),
+    *embeddings(),
     *pools(),
     *unpools(),
     *upsamples(),

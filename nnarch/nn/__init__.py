@@ -37,7 +37,9 @@ from nnarch.nn.capsule import (
 from nnarch.nn.conv import Conv2d, LazyConv2d
 from nnarch.nn.conv1d import Conv1d, ConvTranspose1d, LazyConv1d, LazyConvTranspose1d
 from nnarch.nn.conv_transpose import ConvTranspose2d, LazyConvTranspose2d
+from nnarch.nn.dropout import Dropout
 from nnarch.nn.echo_state import EchoStateNetwork
+from nnarch.nn.embedding import Embedding
 from nnarch.nn.fused import (
     FusedConv1d,
     FusedConv2d,
