@@ -54,7 +54,8 @@ struct LogitArguments {
 
 void check_logits(const char* op, const Tensor& x, const Tensor& target, const OptTensor& weight) {
   const ScalarType type = x.scalar_type();
-  bool fits = (x.dim() == 2 || x.dim() == 3) && x.size(1) > 0 && is_vector(weight, x.size(1), type);
+  bool fits =
+      (x.dim() == 2 || x.dim() == 3) && x.size(1) > 0 && is_class_weight(weight, x.size(1), type);
   if (fits && target.scalar_type() == ScalarType::Long)
     fits = target.dim() == 1 && target.size(0) == x.numel() / x.size(1);
   else if (fits)
@@ -81,10 +82,10 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& x, const Tensor& 
     const int64_t positions = args.problem.x.positions();
     const Tensor loss =
         new_contiguous(args.loss.reduces() ? IntList{} : IntList{positions}, compute);
-    const Tensor lse = new_contiguous({positions}, compute);
+    const Tensor lse = new_contiguous({positions}, ScalarType::Double);
     const Tensor dx = wanted ? new_in(args.order, x, compute) : nothing(compute);
     const LogitResults<T> to{mutable_data<T>(loss),
-                             mutable_data<T>(lse),
+                             mutable_data<double>(lse),
                              wanted ? LogitView<T>(dx, args.order) : LogitView<T>(),
                              {},
                              nullptr,
@@ -109,8 +110,8 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(const Tensor& grad, const Tens
   const bool each = o.reduction == Reduction::none;
   const int64_t positions = x.numel() / x.size(1);
   require(grad.scalar_type() == type && lse.dim() == 1 && lse.size(0) == positions &&
-              lse.scalar_type() == (is_half(type) ? ScalarType::Float : type) &&
-              grad.dim() == (each ? 1 : 0) && (!each || grad.size(0) == positions) &&
+              lse.scalar_type() == ScalarType::Double && grad.dim() == (each ? 1 : 0) &&
+              (!each || grad.size(0) == positions) &&
               (!(wanted & kWantTarget) || target.scalar_type() == type),
           "cross_entropy_backward: grad and lse do not belong to this loss");
   return with_scalar_type(type, op, [&](auto scalar) {
@@ -126,7 +127,7 @@ std::tuple<Tensor, Tensor> cross_entropy_backward(const Tensor& grad, const Tens
     };
     const Tensor dx = result(kWantLogits), dq = result(kWantTarget);
     const LogitResults<T> to{nullptr,
-                             mutable_data<T>(sums),
+                             mutable_data<double>(sums),
                              view(kWantLogits, dx),
                              view(kWantTarget, dq),
                              data<T>(upstream),

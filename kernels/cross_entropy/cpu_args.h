@@ -40,6 +40,11 @@ inline bool is_vector(const OptTensor& t, int64_t n, ScalarType type) {
   return !t || (t->dim() == 1 && t->size(0) == n && t->scalar_type() == type);
 }
 
+// Class weights come in the type that is computed in.
+inline bool is_class_weight(const OptTensor& t, int64_t n, ScalarType type) {
+  return is_vector(t, n, is_half(type) ? ScalarType::Float : type);
+}
+
 inline void zero(const Tensor& t) {
   with_scalar_type(t.scalar_type(), "zero", [&](auto scalar) {
     using T = decltype(scalar);

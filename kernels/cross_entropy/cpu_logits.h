@@ -106,7 +106,7 @@ class PositionBlocks {
 template <class T>
 class BlockTiles {
  public:
-  static constexpr int64_t kClasses = 64, kRowColumns = 64, kPlaneColumns = 256;
+  static constexpr int64_t kClasses = 128, kRowColumns = 64, kPlaneColumns = 256;
   static int64_t columns(const LogitView<T>& x) { return x.rows ? kRowColumns : kPlaneColumns; }
 
   explicit BlockTiles(const LogitView<T>& view)

@@ -17,14 +17,15 @@ struct LogitLoss {
 // Where results go; null where one is not wanted.
 template <class T>
 struct LogitResults {
-  T *loss, *lse;        // of every position
+  T* loss;  // of every position
+  double* lse;
   LogitView<T> dx, dq;  // or no data
   const T* grad;        // of the loss: of every position, or one number
   bool each;
 };
 
 // So many classes and a position has vectors of its own.
-constexpr int64_t kRowClasses = 65;
+constexpr int64_t kRowClasses = 129;
 
 // Positions whose classes lie side by side and are many.
 template <class T>
@@ -53,23 +54,25 @@ class RowPass {
         softmax<T>().row_weigh(z, p_.x.classes, top, p_.factors, &seen.weighted, &seen.total);
       if (p_.loss.targets().kept(at)) seen.at_target = z[p_.target[at]];
       const double value = p_.loss.value(at, seen);
-      to_.lse[at] = static_cast<T>(seen.lse);
+      to_.lse[at] = seen.lse;
       if (!p_.loss.reduces()) to_.loss[at] = static_cast<T>(value);
       sum += value;
-      if (to_.dx.data) gradient(b, i, static_cast<T>(seen.lse), p_.loss.slopes(at, seen, 1.0));
+      if (to_.dx.data) gradient(b, i, seen.lse, p_.loss.slopes(at, seen, 1.0));
     }
     return sum;
   }
   void backward(const PositionBlock& b, double total) const {
     for (int64_t i = 0; i < b.count; ++i) {
       const int64_t at = b.first + i;
-      const Seen seen{static_cast<double>(to_.lse[at]), 0, 0, total};
+      const Seen seen{to_.lse[at], 0, 0, total};
       gradient(b, i, to_.lse[at], p_.loss.slopes(at, seen, to_.grad[to_.each ? at : 0]));
     }
   }
 
  private:
-  void gradient(const PositionBlock& b, int64_t i, T lse, const Slopes& s) const {
+  void gradient(const PositionBlock& b, int64_t i, double log_sum, Slopes s) const {
+    s.round_to<T>(log_sum);
+    const T lse = static_cast<T>(log_sum);
     const int64_t at = b.first + i;
     T* g = to_.dx.at(b.outer, b.inner + i);
     softmax<T>().row_gradient(p_.x.at(b.outer, b.inner + i), p_.x.classes, lse,
@@ -118,7 +121,7 @@ class TilePass {
       const Seen seen{log_sum_exp(top[i], total[i]), static_cast<double>(at_target[i]), weighted[i],
                       factors[i]};
       const double value = p_.loss.value(at, seen);
-      to_.lse[at] = static_cast<T>(seen.lse);
+      to_.lse[at] = seen.lse;
       if (!p_.loss.reduces()) to_.loss[at] = static_cast<T>(value);
       sum += value;
       if (to_.dx.data) slopes.set(i, seen.lse, p_.loss.slopes(at, seen, 1.0));
@@ -142,7 +145,7 @@ class TilePass {
     const SlopeRows<T> slopes(memory.get(), most);
     for (int64_t i = 0; i < b.count; ++i) {
       const int64_t at = b.first + i;
-      const Seen seen{static_cast<double>(to_.lse[at]), 0, 0, p_.q.data ? factors[i] : total};
+      const Seen seen{to_.lse[at], 0, 0, p_.q.data ? factors[i] : total};
       slopes.set(i, seen.lse, p_.loss.slopes(at, seen, to_.grad[to_.each ? at : 0]));
     }
     gradients(b, x, q, slopes);

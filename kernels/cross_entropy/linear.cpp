@@ -80,7 +80,7 @@ struct LossSink {
 };
 
 template <class T>
-void forward_only(const LinearArguments<T>& args, T* loss, T* lse) {
+void forward_only(const LinearArguments<T>& args, T* loss, double* lse) {
   constexpr int64_t most = 1024;
   const LinearLogits<T>& all = args.logits;
   const ClassTiles tiles(all.classes);
@@ -93,7 +93,7 @@ void forward_only(const LinearArguments<T>& args, T* loss, T* lse) {
     for (int64_t i = 0; i < p.samples; ++i) {
       const Seen seen = statistics.of(i);
       sink.put(args.loss, first + i, args.loss.value(first + i, seen), loss);
-      lse[first + i] = static_cast<T>(seen.lse);
+      lse[first + i] = seen.lse;
     }
   }
   if (args.loss.reduces()) *loss = static_cast<T>(args.loss.reduced(sink.sum));
@@ -102,7 +102,7 @@ void forward_only(const LinearArguments<T>& args, T* loss, T* lse) {
 // The loss, and the gradients for a gradient of 1: three products, where a backward that knew
 // nothing but the log-sum-exp would make the logits again.
 template <class T>
-void forward_and_gradients(const LinearArguments<T>& args, T* loss, T* lse,
+void forward_and_gradients(const LinearArguments<T>& args, T* loss, double* lse,
                            const LinearGradients<T>& to) {
   const LinearLogits<T>& all = args.logits;
   const ClassTiles tiles(all.classes);
@@ -121,7 +121,7 @@ void forward_and_gradients(const LinearArguments<T>& args, T* loss, T* lse,
       for (int64_t i = 0; i < p.samples; ++i) {
         const Seen seen = statistics.of(i);
         sink.put(args.loss, first + i, args.loss.value(first + i, seen), loss);
-        lse[first + i] = static_cast<T>(seen.lse);
+        lse[first + i] = seen.lse;
         slopes.set(i, seen.lse, args.loss.slopes(first + i, seen, 1.0));
       }
     }
@@ -140,7 +140,7 @@ void forward_and_gradients(const LinearArguments<T>& args, T* loss, T* lse,
 
 // From the log-sum-exp, for any gradient: the logits are made again, tile by tile.
 template <class T>
-void backward(const LinearArguments<T>& args, const T* grad, bool each, const T* lse,
+void backward(const LinearArguments<T>& args, const T* grad, bool each, const double* lse,
               const LinearGradients<T>& to) {
   constexpr int64_t most = 512;
   const LinearLogits<T>& all = args.logits;
@@ -155,7 +155,7 @@ void backward(const LinearArguments<T>& args, const T* grad, bool each, const T*
     const int64_t step = padded_step<T>(p.samples);
     const SlopeRows<T> slopes(slope_memory.get(), p.samples);
     for (int64_t i = 0; i < p.samples; ++i) {
-      const Seen seen{static_cast<double>(lse[first + i]), 0, 0, total};
+      const Seen seen{lse[first + i], 0, 0, total};
       slopes.set(i, seen.lse, args.loss.slopes(first + i, seen, grad[each ? first + i : 0]));
     }
     LinearGradients<T> part = to;
@@ -178,7 +178,7 @@ void check_linear(const char* op, const Tensor& x, const Tensor& weight, const O
   const ScalarType type = x.scalar_type();
   const bool fits = x.dim() == 2 && weight.dim() == 2 && x.size(1) == weight.size(1) &&
                     weight.scalar_type() == type && is_vector(bias, weight.size(0), type) &&
-                    is_vector(class_weight, weight.size(0), type) && weight.size(0) > 0 &&
+                    is_class_weight(class_weight, weight.size(0), type) && weight.size(0) > 0 &&
                     target.scalar_type() == ScalarType::Long && target.dim() == 1 &&
                     target.size(0) == x.size(0);
   if (!fits) throw std::runtime_error(std::string(op) + ": arguments do not fit together");
@@ -219,13 +219,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     using T = decltype(scalar);
     const LinearArguments<T> args(op, x, weight, bias, target, class_weight, options);
     const Tensor loss = new_contiguous(args.loss.reduces() ? IntList{} : IntList{n}, compute);
-    const Tensor lse = new_contiguous({n}, compute);
+    const Tensor lse = new_contiguous({n}, ScalarType::Double);
     const GradientTensors gradients(wanted, n, x.size(1), weight.size(0), compute);
     if (wanted)
-      forward_and_gradients(args, mutable_data<T>(loss), mutable_data<T>(lse),
+      forward_and_gradients(args, mutable_data<T>(loss), mutable_data<double>(lse),
                             gradients.get<T>(wanted));
     else
-      forward_only(args, mutable_data<T>(loss), mutable_data<T>(lse));
+      forward_only(args, mutable_data<T>(loss), mutable_data<double>(lse));
     return std::make_tuple(loss, lse, to_type(gradients.dx, type), to_type(gradients.dw, type),
                            to_type(gradients.db, type));
   });
@@ -243,15 +243,16 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
   const ScalarType compute = is_half(type) ? ScalarType::Float : type;
   const int64_t n = x.size(0);
   const bool each = options.reduction == Reduction::none;
-  require(grad.scalar_type() == compute && lse.scalar_type() == compute && lse.dim() == 1 &&
-              lse.size(0) == n && grad.dim() == (each ? 1 : 0) && (!each || grad.size(0) == n),
+  require(grad.scalar_type() == compute && lse.scalar_type() == ScalarType::Double &&
+              lse.dim() == 1 && lse.size(0) == n && grad.dim() == (each ? 1 : 0) &&
+              (!each || grad.size(0) == n),
           "linear_cross_entropy_backward: grad and lse do not belong to this loss");
   return with_scalar_type(type, op, [&](auto scalar) {
     using T = decltype(scalar);
     const LinearArguments<T> args(op, x, weight, bias, target, class_weight, options);
     const Tensor upstream = as_contiguous(grad), sums = as_contiguous(lse);
     const GradientTensors gradients(wanted, n, x.size(1), weight.size(0), compute);
-    backward(args, data<T>(upstream), each, data<T>(sums), gradients.get<T>(wanted));
+    backward(args, data<T>(upstream), each, data<double>(sums), gradients.get<T>(wanted));
     return std::make_tuple(to_type(gradients.dx, type), to_type(gradients.dw, type),
                            to_type(gradients.db, type));
   });

@@ -16,7 +16,7 @@ from torch import Tensor
 from nnarch import arrays, library
 
 from . import reference
-from .autograd import scaled
+from .autograd import not_differentiable, scaled
 from .reference import (
     MEAN,
     NONE,
@@ -131,8 +131,8 @@ def _check_upstream(
     wanted = (count,) if reduction == NONE else ()
     if tuple(grad.shape) != wanted or grad.dtype != dtype:
         raise ValueError(f"{op}: grad must be {dtype} of shape {wanted}, got {tuple(grad.shape)}")
-    if tuple(lse.shape) != (count,) or lse.dtype != compute_dtype(x.dtype):
-        raise ValueError(f"{op}: lse must have the shape ({count},), got {tuple(lse.shape)}")
+    if tuple(lse.shape) != (count,) or lse.dtype != torch.float64:
+        raise ValueError(f"{op}: lse must be float64 of shape ({count},), got {tuple(lse.shape)}")
 
 
 def _check_logits(op: str, x: Tensor, target: Any, class_weight: Any) -> None:
@@ -241,7 +241,7 @@ def _fake(x, target, class_weight, ignore, smoothing, z, reduction, wanted):  # 
     positions = x.numel() // x.shape[1]
     return (
         x.new_empty((positions,) if reduction == NONE else ()),
-        x.new_empty((positions,), dtype=compute_dtype(x.dtype)),
+        x.new_empty((positions,), dtype=torch.float64),
         empty_like_logits(x) if wanted else x.new_empty(0),
     )
 
@@ -272,6 +272,7 @@ cross_entropy_backward = library.declare(
     fake=_fake_backward,
     check=_check_backward,
     gpu=f"{_GPU}:cross_entropy_backward",
+    **not_differentiable("cross_entropy_backward"),
 )
 
 
@@ -287,7 +288,7 @@ def _fake_linear(x, weight, bias, target, class_weight, ignore, smoothing, z, re
     dtype, samples = compute_dtype(x.dtype), x.shape[0]
     return (
         x.new_empty((samples,) if reduction == NONE else (), dtype=dtype),
-        x.new_empty((samples,), dtype=dtype),
+        x.new_empty((samples,), dtype=torch.float64),
         *_linear_gradients(x, weight, wanted),
     )
 
@@ -310,6 +311,7 @@ linear_cross_entropy_backward = library.declare(
     fake=lambda grad, x, weight, *rest: _linear_gradients(x, weight, rest[-1]),
     check=_check_linear_backward,
     gpu=f"{_GPU}:linear_cross_entropy_backward",
+    **not_differentiable("linear_cross_entropy_backward"),
 )
 
 # ----------------------------------------------------------------------------- public functions
@@ -368,7 +370,7 @@ def cross_entropy(
         x = x.reshape(*x.shape[:2], math.prod(x.shape[2:]))
     if target.is_floating_point():
         target = target.to(input.dtype).reshape(x.shape)
-    else:
+    elif target.dtype != torch.int64 or target.dim() != 1:  # each of the two costs a µs
         target = target.to(torch.int64).reshape(-1)
     wanted = int(
         code != NONE
@@ -454,6 +456,8 @@ def _reduction(op: str, name: Any, size_average: Any = None, reduce: Any = None)
 
 
 def _numbers(op: str, ignore_index: Any, smoothing: Any, z_loss: Any) -> tuple[int, float, float]:
+    if type(ignore_index) is int and smoothing == 0.0 and z_loss == 0.0:
+        return ignore_index, 0.0, 0.0
     try:
         numbers = int(ignore_index.__index__()), float(smoothing), float(z_loss)
     except (AttributeError, TypeError, ValueError):

@@ -54,7 +54,7 @@ class Terms:
         self, op: str, z: Tensor, target: Tensor, class_weight: Tensor | None, numbers: Numbers
     ) -> None:
         ignore_index, smoothing, self.z_loss, self.reduction = numbers
-        self.z, self.lse = z, z.logsumexp(1)
+        self.z, self.lse, self.log_p = z, z.logsumexp(1), z.log_softmax(1)
         classes = z.shape[1]
         weight = z.new_ones(classes) if class_weight is None else class_weight.detach().to(z.dtype)
         if target.is_floating_point():
@@ -75,7 +75,7 @@ class Terms:
 
     def loss(self) -> Tensor:
         """Of every sample, or reduced."""
-        entropy = torch.where(self.a == 0, 0.0, self.a * (self.lse[:, None] - self.z)).sum(1)
+        entropy = torch.where(self.a == 0, 0.0, -self.a * self.log_p).sum(1)
         each = entropy / self.weights + self.z_loss * self.lse.square() / self.count
         if self.z_loss == 0:  # 0/0 would not be 0 where nothing is kept
             each = entropy / self.weights
@@ -88,7 +88,7 @@ class Terms:
     def logits_gradient(self, grad: Tensor | float) -> Tensor:
         """Of z, for a gradient of the loss: a number, or one for each sample."""
         g = torch.as_tensor(grad, dtype=self.z.dtype, device=self.z.device).reshape(-1, 1)
-        p = (self.z - self.lse[:, None]).exp()
+        p = self.log_p.exp()
         dz = (self.a.sum(1, keepdim=True) * p - self.a) * (g / self.weights)
         if self.z_loss != 0:
             dz = dz + 2 * self.z_loss * self.lse[:, None] * p * (g / self.count)
@@ -97,7 +97,7 @@ class Terms:
     def target_gradient(self, grad: Tensor) -> Tensor:
         """Of the target's probabilities."""
         scale = grad.to(self.z.dtype).reshape(-1, 1) / self.weights
-        return scale * self.of_target * (self.lse[:, None] - self.z)
+        return -scale * self.of_target * self.log_p
 
 
 def _check_classes(op: str, target: Tensor, classes: int, ignore_index: int) -> None:
@@ -128,7 +128,7 @@ def cross_entropy(
     dx = x.new_empty(0)
     if wanted:
         dx = _like_logits(terms.logits_gradient(1.0), x).detach()
-    return terms.loss().to(x.dtype), terms.lse.detach(), dx
+    return terms.loss().to(x.dtype), terms.lse.detach().double(), dx
 
 
 def cross_entropy_backward(
@@ -155,7 +155,7 @@ def cross_entropy_backward(
 
 
 def cross_entropy_scale(grad: Tensor, ready: Tensor, like: Tensor | None) -> Tensor:
-    """A gradient that is ready for a gradient 1 of the loss; `like` is what it is the gradient of."""
+    """A gradient that is ready for a gradient 1 of the loss, times that of the loss."""
     return (ready * grad).to(ready.dtype).contiguous()
 
 
@@ -176,7 +176,7 @@ def linear_cross_entropy(
     z = _logits(x, weight, bias)
     terms = Terms("linear_cross_entropy", z, target, class_weight, numbers)
     gradients = _linear_gradients(terms, 1.0, x, weight, wanted)
-    return terms.loss(), terms.lse.detach(), *gradients
+    return terms.loss(), terms.lse.detach().double(), *gradients
 
 
 def linear_cross_entropy_backward(

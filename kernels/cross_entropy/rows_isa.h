@@ -8,12 +8,23 @@ namespace {
 
 constexpr int64_t kRowBurst = 32;  // vectors between two looks at the maximum
 
+template <class T, int... I>
+NNARCH_INLINE Vec<T> lane_numbers(Indices<I...>) {
+  return Vec<T>{static_cast<T>(I)...};
+}
+
 // The first n lanes; the others are -infinity.
 template <class T>
 NNARCH_INLINE Vec<T> load_low(const T* p, int64_t n) {
-  Vec<T> v = broadcast<T>(kLowest<T>);
-  for (int64_t i = 0; i < n; ++i) v[i] = p[i];
-  return v;
+  const Vec<T> lane = lane_numbers<T>(MakeIndices<kLanes<T>>{});
+  return lane < broadcast<T>(static_cast<T>(n)) ? load_n(p, n) : broadcast<T>(kLowest<T>);
+}
+
+template <class T>
+NNARCH_INLINE T largest(Vec<T> v) {
+  T top = v[0];
+  for (int i = 1; i < kLanes<T>; ++i) top = v[i] > top ? v[i] : top;
+  return top;
 }
 
 // Each lane keeps a maximum and a sum of its own until the end: nothing horizontal on the way.
@@ -59,8 +70,7 @@ void row_observe(const T* z, int64_t classes, T* max, T* sum) {
     c += some * w, vectors -= some;
   }
   if (c < classes) state.last(load_low(z + c, classes - c));
-  T top = state.top[0];
-  for (int i = 1; i < w; ++i) top = state.top[i] > top ? state.top[i] : top;
+  const T top = largest<T>(state.top);
   const Vec<T> reference = reference_of<T>(broadcast<T>(top));
   *max = top;
   *sum = horizontal_sum<T>((state.total + state.other) * exp<T>(state.top - reference));

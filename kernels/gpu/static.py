@@ -43,6 +43,7 @@ FAMILIES = (
     "capsule_routing",
     "dropout",
     "embedding",
+    "cross_entropy",
 )
 
 _TYPE_NAMES = {

@@ -56,6 +56,7 @@ _SWAPPED = (
     "TransformerDecoder",
     "Transformer",
     "Embedding",
+    "CrossEntropyLoss",
 )
 _TWINS: dict[type, type] = {getattr(nn, name): getattr(layers, name) for name in _SWAPPED}
 # Their modes, and the ranks that they meet, are not all ours.
@@ -78,6 +79,7 @@ _TWIN_FUNCTIONS: dict[Any, Callable[..., Any]] = {
     F.rms_norm: functional.rms_norm,
     F.local_response_norm: functional.local_response_norm,
     F.max_unpool2d: functional.max_unpool2d,
+    F.cross_entropy: functional.cross_entropy,
     F.interpolate: interpolate,
     F.scaled_dot_product_attention: functional.scaled_dot_product_attention,
     torch.conv1d: functional.conv1d,

@@ -32,6 +32,7 @@ from nnarch.benchmarking.convolution_cases import (
 )
 from nnarch.benchmarking.layer_norm_cases import LAYER_NORM_TARGETS, layer_norms
 from nnarch.benchmarking.embedding_cases import EMBEDDING_TARGETS, embeddings, gated_linears
+from nnarch.benchmarking.cross_entropy_cases import CROSS_ENTROPY_TARGETS, cross_entropies
 from nnarch.benchmarking.peers import torchvision
 from nnarch.benchmarking.recurrent_cases import recurrents
 from nnarch.benchmarking.reservoir_cases import reservoirs
@@ -68,6 +69,7 @@ TARGETS: dict[str, Target] = {
     **TRANSFORMER_TARGETS,
     **LAYER_NORM_TARGETS,
     **EMBEDDING_TARGETS,
+    **CROSS_ENTROPY_TARGETS,
 }
 
 
@@ -336,5 +338,6 @@ CASES: tuple[Case, ...] = (
     *training_convolutions(),
     *capsules(),
     *attentions(),
+    *cross_entropies(),
     *models(),
 )

@@ -51,6 +51,7 @@ from nnarch.nn.gated import GatedFeedForward, GatedLinear
 from nnarch.nn.layer_norm import LayerNorm, RMSNorm
 from nnarch.nn.linear import LazyLinear, Linear
 from nnarch.nn.local_response_norm import LocalResponseNorm
+from nnarch.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from nnarch.nn.normalization import (
     BatchNorm1d,
     BatchNorm2d,
