@@ -14,10 +14,10 @@ from nnarch.kernels.conv_transpose2d.op import (
 )
 from nnarch.kernels.cross_entropy.op import cross_entropy, linear_cross_entropy
 from nnarch.kernels.depthwise_separable.op import depthwise_separable_conv2d
-from nnarch.kernels.layer_norm.op import layer_norm, rms_norm
 from nnarch.kernels.dropout.op import dropout
 from nnarch.kernels.embedding.fused import embedding_layer_norm
 from nnarch.kernels.embedding.op import embedding
+from nnarch.kernels.layer_norm.op import layer_norm, rms_norm
 from nnarch.kernels.linear.gated import gated_linear, pack_gated_linear_weights
 from nnarch.kernels.linear.op import linear, pack_linear_weight
 from nnarch.kernels.local_response_norm.op import local_response_norm

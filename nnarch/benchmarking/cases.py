@@ -30,9 +30,9 @@ from nnarch.benchmarking.convolution_cases import (
     training_convolutions,
     transposed_convolutions,
 )
-from nnarch.benchmarking.layer_norm_cases import LAYER_NORM_TARGETS, layer_norms
-from nnarch.benchmarking.embedding_cases import EMBEDDING_TARGETS, embeddings, gated_linears
 from nnarch.benchmarking.cross_entropy_cases import CROSS_ENTROPY_TARGETS, cross_entropies
+from nnarch.benchmarking.embedding_cases import EMBEDDING_TARGETS, embeddings, gated_linears
+from nnarch.benchmarking.layer_norm_cases import LAYER_NORM_TARGETS, layer_norms
 from nnarch.benchmarking.peers import torchvision
 from nnarch.benchmarking.recurrent_cases import recurrents
 from nnarch.benchmarking.reservoir_cases import reservoirs
