@@ -24,6 +24,7 @@ from nnarch.nn.attention import MultiheadAttention
 from nnarch.nn.attention_masks import detect_causal
 from nnarch.nn.cache import DecoderCache, LayerCache
 from nnarch.nn.checks import check_dtype
+from nnarch.nn.dropout import Dropout
 from nnarch.nn.layer_norm import LayerNorm
 from nnarch.nn.linear import Linear
 
@@ -332,6 +333,7 @@ _ADOPTED: dict[type, type] = {
     torch.nn.MultiheadAttention: MultiheadAttention,
     torch.nn.Linear: Linear,
     torch.nn.LayerNorm: LayerNorm,
+    torch.nn.Dropout: Dropout,
     torch.nn.TransformerEncoderLayer: TransformerEncoderLayer,
     torch.nn.TransformerDecoderLayer: TransformerDecoderLayer,
     torch.nn.TransformerEncoder: TransformerEncoder,
@@ -446,7 +448,7 @@ def epilogue_of(activation: Any) -> str | None:
 
 def _probability(dropout: Module) -> float | None:
     """The probability at which `dropout` drops now, or None for a module that may do more."""
-    if type(dropout) is not torch.nn.Dropout or not _is_bare(dropout):
+    if type(dropout) not in (Dropout, torch.nn.Dropout) or not _is_bare(dropout):
         return None
     return dropout.p if dropout.training else 0.0
 
