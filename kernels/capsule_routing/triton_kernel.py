@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from nnarch.kernels.capsule_routing import triton_squash
+from nnarch import library
+from nnarch.kernels.capsule_routing import reference, triton_squash
 from nnarch.kernels.gpu import targets
 from nnarch.kernels.gpu.launch import (
     cdiv,
@@ -28,6 +29,11 @@ from nnarch.kernels.gpu.static import StaticCase
 from nnarch.kernels.gpu.tiles import Tile, tile
 
 squash, squash_grad = triton_squash.squash, triton_squash.squash_grad
+# Copies, which torch's own strided kernels make at the memory's speed.
+capsule_windows, capsule_windows_grad = (
+    reference.capsule_windows,
+    reference.capsule_windows_grad,
+)
 
 _ELEMENTS = 2048  # votes of a program: 16 a thread, and twice as many for what meets them
 _MOST = 8192  # O · D_out, rounded up to powers of two, that registers hold
@@ -244,7 +250,8 @@ def capsule_routing_grad(
             tensors = {"agreed_ptr": agreed[n], "grad_ptr": d_sums[n]}
             d_outputs[:n] += _over_inputs(_capsule_routing_bwd_kernel, x, weight, tensors, block)
     dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
+    format = library.output_format(weight)
+    dw = torch.zeros_like(weight, dtype=torch.float32, memory_format=format)
     if x.numel() and weight.numel():
         arguments = {
             **{"x_ptr": x, "w_ptr": weight, "agreed_ptr": agreed, "grad_ptr": d_sums},
