@@ -9,6 +9,8 @@ launches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -29,11 +31,6 @@ from nnarch.kernels.gpu.static import StaticCase
 from nnarch.kernels.gpu.tiles import Tile, tile
 
 squash, squash_grad = triton_squash.squash, triton_squash.squash_grad
-# Copies, which torch's own strided kernels make at the memory's speed.
-capsule_windows, capsule_windows_grad = (
-    reference.capsule_windows,
-    reference.capsule_windows_grad,
-)
 
 _ELEMENTS = 2048  # votes of a program: 16 a thread, and twice as many for what meets them
 _MOST = 8192  # O · D_out, rounded up to powers of two, that registers hold
@@ -320,6 +317,20 @@ def _prepare(op: str, *tensors: torch.Tensor | None) -> Tile:
     block_b = min(most, triton.next_power_of_2(max(1, x.shape[0])))
     warps = max(1, min(8, block_b * block_o * block_d // 512))
     return tile(BLOCK_B=block_b, BLOCK_O=block_o, BLOCK_D=block_d, num_warps=warps)
+
+
+def capsule_windows(x: torch.Tensor, *geometry: Sequence[int]) -> torch.Tensor:
+    """nnarch::capsule_windows: a copy, which torch's strided kernels make at the memory's speed."""
+    check_dtype("capsule_windows", x)
+    return reference.capsule_windows(x, *geometry)
+
+
+def capsule_windows_grad(
+    grad: torch.Tensor, input_size: Sequence[int], *geometry: Sequence[int]
+) -> torch.Tensor:
+    """nnarch::capsule_windows_grad, by additions of torch's, one a tap."""
+    check_dtype("capsule_windows_grad", grad)
+    return reference.capsule_windows_grad(grad, input_size, *geometry)
 
 
 # ------------------------------------------------------------------------------ static checks
