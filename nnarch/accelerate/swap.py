@@ -57,8 +57,6 @@ _SWAPPED = (
     "TransformerEncoder",
     "TransformerDecoder",
     "Transformer",
-    "Embedding",
-    "CrossEntropyLoss",
 )
 _TWINS: dict[type, type] = {getattr(nn, name): getattr(layers, name) for name in _SWAPPED}
 # Their modes, and the ranks that they meet, are not all ours.
