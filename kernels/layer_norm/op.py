@@ -230,9 +230,7 @@ def _is_plain(
         and input.ndim > 0
         and input.size(-1) == normalized_shape[0]
         and type(eps) is float
-        and (
-            residual is None or (isinstance(residual, Tensor) and residual.dtype == input.dtype)
-        )
+        and (residual is None or (isinstance(residual, Tensor) and residual.dtype == input.dtype))
     )
 
 
