@@ -14,8 +14,8 @@ inline constexpr int kFewRows = kVectorBytes == 64 ? 8 : 4;
 
 namespace {
 
-// Keys of a block. Each change between K and V starts a stream anew: 512 keys of 12 heads took 56 µs
-// in blocks of 64, 53 in blocks of 256.
+// Keys of a block. Each change between K and V starts a stream anew: 512 keys of 12 heads took 56
+// µs in blocks of 64, 53 in blocks of 256.
 constexpr int64_t kFewBlock = 256;
 
 // `count` rows, `step` elements apart: row J by at most one addition.
