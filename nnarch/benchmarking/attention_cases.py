@@ -52,20 +52,24 @@ class _SelfAttention(nn.Module):
 
 
 class _Decode(nn.Module):
-    """One query [1, B, H, 1, D] on a cache of `keys` keys in `groups` heads."""
+    """One query [1, 1, H, 1, D] on a cache of `keys` keys in `groups` heads.
 
-    def __init__(self, namespace: Any, batch: int, groups: int, keys: int, depth: int) -> None:
+    The cache has three dimensions: one of four would be made channels_last with the module.
+    """
+
+    def __init__(self, namespace: Any, groups: int, keys: int, depth: int) -> None:
         super().__init__()
         self.attend = _function(namespace)
         generator = torch.Generator().manual_seed(1)
         for name in ("k", "v"):
-            cache = torch.randn(batch, groups, keys, depth, generator=generator, device="cpu")
+            cache = torch.randn(groups, keys, depth, generator=generator, device="cpu")
             self.register_buffer(name, cache.to(torch.get_default_device()), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         k: Any = self.k
+        v: Any = self.v
         q = x[0]
-        return self.attend(q, k, self.v, enable_gqa=q.shape[1] != k.shape[1])
+        return self.attend(q, k[None], v[None], enable_gqa=q.shape[1] != k.shape[0])
 
 
 def _mask(kind: str, b: int, s: int) -> tuple[Tensor | None, Tensor | None]:
@@ -112,7 +116,7 @@ def decode(h: int, groups: int, keys: int, d: int, **options: Any) -> Case:
     return Case(
         f"attention_decode_h{h}{shared.replace(':', 'g')}_kv{keys}_d{d}",
         "attention decode",
-        lambda nn: _Decode(nn, 1, groups, keys, d),
+        lambda nn: _Decode(nn, groups, keys, d),
         (1, 1, h, 1, d),
         label=f"decode {h}{shared} heads KV {keys} D {d}",
         flops=4 * h * keys * d,
