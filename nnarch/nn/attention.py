@@ -163,7 +163,9 @@ class MultiheadAttention(PackedWeightMixin, torch.nn.MultiheadAttention):
             ready = packed and packed.get(4 * first + last, F.pack_linear_weight, weight)
             y = F.linear(x, weight, bias, packed=ready)
             y = y.view(*y.shape[:2], last - first, self.num_heads, self.head_dim)
-            return y.permute((2, 0, 3, 1, 4) if batch_first else (2, 1, 3, 0, 4)).unbind(0)
+            # Taken apart before it is permuted: the gradients are then put together as they lie.
+            order = (0, 2, 1, 3) if batch_first else (1, 2, 0, 3)
+            return tuple(part.permute(order) for part in y.unbind(2))
 
         if isinstance(cache, MemoryCache) and cache.key is not None and cache.value is not None:
             (q,) = heads(query, self._split(1, 2)[0], 0, 1)

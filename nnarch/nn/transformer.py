@@ -446,7 +446,7 @@ def epilogue_of(activation: Any) -> str | None:
         return None
 
 
-def _probability(dropout: Module) -> float | None:
+def _probability(dropout: Any) -> float | None:
     """The probability at which `dropout` drops now, or None for a module that may do more."""
     if type(dropout) not in (Dropout, torch.nn.Dropout) or not _is_bare(dropout):
         return None
