@@ -104,7 +104,7 @@ def unseen_nats(model: torch.nn.Module, text: Text) -> float:
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Of logits [B, T, V] and targets [B, T], in nats."""
-    return torch.nn.functional.cross_entropy(
+    return nnarch.functional.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), reduction=reduction
     )
 

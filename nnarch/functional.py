@@ -12,10 +12,12 @@ from nnarch.kernels.conv_transpose2d.op import (
     conv_transpose2d_layout,
     pack_conv_transpose2d_weight,
 )
+from nnarch.kernels.cross_entropy.op import cross_entropy, linear_cross_entropy
 from nnarch.kernels.depthwise_separable.op import depthwise_separable_conv2d
 from nnarch.kernels.dropout.op import dropout
 from nnarch.kernels.embedding.fused import embedding_layer_norm
 from nnarch.kernels.embedding.op import embedding
+from nnarch.kernels.layer_norm.op import layer_norm, rms_norm
 from nnarch.kernels.linear.gated import gated_linear, pack_gated_linear_weights
 from nnarch.kernels.linear.op import linear, pack_linear_weight
 from nnarch.kernels.local_response_norm.op import local_response_norm
@@ -49,6 +51,7 @@ __all__ = [
     "conv_transpose1d",
     "conv_transpose2d",
     "conv_transpose2d_layout",
+    "cross_entropy",
     "depthwise_separable_conv2d",
     "dropout",
     "embedding",
@@ -58,7 +61,9 @@ __all__ = [
     "gru_cell",
     "gru_layer",
     "interpolate",
+    "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "local_response_norm",
     "lstm_cell",
     "lstm_layer",
@@ -73,6 +78,7 @@ __all__ = [
     "pack_reservoir",
     "reservoir_generate",
     "reservoir_scan",
+    "rms_norm",
     "rnn_cell",
     "rnn_layer",
     "scaled_dot_product_attention",

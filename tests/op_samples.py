@@ -257,6 +257,10 @@ def run(name: str, *args: Any) -> Any:
 _CONSTANT = dict.fromkeys(("conv2d", "conv_transpose2d", "depthwise_conv2d", "linear"), "scale")
 
 
+# How many results of an operation have a gradient, where that is not all of them.
+_DIFFERENTIABLE = {"batch_norm_train": 1, "layer_norm_train": 2}
+
+
 def gradients(name: str, args: tuple[Any, ...], function: Callable[..., Any] | None = None):
     """Gradients of all floating-point tensors in `args`, of the operation or another `function`.
 
@@ -270,9 +274,9 @@ def gradients(name: str, args: tuple[Any, ...], function: Callable[..., Any] | N
         for n, a in zip(names, args, strict=True)
     ]
     wanted = [a for a in leaves if isinstance(a, Tensor) and a.requires_grad]
-    # batch_norm_train's statistics are results without a gradient, though torch could give one.
+    # Statistics are results without a gradient, though torch could give one.
     results = outputs(function(*leaves) if function else run(name, *leaves))
-    results = [r for r in results[: 1 if name == "batch_norm_train" else None] if r.requires_grad]
+    results = [r for r in results[: _DIFFERENTIABLE.get(name)] if r.requires_grad]
     torch.manual_seed(2)
     weights = [torch.randn(r.shape, dtype=r.dtype) for r in results]
     return torch.autograd.grad(results, wanted, weights, allow_unused=True) if results else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,13 @@ X, W, B = array(2, 6, 9, 8), array(4, 6, 3, 3), array(4)
 MEAN, VAR = array(6), np.abs(array(6)) + 0.5
 ROWS, MATRIX = array(5, 7), array(3, 7)
 INDICES = torch.arange(9 * 8).view(9, 8).expand(2, 6, 9, 8)  # of the unpooled pixels
+CLASSES = torch.tensor([0, 2, 1, 1, 0])
+
+
+def _in_dtype(x: Any, loss: Any) -> Any:
+    """A float32 loss of half types in the dtype of `x`."""
+    return loss.astype(x.dtype) if isinstance(loss, np.ndarray) else loss.to(x.dtype)
+
 
 # The public functions, each with the arrays that it takes.
 CALLS = {
@@ -49,6 +57,16 @@ CALLS = {
         (array(2, 3, 4, 6, 5), array(5, 3, 3, 3, 2, 4)),
     ),
     "squash": (F.squash, (X,)),
+    "layer_norm": (lambda x: F.layer_norm(x, (7,)), (ROWS,)),
+    "rms_norm": (lambda x, w: F.rms_norm(x, (7,), w), (ROWS, array(7))),
+    "cross_entropy": (
+        lambda x: F.cross_entropy(x, CLASSES, reduction="none"),
+        (ROWS,),
+    ),
+    "linear_cross_entropy": (
+        lambda x, w: _in_dtype(x, F.linear_cross_entropy(x, w, CLASSES, reduction="none")),
+        (ROWS, MATRIX),
+    ),
     "local_response_norm": (lambda x: F.local_response_norm(x, 3), (X,)),
     "interpolate": (lambda x: F.interpolate(x, scale_factor=2), (X,)),
     "upsample": (lambda x: F.upsample(x, (5, 7), mode="bilinear"), (X,)),

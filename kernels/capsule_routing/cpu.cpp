@@ -102,14 +102,14 @@ std::tuple<Tensor, Tensor> capsule_routing(const Tensor& x, const Tensor& weight
 
 Tensor capsule_routing_pack(const Tensor& weight) {
   require(weight.dim() == 4, "capsule_routing_pack: weight must be [O, I, D_out, D_in]");
-  const Tensor w = as_contiguous(to_compute_type(weight));
+  const Tensor w = in_either_order(to_compute_type(weight));
   Tensor packed;
   with_scalar_type(w.scalar_type(), "capsule_routing_pack", [&](auto scalar) {
     using T = decltype(scalar);
     const Tensor x = new_contiguous({0, w.size(1), w.size(3)}, w.scalar_type());
     const Routing<T> r(x, w);
     packed = new_contiguous({r.packed_size()}, w.scalar_type());
-    pack_weight(r, data<T>(w), mutable_data<T>(packed));
+    pack_weight(r, data<T>(w), !w.is_contiguous(), mutable_data<T>(packed));
   });
   return packed;
 }

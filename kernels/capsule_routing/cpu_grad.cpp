@@ -32,8 +32,14 @@ struct Terms {
 
 // One block of the weight's gradient, to where the weight has it.
 template <class T>
-void unpack_weight_block(const Routing<T>& r, int64_t i, const T* packed, T* weight) {
+void unpack_weight_block(const Routing<T>& r, int64_t i, const T* packed, bool channels_last,
+                         T* weight) {
   const int64_t row = r.shape.dim * r.shape.in, block = kCapsuleBlock<T>;
+  if (channels_last) {
+    for (int64_t n = 0; n < r.shape.out * row; ++n)
+      std::copy_n(packed + n * block, r.inside(i), weight + n * r.inputs + i * block);
+    return;
+  }
   const auto transpose = NNARCH_SELECT(routing_table<T>()).transpose;
   for (int64_t o = 0; o < r.shape.out; ++o)
     transpose(packed + o * row * block, block, weight + (o * r.inputs + i * block) * row, row, row,
@@ -47,6 +53,7 @@ struct Backward {
   const Terms terms;
   const T *x, *grad, *sums, *weight;  // weight packed
   T *dx, *dw;
+  bool channels_last;       // dw
   T* bias_grads = nullptr;  // [B][O·D_out]
   T* packed_dw = nullptr;   // grows from chunk to chunk; null where there is but one
 
@@ -62,70 +69,104 @@ struct Backward {
     std::memset(p, 0, static_cast<size_t>(count) * sizeof(T));
   }
 
-  // Samples [first, first + count) of the chunk that begins at sample `base`.
-  void walk_group(int64_t base, int64_t first, int64_t count) const {
-    for (int64_t b = first; b < first + count; ++b)
-      pack_sample(r, x + (base + b) * r.inputs * r.shape.in, packed_x + b * r.x_sample);
-    const bool needs_votes = terms.iterations > 1;
-    const LargeScratch<T> votes(needs_votes ? count * r.votes_step : 0);
-    if (needs_votes)
-      for (int64_t i = 0; i < r.shape.blocks; ++i)
-        table.votes(r.shape, weight + i * r.weight_block,
-                    {packed_x + first * r.x_sample + i * r.x_block, r.x_sample}, count,
-                    {votes.get() + i * r.outputs * kCapsuleBlock<T>, r.votes_step}, {nullptr, 0});
-    for (int64_t n = 0; n < count; ++n)
-      walk_sample(base + first + n, first + n, votes.get() + n * r.votes_step);
+  // What a sample's walk needs, and the sums of its present iteration.
+  struct Walk {
+    T* before;   // outputs' running sums, which an iteration's logits agree with: [iterations + 1]
+    T* dv;       // gradients of the outputs: [iterations]
+    T* ds;       // of the present iteration's sums
+    T* partial;  // Σ db·votes, a vector wide
+  };
+  int64_t walk_size() const { return r.outputs * (2 * terms.iterations + 2 + table.lanes); }
+  Walk walk_at(T* memory) const {
+    const int64_t size = r.outputs, n = terms.iterations;
+    return {memory, memory + (n + 1) * size, memory + (2 * n + 1) * size,
+            memory + (2 * n + 2) * size};
   }
 
-  void walk_sample(int64_t sample, int64_t b, const T* votes) const {
+  // Samples [first, first + count) of the chunk that begins at sample `base`. The last iteration's
+  // gradient is known beforehand: a block's votes go through it while they are in the second cache.
+  void walk_group(int64_t base, int64_t first, int64_t count) const {
+    const int64_t last = terms.iterations - 1, block = r.outputs * kCapsuleBlock<T>;
+    const Scratch<T> memory(count * walk_size());
+    const Scratch<T> scratch(std::max(2 * r.shape.out * kCapsuleBlock<T>, r.outputs));
+    const auto walk = [&](int64_t n) { return walk_at(memory.get() + n * walk_size()); };
+    for (int64_t n = 0; n < count; ++n) {
+      pack_sample(r, x + (base + first + n) * r.inputs * r.shape.in,
+                  packed_x + (first + n) * r.x_sample);
+      begin_walk(base + first + n, walk(n));
+      begin_iteration(base + first + n, first + n, last, walk(n));
+    }
+    if (last == 0) return;
+    const LargeScratch<T> votes(count * r.votes_step);
+    CapsuleShape one = r.shape;
+    one.blocks = 1;
+    for (int64_t i = 0; i < r.shape.blocks; ++i) {
+      table.votes(r.shape, weight + i * r.weight_block,
+                  {packed_x + first * r.x_sample + i * r.x_block, r.x_sample}, count,
+                  {votes.get() + i * block, r.votes_step}, {nullptr, 0});
+      for (int64_t n = 0; n < count; ++n)
+        walk_iteration(one, first + n, last, votes.get() + n * r.votes_step + i * block, i, walk(n),
+                       scratch.get());
+    }
+    for (int64_t n = 0; n < count && !terms.detached; ++n)
+      walk_rest(base + first + n, first + n, votes.get() + n * r.votes_step, walk(n),
+                scratch.get());
+  }
+
+  void begin_walk(int64_t sample, const Walk& w) const {
     const int64_t size = r.outputs, last = terms.iterations - 1;
     const T* s = sums + sample * terms.iterations * size;
-    // Outputs of every iteration, then their running sums: what an iteration's logits agree with.
-    const Scratch<T> before((last + 2) * size), dv((last + 1) * size), ds(size);
-    const Scratch<T> scratch(std::max(2 * r.shape.out * kCapsuleBlock<T>, size));
-    const Scratch<T> partial(size * table.lanes);
-    clear(before.get(), size);
+    clear(w.before, size);
     for (int64_t n = 0; n < last; ++n) {
-      T* next = before.get() + (n + 1) * size;
+      T* next = w.before + (n + 1) * size;
       squash_capsules(r.shape, s + n * size, next);
       for (int64_t j = 0; j < size; ++j) next[j] += next[j - size];
     }
-    clear(dv.get(), last * size);
-    std::memcpy(dv.get() + last * size, grad + sample * size,
-                static_cast<size_t>(size) * sizeof(T));
-    T* const bias_grad = bias_grads + sample * size;
-    clear(bias_grad, size);
-    for (int64_t n = last; n >= 0; --n) {
-      squash_capsules_grad(r.shape, dv.get() + n * size, s + n * size, ds.get());
-      for (int64_t j = 0; j < size; ++j) bias_grad[j] += ds[j];
-      if (n == 0)
-        for (int64_t j = 0; j < size; ++j)
-          constants[b * size + j] = ds[j] / static_cast<T>(r.shape.out);
-      else
-        walk_iteration(b, n, votes, before.get() + n * size, ds.get(), scratch.get(), partial.get(),
-                       dv.get());
-      if (terms.detached) break;
-    }
+    clear(w.dv, last * size);
+    std::memcpy(w.dv + last * size, grad + sample * size, static_cast<size_t>(size) * sizeof(T));
+    clear(bias_grads + sample * size, size);
   }
 
-  // Iteration n > 0: its two terms, and what it adds to the gradients of the outputs before it.
-  void walk_iteration(int64_t b, int64_t n, const T* votes, const T* agreed, const T* ds,
-                      T* scratch, T* partial, T* dv) const {
-    const int64_t size = r.outputs, bytes = size * int64_t{sizeof(T)};
-    T* const mine = coefficients + b * coefficient_step();
-    if (terms.detached) {
-      std::memcpy(factors + b * factor_step(), ds, static_cast<size_t>(bytes));
-      return table.softmax(r.shape, votes, agreed, mine);
+  // The gradient of iteration n's sums, and what it is a factor of.
+  void begin_iteration(int64_t sample, int64_t b, int64_t n, const Walk& w) const {
+    const int64_t size = r.outputs;
+    const auto bytes = static_cast<size_t>(size) * sizeof(T);
+    squash_capsules_grad(r.shape, w.dv + n * size, sums + (sample * terms.iterations + n) * size,
+                         w.ds);
+    T* const bias_grad = bias_grads + sample * size;
+    for (int64_t j = 0; j < size; ++j) bias_grad[j] += w.ds[j];
+    if (n == 0) {
+      for (int64_t j = 0; j < size; ++j)
+        constants[b * size + j] = w.ds[j] / static_cast<T>(r.shape.out);
+      return;
     }
-    const int64_t term = 2 * (n - 1);
-    T* const factor = factors + b * factor_step() + term * size;
-    std::memcpy(factor, ds, static_cast<size_t>(bytes));
-    std::memcpy(factor + size, agreed, static_cast<size_t>(bytes));
-    clear(partial, size * table.lanes);
-    table.iteration_grad(r.shape, votes, agreed, ds, term, terms.count, mine, scratch, partial);
-    table.total(partial, size, T{1}, scratch);
-    for (int64_t m = 0; m < n; ++m)
-      for (int64_t j = 0; j < size; ++j) dv[m * size + j] += scratch[j];
+    T* const factor = factors + b * factor_step() + (terms.detached ? 0 : 2 * (n - 1) * size);
+    std::memcpy(factor, w.ds, bytes);
+    if (!terms.detached) std::memcpy(factor + size, w.before + n * size, bytes);
+    clear(w.partial, size * table.lanes);
+  }
+
+  // Iteration n > 0 over the blocks of `shape`, of which i is the first: its two terms.
+  void walk_iteration(const CapsuleShape& shape, int64_t b, int64_t n, const T* votes, int64_t i,
+                      const Walk& w, T* scratch) const {
+    T* const mine = coefficients + b * coefficient_step() + i * coefficient_block();
+    const T* const agreed = w.before + n * r.outputs;
+    if (terms.detached) return table.softmax(shape, votes, agreed, mine);
+    table.iteration_grad(shape, votes, agreed, w.ds, 2 * (n - 1), terms.count, mine, scratch,
+                         w.partial);
+  }
+
+  // What comes after the last iteration: it adds to the gradients of the outputs before it.
+  void walk_rest(int64_t sample, int64_t b, const T* votes, const Walk& w, T* scratch) const {
+    const int64_t size = r.outputs;
+    for (int64_t n = terms.iterations - 1;; --n) {
+      table.total(w.partial, size, T{1}, scratch);
+      for (int64_t m = 0; m < n; ++m)
+        for (int64_t j = 0; j < size; ++j) w.dv[m * size + j] += scratch[j];
+      begin_iteration(sample, b, n - 1, w);
+      if (n == 1) return;
+      walk_iteration(r.shape, b, n - 1, votes, 0, w, scratch);
+    }
   }
 
   // Block i of the input capsules, for a chunk of samples.
@@ -146,7 +187,7 @@ struct Backward {
     g.x_grad = {grads.get(), r.x_block};
     g.weight_grad = packed_dw ? packed_dw + i * r.weight_block : weight_grad.get();
     table.grad(r.shape, g);
-    if (base + count == r.samples) unpack_weight_block(r, i, g.weight_grad, dw);
+    if (base + count == r.samples) unpack_weight_block(r, i, g.weight_grad, channels_last, dw);
     for (int64_t b = 0; b < count; ++b)
       transpose_fn<T>()(grads.get() + b * r.x_block, block,
                         dx + ((base + b) * r.inputs + i * block) * in, in, in, r.inside(i));
@@ -179,7 +220,8 @@ void capsule_routing_grad_of(const Tensor& grad, const Tensor& x, const Tensor& 
                 data<T>(sums),
                 order.get(),
                 mutable_data<T>(dx),
-                mutable_data<T>(dw)};
+                mutable_data<T>(dw),
+                !dw.is_contiguous()};
   const int64_t per_sample = (b.coefficient_step() + r.x_sample) * int64_t{sizeof(T)};
   const int64_t groups = kChunkBytes / std::max<int64_t>(1, per_sample * r.group);
   b.chunk = std::min(r.samples, std::max<int64_t>(1, groups) * r.group);
@@ -235,7 +277,8 @@ std::tuple<Tensor, Tensor, Tensor> capsule_routing_grad(const Tensor& grad, cons
     using T = decltype(scalar);
     const bool empty = samples * w.numel() == 0;
     dx = empty ? zeros<T>(sizes_of(x), type) : new_contiguous(sizes_of(x), type);
-    dw = empty ? zeros<T>(sizes_of(weight), type) : new_contiguous(sizes_of(weight), type);
+    dw = new_like(weight, type);  // in the weight's format: autograd would copy any other
+    if (empty && dw.numel() > 0) std::fill_n(mutable_data<T>(dw), dw.numel(), T{0});
     db = zeros<T>({out, dim}, type);
     if (samples * out * dim > 0)
       capsule_routing_grad_of<T>(as_contiguous(to_compute_type(grad)), from, w, as_contiguous(sums),

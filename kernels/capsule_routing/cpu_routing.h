@@ -76,16 +76,32 @@ void pack_block(const Transpose& transpose, const T* from, int64_t rows, int64_t
   transpose(from, columns, to, block, rows, columns);
 }
 
+// From [O, I, D_out, D_in] as it lies: contiguous, or channels_last, which a network becomes as a
+// whole. Then input capsules are side by side already.
 template <class T>
-void pack_weight(const Routing<T>& r, const T* weight, T* packed) {
+void pack_weight(const Routing<T>& r, const T* weight, bool channels_last, T* packed) {
   const int64_t row = r.shape.dim * r.shape.in, tile = row * kCapsuleBlock<T>;
   const auto transpose = NNARCH_SELECT(routing_table<T>()).transpose;
   // In the order of the weight's memory, which is then read ahead.
+  if (channels_last)
+    return parallel_tasks(r.shape.out * row, [&](int64_t task) {
+      const int64_t o = task / row, value = task % row;
+      for (int64_t i = 0; i < r.shape.blocks; ++i) {
+        T* const to = packed + (i * r.shape.out + o) * tile + value * kCapsuleBlock<T>;
+        std::copy_n(weight + task * r.inputs + i * kCapsuleBlock<T>, r.inside(i), to);
+        std::fill(to + r.inside(i), to + kCapsuleBlock<T>, T{0});
+      }
+    });
   parallel_tasks(r.shape.out * r.shape.blocks, [&](int64_t task) {
     const int64_t o = task / r.shape.blocks, i = task % r.shape.blocks;
     pack_block(transpose, weight + (o * r.inputs + i * kCapsuleBlock<T>)*row, r.inside(i), row,
                packed + (i * r.shape.out + o) * tile);
   });
+}
+
+// A weight in one of the two orders.
+inline Tensor in_either_order(const Tensor& weight) {
+  return is_channels_last(weight) ? weight : as_contiguous(weight);
 }
 
 // The weight in the order of the kernels: the caller's packed copy, or one in scratch memory.
@@ -100,7 +116,8 @@ class PackedWeight {
               "capsule_routing: packed is not what this weight was packed to");
       get_ = data<T>(*packed);
     } else {
-      pack_weight(r, data<T>(as_contiguous(weight)), scratch_.get());
+      const Tensor w = in_either_order(weight);
+      pack_weight(r, data<T>(w), !w.is_contiguous(), scratch_.get());
       get_ = scratch_.get();
     }
   }

@@ -31,6 +31,7 @@ NNARCH_INLINE void store_row(T* p, const Row<T>& row) {
 template <class T>
 NNARCH_INLINE Row<T> dots(const T* votes, const T* a, int64_t dim) {
   Row<T> sum{};
+#pragma GCC unroll 4
   for (int64_t d = 0; d < dim; ++d, votes += kCapsuleBlock<T>) {
     const Vec<T> factor = broadcast(a[d]);
     for (int n = 0; n < kParts<T>; ++n) sum.part[n] += load(votes + n * kLanes<T>) * factor;
@@ -43,6 +44,7 @@ template <class T>
 NNARCH_INLINE void two_dots(const T* votes, const T* a, const T* b, int64_t dim, Row<T>& by_a,
                             Row<T>& by_b) {
   by_a = Row<T>{}, by_b = Row<T>{};
+#pragma GCC unroll 4
   for (int64_t d = 0; d < dim; ++d, votes += kCapsuleBlock<T>) {
     const Vec<T> first = broadcast(a[d]), second = broadcast(b[d]);
     for (int n = 0; n < kParts<T>; ++n) {
@@ -55,11 +57,9 @@ NNARCH_INLINE void two_dots(const T* votes, const T* a, const T* b, int64_t dim,
 
 // sums[d][lanes] += Σ over parts of c·votes[d]
 template <class T>
-NNARCH_INLINE void add_weighted(const T* votes, const Row<T>& c, int64_t dim, int64_t ahead,
-                                T* sums) {
+NNARCH_INLINE void add_weighted(const T* votes, const Row<T>& c, int64_t dim, T* sums) {
+#pragma GCC unroll 4
   for (int64_t d = 0; d < dim; ++d, votes += kCapsuleBlock<T>, sums += kLanes<T>) {
-    __builtin_prefetch(votes + ahead, 0, 2);
-    __builtin_prefetch(votes + ahead + kCapsuleBlock<T> / 2, 0, 2);
     Vec<T> sum = load(sums);
     for (int n = 0; n < kParts<T>; ++n) sum += load(votes + n * kLanes<T>) * c.part[n];
     store(sums, sum);
@@ -117,7 +117,7 @@ void iteration(const CapsuleShape& s, const T* votes, const T* outputs, T* scrat
     const Row<T> scale = exponentials(scratch, s.out, most);
     for (int64_t o = 0; o < s.out; ++o) {
       const Row<T> c = product(load_row(scratch + o * block), scale);
-      add_weighted(votes + o * capsule, c, s.dim, s.out * capsule, sums + o * s.dim * kLanes<T>);
+      add_weighted(votes + o * capsule, c, s.dim, sums + o * s.dim * kLanes<T>);
     }
   }
 }
@@ -171,7 +171,7 @@ void iteration_grad(const CapsuleShape& s, const T* votes, const T* outputs, con
       const Row<T> c = load_row(c_out + o * block);
       for (int n = 0; n < kParts<T>; ++n) db.part[n] = c.part[n] * (db.part[n] - mean.part[n]);
       store_row(c_out + term + o * block, db);
-      add_weighted(votes + o * capsule, db, s.dim, s.out * capsule, sums + o * s.dim * kLanes<T>);
+      add_weighted(votes + o * capsule, db, s.dim, sums + o * s.dim * kLanes<T>);
     }
   }
 }

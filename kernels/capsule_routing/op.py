@@ -175,7 +175,7 @@ def _fake(
 def _fake_grad(grad: Tensor, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape),
-        weight.new_empty(weight.shape),
+        library.new_output(weight, weight.shape),
         x.new_empty(weight.shape[0], weight.shape[2]),
     )
 

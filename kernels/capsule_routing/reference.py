@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from nnarch import library
 
 
 def squash(x: Tensor, dim: int) -> Tensor:
@@ -58,7 +62,7 @@ def capsule_routing_grad(
     detach_routing: bool,
     packed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and bias.
+    """The gradients of x, weight and bias; the weight's in its memory format.
 
     With V the sum of the outputs of the iterations before, an iteration's logits are ⟨votes, V⟩.
     """
@@ -82,12 +86,44 @@ def capsule_routing_grad(
         d_outputs[:, :r] += (db.unsqueeze(-1) * votes).sum(2).unsqueeze(1)
     dx = torch.einsum("boid,oidk->bik", d_votes, w)
     dw = torch.einsum("boid,bik->oidk", d_votes, xw)
-    return dx.to(x.dtype), dw.to(x.dtype), d_bias.to(x.dtype)
+    dw = dw.to(x.dtype).contiguous(memory_format=library.output_format(weight))
+    return dx.to(x.dtype), dw, d_bias.to(x.dtype)
 
 
 def capsule_routing_pack(weight: Tensor) -> Tensor:
     """The weight itself: the reference reads no other order."""
     return weight.clone()
+
+
+def capsule_windows(
+    x: Tensor, kernel_size: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """The capsules of every window of x [N, H, W, C, D]: [N·H'·W', C·KH·KW, D]."""
+    top, left = padding
+    x = torch.nn.functional.pad(x, (0, 0, 0, 0, left, left, top, top))
+    windows = x.unfold(1, kernel_size[0], stride[0]).unfold(2, kernel_size[1], stride[1])
+    return windows.permute(0, 1, 2, 3, 5, 6, 4).flatten(3, 5).flatten(0, 2).contiguous()
+
+
+def capsule_windows_grad(
+    grad: Tensor,
+    input_size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    """The transpose of it: every capsule of a window added to where it came from."""
+    n, h, w, c, dim = input_size
+    (kh, kw), (top, left) = kernel_size, padding
+    padded = _wide(grad).new_zeros(n, h + 2 * top, w + 2 * left, c, dim)
+    rows = (h + 2 * top - kh) // stride[0] + 1
+    columns = (w + 2 * left - kw) // stride[1] + 1
+    windows = _wide(grad).reshape(n, rows, columns, c, kh, kw, dim)
+    for i in range(kh):
+        for j in range(kw):
+            places = padded[:, i :: stride[0], j :: stride[1]][:, :rows, :columns]
+            places += windows[:, :, :, :, i, j]
+    return padded[:, top : top + h, left : left + w].contiguous().to(grad.dtype)
 
 
 def _votes(x: Tensor, weight: Tensor) -> Tensor:

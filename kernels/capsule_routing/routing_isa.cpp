@@ -1,7 +1,7 @@
 // The table of capsule routing.
 #include "capsule_routing/gradient_isa.h"
 #include "capsule_routing/iteration_isa.h"
-#include "capsule_routing/transpose_isa.h"
+#include "cpu/transpose_isa.h"
 
 namespace nnarch::NNARCH_ISA {
 namespace {

@@ -9,11 +9,14 @@ launches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
-from nnarch.kernels.capsule_routing import triton_squash
+from nnarch import library
+from nnarch.kernels.capsule_routing import reference, triton_squash
 from nnarch.kernels.gpu import targets
 from nnarch.kernels.gpu.launch import (
     cdiv,
@@ -244,7 +247,8 @@ def capsule_routing_grad(
             tensors = {"agreed_ptr": agreed[n], "grad_ptr": d_sums[n]}
             d_outputs[:n] += _over_inputs(_capsule_routing_bwd_kernel, x, weight, tensors, block)
     dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    dw = torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
+    format = library.output_format(weight)
+    dw = torch.zeros_like(weight, dtype=torch.float32, memory_format=format)
     if x.numel() and weight.numel():
         arguments = {
             **{"x_ptr": x, "w_ptr": weight, "agreed_ptr": agreed, "grad_ptr": d_sums},
@@ -313,6 +317,20 @@ def _prepare(op: str, *tensors: torch.Tensor | None) -> Tile:
     block_b = min(most, triton.next_power_of_2(max(1, x.shape[0])))
     warps = max(1, min(8, block_b * block_o * block_d // 512))
     return tile(BLOCK_B=block_b, BLOCK_O=block_o, BLOCK_D=block_d, num_warps=warps)
+
+
+def capsule_windows(x: torch.Tensor, *geometry: Sequence[int]) -> torch.Tensor:
+    """nnarch::capsule_windows: a copy, which torch's strided kernels make at the memory's speed."""
+    check_dtype("capsule_windows", x)
+    return reference.capsule_windows(x, *geometry)
+
+
+def capsule_windows_grad(
+    grad: torch.Tensor, input_size: Sequence[int], *geometry: Sequence[int]
+) -> torch.Tensor:
+    """nnarch::capsule_windows_grad, by additions of torch's, one a tap."""
+    check_dtype("capsule_windows_grad", grad)
+    return reference.capsule_windows_grad(grad, input_size, *geometry)
 
 
 # ------------------------------------------------------------------------------ static checks

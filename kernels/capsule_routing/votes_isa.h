@@ -34,11 +34,12 @@ NNARCH_INLINE void over_values(int64_t in, const F& f) {
 }
 
 // votes[d] = Σ_k weight[d][k] · x[k], added to what stands there unless these are the first values.
-// `ahead` is where the next output capsule's weight lies.
+// The weight is read in the order of its memory, which the hardware fetches ahead on its own:
+// fetched by instructions, 16 KB ahead or less, a single sample's 5.9 MB took 76 to 97 µs instead
+// of 60.
 template <class T, int N, int SAMPLES, int PARTS, bool sum>
 NNARCH_INLINE void votes_of_values(const T* weight, int64_t weight_step, const T* const* x,
-                                   int64_t dim, int64_t ahead, T* const* votes, T* const* sums,
-                                   bool first) {
+                                   int64_t dim, T* const* votes, T* const* sums, bool first) {
   constexpr int64_t block = kCapsuleBlock<T>, lanes = kLanes<T>;
   Vec<T> values[SAMPLES][PARTS][N];
   for (int s = 0; s < SAMPLES; ++s)
@@ -56,8 +57,6 @@ NNARCH_INLINE void votes_of_values(const T* weight, int64_t weight_step, const T
     for (int k = 0; k < N; ++k)
       for (int p = 0; p < PARTS; ++p) {
         const Vec<T> w = load(row + k * block + p * lanes);
-        // One sample waits for the weight to come from the last-level cache or memory.
-        if constexpr (SAMPLES == 1) __builtin_prefetch(row + k * block + p * lanes + ahead, 0, 0);
         for (int s = 0; s < SAMPLES; ++s) v[s][p] += w * values[s][p][k];
       }
     for (int s = 0; s < SAMPLES; ++s) {
@@ -76,7 +75,6 @@ template <class T, int SAMPLES, int PARTS>
 NNARCH_INLINE void votes_of_samples(const CapsuleShape& s, const T* weight, const T* const* x,
                                     T* const* votes, T* const* sums) {
   constexpr int64_t block = kCapsuleBlock<T>;
-  const int64_t ahead = s.dim * s.in * block;
   for (int part = 0; part < kParts<T>; part += PARTS) {
     const int64_t at = part * kLanes<T>;
     over_values(s.in, [&](auto values, int64_t k) NNARCH_INLINE_LAMBDA {
@@ -89,10 +87,9 @@ NNARCH_INLINE void votes_of_samples(const CapsuleShape& s, const T* weight, cons
       const T* w = weight + k * block + at;
       constexpr int n = decltype(values)::count;
       if (sums && k + n == s.in)
-        votes_of_values<T, n, SAMPLES, PARTS, true>(w, s.in * block, from, s.dim, ahead, to, sums,
-                                                    k == 0);
+        votes_of_values<T, n, SAMPLES, PARTS, true>(w, s.in * block, from, s.dim, to, sums, k == 0);
       else
-        votes_of_values<T, n, SAMPLES, PARTS, false>(w, s.in * block, from, s.dim, ahead, to, sums,
+        votes_of_values<T, n, SAMPLES, PARTS, false>(w, s.in * block, from, s.dim, to, sums,
                                                      k == 0);
     });
   }

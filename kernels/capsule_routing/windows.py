@@ -7,16 +7,104 @@ against O · D_out of votes, which never leave the cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nnarch import arrays, library
 
+from . import reference
 from .op import capsule_routing
 
 _Pair = tuple[int, int]
+_GEOMETRY = "int[2] kernel_size, int[2] stride, int[2] padding"
+_GPU = "nnarch.kernels.capsule_routing.triton_kernel"
+
+# --------------------------------------------------------------------------------- the operation
+
+
+def _positions(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> _Pair:
+    """H' and W' for windows over `size` (height, width)."""
+    height, width = (
+        (size[i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in (0, 1)
+    )  # fmt: skip
+    return height, width
+
+
+def _rows(
+    size: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> tuple[int, int, int]:
+    """The shape of the windows of [N, H, W, C, D_in]."""
+    height, width = _positions(size[1:3], kernel, stride, padding)
+    return size[0] * height * width, size[3] * kernel[0] * kernel[1], size[4]
+
+
+def _check_windows(op: str, size: Sequence[int], kernel: Any, stride: Any, padding: Any) -> None:
+    if len(size) != 5:
+        raise ValueError(f"{op}: x must be [N, H, W, C, D_in], got {tuple(size)}")
+    kernel, stride, padding = capsule_window(*map(tuple, (kernel, stride, padding)), op=op)
+    for i in (0, 1):
+        if size[1 + i] + 2 * padding[i] < kernel[i]:
+            raise ValueError(
+                f"{op}: the window {kernel} is larger than the padded image of {tuple(size[1:3])}"
+            )
+
+
+def _check_x(x: Tensor, kernel_size: Any, stride: Any, padding: Any) -> None:
+    library.check_tensor("capsule_windows", "x", x)
+    _check_windows("capsule_windows", x.shape, kernel_size, stride, padding)
+
+
+def _check_grad(grad: Tensor, input_size: Any, kernel_size: Any, stride: Any, padding: Any) -> None:
+    op = "capsule_windows_grad"
+    library.check_tensor(op, "grad", grad)
+    _check_windows(op, input_size, kernel_size, stride, padding)
+    wanted = _rows(input_size, kernel_size, stride, padding)
+    if tuple(grad.shape) != wanted:
+        raise ValueError(f"{op}: grad must have the shape {wanted}, got {tuple(grad.shape)}")
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *ctx.geometry = inputs
+    ctx.size = tuple(x.shape)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return windows_grad(grad, ctx.size, *ctx.geometry), None, None, None
+
+
+def _setup_grad(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, _, *ctx.geometry = inputs
+
+
+def _backward_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return windows_op(grad, *ctx.geometry), None, None, None, None
+
+
+windows_op = library.declare(
+    f"capsule_windows(Tensor x, {_GEOMETRY}) -> Tensor",
+    reference=reference.capsule_windows,
+    fake=lambda x, *geometry: x.new_empty(_rows(x.shape, *geometry)),
+    check=_check_x,
+    gpu=f"{_GPU}:capsule_windows",
+    setup_context=_setup,
+    backward=_backward,
+)
+
+windows_grad = library.declare(
+    f"capsule_windows_grad(Tensor grad, int[] input_size, {_GEOMETRY}) -> Tensor",
+    reference=reference.capsule_windows_grad,
+    fake=lambda grad, input_size, *_: grad.new_empty(input_size),
+    check=_check_grad,
+    gpu=f"{_GPU}:capsule_windows_grad",
+    setup_context=_setup_grad,
+    backward=_backward_grad,
+)
+
+# ------------------------------------------------------------------------------ public functions
 
 
 @arrays.public_lower_precision
@@ -67,27 +155,19 @@ def conv_capsule_routing2d(
             f"{op}: the window of {kernel[0]}×{kernel[1]} is larger than the padded image, "
             f"{height + 2 * padding[0]}×{width + 2 * padding[1]}"
         )
-    rows, out_height, out_width = _gather(x, kernel, stride, padding)
+    # Capsules side by side: the copy then moves D_in values at a time.
+    rows = windows_op(x.permute(0, 3, 4, 1, 2), kernel, stride, padding)
     v = capsule_routing(
         rows, weight.flatten(1, 3), iterations, bias=bias, detach_routing=detach_routing,
         packed=packed,
     )  # fmt: skip
-    images = v.unflatten(0, (n, out_height, out_width))
+    images = v.unflatten(0, (n, *_positions(x.shape[3:], kernel, stride, padding)))
     return images.permute(0, 3, 4, 1, 2)
 
 
-def _gather(x: Tensor, kernel: _Pair, stride: _Pair, padding: _Pair) -> tuple[Tensor, int, int]:
-    """Every window's capsules ``[N·H'·W', C·KH·KW, D_in]``, and H' and W'."""
-    x = x.permute(0, 3, 4, 1, 2)  # capsules side by side: copies then move D_in values at a time
-    if any(padding):
-        x = torch.nn.functional.pad(x, (0, 0, 0, 0, padding[1], padding[1], padding[0], padding[0]))
-    windows = x.unfold(1, kernel[0], stride[0]).unfold(2, kernel[1], stride[1])
-    n, out_height, out_width, c, d, kh, kw = windows.shape
-    rows = windows.permute(0, 1, 2, 3, 5, 6, 4).reshape(n * out_height * out_width, c * kh * kw, d)
-    return rows, out_height, out_width
-
-
-def capsule_window(kernel_size: Any, stride: Any, padding: Any) -> tuple[_Pair, _Pair, _Pair]:
+def capsule_window(
+    kernel_size: Any, stride: Any, padding: Any, op: str = "conv_capsule_routing2d"
+) -> tuple[_Pair, _Pair, _Pair]:
     """Kernel, stride and padding as pairs (height, width).
 
     Raises:
@@ -103,12 +183,8 @@ def capsule_window(kernel_size: Any, stride: Any, padding: Any) -> tuple[_Pair, 
             or len(pair) != 2
             or not all(isinstance(v, int) and not isinstance(v, bool) for v in pair)
         ):
-            raise TypeError(
-                f"conv_capsule_routing2d: {name} must be an int or (height, width), got {value!r}"
-            )
+            raise TypeError(f"{op}: {name} must be an int or (height, width), got {value!r}")
         if min(pair) < least:
-            raise ValueError(
-                f"conv_capsule_routing2d: {name} must be at least {least}, got {value!r}"
-            )
+            raise ValueError(f"{op}: {name} must be at least {least}, got {value!r}")
         pairs.append((pair[0], pair[1]))
     return pairs[0], pairs[1], pairs[2]

@@ -1,10 +1,13 @@
 // conv2d on the CPU: the convolution and its packed weights. The gradients are in cpu_grad.cpp.
+#include <type_traits>
+
 #include "conv2d/cpu_grouped.h"
 #include "conv2d/cpu_product.h"
 #include "conv2d/cpu_shape.h"
 #include "conv2d/cpu_signal.h"
 #include "conv2d/cpu_stem.h"
 #include "conv2d/cpu_views.h"
+#include "conv2d/cpu_winograd_strided.h"
 #include "cpu/epilogue_fold.h"
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
@@ -78,6 +81,18 @@ int64_t tile_of(const Tensor& packed, const ConvShape& p) {
   throw std::runtime_error("conv2d: packed does not belong to this weight");
 }
 
+// Winograd with a stride of 2.
+void strided_forward(const Tensor& x, const Tensor& weight, const Tensor& y, const ConvShape& p,
+                     const Epilogue<float>& epilogue) {
+  set_algorithm("winograd_strided");
+  const bool planar = is_planar(x) && StridedWinograd::serves_planar(p);
+  const Tensor image = planar ? x : as_channels_last(x);
+  for (int64_t g = 0; g < p.groups; ++g)
+    StridedWinograd(p, g, planar)
+        .forward(data<float>(image), forward_weight<float>(weight, p, g),
+                 mutable_data<float>(y) + g * p.group_k(), epilogue.from_channel(g * p.group_k()));
+}
+
 // `packed` may be null.
 template <class T>
 void forward(const Tensor& x, const Tensor& weight, const T* packed, int64_t tile, const Tensor& y,
@@ -96,6 +111,8 @@ void forward(const Tensor& x, const Tensor& weight, const T* packed, int64_t til
                               mutable_data<T>(y), is_planar(y), p, epilogue);
   }
   if (tile == 0 && packs_narrow_groups<T>(p)) packed = nullptr;  // has another form
+  if constexpr (std::is_same_v<T, float>)
+    if (!packed && strided_winograd_serves<T>(p)) return strided_forward(x, weight, y, p, epilogue);
   set_algorithm(algorithm_name(p, tile));
   const Tensor image = as_channels_last(x);
   const OutputGrid out{p.oh * p.ow * p.k, p.ow * p.k, p.k};

@@ -8,6 +8,7 @@
 #include "conv2d/cpu_views.h"
 #include "conv2d/cpu_weight_grad.h"
 #include "conv2d/cpu_winograd_grad.h"
+#include "conv2d/cpu_winograd_strided.h"
 #include "conv_transpose2d/cpu_transposed.h"
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
@@ -31,6 +32,20 @@ Tensor narrow_input_grad(const Tensor& grad, const Tensor& weight, const Transpo
   return dx;
 }
 
+// Winograd with a stride of 2, in the format of the gradient.
+Tensor strided_input_grad(const Tensor& grad, const Tensor& weight, const ConvShape& p) {
+  set_algorithm("winograd_strided");
+  const bool planar = !follows_channels_last(grad) && StridedWinograd::serves_planar(p);
+  const Tensor dx = planar ? new_contiguous(p.input_size(), grad.scalar_type())
+                           : new_channels_last(p.input_size(), grad.scalar_type());
+  const Tensor image = as_channels_last(grad);
+  for (int64_t g = 0; g < p.groups; ++g)
+    StridedWinograd(p, g, planar)
+        .input_grad(data<float>(image), forward_weight<float>(weight, p, g),
+                    mutable_data<float>(dx));
+  return dx;
+}
+
 Tensor conv2d_input_grad(const Tensor& grad_in, const Tensor& weight_in, const IntList& input_size,
                          const IntList& stride, const IntList& padding, const IntList& dilation,
                          int64_t groups) {
@@ -46,6 +61,8 @@ Tensor conv2d_input_grad(const Tensor& grad_in, const Tensor& weight_in, const I
   const Tensor dx = with_scalar_type(grad.scalar_type(), "conv2d_input_grad", [&](auto scalar) {
     using T = decltype(scalar);
     if (transposed_groups_serve<T>(t)) return narrow_input_grad<T>(grad, weight, t);
+    if constexpr (std::is_same_v<T, float>)
+      if (strided_winograd_serves<T>(p)) return strided_input_grad(grad, weight, p);
     const int64_t layout = choose_layout(t, sizeof(T) == sizeof(float), false);
     const bool pixel = layout == kPixel;
     const Tensor out = pixel ? new_contiguous(input_size, grad.scalar_type())
@@ -78,10 +95,14 @@ int64_t weight_grad_tile(const ConvShape& p) {
 template <class T>
 void weight_grad_group(const Tensor& grad, const Tensor& x, const ConvShape& p, int64_t tile,
                        int64_t group, T* sums) {
-  const GradView<T> view{data<T>(grad) + group * p.group_k(), p.k, p.n * p.oh * p.ow, p.group_k()};
+  const int64_t plane = p.oh * p.ow;
+  const bool planar = is_planar(grad);  // a stem's only: it has one group
+  const GradView<T> view{data<T>(grad) + group * p.group_k(), p.k, p.n * plane, p.group_k(),
+                         planar ? plane : 0};
   if (stem_serves(p) && tile == 0)
     return weight_grad<T>(
-        view, p.r, p.s * p.c, [&] { return StemRows<T>(x, p, WeightGradPlan::positions); }, sums);
+        view, 1, p.r * p.s * p.c, [&] { return StemWindows<T>(x, p, WeightGradPlan::positions); },
+        sums);
   const GridImage<T> image = forward_image<T>(data<T>(x), p, group);
   if constexpr (std::is_same_v<T, float>)
     if (tile > 0)
@@ -91,13 +112,36 @@ void weight_grad_group(const Tensor& grad, const Tensor& x, const ConvShape& p, 
       sums);
 }
 
+// Winograd with a stride of 2.
+void strided_weight_grad(const Tensor& grad, const Tensor& x_in, const ConvShape& p,
+                         bool channels_last, float* dw) {
+  set_algorithm("winograd_strided_weight_grad");
+  const bool planar = is_planar(x_in) && StridedWinograd::serves_planar(p);
+  const Tensor x = planar ? x_in : as_channels_last(x_in);
+  const int64_t taps = p.taps(), depth = p.group_c();
+  for (int64_t g = 0; g < p.groups; ++g) {
+    float* const group = dw + g * p.group_k() * taps * depth;
+    const auto put = [&](int64_t k, int64_t c, int64_t channels, const float* from, int64_t step) {
+      float* const row = group + k * taps * depth;
+      if (!channels_last)
+        return transpose_fn<float>()(from, step, row + c * taps, taps, taps, channels);
+      for (int64_t t = 0; t < taps; ++t)
+        std::copy_n(from + t * step, channels, row + t * depth + c);
+    };
+    StridedWinograd(p, g, planar).weight_grad(data<float>(x), data<float>(grad), put);
+  }
+}
+
 template <class T>
-void weight_grad_groups(const Tensor& grad, const Tensor& x_in, const ConvShape& p,
+void weight_grad_groups(const Tensor& grad_in, const Tensor& x_in, const ConvShape& p,
                         bool channels_last, T* dw) {
   const int64_t tile = weight_grad_tile<T>(p);
   const bool stem = stem_serves(p) && tile == 0;
   set_algorithm(stem ? "stem_weight_grad" : tile > 0 ? "winograd_weight_grad" : "weight_grad_gemm");
   const Tensor x = stem ? x_in : as_channels_last(x_in);
+  // A planar gradient's rows serve as they lie, where an image is long enough for a product.
+  const bool planar = stem && is_planar(grad_in) && p.oh * p.ow >= 128;
+  const Tensor grad = planar ? grad_in : as_channels_last(grad_in);
   const int64_t each = p.group_k() * p.taps() * p.group_c();
   const bool in_place = channels_last || p.taps() == 1;  // then sums have the order of dw
   Scratch<T> sums(in_place ? 0 : each);
@@ -115,14 +159,17 @@ Tensor conv2d_weight_grad(const Tensor& grad_in, const Tensor& x_in, const IntLi
   const ConvShape p = conv_shape(sizes_of(x_in), weight_size, stride, padding, dilation, groups);
   require(sizes_of(grad_in) == p.output_size(),
           "conv2d_weight_grad: grad must have the shape of the output");
-  const Tensor grad = as_channels_last(to_compute_type(grad_in));
+  const Tensor grad = to_compute_type(grad_in);
   const Tensor dw = channels_last ? new_channels_last(weight_size, grad.scalar_type())
                                   : new_contiguous(weight_size, grad.scalar_type());
   with_scalar_type(grad.scalar_type(), "conv2d_weight_grad", [&](auto scalar) {
     using T = decltype(scalar);
     if (dw.numel() == 0) return;
     if (has_narrow_weight_grad<T>(p))
-      weight_grad_of_narrow_groups<T>(grad, to_compute_type(x_in), p, dw);
+      weight_grad_of_narrow_groups<T>(as_channels_last(grad), to_compute_type(x_in), p, dw);
+    else if (std::is_same_v<T, float> && strided_winograd_serves<T>(p))
+      strided_weight_grad(as_channels_last(grad), to_compute_type(x_in), p, channels_last,
+                          reinterpret_cast<float*>(mutable_data<T>(dw)));
     else
       weight_grad_groups<T>(grad, to_compute_type(x_in), p, channels_last, mutable_data<T>(dw));
   });

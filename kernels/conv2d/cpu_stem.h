@@ -107,29 +107,40 @@ class StemImage {
   Scratch<T> image_;
 };
 
-// The row pointers of consecutive output positions, as TapRows gives them for other convolutions,
-// with a kernel row for a tap.
+// The windows of consecutive output positions, as TapRows gives a convolution with one tap: copied
+// out, since a panel of the weight's gradient that holds one kernel row is half empty (9 values of
+// 32 for 9×9 taps of one channel).
 template <class T>
-class StemRows {
+class StemWindows {
  public:
-  StemRows(const Tensor& x, const ConvShape& p, int64_t capacity)
-      : p_(p), capacity_(capacity), image_(x, p, capacity), pointers_(p.r * capacity) {}
+  StemWindows(const Tensor& x, const ConvShape& p, int64_t capacity)
+      : p_(p),
+        capacity_(capacity),
+        size_(p.r * p.s * p.c),
+        image_(x, p, capacity),
+        windows_(capacity * size_),
+        pointers_(capacity) {
+    for (int64_t i = 0; i < capacity; ++i) pointers_[i] = windows_.get() + i * size_;
+  }
 
   int64_t stride() const { return capacity_; }
   const T* const* get() const { return pointers_.get(); }
 
   void build(int64_t first, int64_t count) {
-    const int64_t step = p_.stride_w * p_.c;
+    const int64_t step = p_.stride_w * p_.c, row_size = p_.s * p_.c;
     image_.for_each_line(first, count, [&](const T* pixel, int64_t row, int64_t run) {
-      for (int64_t r = 0; r < p_.r; ++r, pixel += image_.line())
-        for (int64_t i = 0; i < run; ++i) pointers_[r * capacity_ + row + i] = pixel + i * step;
+      T* to = windows_.get() + row * size_;
+      for (int64_t i = 0; i < run; ++i, pixel += step, to += size_)
+        for (int64_t r = 0; r < p_.r; ++r)
+          std::copy_n(pixel + r * image_.line(), row_size, to + r * row_size);
     });
   }
 
  private:
   const ConvShape& p_;
-  int64_t capacity_;
+  int64_t capacity_, size_;
   StemImage<T> image_;
+  Scratch<T> windows_;
   Scratch<const T*> pointers_;
 };
 

@@ -30,27 +30,55 @@ struct WeightGradPlan {
   }
 };
 
-// Output channels [grad, grad + k) at positions `stride` elements apart.
+// Output channels [grad, grad + k) at positions `stride` elements apart; or planar (NCHW), with
+// `stride` channels in all and `plane` positions an image.
 template <class T>
 struct GradView {
   const T* data;
   int64_t stride, positions, k;
+  int64_t plane = 0;
+
+  struct Block {
+    int64_t first, count;
+  };
+  // Blocks of positions; of a planar gradient they lie within an image.
+  int64_t blocks_of(int64_t all) const { return ceil_div(all, WeightGradPlan::positions); }
+  int64_t blocks() const {
+    return plane > 0 ? positions / plane * blocks_of(plane) : blocks_of(positions);
+  }
+  Block block(int64_t b) const {
+    constexpr int64_t most = WeightGradPlan::positions;
+    if (plane == 0) return {b * most, std::min(most, positions - b * most)};
+    const int64_t each = blocks_of(plane), image = b / each, i = b % each;
+    const int64_t from = plane * i / each;
+    return {image * plane + from, plane * (i + 1) / each - from};
+  }
+  GradView channels(int64_t from, int64_t count) const {
+    return {data + from * (plane > 0 ? plane : 1), stride, positions, count, plane};
+  }
+  const T* planar_row(int64_t first) const {
+    return data + first / plane * stride * plane + first % plane;
+  }
 };
 
 // The product over `count` positions from `first` on, put in or added to sums[k][tap][c]; `rows`
 // points to the image at every position and tap, `depth` values each.
 //
 // In the terms of cpu/gemm.h: a row of A is one output channel over the block's positions, so grad
-// is transposed; a row of B is one position, so the image rows are packed into panels.
+// is transposed, unless it is planar; a row of B is one position, so the image rows are packed into
+// panels.
 template <class T, class Rows>
 void position_block(const GradView<T>& grad, Rows& rows, int64_t taps, int64_t depth, int64_t first,
                     int64_t count, bool add, T* sums) {
   const GemmTable<T>& table = gemm<T>();
   // Not a power of two apart: rows of grad would share few sets of the cache.
-  const int64_t lda = WeightGradPlan::positions + 16, nr = table.nr;
-  Scratch<T> grad_t(grad.k * lda);
-  transpose_fn<T>()(grad.data + first * grad.stride, grad.stride, grad_t.get(), lda, count, grad.k);
-  const Strip<T> a{grad_t.get(), 0, grad.k};
+  const bool planar = grad.plane > 0;
+  const int64_t lda = planar ? grad.plane : WeightGradPlan::positions + 16, nr = table.nr;
+  Scratch<T> grad_t(planar ? 0 : grad.k * lda);
+  if (!planar)
+    transpose_fn<T>()(grad.data + first * grad.stride, grad.stride, grad_t.get(), lda, count,
+                      grad.k);
+  const Strip<T> a{planar ? grad.planar_row(first) : grad_t.get(), 0, grad.k};
   rows.build(first, count);
   constexpr int64_t c_block = 128;
   Scratch<T> panels(count * round_up(std::min(c_block, depth), nr));
@@ -73,13 +101,13 @@ void position_block(const GradView<T>& grad, Rows& rows, int64_t taps, int64_t d
   }
 }
 
-// sums[k][tap][depth]; make_rows() gives the row pointers of one task, as TapRows and StemRows do.
-// The first of several ranges of positions sums up in place, the others beside it.
+// sums[k][tap][depth]; make_rows() gives the row pointers of one task, as TapRows and StemWindows
+// do. The first of several ranges of positions sums up in place, the others beside it.
 template <class T, class MakeRows>
 void weight_grad(const GradView<T>& grad, int64_t taps, int64_t depth, const MakeRows& make_rows,
                  T* sums) {
   const int64_t each = taps * depth;
-  const int64_t blocks = ceil_div(grad.positions, WeightGradPlan::positions);
+  const int64_t blocks = grad.blocks();
   if (blocks == 0) return std::fill_n(sums, grad.k * each, T{0}), void();
   const WeightGradPlan plan(grad.k, each, blocks);
   const int64_t k_blocks = ceil_div(grad.k, plan.k_block);
@@ -89,14 +117,12 @@ void weight_grad(const GradView<T>& grad, int64_t taps, int64_t depth, const Mak
   };
   parallel_tasks(k_blocks * plan.splits, [&](int64_t task) {
     const int64_t split = task / k_blocks, first_k = task % k_blocks * plan.k_block;
-    const GradView<T> part{grad.data + first_k, grad.stride, grad.positions,
-                           std::min(plan.k_block, grad.k - first_k)};
+    const GradView<T> part = grad.channels(first_k, std::min(plan.k_block, grad.k - first_k));
     const int64_t begin = blocks * split / plan.splits, end = blocks * (split + 1) / plan.splits;
     auto rows = make_rows();
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t first = b * WeightGradPlan::positions;
-      position_block<T>(part, rows, taps, depth, first,
-                        std::min(WeightGradPlan::positions, grad.positions - first), b > begin,
+      const auto block = grad.block(b);
+      position_block<T>(part, rows, taps, depth, block.first, block.count, b > begin,
                         of_split(split) + first_k * each);
     }
   });

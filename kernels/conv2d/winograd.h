@@ -41,6 +41,8 @@ struct PanelProduct {
   float* c;
   int64_t c_step;
   int64_t rows, columns;
+  int64_t chain = 128;  // terms that are added up in one go: longer sums lose accuracy
+  bool add = false;
 };
 
 // c[i][j] = or += Σ_k a[k][i] · b[k][j] for i < rows, j < columns: the sum over tiles of a weight
@@ -55,6 +57,7 @@ struct OuterProduct {
   int64_t c_step;
   int64_t rows, columns;
   bool add;
+  int64_t chain = int64_t{1} << 40;
 };
 
 struct WinogradTable {

@@ -12,9 +12,6 @@ constexpr int kRows = 14;
 constexpr int kRows = 6;
 #endif
 
-// A longer chain of additions loses accuracy: one of 1024 has three times the error of its parts.
-constexpr int64_t kChain = 128;
-
 // c = or += the accumulators, whose indices are constants everywhere, or they would be in memory.
 template <bool Half, int... I>
 NNARCH_INLINE void put(V* left, V* right, float* c, int64_t step, bool add) {
@@ -56,17 +53,18 @@ NNARCH_INLINE void panel_tile(Indices<I...>, const PanelProduct& p, int64_t row,
     }
     ++a0, ++a7, b += 2 * kWidth;
   }
-  put<Half, I...>(left, right, p.c + row * p.c_step, p.c_step, from > 0);
+  put<Half, I...>(left, right, p.c + row * p.c_step, p.c_step, p.add || from > 0);
 }
 
-// c of `Rows` rows by two vectors, or one with `Half`.
+// c of `Rows` rows by two vectors, or one with `Half`, of `depth` terms from `from` on.
 template <bool Half, int... I>
-NNARCH_INLINE void outer_tile(Indices<I...>, const OuterProduct& p, int64_t row, int64_t column) {
-  const float* a = p.a + row;
-  const float* b = p.b + column;
+NNARCH_INLINE void outer_tile(Indices<I...>, const OuterProduct& p, int64_t row, int64_t column,
+                              int64_t from, int64_t depth) {
+  const float* a = p.a + row + from * p.a_step;
+  const float* b = p.b + column + from * p.b_step;
   V left[sizeof...(I)] = {(static_cast<void>(I), V{})...};
   V right[sizeof...(I)] = {(static_cast<void>(I), V{})...};
-  for (int64_t k = 0; k < p.depth; ++k, a += p.a_step, b += p.b_step) {
+  for (int64_t k = 0; k < depth; ++k, a += p.a_step, b += p.b_step) {
     V b0 = load(b), b1, x;
     keep_in_register(b0);
     if constexpr (Half) {
@@ -77,7 +75,7 @@ NNARCH_INLINE void outer_tile(Indices<I...>, const OuterProduct& p, int64_t row,
       ((x = broadcast(a[I]), left[I] += x * b0, right[I] += x * b1), ...);
     }
   }
-  put<Half, I...>(left, right, p.c + row * p.c_step + column, p.c_step, p.add);
+  put<Half, I...>(left, right, p.c + row * p.c_step + column, p.c_step, p.add || from > 0);
 }
 
 template <bool Half, int Rows>
@@ -87,7 +85,11 @@ NNARCH_NOINLINE void panel_tile_of(const PanelProduct& p, int64_t row, int64_t f
 }
 template <bool Half, int Rows>
 NNARCH_NOINLINE void outer_tile_of(const OuterProduct& p, int64_t row, int64_t column) {
-  outer_tile<Half>(MakeIndices<Rows>{}, p, row, column);
+  const int64_t chains = p.depth > p.chain ? (p.depth + p.chain - 1) / p.chain : 1;
+  for (int64_t i = 0; i < chains; ++i) {
+    const int64_t from = p.depth * i / chains;
+    outer_tile<Half>(MakeIndices<Rows>{}, p, row, column, from, p.depth * (i + 1) / chains - from);
+  }
 }
 
 template <bool Half, int... I>
@@ -111,8 +113,9 @@ NNARCH_INLINE void for_row_tiles(int64_t rows, const F& f) {
   }
 }
 
+// A longer chain of additions loses accuracy: one of 1024 has three times the error of its parts.
 void panel_product(const PanelProduct& p) {
-  const int64_t chains = (p.depth + kChain - 1) / kChain;
+  const int64_t chains = (p.depth + p.chain - 1) / p.chain;
   for (int64_t i = 0; i < chains; ++i) {
     const int64_t from = p.depth * i / chains, count = p.depth * (i + 1) / chains - from;
     for_row_tiles(p.rows, [&](int64_t row, int64_t rows) {

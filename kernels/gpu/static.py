@@ -38,10 +38,13 @@ FAMILIES = (
     "activation",
     "recurrent",
     "local_response_norm",
+    "layer_norm",
     "upsample",
     "capsule_routing",
     "dropout",
     "embedding",
+    "cross_entropy",
+    "attention",
 )
 
 _TYPE_NAMES = {

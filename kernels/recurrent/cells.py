@@ -4,9 +4,49 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .op import gru_layer, lstm_layer, rnn_layer
+from nnarch import arrays
+
+from . import kinds
+from .cell_op import step
+
+_in_autocast = torch._C._is_any_autocast_enabled
+
+
+@arrays.public
+def recurrent_cell(
+    input: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    packed: Tensor | None,
+    kind: int,
+) -> tuple[Tensor, Tensor]:
+    """One step of any cell: the new h, and the new c (empty but for the LSTM)."""
+    if _in_autocast():
+        input, h, c, w_ih, w_hh, b_ih, b_hh = _autocast(input, h, c, w_ih, w_hh, b_ih, b_hh, kind)
+    return step(input, h, c, w_ih, w_hh, b_ih, b_hh, packed, kind)
+
+
+def _autocast(x: Tensor, h: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
+    """The tensors in one dtype, that of torch's result under autocast.
+
+    On the CPU torch casts the products of its cells alone, so an LSTM or a GRU comes out in the
+    dtype of its state, and an Elman cell in autocast's; on a GPU all come out in autocast's.
+    """
+    *tensors, kind = rest
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x, h, *tensors
+    dtype = torch.get_autocast_dtype(device)
+    if device == "cpu" and kind in (kinds.LSTM, kinds.GRU):
+        dtype = (x if h is None else h).dtype
+    return tuple(None if t is None else t.to(dtype) for t in (x, h, *tensors))
 
 
 def lstm_cell(
@@ -34,9 +74,7 @@ def lstm_cell(
     Raises:
         ValueError, TypeError: arguments that do not fit together; the message names them.
     """
-    h0, c0 = hx
-    y, _, c = lstm_layer(input, w_ih, w_hh, b_ih, b_hh, h0=h0, c0=c0, packed=packed)
-    return y, c
+    return recurrent_cell(input, *hx, w_ih, w_hh, b_ih, b_hh, packed, kinds.LSTM)
 
 
 def gru_cell(
@@ -64,7 +102,7 @@ def gru_cell(
     Raises:
         ValueError, TypeError: arguments that do not fit together; the message names them.
     """
-    return gru_layer(input, w_ih, w_hh, b_ih, b_hh, h0=hx, packed=packed)[0]
+    return recurrent_cell(input, hx, None, w_ih, w_hh, b_ih, b_hh, packed, kinds.GRU)[0]
 
 
 def rnn_cell(
@@ -94,6 +132,7 @@ def rnn_cell(
     Raises:
         ValueError, TypeError: arguments that do not fit together; the message names them.
     """
-    return rnn_layer(
-        input, w_ih, w_hh, b_ih, b_hh, nonlinearity=nonlinearity, h0=hx, packed=packed
-    )[0]
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"rnn: nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+    kind = kinds.RNN_TANH if nonlinearity == "tanh" else kinds.RNN_RELU
+    return recurrent_cell(input, hx, None, w_ih, w_hh, b_ih, b_hh, packed, kind)[0]

@@ -58,6 +58,18 @@ struct StepChunk {
   int64_t rows() const { return row.back(); }
 };
 
+// Whether a step of so many rows multiplies its input block by block, right before its state: there
+// are enough of them to read the weights for one step, and gates stay in the first-level cache,
+// where a hoisted product leaves for the last one. A gain of 1 to 2 % from 12 rows on, a loss
+// below 8.
+template <class T>
+bool multiplies_at_once(const RecurrentLayer<T>& layer, int64_t rows) {
+  constexpr int64_t least_rows = 12, cached = int64_t{16} << 20;
+  const int64_t depth = layer.ih.depth + layer.hh.depth;
+  const int64_t weights = layer.ih.order.columns() * depth * int64_t{sizeof(T)};
+  return rows >= least_rows && weights <= cached && !layer.input_norm;
+}
+
 // Enough rows to read a weight once for many products. Their results stay in the second-level
 // cache, where weights do; of larger weights more rows are worth it.
 template <class T>
@@ -68,7 +80,8 @@ int64_t chunk_steps(const RecurrentLayer<T>& layer, const Group& group, int64_t 
   const int64_t wanted = weights > cached ? 336 : 112;
   int64_t rows = 0, i = done;
   do rows += group.rows(steps, steps.at(i++));
-  while (i < steps.count() && rows + group.rows(steps, steps.at(i)) <= wanted);
+  while (i < steps.count() && rows + group.rows(steps, steps.at(i)) <= wanted &&
+         !multiplies_at_once(layer, group.rows(steps, steps.at(i))));
   return i - done;
 }
 
@@ -94,7 +107,7 @@ void multiply_input(const RecurrentLayer<T>& layer, const DenseRows<T>& rows, T*
     T* c = gx + from * gx_step + w.order.start(first);
     if (raw) return multiply_raw_block(w, first, some, c, gx_step, start);
     const int64_t last = std::min(first + at_once, blocks);
-    multiply_blocks(w, first, last, last < blocks ? last : 0, some, c, gx_step, start);
+    multiply_blocks<T>(w, first, last, w.block(last < blocks ? last : 0), some, c, gx_step, start);
   });
 }
 

@@ -8,20 +8,13 @@ namespace nnarch {
 // Rows of one step, `at` being the first of them in y and in the reserve.
 template <class T>
 struct StepRows {
-  const T *gx, *before;
+  const T* gx;     // the input's products; or null, where these are made now, of
+  DenseRows<T> x;  // the input
+  const T* before;
   T* after;  // the state, after the step
   T* c;
   int64_t at, rows;
 };
-
-template <class T>
-void multiply_state(const GateWeight<T>& w, int64_t first, int64_t last, int64_t after,
-                    const DenseRows<T>& rows, T* c, int64_t c_step) {
-  if (w.packed || w.bfloat16)
-    return multiply_blocks<T>(w, first, last, after, rows, c, c_step, nullptr);
-  for (int64_t b = first; b < last; ++b)
-    multiply_raw_block<T>(w, b, rows, c + w.order.start(b) - w.order.start(first), c_step, nullptr);
-}
 
 // Where the cell leaves h: in the state, or what is to be projected.
 template <class T>
@@ -32,19 +25,28 @@ struct CellOutput {
   int64_t y_step;
 };
 
+// Products of some rows, from a block's first column on.
+template <class T>
+struct Products {
+  const T* gx;
+  int64_t gx_step;
+  const T* gh;
+  int64_t gh_step;
+};
+
 template <class T>
 void run_cell(const RecurrentLayer<T>& l, const StepRows<T>& s, const CellOutput<T>& out, int64_t b,
-              int64_t row, int64_t rows, const T* gh, int64_t gh_step) {
-  const int64_t u = b * l.order().width, hidden = l.size.hidden, pitch = l.gx_pitch();
+              int64_t row, int64_t rows, const Products<T>& products) {
+  const int64_t u = b * l.order().width, hidden = l.size.hidden;
   const int64_t kept_step = l.kept.row_step();
   recurrent<T>().cell({.kind = l.size.kind,
                        .rows = rows,
                        .units = l.order().units(b),
                        .width = l.order().width_of(b),
-                       .gx = s.gx + row * pitch + l.order().start(b),
-                       .gx_step = pitch,
-                       .gh = gh,
-                       .gh_step = gh_step,
+                       .gx = products.gx,
+                       .gx_step = products.gx_step,
+                       .gh = products.gh,
+                       .gh_step = products.gh_step,
                        .bias_n = l.bias_n ? l.bias_n + u : nullptr,
                        .peephole = l.peephole ? l.peephole + u : nullptr,
                        .h = s.before + row * l.state_pitch + u,
@@ -78,18 +80,26 @@ void run_blocks(const RecurrentLayer<T>& l, const StepRows<T>& s, const CellOutp
   const int64_t at_once = std::max<int64_t>(1, 4 / order.gates);
   const int64_t runs = ceil_div(last - first, at_once);
   const RowParts parts(s.rows, gemm<T>().mr);
-  const int64_t gh_step = at_once * order.gates * order.width;
-  Scratch<T> gh(parts.most() * gh_step);
+  const int64_t wide = at_once * order.gates * order.width, pitch = l.gx_pitch();
+  Scratch<T> gx(s.gx ? 0 : parts.most() * wide), gh(parts.most() * wide);
   const auto begin_of = [&](int64_t i) { return first + (backwards ? runs - 1 - i : i) * at_once; };
   for (int64_t i = 0; i < runs; ++i) {
     const int64_t begin = begin_of(i), end = std::min(begin + at_once, last);
     for (int64_t part = 0; part < parts.count; ++part) {
       const int64_t row = parts.begin(part), rows = parts.begin(part + 1) - row;
       const int64_t after = part + 1 < parts.count ? begin : begin_of(i + 1 < runs ? i + 1 : i);
-      multiply_state<T>(l.hh, begin, end, after,
-                        {s.before + row * l.state_pitch, l.state_pitch, rows}, gh.get(), gh_step);
-      for (int64_t b = begin; b < end; ++b)
-        run_cell(l, s, out, b, row, rows, gh.get() + order.start(b) - order.start(begin), gh_step);
+      if (!s.gx)
+        multiply_any<T>(l.ih, begin, end, l.hh.block(begin),
+                        {s.x.data + row * s.x.step, s.x.step, rows}, gx.get(), wide,
+                        l.start ? l.start + order.start(begin) : nullptr);
+      multiply_any<T>(l.hh, begin, end, s.gx ? l.hh.block(after) : l.ih.block(after),
+                      {s.before + row * l.state_pitch, l.state_pitch, rows}, gh.get(), wide,
+                      nullptr);
+      for (int64_t b = begin; b < end; ++b) {
+        const int64_t column = order.start(b) - order.start(begin);
+        const T* input = s.gx ? s.gx + row * pitch + order.start(b) : gx.get() + column;
+        run_cell<T>(l, s, out, b, row, rows, {input, s.gx ? pitch : wide, gh.get() + column, wide});
+      }
     }
   }
 }
@@ -105,8 +115,8 @@ void normalized_step(const RecurrentLayer<T>& l, const StepRows<T>& s, const Cel
   const int64_t task_blocks = l.wide ? blocks_a_task(blocks) : blocks;
   parallel_tasks(ceil_div(blocks, task_blocks), [&](int64_t task) {
     const int64_t first = task * task_blocks;
-    multiply_state<T>(l.hh, first, std::min(first + task_blocks, blocks), -1,
-                      {s.before, l.state_pitch, s.rows}, gh + l.order().start(first), pitch);
+    multiply_any<T>(l.hh, first, std::min(first + task_blocks, blocks), nullptr,
+                    {s.before, l.state_pitch, s.rows}, gh + l.order().start(first), pitch, nullptr);
   });
   for (int64_t r = 0; r < s.rows; ++r)
     recurrent<T>().norm_cell({*l.state_norm, l.cell_norm, l.cell_norm + hidden, l.peephole,
@@ -141,8 +151,9 @@ void run_step(const RecurrentLayer<T>& l, const StepRows<T>& s, bool backwards) 
   const int64_t task_blocks = l.wide ? blocks_a_task(blocks) : blocks;
   parallel_tasks(ceil_div(blocks, task_blocks), [&](int64_t task) {
     const int64_t first = task * task_blocks;
-    multiply_state<T>(l.hr, first, std::min(first + task_blocks, blocks), -1,
-                      {h.get(), pitch, s.rows}, s.after + l.hr.order.start(first), l.state_pitch);
+    multiply_any<T>(l.hr, first, std::min(first + task_blocks, blocks), nullptr,
+                    {h.get(), pitch, s.rows}, s.after + l.hr.order.start(first), l.state_pitch,
+                    nullptr);
   });
   for (int64_t r = 0; r < s.rows; ++r)
     std::copy_n(s.after + r * l.state_pitch, l.size.out, y + r * l.size.out);
@@ -152,24 +163,30 @@ void run_step(const RecurrentLayer<T>& l, const StepRows<T>& s, bool backwards) 
 template <class T>
 void run_group(const RecurrentLayer<T>& l, const Group& group) {
   const Steps& steps = l.steps;
-  const int64_t pitch = l.gx_pitch(), hidden = l.size.hidden;
-  const int64_t state_size = steps.batch() * l.state_pitch;
+  const int64_t hidden = l.size.hidden, state_size = steps.batch() * l.state_pitch;
+  T* state = l.state + group.first * l.state_pitch;
+  // Step i, whose input's products are `gx`, or null.
+  const auto run = [&](int64_t i, const T* gx) {
+    const int64_t t = steps.at(i), rows = group.rows(steps, t), odd = i & 1;
+    if (rows <= 0) return;
+    run_step<T>(l,
+                {gx, DenseRows<T>{l.x.at(steps, t, group.first), l.x.row, rows},
+                 state + odd * state_size, state + (1 - odd) * state_size,
+                 l.c ? l.c + group.first * hidden : nullptr, steps.first(t) + group.first, rows},
+                odd);
+  };
   for (int64_t done = 0; done < steps.count();) {
+    if (multiplies_at_once(l, group.rows(steps, steps.at(done)))) {
+      run(done++, nullptr);
+      continue;
+    }
     const int64_t count = chunk_steps(l, group, done);
     const int64_t a = steps.at(done), b = steps.at(done + count - 1);
     const StepChunk chunk(steps, group, std::min(a, b), std::max(a, b) + 1);
-    Scratch<T> gx(chunk.rows() * pitch);
+    Scratch<T> gx(chunk.rows() * l.gx_pitch());
     input_products(l, group, chunk, gx.get());
-    for (const int64_t end = done + count; done < end; ++done) {
-      const int64_t t = steps.at(done), rows = group.rows(steps, t), odd = done & 1;
-      T* state = l.state + group.first * l.state_pitch;
-      if (rows > 0)
-        run_step<T>(l,
-                    {gx.get() + chunk.first_row(t) * pitch, state + odd * state_size,
-                     state + (1 - odd) * state_size, l.c ? l.c + group.first * hidden : nullptr,
-                     steps.first(t) + group.first, rows},
-                    odd);
-    }
+    for (const int64_t end = done + count; done < end; ++done)
+      run(done, gx.get() + chunk.first_row(steps.at(done)) * l.gx_pitch());
   }
 }
 

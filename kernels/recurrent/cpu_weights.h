@@ -46,6 +46,8 @@ struct GateWeight {
   int64_t panels(int64_t b) const {
     return ceil_div(order.gates * order.width_of(b), gemm<T>().nr);
   }
+  // Where a block's panels begin, for who fetches them ahead; or null.
+  const T* block(int64_t b) const { return packed ? packed + order.start(b) * depth : nullptr; }
 };
 
 // One block of columns.
@@ -76,9 +78,9 @@ struct DenseRows {
 };
 
 // c = start + rows · (blocks [first, last) of w); `c` and `start` begin at the first of these. A
-// row of c has room for whole panels. `after`: the block that will be read next, or none (-1).
+// row of c has room for whole panels. `next`: the panels that will be read after these, or null.
 template <class T>
-void multiply_blocks(const GateWeight<T>& w, int64_t first, int64_t last, int64_t after,
+void multiply_blocks(const GateWeight<T>& w, int64_t first, int64_t last, const T* next,
                      const DenseRows<T>& rows, T* c, int64_t c_step, const T* start) {
   const RecurrentTable<T>& table = recurrent<T>();
   const int64_t column = w.order.start(first);
@@ -105,7 +107,6 @@ void multiply_blocks(const GateWeight<T>& w, int64_t first, int64_t last, int64_
   constexpr int64_t longest = 512;
   const int64_t parts = std::max<int64_t>(1, ceil_div(w.depth, longest));
   const int64_t nr = gemm<T>().nr;
-  const T* next = after < 0 ? nullptr : w.packed + w.order.start(after) * w.depth;
   for (int64_t part = 0; part < parts; ++part) {
     const int64_t from = w.depth * part / parts, to = w.depth * (part + 1) / parts;
     const Strip<T> strip{rows.data + from, 0, rows.count};
@@ -135,12 +136,24 @@ void multiply_raw_block(const GateWeight<T>& w, int64_t block, const DenseRows<T
     pack_block(w, block, packed.get());
     GateWeight<T> one = w;
     one.packed = packed.get() - w.order.start(block) * w.depth;
-    return multiply_blocks(one, block, block + 1, -1, rows, c, c_step, start);
+    return multiply_blocks<T>(one, block, block + 1, nullptr, rows, c, c_step, start);
   }
   for (int64_t gate = 0; gate < w.order.gates; ++gate) {
     const T* from = w.raw + (gate * w.order.hidden + block * w.order.width) * w.raw_step;
     gemm<T>().few_rows(rows.data, rows.step, rows.count, from, w.raw_step, w.depth, units,
                        c + gate * width, c_step, {.shift = start ? start + gate * width : nullptr});
+  }
+}
+
+// The same of several blocks, packed or not.
+template <class T>
+void multiply_any(const GateWeight<T>& w, int64_t first, int64_t last, const T* next,
+                  const DenseRows<T>& rows, T* c, int64_t c_step, const T* start) {
+  if (w.packed || w.bfloat16)
+    return multiply_blocks<T>(w, first, last, next, rows, c, c_step, start);
+  for (int64_t b = first; b < last; ++b) {
+    const int64_t column = w.order.start(b) - w.order.start(first);
+    multiply_raw_block<T>(w, b, rows, c + column, c_step, start ? start + column : nullptr);
   }
 }
 

@@ -12,6 +12,8 @@ In this order, the first that fits:
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -142,6 +144,39 @@ def recurrent_scan_backward(
         g if g is not None and t is not None and wanted >> bit & 1 else x.new_empty(0)
         for bit, (t, g) in enumerate(zip(inputs, found, strict=True))
     )
+
+
+def recurrent_cell(
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    packed: Tensor | None,
+    kind: int,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """nnarch::recurrent_cell on a GPU: a scan of one step."""
+    check_dtype("recurrent_cell", x)
+    y, _, c, reserve = recurrent_scan(
+        x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, None, None, None, None, packed, kind,
+        False, 0.0, save,
+    )  # fmt: skip
+    return y, c, reserve
+
+
+def recurrent_cell_backward(
+    grad_h: Tensor | None, grad_c: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    """nnarch::recurrent_cell_backward on a GPU."""
+    check_dtype("recurrent_cell_backward", rest[0])
+    *inputs, after, reserve, kind, wanted = rest
+    return recurrent_scan_backward(
+        grad_h, None, grad_c, *inputs, None, None, None, None, after, reserve, kind, False, 0.0,
+        wanted,
+    )[:7]  # fmt: skip
 
 
 def _untouched_gradients(

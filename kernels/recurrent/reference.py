@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,6 +187,38 @@ def recurrent_scan_backward(
         else:
             gradients.append(torch.zeros_like(leaf) if grad is None else grad.contiguous())
     return tuple(gradients)
+
+
+def recurrent_cell(
+    x: Tensor,
+    h: Tensor | None,
+    c: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    packed: Tensor | None,
+    kind: int,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step: (the new h, the new c, what the backward needs)."""
+    y, _, c, reserve = recurrent_scan(
+        x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, None, None, None, None, None, kind,
+        False, 0.0, save,
+    )  # fmt: skip
+    return y, c, reserve
+
+
+def recurrent_cell_backward(
+    grad_h: Tensor | None, grad_c: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    """The gradients of x, h, c, both weights and both biases: those whose bit of `wanted` is set
+    (x is bit 0), the others empty."""
+    *inputs, after, reserve, kind, wanted = rest
+    return recurrent_scan_backward(
+        grad_h, None, grad_c, *inputs, None, None, None, None, after, reserve, kind, False, 0.0,
+        wanted,
+    )[:7]  # fmt: skip
 
 
 def recurrent_pack(

@@ -48,6 +48,8 @@ class TracedModel:
 
 def trace_model(model: nn.Module) -> TracedModel:
     """Copy `model` and trace the copy; whatever resists tracing becomes a leaf of the graph."""
+    if is_layer(model) and _takes_several(model):  # attention, a whole Transformer
+        return TracedModel(frozen_copy(model), None)
     untraced = _customized_containers(model)
     while "" not in untraced:
         # Every attempt has a copy of its own: a failed one may have left proxies in attributes.
@@ -147,6 +149,13 @@ def frozen_copy(model: nn.Module) -> nn.Module:
             f"{type(error).__name__}: {error}"
         ) from error
     return module.eval().requires_grad_(False)
+
+
+def _takes_several(module: nn.Module) -> bool:
+    """Whether a call of `module` needs more than one argument."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    needed = (p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD and p.default is p.empty)
+    return len(list(needed)) > 1
 
 
 def _fixed_arguments(module: nn.Module) -> dict[str, Any]:

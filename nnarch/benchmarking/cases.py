@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nnarch.benchmarking.attention_cases import ATTENTION_TARGETS, attentions
 from nnarch.benchmarking.capsule_cases import CAPSULE_TARGETS, capsules
 from nnarch.benchmarking.case import Case, Target
 from nnarch.benchmarking.convolution_cases import (
@@ -29,10 +30,13 @@ from nnarch.benchmarking.convolution_cases import (
     training_convolutions,
     transposed_convolutions,
 )
+from nnarch.benchmarking.cross_entropy_cases import CROSS_ENTROPY_TARGETS, cross_entropies
 from nnarch.benchmarking.embedding_cases import EMBEDDING_TARGETS, embeddings, gated_linears
+from nnarch.benchmarking.layer_norm_cases import LAYER_NORM_TARGETS, layer_norms
 from nnarch.benchmarking.peers import torchvision
 from nnarch.benchmarking.recurrent_cases import recurrents
 from nnarch.benchmarking.reservoir_cases import reservoirs
+from nnarch.benchmarking.transformer_cases import TRANSFORMER_TARGETS, transformers
 
 TARGETS: dict[str, Target] = {
     "conv1x1": Target(1.1, 1.3),
@@ -61,7 +65,11 @@ TARGETS: dict[str, Target] = {
     "models": Target(1.0, 1.3),
     "training": Target(1.5, 2.1),
     **CAPSULE_TARGETS,
+    **ATTENTION_TARGETS,
+    **LAYER_NORM_TARGETS,
     **EMBEDDING_TARGETS,
+    **CROSS_ENTROPY_TARGETS,
+    **TRANSFORMER_TARGETS,
 }
 
 
@@ -323,9 +331,13 @@ CASES: tuple[Case, ...] = (
     *upsamples(),
     *local_response_norms(),
     *batch_norms(),
+    *layer_norms(),
     *reservoirs(),
     *recurrents(),
+    *transformers(),
     *training_convolutions(),
     *capsules(),
+    *attentions(),
+    *cross_entropies(),
     *models(),
 )

@@ -8,6 +8,7 @@ from nnarch.models import (
     resnet,
     seq2seq,
     sequence_classifier,
+    transformer,
 )
 from nnarch.models.registry import ModelInfo, create_model, list_models, model_info, register_model
 from nnarch.models.summary import summary
@@ -26,4 +27,5 @@ __all__ = [
     "seq2seq",
     "sequence_classifier",
     "summary",
+    "transformer",
 ]

@@ -27,7 +27,8 @@ class ModelInfo:
             designed for, (steps, features) of series, (steps,) of tokens.
         num_classes: outputs.
         parameters: trainable values.
-        macs: multiply-adds of convolutions, linear and recurrent layers for one image or sequence.
+        macs: multiply-adds of convolutions, linear, recurrent and attention layers for one image or
+            sequence.
             Papers that report "FLOPs" of classifiers mostly mean this number.
         top1: accuracy in percent on the data set that `reference` names, or None.
         reference: where `top1` comes from.

@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, MultiheadAttention
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
@@ -37,7 +37,7 @@ class ModelSummary:
         model: class name of the model.
         rows: the layers in the order of their calls.
         parameters: distinct values in all parameters of the model.
-        macs: multiply-adds of convolutions, linear and recurrent layers.
+        macs: multiply-adds of convolutions, linear, recurrent and attention layers.
     """
 
     model: str
@@ -72,8 +72,8 @@ class ModelSummary:
 def summary(model: Module, input: Tensor | Sequence[Tensor] | Sequence[int]) -> ModelSummary:
     """Layers of `model` with output shapes, parameters and FLOPs, for one input.
 
-    Convolutions, linear and recurrent layers are counted; matrix products that a forward method
-    writes out itself are not. Neither the model nor its BatchNorm statistics change.
+    Convolutions, linear, recurrent and attention layers are counted; matrix products that a forward
+    method writes out itself are not. Neither the model nor its BatchNorm statistics change.
 
     Args:
         model: any torch module.
@@ -98,7 +98,7 @@ def summary(model: Module, input: Tensor | Sequence[Tensor] | Sequence[int]) -> 
 
     parameters = sum(p.numel() for p in model.parameters())
     result = ModelSummary(type(model).__name__, parameters=parameters)
-    with torch.no_grad(), _eval_mode(model), _recording(model, result.rows):
+    with torch.no_grad(), _eval_mode(model), _recording(model, result.rows), _kept_state(model):
         torch.func.functional_call(model, state, inputs)
     result.macs = sum(row.macs for row in result.rows)
     return result
@@ -132,11 +132,24 @@ def _eval_mode(model: Module) -> Iterator[None]:
 
 
 @contextmanager
+def _kept_state(model: Module) -> Iterator[None]:
+    """Give modules back what they held: functional_call leaves its stand-ins in a module that a
+    model has under two names."""
+    places: list[Any] = [p for m in model.modules() for p in (m._parameters, m._buffers)]
+    held = [(place, dict(place)) for place in places]
+    try:
+        yield
+    finally:
+        for place, values in held:
+            place.update(values)
+
+
+@contextmanager
 def _recording(model: Module, rows: list[LayerRow]) -> Iterator[None]:
-    """Append a row for every call of a module without children."""
+    """Append a row for every call of a module without children, and of attention."""
     with ExitStack() as hooks:
         for name, module in model.named_modules():
-            if next(module.children(), None) is None:
+            if next(module.children(), None) is None or isinstance(module, MultiheadAttention):
                 hook = module.register_forward_hook(_recorder(name, rows))
                 hooks.callback(hook.remove)
         yield
@@ -147,7 +160,7 @@ def _recorder(name: str, rows: list[LayerRow]) -> Any:
         first = output
         while not isinstance(first, Tensor):  # a recurrent layer's output and state, say
             first = first[0]
-        own = sum(p.numel() for p in module.parameters(recurse=False))
+        own = sum(p.numel() for p in module.parameters())
         macs = _multiply_adds(module, inputs, first)
         rows.append(LayerRow(name, type(module).__name__, tuple(first.shape), own, macs))
 
@@ -165,4 +178,10 @@ def _multiply_adds(module: Module, inputs: tuple[Any, ...], output: Tensor) -> i
         steps = inputs[0][0] if isinstance(inputs[0], PackedSequence) else inputs[0]
         weights = sum(p.numel() for p in module.parameters() if p.dim() == 2)
         return steps.numel() // module.input_size * weights
+    if isinstance(module, MultiheadAttention):
+        query, key, value = inputs[:3]
+        width = module.embed_dim
+        projected = 2 * query.numel() + key.numel() + value.numel()  # of query and output as well
+        keys = key.shape[0 if key.dim() == 2 or not module.batch_first else 1]
+        return width * projected + 2 * query.numel() * keys  # scores, and sums by their weights
     return 0

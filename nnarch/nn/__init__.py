@@ -25,6 +25,8 @@ from nnarch.nn.activation import (
     Step,
     Tanh,
 )
+from nnarch.nn.attention import MultiheadAttention
+from nnarch.nn.cache import DecoderCache, GrowingCache, LayerCache, MemoryCache, StaticCache
 from nnarch.nn.capsule import (
     CapsuleDecoder,
     CapsuleLengths,
@@ -46,8 +48,10 @@ from nnarch.nn.fused import (
     FusedLinear,
 )
 from nnarch.nn.gated import GatedFeedForward, GatedLinear
+from nnarch.nn.layer_norm import LayerNorm, RMSNorm
 from nnarch.nn.linear import LazyLinear, Linear
 from nnarch.nn.local_response_norm import LocalResponseNorm
+from nnarch.nn.loss import CrossEntropyLoss, LinearCrossEntropyLoss
 from nnarch.nn.normalization import (
     BatchNorm1d,
     BatchNorm2d,
@@ -64,8 +68,16 @@ from nnarch.nn.pooling import (
     MaxPool2d,
     MaxUnpool2d,
 )
+from nnarch.nn.positions import SinusoidalPositionalEncoding
 from nnarch.nn.recurrent import GRU, LSTM, RNN, LayerNormLSTM
 from nnarch.nn.recurrent_cells import GRUCell, LSTMCell, RNNCell
 from nnarch.nn.reservoir import Reservoir
 from nnarch.nn.separable import DepthwiseSeparableConv2d
+from nnarch.nn.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 from nnarch.nn.upsample import Upsample, UpsamplingBilinear2d, UpsamplingNearest2d

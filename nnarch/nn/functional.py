@@ -15,10 +15,12 @@ from nnarch.functional import (
     conv_transpose1d,
     conv_transpose2d,
     interpolate,
+    layer_norm,
     linear,
     local_response_norm,
     max_pool2d,
     max_unpool2d,
+    rms_norm,
     scaled_dot_product_attention,
     upsample,
 )

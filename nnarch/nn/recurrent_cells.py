@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.rnn import RNNCellBase
 
-from nnarch import functional as F
 from nnarch.kernels.recurrent import kinds
+from nnarch.kernels.recurrent.cells import recurrent_cell
 from nnarch.nn.recurrent import RecurrentWeights
 
 
@@ -26,41 +26,49 @@ class _Cell(RecurrentWeights, RNNCellBase):
         """The cell's code."""
         raise NotImplementedError
 
-    def _arguments(self, x: Tensor, *states: Tensor | None) -> tuple[tuple, Tensor | None]:
-        """Weights and biases, and the packed weights for a call with these inputs."""
-        # Past nn.Module.__getattr__; what is parametrized is no entry of _parameters.
-        parameters = self._parameters
-        weight_ih, weight_hh = parameters.get("weight_ih"), parameters.get("weight_hh")
-        weight_ih = self.weight_ih if weight_ih is None else weight_ih
-        weight_hh = self.weight_hh if weight_hh is None else weight_hh
-        packed = None
-        cache = self._packed_weights((weight_ih, weight_hh), (x, *states))
-        if cache is not None:
-            packed = cache.get(0, self._pack_recurrent, weight_ih, weight_hh, None, self._kind())
-        return (weight_ih, weight_hh, self.bias_ih, self.bias_hh), packed
-
     def _pack_now(self) -> None:
-        self._arguments(self.weight_ih.new_empty(0))
+        self._packed_for(self.weight_ih, self.weight_hh, ())
 
-    def _check_dims(self, *tensors: tuple[str, Tensor]) -> bool:
-        """Whether there is a batch; ValueError for other than one or two dimensions."""
+    def _packed_for(
+        self, weight_ih: Tensor, weight_hh: Tensor, inputs: tuple[Any, ...]
+    ) -> Tensor | None:
+        """The packed weights for a call with these inputs."""
+        cache = self._packed_weights((weight_ih, weight_hh), inputs)
+        if cache is None:
+            return None
+        return cache.get(0, self._pack_recurrent, weight_ih, weight_hh, None, self._kind())
+
+    def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        """One step of a batch."""
+        p = self._parameters  # past nn.Module.__getattr__, 0.4 µs each
+        try:
+            weight_ih, weight_hh, bias_ih, bias_hh = (
+                p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"],
+            )  # fmt: skip
+        except KeyError:  # what is parametrized is no parameter
+            weight_ih, weight_hh = self.weight_ih, self.weight_hh
+            bias_ih, bias_hh = self.bias_ih, self.bias_hh
+        packed = None if self.training else self._packed_for(weight_ih, weight_hh, (x, h, c))
+        return recurrent_cell(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, packed, self._kind())
+
+    def _check_dims(self, *tensors: tuple[str, Tensor | None]) -> None:
+        """ValueError for other than one or two dimensions."""
         for name, tensor in tensors:
-            if tensor.dim() not in (1, 2):
+            if tensor is not None and tensor.dim() not in (1, 2):
                 raise ValueError(
                     f"{type(self).__name__}: Expected {name} to be 1D or 2D, got "
                     f"{tensor.dim()}D instead"
                 )
-        return tensors[0][1].dim() == 2
 
-    def _one_state(self, step: Any, x: Tensor, h: Tensor | None, **options: Any) -> Tensor:
+    def _one_state(self, x: Tensor, h: Tensor | None) -> Tensor:
         """A step of a cell whose state is h alone."""
-        named = [("input", x)] if h is None else [("input", x), ("hidden", h)]
-        batched = self._check_dims(*named)
-        if not batched:
-            x, h = x.unsqueeze(0), None if h is None else h.unsqueeze(0)
-        weights, packed = self._arguments(x, h)
-        y = step(x, *weights, h0=h, packed=packed, **options)[0]
-        return y if batched else y.squeeze(0)
+        if x.dim() == 2 and (h is None or h.dim() == 2):
+            return self._step(x, h, None)[0]
+        self._check_dims(("input", x), ("hidden", h))
+        if x.dim() == 2:
+            return self._step(x, h, None)[0]
+        h = None if h is None else h.unsqueeze(0)
+        return self._step(x.unsqueeze(0), h, None)[0].squeeze(0)
 
     def extra_repr(self) -> str:
         """torch.nn's, with the option that it lacks."""
@@ -88,7 +96,7 @@ class RNNCell(_Cell, torch.nn.RNNCell):
         """The state [B, H] after ``input [B, I]`` and the state `hx`; or [H], [I]."""
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return self._one_state(F.rnn_layer, input, hx, nonlinearity=self.nonlinearity)
+        return self._one_state(input, hx)
 
 
 class GRUCell(_Cell, torch.nn.GRUCell):
@@ -106,7 +114,7 @@ class GRUCell(_Cell, torch.nn.GRUCell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """The state [B, H] after ``input [B, I]`` and the state `hx`; or [H], [I]."""
-        return self._one_state(F.gru_layer, input, hx)
+        return self._one_state(input, hx)
 
 
 class LSTMCell(_Cell, torch.nn.LSTMCell):
@@ -127,13 +135,11 @@ class LSTMCell(_Cell, torch.nn.LSTMCell):
     ) -> tuple[Tensor, Tensor]:
         """h and c [B, H] after ``input [B, I]`` and the state ``hx = (h, c)``; or [H], [I]."""
         h, c = (None, None) if hx is None else hx
-        named = [("input", input)]
-        if h is not None and c is not None:
-            named += [("hx[0]", h), ("hx[1]", c)]
-        x, batched = input, self._check_dims(*named)
-        if not batched:
-            x = x.unsqueeze(0)
-            h, c = (None if t is None else t.unsqueeze(0) for t in (h, c))
-        weights, packed = self._arguments(x, h, c)
-        h, _, c = F.lstm_layer(x, *weights, h0=h, c0=c, packed=packed)
-        return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
+        if input.dim() == 2 and (h is None or h.dim() == 2) and (c is None or c.dim() == 2):
+            return self._step(input, h, c)
+        self._check_dims(("input", input), ("hx[0]", h), ("hx[1]", c))
+        if input.dim() == 2:
+            return self._step(input, h, c)
+        h, c = (None if t is None else t.unsqueeze(0) for t in (h, c))
+        h, c = self._step(input.unsqueeze(0), h, c)
+        return h.squeeze(0), c.squeeze(0)

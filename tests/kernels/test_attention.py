@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import DTYPES, name_of, on_fresh_memory
+from kernel_cases import DTYPES, check_under_isa, name_of, on_fresh_memory
 from tolerances import assert_as_accurate
 from torch import Tensor
 from torch.autograd import gradcheck
@@ -190,6 +190,64 @@ def test_conditions_in_other_dtypes(name: str, dtype: torch.dtype) -> None:
         for n, o in _conditions(2, 2, 37, 53)[name].items()
     }
     check([t.to(dtype) for t in _inputs(2, 2, 2, 37, 53, 24, 24)], options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("name", _conditions(1, 1, 1, 1))
+def test_every_condition_in_every_dtype(name: str, dtype: torch.dtype) -> None:
+    for b, h, n, s in ((2, 2, 37, 141), (2, 4, 1, 67)):
+        options = {
+            n_: o.to(dtype) if isinstance(o, Tensor) and o.is_floating_point() else o
+            for n_, o in _conditions(b, h, n, s)[name].items()
+        }
+        check([t.to(dtype) for t in _inputs(b, h, h, n, s, 20, 28)], options, gradients=False)
+
+
+def run_everything_forward() -> None:
+    """All shapes and conditions, in a process with an instruction set of its own."""
+    for shape in (*SHAPES.values(), (1, 1, 1, 300, 277, 64, 64), (1, 2, 1, 3, 1100, 48, 33)):
+        for dtype in DTYPES:
+            check([t.to(dtype) for t in _inputs(*shape)], {}, gradients=False)
+    for size in ((2, 2, 40, 150), (2, 3, 2, 130)):
+        for options in _conditions(*size).values():
+            check(_inputs(size[0], size[1], size[1], *size[2:], 32, 32), options, gradients=False)
+    test_dropout_drops_what_the_definition_drops()
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_instruction_sets(isa: str) -> None:
+    check_under_isa(isa, "test_attention", "run_everything_forward")
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 3001), (1, 2, 1, 40, 1500), (2, 3, 3, 130, 70)])
+def test_threads(shape: tuple[int, ...]) -> None:
+    """Cut into ranges of keys, and into blocks of queries: the same bits for any number."""
+    tensors, before = _inputs(*shape, 32, 32), torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(F.scaled_dot_product_attention(*tensors, enable_gqa=True))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(y, results[0]) for y in results)
+    check(tensors, {}, gradients=False)
+
+
+def test_strides_past_32_bits() -> None:
+    """Heads more than 2**32 bytes apart; only the pages that are written take memory."""
+    far = 2**30 + 64
+    memory = torch.empty(far + 4096)
+    k = memory.as_strided((1, 2, 20, 16), (0, far, 16, 1)).copy_(torch.randn(1, 2, 20, 16))
+    q, dense_k = torch.randn(1, 2, 9, 16), k.contiguous()
+    ours = F.scaled_dot_product_attention(q, k, k)
+    assert torch.equal(ours, F.scaled_dot_product_attention(q, dense_k, dense_k))
+
+
+@pytest.mark.parametrize("n, s", [(2, 3), (5, 131), (131, 5), (37, 257), (257, 1), (1, 1)], ids=str)
+def test_primes(n: int, s: int) -> None:
+    for causal in (False, True):
+        check(_inputs(1, 2, 2, n, s, 13, 7), {"is_causal": causal}, gradients=False)
 
 
 @pytest.mark.parametrize("n, s", [(0, 5), (5, 0), (0, 0)])

@@ -15,17 +15,20 @@ from kernel_cases import (
     needs_poison,
     on_fresh_memory,
 )
+from tolerances import assert_as_accurate
 from torch import Tensor
-from torch.autograd import gradcheck
+from torch.autograd import gradcheck, gradgradcheck
 
 import nnarch
 from nnarch import functional as F
+from nnarch.kernels.capsule_routing import reference
 from nnarch.kernels.capsule_routing.op import (
     capsule_routing_grad,
     capsule_routing_op,
     capsule_routing_pack,
     squash_grad,
 )
+from nnarch.kernels.capsule_routing.windows import windows_grad, windows_op
 
 
 def _capsules(b: int, i: int, k: int, o: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,6 +61,14 @@ SAMPLES = {
         _grad_sample(2, 9, 5, 4, 3, 2, True),
     ],
     "capsule_routing_pack": lambda: [(torch.randn(5, 37, 6, 8),)],
+    "capsule_windows": lambda: [
+        (torch.randn(2, 7, 9, 3, 8), [3, 2], [2, 1], [1, 0]),
+        (torch.randn(1, 4, 5, 2, 3), [1, 3], [1, 3], [0, 2]),
+    ],
+    "capsule_windows_grad": lambda: [
+        (torch.randn(2 * 4 * 8, 3 * 6, 8), [2, 7, 9, 3, 8], [3, 2], [2, 1], [1, 0]),
+        (torch.randn(4 * 3, 2 * 3, 3), [1, 4, 5, 2, 3], [1, 3], [1, 3], [0, 2]),
+    ],
 }
 
 # B, I, D_in, O, D_out: less and more than a block of input capsules, groups of samples with a rest,
@@ -274,6 +285,71 @@ def test_squash_gradcheck():
         assert gradcheck(lambda x, dim=dim: F.squash(x, dim), x)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_channels_last_weight(shape, dtype):
+    """What ``module.to(memory_format=torch.channels_last)`` makes of it: the same bits, and a
+    gradient in that format, which autograd takes without a copy."""
+    x, weight, _ = (t.to(dtype) for t in _capsules(*shape))
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        leaf = weight.clone().contiguous(memory_format=memory_format).requires_grad_()
+        y = F.capsule_routing(x, leaf)
+        y.backward(torch.cos(y.detach() * 100))
+        assert leaf.grad.stride() == leaf.stride()
+        packed = capsule_routing_pack(leaf.detach())
+        results.append([y.detach(), leaf.grad, packed])
+    assert all(map(torch.equal, *results))
+
+
+# ---------------------------------------------------------------------------------------- windows
+
+# x [N, H, W, C, D], kernel, stride, padding: gaps between windows, pixels that none reads.
+WINDOWS = [
+    ((2, 7, 9, 3, 8), (3, 2), (2, 1), (1, 0)),
+    ((1, 4, 5, 2, 3), (1, 3), (1, 3), (0, 2)),
+    ((3, 6, 6, 4, 16), (2, 2), (3, 3), (0, 0)),
+    ((1, 3, 3, 5, 4), (3, 3), (1, 1), (2, 2)),
+]
+
+
+@pytest.mark.parametrize("case", WINDOWS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+def test_windows_are_copies(case, dtype):
+    """Exactly torch's, forward; backward as accurate, from views of any strides."""
+    size, *geometry = case
+    x = torch.randn(size).to(dtype)
+    rows = windows_op(x, *geometry)
+    assert torch.equal(rows, reference.capsule_windows(x, *geometry))
+    for view in VIEWS.values():
+        assert torch.equal(
+            windows_op(view(x), *geometry), windows_op(view(x).contiguous(), *geometry)
+        )
+    grad = torch.randn(rows.shape).to(dtype)
+    assert_as_accurate(
+        windows_grad(grad, size, *geometry),
+        reference.capsule_windows_grad(grad, size, *geometry),
+        reference.capsule_windows_grad(grad.double(), size, *geometry),
+    )
+
+
+def test_windows_gradcheck():
+    size, *geometry = WINDOWS[0]
+    x = torch.randn(size[:4] + (3,), dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda x: windows_op(x, *geometry), x)
+    assert gradgradcheck(lambda x: windows_op(x, *geometry).square(), x)
+
+
+@needs_poison
+def test_windows_read_no_uninitialised_memory():
+    for size, *geometry in WINDOWS:
+        rows = windows_op(torch.randn(size), *geometry)
+        fresh = on_fresh_memory(
+            lambda r=rows, s=size, g=geometry: windows_op(windows_grad(r, s, *g), *g)
+        )
+        assert bool(fresh.isfinite().all())
+
+
 # ------------------------------------------------------------------- machines, threads, bad input
 
 
@@ -324,7 +400,15 @@ def test_every_instruction_set(isa):
 
 X, W, B = torch.randn(2, 9, 5), torch.randn(4, 9, 3, 5), torch.randn(4, 3)
 V = torch.randn(2, 4, 3)
+X5, G3 = torch.randn(1, 4, 4, 2, 3), torch.randn(9, 8, 3)
 BAD = [
+    (lambda: windows_op(X, (2, 2), (1, 1), (0, 0)), ValueError, r"x must be \[N, H, W, C, D_in\]"),
+    (lambda: windows_op(X5.long(), (2, 2), (1, 1), (0, 0)), TypeError, "x must be floating.*int64"),
+    (lambda: windows_op(X5, (5, 2), (1, 1), (0, 0)), ValueError, "window .5, 2. is larger.*4, 4"),
+    (lambda: windows_op(X5, (2, 2), (0, 1), (0, 0)), ValueError, "stride must be at least 1"),
+    (lambda: windows_op(X5, (2, 2), (1, 1), (0, -1)), ValueError, "padding must be at least 0"),
+    (lambda: windows_grad(G3, (1, 4, 4, 2, 4), (2, 2), (1, 1), (0, 0)), ValueError,
+     r"grad must have the shape \(9, 8, 4\), got \(9, 8, 3\)"),
     (lambda: F.capsule_routing([1.0], W), TypeError, "x must be a tensor.*list|DLPack"),
     (lambda: F.capsule_routing(X.long(), W), TypeError, "x must be floating.*int64"),
     (lambda: F.capsule_routing(X, W.double()), TypeError, "weight must be.*float32.*float64"),

@@ -89,3 +89,31 @@ def test_text():
 def test_bad_input(bad):
     with pytest.raises(TypeError, match="summary: input must be a shape"):
         nnarch.summary(small_net(), bad)
+
+
+def test_a_module_under_two_names_keeps_its_weights():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.second = self.first
+
+        def forward(self, x):
+            return self.second(self.first(x))
+
+    net = Net()
+    weight = net.first.weight
+    assert nnarch.summary(net, (2, 4)).macs == 2 * 2 * 16
+    assert net.first.weight is weight and not weight.is_meta
+
+
+def test_attention_is_counted():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    table = nnarch.summary(layer, (3, 5, 8))
+    products = 3 * 5 * (4 * 8 * 8 + 2 * 8 * 16)
+    assert table.macs == products + 2 * 3 * 5 * 5 * 8
+    assert table.parameters == sum(row.parameters for row in table.rows)
+    look = nn.MultiheadAttention(8, 2, kdim=3, vdim=4)
+    inputs = [torch.randn(5, 3, 8), torch.randn(7, 3, 3), torch.randn(7, 3, 4)]
+    expected = 2 * 15 * 64 + 21 * (3 + 4) * 8 + 2 * 15 * 7 * 8
+    assert nnarch.summary(look, inputs).macs == expected

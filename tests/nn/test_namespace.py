@@ -20,9 +20,10 @@ def test_every_public_name_of_torch_nn_is_there():
 def test_modules_with_kernels_replace_their_twins():
     names = """Conv1d Conv2d ConvTranspose1d ConvTranspose2d Linear BatchNorm1d BatchNorm2d
         BatchNorm3d MaxPool2d AvgPool2d AdaptiveAvgPool2d AdaptiveMaxPool2d LocalResponseNorm
-        Sigmoid Tanh ReLU ReLU6 LeakyReLU Hardswish Hardsigmoid SiLU GELU Upsample
+        LayerNorm RMSNorm Sigmoid Tanh ReLU ReLU6 LeakyReLU Hardswish Hardsigmoid SiLU GELU Upsample
         UpsamplingNearest2d UpsamplingBilinear2d MaxUnpool2d RNN LSTM GRU RNNCell LSTMCell
-        GRUCell"""
+        GRUCell MultiheadAttention TransformerEncoderLayer TransformerDecoderLayer
+        TransformerEncoder TransformerDecoder Transformer"""
     for name in names.split():
         ours, twin = getattr(nn, name), getattr(torch.nn, name)
         assert issubclass(ours, twin)
@@ -31,8 +32,8 @@ def test_modules_with_kernels_replace_their_twins():
 
 def test_functional_is_torchs_with_our_functions_in_place():
     names = """conv1d conv2d conv_transpose1d conv_transpose2d linear batch_norm max_pool2d
-        avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d local_response_norm interpolate
-        upsample max_unpool2d"""
+        avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d local_response_norm layer_norm rms_norm
+        interpolate upsample max_unpool2d"""
     for name in names.split():
         assert getattr(nn.functional, name) is getattr(nnarch.functional, name)
         assert getattr(torch.nn.functional, name) is not getattr(nnarch.functional, name)

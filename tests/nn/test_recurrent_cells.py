@@ -192,10 +192,16 @@ def test_functions_take_numpy_arrays():
 
 @pytest.mark.parametrize("kind", CELLS)
 def test_autocast(kind):
+    """Results have torch's dtype: the state's for LSTM and GRU, autocast's for Elman cells."""
     ours, theirs = twins(kind, torch.float32)
-    x = torch.randn(2, IN)
-    with torch.autocast("cpu", torch.bfloat16):
-        got, expected = flat(ours(x)), flat(theirs(x))
-    torch.testing.assert_close(
-        [t.float() for t in got], [t.float() for t in expected], rtol=0.05, atol=0.02
-    )
+    for dtype in (torch.float32, torch.bfloat16):
+        for starts in (False, True):
+            x = torch.randn(2, IN).to(dtype)
+            h = torch.randn(2, HIDDEN)
+            hx = None if not starts else (h, h) if kind == "lstm" else h
+            with torch.autocast("cpu", torch.bfloat16):
+                got, expected = flat(ours(x, hx)), flat(theirs(x, hx))
+            assert [t.dtype for t in got] == [t.dtype for t in expected]
+            torch.testing.assert_close(got, expected, rtol=0.05, atol=0.02)
+            grads = torch.autograd.grad(sum(t.float().sum() for t in got), ours.parameters())
+            assert all(g.dtype == torch.float32 for g in grads)

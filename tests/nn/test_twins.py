@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 
 import pytest
@@ -76,6 +77,13 @@ CASES = [
     ),
     ("UpsamplingNearest2d", (11,), {}, (2, 5, 6, 7)),
     ("UpsamplingBilinear2d", (None, 2), {}, (2, 5, 6, 7)),
+    ("LayerNorm", (50,), {}, (3, 50)),
+    ("LayerNorm", ((4, 50), 1e-3), {}, (3, 4, 50)),
+    ("LayerNorm", (50,), {"elementwise_affine": False}, (50,)),
+    ("LayerNorm", ([50],), {"bias": False}, (2, 3, 50)),
+    ("RMSNorm", (50,), {}, (3, 50)),
+    ("RMSNorm", ((4, 50), 1e-3), {}, (3, 4, 50)),
+    ("RMSNorm", (50,), {"elementwise_affine": False}, (3, 50)),
     ("LocalResponseNorm", (4, 0.5, 0.6, 2.0), {}, (2, 12, 9)),
 ]
 IDS = [f"{name}-{i}" for i, (name, *_) in enumerate(CASES)]
@@ -136,7 +144,8 @@ def test_state_text_and_copies_are_the_twins(name, args, kwargs, shape):
     x = torch.randn(shape)
     with torch.no_grad():
         expected = ours(x.clone())
-        assert torch.equal(ours(input=x.clone()), expected)
+        name_of_input = next(iter(inspect.signature(twin.forward).parameters))
+        assert torch.equal(ours(**{name_of_input: x.clone()}), expected)
         for clone in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours)), copy.copy(ours)):
             assert type(clone) is type(ours)
             assert torch.equal(clone(x.clone()), expected)

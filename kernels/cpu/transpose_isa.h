@@ -1,5 +1,5 @@
-// Transposition between the weight as it lies and in blocks, by square register tiles of as many
-// rows as a vector has lanes. For *_isa.cpp files.
+// Transposition by square register tiles of as many rows as a vector has lanes. For *_isa.cpp
+// files.
 //
 // kernels/cpu/layout_isa.cpp moves 8 × 8 floats at a time; here whole lines are written.
 #pragma once

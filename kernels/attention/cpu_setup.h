@@ -1,0 +1,99 @@
+// Attention's arguments, checked, as its kernels take them.
+#pragma once
+
+#include <cmath>
+
+#include "attention/cpu_problem.h"
+#include "cpu/tensor.h"
+
+namespace nnarch {
+
+inline int64_t element_bytes(ScalarType type) {
+  if (type == ScalarType::Bool) return 1;
+  if (is_half(type)) return 2;
+  return type == ScalarType::Double ? 8 : 4;
+}
+
+// A tensor of four dimensions; a dimension of size 1 counts as broadcast: its stride is 0.
+inline Operand operand_of(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  const int64_t bytes = element_bytes(type);
+  const auto stride = [&](int d) { return t.size(d) == 1 ? 0 : t.stride(d) * bytes; };
+  Operand o;
+  o.data = static_cast<char*>(mutable_data<void>(t));
+  o.batch = stride(0), o.head = stride(1), o.row = stride(2);
+  o.column = t.size(3) == 1 ? bytes : t.stride(3) * bytes;
+  o.storage = type == ScalarType::Half       ? Storage::half
+              : type == ScalarType::BFloat16 ? Storage::bfloat16
+                                             : Storage::native;
+  o.in_place = o.storage == Storage::native && o.column == bytes;
+  return o;
+}
+
+struct AttentionInputs {
+  const Tensor &q, &k, &v;
+  const OptTensor &mask, &key_lengths, &seed;
+  double dropout_p, scale;
+  int64_t low, high;
+
+  void check(const char* message) const {
+    const auto holds = [&](bool condition) { require(condition, message); };
+    holds(q.dim() == 4 && k.dim() == 4 && v.dim() == 4);
+    const ScalarType type = q.scalar_type();
+    holds(is_half(type) || type == ScalarType::Float || type == ScalarType::Double);
+    holds(k.scalar_type() == type && v.scalar_type() == type);
+    const int64_t b = q.size(0), h = q.size(1), g = k.size(1), s = k.size(2);
+    holds(k.size(0) == b && k.size(3) == q.size(3));
+    holds(v.size(0) == b && v.size(1) == g && v.size(2) == s);
+    holds(h == 0 || (g > 0 && h % g == 0));
+    if (mask) {
+      holds(mask->dim() == 4);
+      holds(mask->scalar_type() == ScalarType::Bool || mask->scalar_type() == type);
+      const int64_t full[] = {b, h, q.size(2), s};
+      for (int d = 0; d < 4; ++d) holds(mask->size(d) == full[d] || mask->size(d) == 1);
+    }
+    if (key_lengths)
+      holds(key_lengths->dim() == 1 && key_lengths->size(0) == b &&
+            key_lengths->scalar_type() == ScalarType::Long);
+    holds(dropout_p >= 0 && dropout_p <= 1 && (seed || dropout_p == 0));
+    if (seed) holds(seed->scalar_type() == ScalarType::Long && seed->numel() == 1);
+  }
+
+  // All but the output and the log-sum-exp.
+  template <class T>
+  Attention<T> problem() const {
+    Attention<T> a{};
+    a.batch = q.size(0), a.heads = q.size(1), a.groups = k.size(1);
+    a.queries = q.size(2), a.keys = k.size(2), a.depth = q.size(3), a.value_depth = v.size(3);
+    a.q = operand_of(q), a.k = operand_of(k), a.v = operand_of(v);
+    if (mask) {
+      a.mask.values = operand_of(*mask);
+      if (mask->size(3) == 1) a.mask.values.column = 0;
+      a.mask.boolean = mask->scalar_type() == ScalarType::Bool;
+    }
+    if (key_lengths) {
+      a.key_lengths = data<int64_t>(*key_lengths);
+      a.key_lengths_step = key_lengths->stride(0);
+    }
+    a.scale = static_cast<T>(scale);
+    a.low = low, a.high = high;
+    if (seed) {
+      a.drops = dropout_p > 0;
+      a.seed = static_cast<uint64_t>(*data<int64_t>(*seed));
+      a.threshold = static_cast<uint64_t>(std::nearbyint(dropout_p * 4294967296.0));
+      a.survivor_scale = dropout_p < 1 ? 1 / (1 - dropout_p) : 0.0;
+    }
+    return a;
+  }
+};
+
+// As kernels/attention/reference.py's new_output: heads and positions in the order of `query`'s.
+inline Tensor new_attention_output(const Tensor& query, int64_t value_depth) {
+  const int64_t b = query.size(0), h = query.size(1), n = query.size(2);
+  const IntList sizes = {b, h, n, value_depth};
+  if (query.stride(1) >= query.stride(2)) return new_contiguous(sizes, query.scalar_type());
+  const IntList dense = contiguous_strides({b, n, h, value_depth});
+  return new_strided(sizes, {dense[0], dense[2], dense[1], dense[3]}, query.scalar_type());
+}
+
+}  // namespace nnarch

@@ -1,0 +1,467 @@
+"""The kernels of attention's backward (triton_backward.py launches them).
+
+All take the same tensors: q [B, H, L, D], k [B, G, S, D], v [B, G, S, DV] and grad [B, H, L, DV]
+with any strides, lse and delta [B, H, L]; a mask with stride 0 where it is broadcast.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from nnarch.kernels.gpu.dropout import keep_tile
+
+from .triton_tiles import (
+    LOG2E,
+    exponents,
+    key_tiles,
+    load_rows,
+    query_tiles,
+    restrict,
+    row_products,
+    sequence_keys,
+    store_rows,
+)
+
+
+@triton.jit
+def _attention_bwd_delta_kernel(
+    grad_ptr,
+    out_ptr,
+    grad_lse_ptr,  # [R], or None
+    delta_ptr,  # [R], R rows of all heads
+    R,
+    H,
+    L,
+    stride_gb,
+    stride_gh,
+    stride_gm,
+    stride_gd,
+    stride_ob,
+    stride_oh,
+    stride_om,
+    stride_od,
+    DV: tl.constexpr,
+    VALUE_DEPTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    batch, head, i, d = r // L // H, r // L % H, r % L, tl.arange(0, VALUE_DEPTH)
+    inside = (r < R)[:, None] & (d < DV)[None, :]
+    g_rows = batch * stride_gb + head * stride_gh + i * stride_gm
+    o_rows = batch * stride_ob + head * stride_oh + i * stride_om
+    g = tl.load(grad_ptr + g_rows[:, None] + d[None, :] * stride_gd, mask=inside, other=0.0)
+    o = tl.load(out_ptr + o_rows[:, None] + d[None, :] * stride_od, mask=inside, other=0.0)
+    delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
+    if grad_lse_ptr is not None:
+        delta -= tl.load(grad_lse_ptr + r, mask=r < R, other=0.0)
+    tl.store(delta_ptr + r, delta, mask=r < R)
+
+
+@triton.jit
+def _attention_bwd_kv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    grad_ptr,
+    mask_ptr,
+    lengths_ptr,
+    seed_ptr,
+    lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    scale,
+    threshold,
+    survivor,
+    H,
+    L,
+    S,
+    SHARE,
+    low,
+    high,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    stride_gb,
+    stride_gh,
+    stride_gm,
+    stride_gd,
+    stride_mb,
+    stride_mh,
+    stride_mm,
+    stride_mn,
+    stride_dkb,
+    stride_dkh,
+    stride_dkn,
+    stride_dkd,
+    stride_dvb,
+    stride_dvh,
+    stride_dvn,
+    stride_dvd,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    DEPTH: tl.constexpr,
+    VALUE_DEPTH: tl.constexpr,
+    MASK: tl.constexpr,
+    INT64: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A program owns a tile of keys; scores are held transposed, [BLOCK_N, BLOCK_M]."""
+    tiles, groups = tl.cdiv(S, BLOCK_N), H // SHARE
+    slot, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    batch, group = (slot // groups).to(tl.int64), (slot % groups).to(tl.int64)
+    j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    k_head = k_ptr + batch * stride_kb + group * stride_kh
+    v_head = v_ptr + batch * stride_vb + group * stride_vh
+    wide_j = j.to(tl.int64) if INT64 else j
+    k_rows, v_rows = k_head + wide_j * stride_kn, v_head + wide_j * stride_vn
+    if not CHUNKS:
+        k = load_rows(k_head, j, stride_kn, stride_kd, S, D, DEPTH, True, INT64)
+        v = load_rows(v_head, j, stride_vn, stride_vd, S, DV, VALUE_DEPTH, True, INT64)
+    keys = sequence_keys(lengths_ptr, batch, S)
+    first, whole_from, whole_to, last = query_tiles(
+        tile * BLOCK_N, tile * BLOCK_N + BLOCK_N - 1, keys, L, low, high, BLOCK_M
+    )
+    dk = tl.zeros((BLOCK_N, DEPTH), tl.float32)
+    dv = tl.zeros((BLOCK_N, VALUE_DEPTH), tl.float32)
+    for e in range(0, SHARE):
+        head = group * SHARE + e
+        q_head = q_ptr + batch * stride_qb + head * stride_qh
+        g_head = grad_ptr + batch * stride_gb + head * stride_gh
+        row0 = (batch * H + head) * L
+        for phase in tl.static_range(3):
+            if phase == 0:
+                start, stop = first, whole_from
+            elif phase == 1:
+                start, stop = whole_from, whole_to
+            else:
+                start, stop = whole_to, last
+            for m in range(start, stop, BLOCK_M):
+                i = m + tl.arange(0, BLOCK_M)
+                q = load_rows(q_head, i, stride_qm, stride_qd, L, D, DEPTH, phase != 1, INT64)
+                g = load_rows(
+                    g_head, i, stride_gm, stride_gd, L, DV, VALUE_DEPTH, phase != 1, INT64
+                )
+                lse = tl.load(lse_ptr + row0 + i, mask=i < L, other=0.0)
+                delta = tl.load(delta_ptr + row0 + i, mask=i < L, other=0.0)
+                if MASK != 0:
+                    rows = i.to(tl.int64) * stride_mm + batch * stride_mb + head * stride_mh
+                    mask_rows = mask_ptr + rows[None, :]
+                else:
+                    mask_rows = None
+                if CHUNKS:
+                    wide_i = i.to(tl.int64) if INT64 else i
+                    q_rows, g_rows = q_head + wide_i * stride_qm, g_head + wide_i * stride_gm
+                    s = row_products(
+                        k_rows,
+                        j < S,
+                        stride_kd,
+                        q_rows,
+                        i < L,
+                        stride_qd,
+                        D,
+                        BLOCK_N,
+                        BLOCK_M,
+                        PRECISION,
+                    )
+                    dp = row_products(
+                        v_rows,
+                        j < S,
+                        stride_vd,
+                        g_rows,
+                        i < L,
+                        stride_gd,
+                        DV,
+                        BLOCK_N,
+                        BLOCK_M,
+                        PRECISION,
+                    )
+                else:
+                    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                    dp = tl.dot(v, tl.trans(g), input_precision=PRECISION)
+                s *= scale * LOG2E
+                s = restrict(
+                    s, i[None, :], j[:, None], mask_rows, stride_mn, keys, L, S, low, high, MASK,
+                    phase != 1, INT64,
+                )  # fmt: skip
+                p = tl.exp2(s - exponents(lse)[None, :])
+                kept = p
+                if seed_ptr is not None:
+                    keep = tl.trans(
+                        keep_tile(
+                            tl.load(seed_ptr), (batch * H + head).to(tl.int32), i, tile * BLOCK_N,
+                            threshold, BLOCK_N,
+                        )
+                    )  # fmt: skip
+                    kept = tl.where(keep, p * survivor, 0.0)
+                    dp = tl.where(keep, dp * survivor, 0.0)
+                dv = tl.dot(kept.to(g.dtype), g, dv, input_precision=PRECISION)
+                ds = p * (dp - delta[None, :])
+                dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    dk_head = dk_ptr + batch * stride_dkb + group * stride_dkh
+    dv_head = dv_ptr + batch * stride_dvb + group * stride_dvh
+    store_rows(dk_head, dk * scale, j, stride_dkn, stride_dkd, S, D, DEPTH, INT64)
+    store_rows(dv_head, dv, j, stride_dvn, stride_dvd, S, DV, VALUE_DEPTH, INT64)
+
+
+@triton.jit
+def _score_gradient(
+    q_head, g_head, q, g, lse, delta, k_head, v_head, mask_rows, seed_ptr, scale, threshold,
+    survivor, outer, i, n, keys, L, S, low, high, stride_qm, stride_qd, stride_gm, stride_gd,
+    stride_kn, stride_kd, stride_vn, stride_vd, stride_mn, D: tl.constexpr, DV: tl.constexpr,
+    DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr, MASK: tl.constexpr, BANDED: tl.constexpr,
+    INT64: tl.constexpr, PRECISION: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dS of some queries by the keys n … n + BLOCK_N - 1, and those keys."""
+    j = n + tl.arange(0, BLOCK_N)
+    k = load_rows(k_head, j, stride_kn, stride_kd, S, D, DEPTH, BANDED, INT64)
+    if CHUNKS:
+        wide_i, wide_j = (i.to(tl.int64) if INT64 else i), (j.to(tl.int64) if INT64 else j)
+        q_rows, g_rows = q_head + wide_i * stride_qm, g_head + wide_i * stride_gm
+        k_rows, v_rows = k_head + wide_j * stride_kn, v_head + wide_j * stride_vn
+        s = row_products(
+            q_rows, i < L, stride_qd, k_rows, j < S, stride_kd, D, BLOCK_M, BLOCK_N, PRECISION
+        )
+        dp = row_products(
+            g_rows, i < L, stride_gd, v_rows, j < S, stride_vd, DV, BLOCK_M, BLOCK_N, PRECISION
+        )
+    else:
+        v = load_rows(v_head, j, stride_vn, stride_vd, S, DV, VALUE_DEPTH, BANDED, INT64)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+    s = restrict(
+        s * (scale * LOG2E), i[:, None], j[None, :], mask_rows, stride_mn, keys, L, S, low, high,
+        MASK, BANDED, INT64,
+    )  # fmt: skip
+    p = tl.exp2(s - exponents(lse)[:, None])
+    if seed_ptr is not None:
+        keep = keep_tile(tl.load(seed_ptr), outer, i, n, threshold, BLOCK_N)
+        dp = tl.where(keep, dp * survivor, 0.0)
+    return p * (dp - delta[:, None]), k
+
+
+@triton.jit
+def _attention_bwd_q_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    grad_ptr,
+    mask_ptr,
+    lengths_ptr,
+    seed_ptr,
+    lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    scale,
+    threshold,
+    survivor,
+    H,
+    L,
+    S,
+    SHARE,
+    low,
+    high,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    stride_gb,
+    stride_gh,
+    stride_gm,
+    stride_gd,
+    stride_mb,
+    stride_mh,
+    stride_mm,
+    stride_mn,
+    stride_dqb,
+    stride_dqh,
+    stride_dqm,
+    stride_dqd,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    DEPTH: tl.constexpr,
+    VALUE_DEPTH: tl.constexpr,
+    MASK: tl.constexpr,
+    LEFT: tl.constexpr,
+    INT64: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A program owns a tile of queries."""
+    tiles = tl.cdiv(L, BLOCK_M)
+    slot, tile = tl.program_id(0) // tiles, tiles - 1 - tl.program_id(0) % tiles
+    batch, head = (slot // H).to(tl.int64), (slot % H).to(tl.int64)
+    i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    k_head = k_ptr + batch * stride_kb + head // SHARE * stride_kh
+    v_head = v_ptr + batch * stride_vb + head // SHARE * stride_vh
+    q_head = q_ptr + batch * stride_qb + head * stride_qh
+    g_head = grad_ptr + batch * stride_gb + head * stride_gh
+    if CHUNKS:
+        q, g = None, None  # read again with each tile of keys
+    else:
+        q = load_rows(q_head, i, stride_qm, stride_qd, L, D, DEPTH, True, INT64)
+        g = load_rows(g_head, i, stride_gm, stride_gd, L, DV, VALUE_DEPTH, True, INT64)
+    row0 = (batch * H + head) * L
+    lse = tl.load(lse_ptr + row0 + i, mask=i < L, other=0.0)
+    delta = tl.load(delta_ptr + row0 + i, mask=i < L, other=0.0)
+    if MASK != 0:
+        rows = i.to(tl.int64) * stride_mm + batch * stride_mb + head * stride_mh
+        mask_rows = mask_ptr + rows[:, None]
+    else:
+        mask_rows = None
+    keys = sequence_keys(lengths_ptr, batch, S)
+    i_last = tl.minimum(tile * BLOCK_M + BLOCK_M, L) - 1
+    first, whole_from, whole_to, last = key_tiles(
+        tile * BLOCK_M, i_last, 0, keys, low, high, BLOCK_N
+    )
+    dq = tl.zeros((BLOCK_M, DEPTH), tl.float32)
+    for phase in tl.static_range(0 if LEFT else 1, 3):
+        if phase == 0:
+            start, stop = first, whole_from
+        elif phase == 1:
+            start, stop = whole_from, whole_to
+        else:
+            start, stop = whole_to, last
+        for n in range(start, stop, BLOCK_N):
+            ds, k = _score_gradient(
+                q_head, g_head, q, g, lse, delta, k_head, v_head, mask_rows, seed_ptr, scale,
+                threshold, survivor, (batch * H + head).to(tl.int32), i, n, keys, L, S, low, high,
+                stride_qm, stride_qd, stride_gm, stride_gd, stride_kn, stride_kd, stride_vn,
+                stride_vd, stride_mn, D, DV, DEPTH, VALUE_DEPTH, MASK, phase != 1, INT64, PRECISION,
+                CHUNKS, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    dq_head = dq_ptr + batch * stride_dqb + head * stride_dqh
+    store_rows(dq_head, dq * scale, i, stride_dqm, stride_dqd, L, D, DEPTH, INT64)
+
+
+@triton.jit
+def _attention_bwd_mask_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    grad_ptr,
+    mask_ptr,
+    lengths_ptr,
+    seed_ptr,
+    lse_ptr,
+    delta_ptr,
+    d_mask_ptr,  # [MASK_B, MASK_H, L or 1, S or 1], contiguous
+    scale,
+    threshold,
+    survivor,
+    B,
+    H,
+    L,
+    S,
+    SHARE,
+    MASK_B,
+    MASK_H,
+    low,
+    high,
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    stride_gb,
+    stride_gh,
+    stride_gm,
+    stride_gd,
+    stride_mb,
+    stride_mh,
+    stride_mm,
+    stride_mn,
+    ONE_ROW: tl.constexpr,  # whether the mask is the same for all queries
+    ONE_COLUMN: tl.constexpr,  # or for all keys
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    DEPTH: tl.constexpr,
+    VALUE_DEPTH: tl.constexpr,
+    MASK: tl.constexpr,
+    INT64: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A program owns a tile of the mask, and goes through all that it is broadcast over."""
+    tiles_m = 1 if ONE_ROW else tl.cdiv(L, BLOCK_M)
+    tiles_n = 1 if ONE_COLUMN else tl.cdiv(S, BLOCK_N)
+    slot, tile = tl.program_id(0) // (tiles_m * tiles_n), tl.program_id(0) % (tiles_m * tiles_n)
+    tile_m, tile_n = tile // tiles_n, tile % tiles_n
+    mask_batch, mask_head = slot // MASK_H, slot % MASK_H
+    batches, heads = B // MASK_B, H // MASK_H  # 1 where the mask has its own
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for b in range(mask_batch * batches, mask_batch * batches + batches):
+        batch = tl.zeros((), tl.int64) + b
+        keys = sequence_keys(lengths_ptr, batch, S)
+        for h in range(mask_head * heads, mask_head * heads + heads):
+            head = tl.zeros((), tl.int64) + h
+            k_head = k_ptr + batch * stride_kb + head // SHARE * stride_kh
+            v_head = v_ptr + batch * stride_vb + head // SHARE * stride_vh
+            q_head = q_ptr + batch * stride_qb + head * stride_qh
+            g_head = grad_ptr + batch * stride_gb + head * stride_gh
+            row0 = (batch * H + head) * L
+            m_from, m_to = tile_m * BLOCK_M, (L if ONE_ROW else tile_m * BLOCK_M + 1)
+            for m in range(m_from, m_to, BLOCK_M):
+                i = m + tl.arange(0, BLOCK_M)
+                q = load_rows(q_head, i, stride_qm, stride_qd, L, D, DEPTH, True, INT64)
+                g = load_rows(g_head, i, stride_gm, stride_gd, L, DV, VALUE_DEPTH, True, INT64)
+                lse = tl.load(lse_ptr + row0 + i, mask=i < L, other=0.0)
+                delta = tl.load(delta_ptr + row0 + i, mask=i < L, other=0.0)
+                rows = i.to(tl.int64) * stride_mm + batch * stride_mb + head * stride_mh
+                n_from, n_to = tile_n * BLOCK_N, (S if ONE_COLUMN else tile_n * BLOCK_N + 1)
+                for n in range(n_from, n_to, BLOCK_N):
+                    ds, _ = _score_gradient(
+                        q_head, g_head, q, g, lse, delta, k_head, v_head, mask_ptr + rows[:, None],
+                        seed_ptr, scale, threshold, survivor, (batch * H + head).to(tl.int32), i, n,
+                        keys, L, S, low, high, stride_qm, stride_qd, stride_gm, stride_gd,
+                        stride_kn, stride_kd, stride_vn, stride_vd, stride_mn, D, DV, DEPTH,
+                        VALUE_DEPTH, MASK, True, INT64, PRECISION, CHUNKS, BLOCK_M, BLOCK_N,
+                    )  # fmt: skip
+                    acc += tl.where((i < L)[:, None], ds, 0.0)
+    i, j = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_count, column_count = (1 if ONE_ROW else L), (1 if ONE_COLUMN else S)
+    out = d_mask_ptr + slot.to(tl.int64) * row_count * column_count
+    if ONE_ROW and ONE_COLUMN:
+        tl.store(out, tl.sum(tl.sum(acc, 1), 0).to(out.dtype.element_ty))
+    elif ONE_ROW:
+        tl.store(out + j, tl.sum(acc, 0).to(out.dtype.element_ty), mask=j < S)
+    elif ONE_COLUMN:
+        tl.store(out + i, tl.sum(acc, 1).to(out.dtype.element_ty), mask=i < L)
+    else:
+        at = out + i[:, None].to(tl.int64) * S + j[None, :]
+        inside = (i < L)[:, None] & (j < S)[None, :]
+        tl.store(at, acc.to(out.dtype.element_ty), mask=inside)

@@ -1,0 +1,376 @@
+"""Attention's forward on the GPU: a program a tile of queries, online softmax over key tiles.
+
+Few queries and many keys (decoding) fill a GPU only where the keys are split among programs: each
+writes its own normalised output and log-sum-exp, and a second kernel weighs them. The query heads
+that share a key head are stacked as rows of one tile there, so that keys are read once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nnarch.kernels.dropout.reference import survivor_scale, threshold
+from nnarch.kernels.gpu.dropout import keep_tile
+from nnarch.kernels.gpu.launch import cdiv, dot_precision, flat_grid, launch, named_strides
+from nnarch.kernels.gpu.matmul import precision_of
+from nnarch.kernels.gpu.targets import current_target
+from nnarch.kernels.gpu.tiles import Problem, Tile, pick
+
+from . import reference
+from .triton_tiles import (
+    ADDED_MASK,
+    BOOL_MASK,
+    LN2,
+    LOG2E,
+    NO_MASK,
+    attention_table,
+    key_tiles,
+    load_rows,
+    reads_chunks,
+    restrict,
+    row_products,
+    sequence_keys,
+)
+
+SPLIT_KEYS = 512
+"""Keys of one part, at least; the parts depend on the shape alone."""
+MOST_SPLITS = 64
+
+
+@triton.jit
+def _attention_fwd_kernel(
+    q_ptr,  # [B, H, L, D], any strides
+    k_ptr,  # [B, G, S, D], any strides
+    v_ptr,  # [B, G, S, DV], any strides
+    mask_ptr,  # broadcasts to [B, H, L, S] by its strides, or None
+    lengths_ptr,  # [B] int64, or None
+    seed_ptr,  # [1] int64, or None
+    out_ptr,  # [B, H, L, DV], any strides; [parts, B, H, L, DV] where keys are split
+    lse_ptr,  # [B, H, L]; [parts, B, H, L]
+    scale,
+    threshold,
+    survivor,
+    B,
+    H,
+    L,
+    S,
+    SHARE,  # query heads for each key head
+    low,
+    high,
+    part_keys,  # keys of one part
+    stride_qb,
+    stride_qh,
+    stride_qm,
+    stride_qd,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_kd,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_vd,
+    stride_mb,
+    stride_mh,
+    stride_mm,
+    stride_mn,
+    stride_ob,
+    stride_oh,
+    stride_om,
+    stride_od,
+    stride_op,
+    STACK: tl.constexpr,  # heads stacked as rows of a program
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    DEPTH: tl.constexpr,
+    VALUE_DEPTH: tl.constexpr,
+    MASK: tl.constexpr,
+    LEFT: tl.constexpr,  # whether `low` restricts
+    INT64: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    rows = L * STACK
+    tiles = tl.cdiv(rows, BLOCK_M)
+    slot = tl.program_id(0) // tiles
+    tile = tiles - 1 - tl.program_id(0) % tiles  # under causality the last has the most to do
+    batch, first_head = slot // (H // STACK), slot % (H // STACK) * STACK
+    batch64 = batch.to(tl.int64)
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    if STACK == 1:
+        head, i = first_head + row * 0, row
+        i_first, i_last = tile * BLOCK_M, tl.minimum(tile * BLOCK_M + BLOCK_M, L) - 1
+    else:
+        head, i = first_head + row // L, row % L
+        i_first, i_last = 0, L - 1
+    if INT64:
+        head, i = head.to(tl.int64), i.to(tl.int64)
+    inside, d = row < rows, tl.arange(0, DEPTH)
+    q_rows = q_ptr + batch64 * stride_qb + head * stride_qh + i * stride_qm
+    q_mask = inside[:, None] & (d < D)[None, :]
+    if not CHUNKS:
+        q = tl.load(q_rows[:, None] + d[None, :] * stride_qd, mask=q_mask, other=0.0)
+    if MASK != 0:
+        mask_rows = mask_ptr + batch64 * stride_mb + (head * stride_mh + i * stride_mm)[:, None]
+    else:
+        mask_rows = None
+    key_head = (first_head // SHARE).to(tl.int64)
+    k_head = k_ptr + batch64 * stride_kb + key_head * stride_kh
+    v_head = v_ptr + batch64 * stride_vb + key_head * stride_vh
+    keys = sequence_keys(lengths_ptr, batch, S)
+    part = tl.program_id(1)
+    begin, end = part * part_keys, tl.minimum(keys, (part + 1) * part_keys)
+    first, whole_from, whole_to, last = key_tiles(i_first, i_last, begin, end, low, high, BLOCK_N)
+
+    m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, VALUE_DEPTH), tl.float32)
+    for phase in tl.static_range(0 if LEFT else 1, 3):  # tiles cut on the left, whole, cut
+        if phase == 0:
+            start, stop = first, whole_from
+        elif phase == 1:
+            start, stop = whole_from, whole_to
+        else:
+            start, stop = whole_to, last
+        for n in range(start, stop, BLOCK_N):
+            j = n + tl.arange(0, BLOCK_N)
+            if CHUNKS:
+                k_rows = k_head + (j.to(tl.int64) if INT64 else j) * stride_kn
+                s = row_products(
+                    q_rows,
+                    inside,
+                    stride_qd,
+                    k_rows,
+                    j < S,
+                    stride_kd,
+                    D,
+                    BLOCK_M,
+                    BLOCK_N,
+                    PRECISION,
+                )
+            else:
+                k = load_rows(k_head, j, stride_kn, stride_kd, S, D, DEPTH, phase != 1, INT64)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            s *= scale * LOG2E
+            s = restrict(
+                s, i[:, None], j[None, :], mask_rows, stride_mn, keys, L, S, low, high, MASK,
+                phase != 1, INT64,
+            )  # fmt: skip
+            new_m = tl.maximum(m, tl.max(s, 1))
+            base = tl.where(new_m == float("-inf"), 0.0, new_m)
+            p = tl.exp2(s - base[:, None])
+            shrink = tl.exp2(m - base)
+            total = total * shrink + tl.sum(p, 1)
+            m = new_m
+            if seed_ptr is not None:
+                keep = keep_tile(
+                    tl.load(seed_ptr), batch * H + first_head, row, n, threshold, BLOCK_N
+                )
+                p = tl.where(keep, p * survivor, 0.0)
+            v = load_rows(v_head, j, stride_vn, stride_vd, S, DV, VALUE_DEPTH, phase != 1, INT64)
+            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+
+    nothing = m == float("-inf")
+    total = tl.where(nothing, 1.0, total)
+    acc = acc / total[:, None]
+    lse = tl.where(nothing, float("-inf"), (m + tl.log2(total)) * LN2)
+    d = tl.arange(0, VALUE_DEPTH)
+    tl.store(
+        out_ptr
+        + part.to(tl.int64) * stride_op
+        + batch64 * stride_ob
+        + (head * stride_oh + i * stride_om)[:, None]
+        + d[None, :] * stride_od,
+        acc.to(out_ptr.dtype.element_ty),
+        mask=inside[:, None] & (d < DV)[None, :],
+    )
+    at = ((part.to(tl.int64) * B + batch64) * H + head) * L + i
+    tl.store(lse_ptr + at, lse, mask=inside)
+
+
+@triton.jit
+def _attention_combine_kernel(
+    parts_ptr,  # [PARTS, R, DV] float32, R rows of all heads
+    part_lse_ptr,  # [PARTS, R]
+    out_ptr,  # [B, H, L, DV], any strides
+    lse_ptr,  # [R]
+    R,
+    H,
+    L,
+    stride_ob,
+    stride_oh,
+    stride_om,
+    stride_od,
+    PARTS: tl.constexpr,
+    PADDED: tl.constexpr,  # PARTS rounded up to a power of two
+    DV: tl.constexpr,
+    VALUE_DEPTH: tl.constexpr,
+):
+    r = tl.program_id(0).to(tl.int64)
+    part, d = tl.arange(0, PADDED), tl.arange(0, VALUE_DEPTH)
+    lse = tl.load(part_lse_ptr + part * R + r, mask=part < PARTS, other=float("-inf"))
+    m = tl.max(lse, 0)
+    weight = tl.exp(lse - tl.where(m == float("-inf"), 0.0, m))
+    total = tl.sum(weight, 0)
+    at = (part[:, None].to(tl.int64) * R + r) * DV + d[None, :]
+    inside = (part < PARTS)[:, None] & (d < DV)[None, :]
+    out = tl.sum(tl.load(parts_ptr + at, mask=inside, other=0.0) * weight[:, None], 0)
+    nothing = m == float("-inf")
+    total = tl.where(nothing, 1.0, total)
+    out = out / total
+    batch, head, i = r // L // H, r // L % H, r % L
+    at = batch * stride_ob + head * stride_oh + i * stride_om + d * stride_od
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=d < DV)
+    tl.store(lse_ptr + r, tl.where(nothing, float("-inf"), m + tl.log(total)))
+
+
+# ------------------------------------------------------------------------------------ launching
+
+
+def _shared(m: int, n: int, stages: int) -> int:
+    return m + 2 * stages * n
+
+
+FORWARD = attention_table(
+    "attention",
+    _shared,
+    half=[
+        (128, 128, 8, 2, 0, 64, 0),
+        (128, 64, 8, 2, 64, 128, 128),
+        (128, 32, 8, 2, 64, 256, 128),
+        (64, 64, 8, 2, 256, 256, 128),
+        (64, 32, 8, 2, 256, 256, 256),
+        (64, 32, 8, 1, 256, 256, 256),
+    ],
+    tf32=[
+        (128, 32, 8, 2, 0, 128, 0),
+        (64, 64, 8, 2, 0, 128, 0),
+        (64, 32, 8, 2, 128, 128, 0),
+        (64, 32, 8, 1, 256, 256, 0),
+    ],
+    ieee=[(64, 32, 8, 1, 256, 256, 256), (32, 32, 4, 1, 256, 256, 256)],
+)
+DECODE = attention_table(
+    "attention_decode",
+    _shared,
+    half=[
+        (16, 128, 4, 2, 128, 128, 128),
+        (16, 64, 4, 2, 256, 256, 256),
+        (16, 32, 4, 2, 256, 256, 256),
+    ],
+    tf32=[(16, 64, 4, 2, 128, 128, 0), (16, 32, 4, 2, 128, 128, 0), (16, 32, 4, 1, 256, 256, 0)],
+    ieee=[(16, 32, 4, 1, 256, 256, 256), (16, 16, 4, 1, 256, 256, 256)],
+)
+FEW_ROWS = 16
+"""Rows up to which the keys may be split, and the heads of a group stacked."""
+
+
+def padded(depth: int) -> int:
+    """A head's width as the tiles hold it: a power of two, no less than a matrix instruction's."""
+    return max(16, triton.next_power_of_2(depth))
+
+
+def mask_arguments(mask: Tensor | None) -> dict[str, object]:
+    """Pointer, strides and kind of a mask; a dimension of one value has stride 0."""
+    if mask is None:
+        kind, strides = NO_MASK, (0,) * 4
+    else:
+        kind = BOOL_MASK if mask.dtype == torch.bool else ADDED_MASK
+        strides = tuple(0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True))
+    named = {f"stride_m{dim}": s for dim, s in zip("bhmn", strides, strict=True)}
+    view = mask.view(torch.uint8) if kind == BOOL_MASK else mask
+    return {"mask_ptr": view, **named, "MASK": kind}
+
+
+def band_arguments(query: Tensor, key: Tensor, low: int, high: int) -> dict[str, object]:
+    """The band, no wider than positions can be apart, in 32 bits."""
+    length, keys = query.shape[2], key.shape[2]
+    low, high = (min(max(side, -length), keys) for side in (low, high))
+    return {"low": low, "high": high, "LEFT": low > 1 - length}
+
+
+def product_arguments(query: Tensor, value: Tensor) -> tuple[dict[str, object], Problem]:
+    """Widths of heads and how products are computed; a problem without its rows and columns."""
+    precision = dot_precision("matmul")
+    widths = {"DEPTH": padded(query.shape[3]), "VALUE_DEPTH": padded(value.shape[3])}
+    problem = Problem(0, 0, max(widths.values()), precision_of(query.dtype, precision))
+    return {**widths, "PRECISION": precision, "CHUNKS": reads_chunks(problem)}, problem
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    key_lengths: Tensor | None,
+    seed: Tensor | None,
+    dropout_p: float,
+    scale: float,
+    low: int,
+    high: int,
+    int64: bool,
+) -> tuple[Tensor, Tensor]:
+    """Launch the forward; nothing is empty."""
+    batch, heads, length, depth = query.shape
+    keys, share = key.shape[2], heads // key.shape[1]
+    out = reference.new_output(query, value)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    stack = share if length * share <= FEW_ROWS and seed is None else 1
+    few = length * stack <= FEW_ROWS
+    parts = _parts(batch * heads // stack, keys) if few else 1
+    part_keys = cdiv(cdiv(keys, parts), SPLIT_KEYS) * SPLIT_KEYS
+    parts = cdiv(keys, part_keys)
+    into, into_lse = out, lse
+    if parts > 1:
+        into = query.new_empty((parts, *out.shape), dtype=torch.float32)
+        into_lse = lse.new_empty((parts, *lse.shape))
+    products, problem = product_arguments(query, value)
+    problem = dataclasses.replace(problem, m=length * stack, n=keys)
+    arguments = {
+        **{"q_ptr": query, "k_ptr": key, "v_ptr": value, "lengths_ptr": key_lengths},
+        **{"seed_ptr": seed, "out_ptr": into, "lse_ptr": into_lse, "scale": float(scale)},
+        **{"threshold": threshold(dropout_p), "survivor": survivor_scale(dropout_p)},
+        **{"B": batch, "H": heads, "L": length, "S": keys, "SHARE": share},
+        **{"part_keys": part_keys, "STACK": stack, "D": depth, "DV": value.shape[3]},
+        **mask_arguments(mask),
+        **band_arguments(query, key, low, high),
+        **named_strides("q", "bhmd", query),
+        **named_strides("k", "bhnd", key),
+        **named_strides("v", "bhnd", value),
+        **named_strides("o", "bhmd", into if parts == 1 else into[0]),
+        **{"stride_op": into.stride(0) if parts > 1 else 0, "INT64": int64},
+        **products,
+    }
+
+    def run(tile: Tile) -> None:
+        programs = cdiv(length * stack, tile["BLOCK_M"]) * batch * (heads // stack)
+        launch(_attention_fwd_kernel, (*flat_grid(programs), parts), arguments, tile)
+
+    run(pick(DECODE if few else FORWARD, problem, run))
+    if parts > 1:
+        _combine(into, into_lse, out, lse, parts)
+    return out, lse
+
+
+def _parts(programs: int, keys: int) -> int:
+    """Into how many parts of the keys a decoding step is split: two waves of programs at most."""
+    wanted = cdiv(2 * current_target().processors, programs)
+    return max(1, min(wanted, cdiv(keys, SPLIT_KEYS), MOST_SPLITS))
+
+
+def _combine(parts: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor, count: int) -> None:
+    arguments = {
+        **{"parts_ptr": parts, "part_lse_ptr": part_lse, "out_ptr": out, "lse_ptr": lse},
+        **{"R": lse.numel(), "H": out.shape[1], "L": out.shape[2]},
+        **named_strides("o", "bhmd", out),
+        **{"PARTS": count, "PADDED": triton.next_power_of_2(count)},
+        **{"DV": out.shape[3], "VALUE_DEPTH": padded(out.shape[3])},
+    }
+    launch(_attention_combine_kernel, flat_grid(lse.numel()), arguments)

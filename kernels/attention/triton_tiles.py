@@ -1,0 +1,208 @@
+"""What attention's Triton kernels share: rows of a head, the band's tiles, and who sees whom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import triton
+import triton.language as tl
+
+from nnarch.kernels.gpu.targets import Target
+from nnarch.kernels.gpu.tiles import Problem, Tile, TileTable, tile
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+NO_MASK, BOOL_MASK, ADDED_MASK = 0, 1, 2
+"""The constexpr MASK."""
+
+DEEPEST = 256
+"""The widest head that the tiles hold."""
+
+CHUNK = 32
+"""Columns of a head that :func:`row_products` takes at a time."""
+
+# BLOCK_M, BLOCK_N, warps, stages, and the widest heads at which a compiled kernel does not spill:
+# on targets whose matrix instructions read operands from registers, from shared memory, on AMD's.
+TileRow = tuple[int, int, int, int, int, int, int]
+
+
+def attention_table(
+    name: str, shared: Callable[[int, int, int], int], **rows: list[TileRow]
+) -> TileTable:
+    """A table of tiles of queries × keys.
+
+    Args:
+        name: of the table.
+        shared: rows of a head in shared memory, from BLOCK_M, BLOCK_N and the stages.
+        rows: by precision.
+    """
+    tiles, deepest = {}, {}
+    for precision, entries in rows.items():
+        made = []
+        for m, n, warps, stages, *depths in entries:
+            made.append(tile(warps, stages, all_registers=True, BLOCK_M=m, BLOCK_N=n))
+            deepest[precision, made[-1]] = depths
+        tiles[precision] = tuple(made)
+
+    def fits(problem: Problem, tile: Tile, target: Target) -> bool:
+        kind = 2 if target.backend == "hip" else int(target.operands == "shared")
+        # AMD's pipeline keeps one stage in registers.
+        stages = tile.num_stages - 1 if target.backend == "hip" else tile.num_stages
+        width = min(problem.k, CHUNK) if reads_chunks(problem) else problem.k
+        size = shared(tile["BLOCK_M"], tile["BLOCK_N"], max(1, stages)) * width * problem.itemsize
+        return problem.k <= deepest[problem.precision, tile][kind] and size <= target.shared_bytes
+
+    return TileTable(name, tiles, attention_cost, fits)
+
+
+def reads_chunks(problem: Problem) -> bool:
+    """Whether scores are multiplied chunk by chunk; problem.k is the padded width of a head."""
+    return problem.precision == "ieee" or (problem.precision == "tf32" and problem.k > 128)
+
+
+def attention_cost(problem: Problem, tile: Tile, target: Target) -> float:
+    """Relative time of a head: padded tiles, by how often a tile's operands are used."""
+    m, n = tile["BLOCK_M"], tile["BLOCK_N"]
+    area = triton.cdiv(problem.m, m) * m * triton.cdiv(problem.n, n) * n
+    return area * (1 + 24 * (1 / m + 1 / n)) * (1.02 if tile.num_stages == 1 else 1.0)
+
+
+@triton.jit
+def load_rows(
+    ptr,  # of a head: [LENGTH, D], any strides
+    rows,
+    stride_row,
+    stride_d,
+    LENGTH,
+    D: tl.constexpr,
+    DEPTH: tl.constexpr,  # D rounded up to a power of two
+    GUARD: tl.constexpr,  # whether rows may lie beyond LENGTH
+    INT64: tl.constexpr,
+):
+    """A tile [rows, DEPTH], zero outside."""
+    d = tl.arange(0, DEPTH)
+    if INT64:
+        rows = rows.to(tl.int64)
+    at = ptr + rows[:, None] * stride_row + d[None, :] * stride_d
+    if GUARD:
+        return tl.load(at, mask=(rows < LENGTH)[:, None] & (d < D)[None, :], other=0.0)
+    if D != DEPTH:
+        return tl.load(at, mask=(d < D)[None, :], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def store_rows(
+    ptr, tile, rows, stride_row, stride_d, LENGTH, D: tl.constexpr, DEPTH: tl.constexpr,
+    INT64: tl.constexpr,
+):  # fmt: skip
+    """The reverse of :func:`load_rows`, guarded."""
+    d = tl.arange(0, DEPTH)
+    inside = (rows < LENGTH)[:, None] & (d < D)[None, :]
+    if INT64:
+        rows = rows.to(tl.int64)
+    at = ptr + rows[:, None] * stride_row + d[None, :] * stride_d
+    tl.store(at, tile.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def row_products(
+    a_rows,  # pointers to the rows of one operand, [M]
+    a_inside,
+    stride_ad,
+    b_rows,  # and of the other, [N]
+    b_inside,
+    stride_bd,
+    D: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """a·bᵀ from memory, some columns at a time: where no matrix instruction multiplies, a thread
+    holds its rows of both operands, and whole heads would not fit its registers."""
+    acc = tl.zeros((M, N), tl.float32)
+    for first in range(0, D, 32):
+        d = first + tl.arange(0, 32)
+        a_mask, b_mask = a_inside[:, None] & (d < D)[None, :], b_inside[:, None] & (d < D)[None, :]
+        a = tl.load(a_rows[:, None] + d[None, :] * stride_ad, mask=a_mask, other=0.0)
+        b = tl.load(b_rows[:, None] + d[None, :] * stride_bd, mask=b_mask, other=0.0)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def sequence_keys(lengths_ptr, batch, S):
+    """How many keys a sequence has."""
+    keys = S
+    if lengths_ptr is not None:
+        keys = tl.minimum(tl.maximum(tl.load(lengths_ptr + batch), 0), S).to(tl.int32)
+    return keys
+
+
+@triton.jit
+def key_tiles(i_first, i_last, begin, end, low, high, BLOCK_N: tl.constexpr):
+    """Where the key tiles of some queries begin, are whole from and to, and end.
+
+    Args:
+        i_first, i_last: the queries.
+        begin, end: the keys that exist; `begin` is a multiple of BLOCK_N.
+        low, high: of the band.
+
+    Returns:
+        Four positions that rise; in the middle part every query sees every key of a tile.
+    """
+    first = tl.maximum(begin, (tl.maximum(i_first + low, 0) // BLOCK_N) * BLOCK_N)
+    last = tl.maximum(first, tl.minimum(end, i_last + high + 1))
+    whole_from = tl.cdiv(tl.maximum(i_last + low, first), BLOCK_N) * BLOCK_N
+    whole_from = tl.minimum(whole_from, first + tl.cdiv(last - first, BLOCK_N) * BLOCK_N)
+    whole_to = tl.maximum(tl.minimum(end, i_first + high + 1), 0) // BLOCK_N * BLOCK_N
+    return first, whole_from, tl.maximum(whole_to, whole_from), last
+
+
+@triton.jit
+def query_tiles(j_first, j_last, keys, L, low, high, BLOCK_M: tl.constexpr):
+    """The same for the query tiles of the keys j_first … j_last, where `keys` exist."""
+    first = tl.maximum(j_first - high, 0) // BLOCK_M * BLOCK_M
+    last = tl.maximum(first, tl.minimum(L, tl.minimum(j_last, keys - 1) - low + 1))
+    last = tl.where(j_first < keys, last, first)
+    whole_from = tl.cdiv(tl.maximum(j_last - high, first), BLOCK_M) * BLOCK_M
+    whole_from = tl.minimum(whole_from, first + tl.cdiv(last - first, BLOCK_M) * BLOCK_M)
+    whole_to = tl.maximum(tl.minimum(L, j_first - low + 1), 0) // BLOCK_M * BLOCK_M
+    whole_to = tl.where(j_last < keys, whole_to, whole_from)
+    return first, whole_from, tl.maximum(whole_to, whole_from), last
+
+
+@triton.jit
+def restrict(
+    scores,  # [M, N] or [N, M], in units of log 2
+    i,  # queries and keys, shaped to broadcast with the scores
+    j,
+    mask_rows,  # the mask's pointer to the first key of each query, shaped as i; or None
+    stride_mn,
+    keys,
+    L,
+    S,
+    low,
+    high,
+    MASK: tl.constexpr,
+    BANDED: tl.constexpr,  # whether some query of the tile may not see some key
+    INT64: tl.constexpr,
+):
+    """The scores with the mask added, and -inf where a query does not see a key."""
+    if BANDED:
+        scores = tl.where((j - i >= low) & (j - i <= high) & (j < keys), scores, float("-inf"))
+    if MASK != 0:
+        column = j.to(tl.int64) if INT64 else j
+        at, inside = mask_rows + column * stride_mn, (i < L) & (j < S)
+        if MASK == 1:
+            scores = tl.where(tl.load(at, mask=inside, other=0) != 0, scores, float("-inf"))
+        else:
+            scores += tl.load(at, mask=inside, other=0.0).to(tl.float32) * LOG2E
+    return scores
+
+
+@triton.jit
+def exponents(lse):
+    """A log-sum-exp in units of log 2, and 0 where a query sees nothing: its scores are -inf."""
+    return tl.where(lse == float("-inf"), 0.0, lse * LOG2E)

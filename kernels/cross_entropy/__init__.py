@@ -1,0 +1,1 @@
+"""Softmax cross-entropy, of logits and fused with the linear layer that makes them."""

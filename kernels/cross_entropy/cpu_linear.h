@@ -1,0 +1,178 @@
+// logits = x·wᵀ + bias, seen tile by tile: [class][sample], so that the weight's rows are the
+// product's A, read as they lie, and samples are the columns of the softmax's vectors.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+
+#include "cpu/gemm.h"
+#include "cpu/pack_weight.h"
+#include "cpu/parallel.h"
+#include "cross_entropy/cpu_loss.h"
+
+namespace nnarch {
+
+template <class T>
+struct LinearLogits {
+  const T* x;  // [samples][depth], rows x_step apart
+  int64_t x_step, samples, depth;
+  const T* w;  // [classes][depth], rows w_step apart
+  int64_t w_step, classes;
+  const T* bias;  // [classes] or null
+
+  LinearLogits rows(int64_t first, int64_t count) const {
+    LinearLogits part = *this;
+    part.x += first * x_step, part.samples = count;
+    return part;
+  }
+};
+
+// How the classes are cut: tiles whose logits and weights stay in L2; groups of tiles are tasks,
+// each with sums of its own, which are joined in the order of the groups. By the shape alone.
+struct ClassTiles {
+  static constexpr int64_t kTile = 126;  // whole register tiles of 14 and of 6 rows
+  int64_t classes, tiles, groups;
+
+  explicit ClassTiles(int64_t all)
+      : classes(all), tiles(ceil_div(all, kTile)), groups(std::clamp<int64_t>(tiles / 2, 1, 16)) {}
+
+  // Calls f(first class, classes) for the tiles of a group.
+  template <class F>
+  void each(int64_t group, const F& f) const {
+    for (int64_t t = tiles * group / groups; t < tiles * (group + 1) / groups; ++t)
+      f(t * kTile, std::min(kTile, classes - t * kTile));
+  }
+};
+
+// Rows that lie a multiple of 4 KB apart evict each other from the L1 cache.
+template <class T>
+int64_t padded_step(int64_t n) {
+  const int64_t line = 64 / int64_t{sizeof(T)}, step = round_up(n, line);
+  return step * int64_t{sizeof(T)} % 1024 == 0 ? step + line : step;
+}
+
+// Tiles of logits of some samples, which are packed once for all tiles.
+template <class T>
+class LogitTiles {
+ public:
+  static constexpr int64_t kColumns = 256;  // of a tile at a time: 126 KB of floats
+  static constexpr int64_t kFew = 4;        // samples that are not worth a register tile
+
+  explicit LogitTiles(const LinearLogits<T>& p)
+      : p_(p),
+        few_(p.samples <= kFew && p.depth > 0),
+        packed_(few_ ? 0 : packed_size<T>(p.samples, 1, p.depth)) {
+    if (!few_) pack_weight(WeightView<T>{p.x, p.samples, p.depth, p.x_step, 1, {0}}, packed_.get());
+  }
+
+  // z[class][sample] for classes [first, first + classes); calls seen(z, first sample, samples) for
+  // blocks of samples while they are hot.
+  template <class F>
+  void compute(int64_t first, int64_t classes, T* z, int64_t step, const F& seen) const {
+    const T* w = p_.w + first * p_.w_step;
+    const bool clash = !few_ && p_.w_step * int64_t{sizeof(T)} % 4096 == 0;
+    const int64_t w_step = clash ? padded_step<T>(p_.depth) : p_.w_step;
+    Scratch<T> copy(clash ? classes * w_step : 0);
+    if (clash) {
+      for (int64_t c = 0; c < classes; ++c)
+        std::memcpy(copy.get() + c * w_step, w + c * p_.w_step, p_.depth * sizeof(T));
+      w = copy.get();
+    }
+    for (int64_t n = 0; n < p_.samples; n += kColumns) {
+      const int64_t columns = std::min(kColumns, p_.samples - n);
+      if (few_)
+        multiply_few(w, classes, z, step);
+      else
+        multiply(w, w_step, classes, n, columns, z + n, step);
+      if (p_.bias) softmax<T>().add_bias(z + n, step, classes, columns, p_.bias + first);
+      seen(z + n, n, columns);
+    }
+  }
+
+ private:
+  void multiply(const T* w, int64_t w_step, int64_t classes, int64_t n, int64_t columns, T* z,
+                int64_t step) const {
+    const Strip<T> rows{w, 0, classes};
+    gemm<T>().run({.depth = p_.depth,
+                   .b = packed_.get() + n * p_.depth,
+                   .c = z,
+                   .n = columns,
+                   .strips = &rows,
+                   .strip_count = 1,
+                   .a_step = w_step,
+                   .c_step = step});
+  }
+  void multiply_few(const T* w, int64_t classes, T* z, int64_t step) const {
+    Scratch<T> rows(p_.samples * classes);
+    gemm<T>().few_rows(p_.x, p_.x_step, p_.samples, w, p_.w_step, p_.depth, classes, rows.get(),
+                       classes, {});
+    for (int64_t c = 0; c < classes; ++c)
+      for (int64_t i = 0; i < p_.samples; ++i) z[c * step + i] = rows[i * classes + c];
+  }
+
+  LinearLogits<T> p_;
+  bool few_;
+  Scratch<T> packed_;
+};
+
+// The statistics of some samples: each group of tiles gathers its own.
+template <class T>
+class Statistics {
+ public:
+  Statistics(const ClassTiles& tiles, int64_t samples, bool weighs)
+      : groups_(tiles.groups),
+        n_(samples),
+        running_(groups_ * 2 * n_),
+        sums_(weighs ? groups_ * 2 * n_ : 0),
+        at_target_(n_),
+        weighs_(weighs) {
+    std::fill_n(at_target_.get(), n_, T{0});
+    for (int64_t g = 0; g < groups_; ++g) {
+      std::fill_n(max(g), n_, -static_cast<T>(INFINITY));
+      std::fill_n(sum(g), n_, T{0});
+      if (weighs) std::fill_n(weighted(g), 2 * n_, 0.0);
+    }
+  }
+
+  // A block of a tile; `target` is that of the block's first sample, or null.
+  void observe(int64_t group, const T* z, int64_t step, int64_t first, int64_t classes, int64_t n,
+               int64_t columns, const ClassFactors<T>& a, const int64_t* target) const {
+    const SoftmaxTable<T>& table = softmax<T>();
+    table.observe(z, step, classes, columns, max(group) + n, sum(group) + n);
+    if (weighs_)
+      table.weigh(z, step, classes, columns, max(group) + n, a.from(first), weighted(group) + n,
+                  weighted(group) + n_ + n);
+    for (int64_t i = 0; i < columns; ++i) {
+      const int64_t c = target[i] - first;
+      if (c >= 0 && c < classes) at_target_[n + i] = z[c * step + i];
+    }
+  }
+
+  Seen of(int64_t i) const {
+    T top = max(0)[i];
+    for (int64_t g = 1; g < groups_; ++g) top = max(g)[i] > top ? max(g)[i] : top;
+    Seen seen{0, static_cast<double>(at_target_[i]), 0, 0};
+    double total = 0;
+    for (int64_t g = 0; g < groups_; ++g) {
+      const double below = static_cast<double>(max(g)[i]) - static_cast<double>(top);
+      // Nothing but -infinity in this group: -infinity less itself would be NaN.
+      if (sum(g)[i] != T{0}) total += static_cast<double>(sum(g)[i]) * std::exp(below);
+      if (weighs_) seen.weighted += weighted(g)[i], seen.total += weighted(g)[n_ + i];
+    }
+    seen.lse = static_cast<double>(top) + std::log(total);
+    return seen;
+  }
+
+ private:
+  T* max(int64_t g) const { return running_.get() + g * 2 * n_; }
+  T* sum(int64_t g) const { return max(g) + n_; }
+  double* weighted(int64_t g) const { return sums_.get() + g * 2 * n_; }
+
+  int64_t groups_, n_;
+  Scratch<T> running_;
+  Scratch<double> sums_;
+  Scratch<T> at_target_;
+  bool weighs_;
+};
+
+}  // namespace nnarch

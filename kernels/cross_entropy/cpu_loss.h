@@ -1,0 +1,162 @@
+// What the losses of all memory orders share: arguments, the terms of a sample, the reduction.
+//
+//   loss = Σ_c a_c·(lse - z_c) + z_loss·lse²,  a_c = weight_c·((1 - ε)·q_c + ε/C)
+//
+// with q the target's distribution: 1 at the target's class, or given.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "cpu/arena.h"
+#include "cpu/tensor.h"
+#include "cross_entropy/cpu_kernels.h"
+
+namespace nnarch {
+
+enum class Reduction : int64_t { none = 0, mean = 1, sum = 2 };
+
+struct LossOptions {
+  int64_t ignore_index;
+  double smoothing, z_loss;
+  Reduction reduction;
+  int64_t classes;
+
+  double of_target() const { return 1 - smoothing; }
+  double rest() const { return smoothing == 0 ? 0 : smoothing / static_cast<double>(classes); }
+};
+
+inline LossOptions loss_options(const char* op, int64_t ignore_index, double smoothing,
+                                double z_loss, int64_t reduction, int64_t classes) {
+  if (!(smoothing >= 0 && smoothing <= 1 && reduction >= 0 && reduction <= 2 &&
+        std::isfinite(z_loss)))
+    throw std::runtime_error(std::string(op) + ": a number is outside its range");
+  return {ignore_index, smoothing, z_loss, static_cast<Reduction>(reduction), classes};
+}
+
+// Class indices, each valid or ignored, and what the means divide by.
+template <class T>
+class Targets {
+ public:
+  Targets(const char* op, const int64_t* index, int64_t count, const T* weight,
+          const LossOptions& o)
+      : index_(index), weight_(weight), ignore_(o.ignore_index) {
+    for (int64_t i = 0; i < count; ++i) {
+      if (!kept(i)) continue;
+      const int64_t t = index[i];
+      if (t < 0 || t >= o.classes) [[unlikely]]
+        throw std::runtime_error(std::string(op) + ": target must be a class from 0 to " +
+                                 std::to_string(o.classes - 1) + " or ignore_index " +
+                                 std::to_string(ignore_) + ", got " + std::to_string(t));
+      weights_ += weight_of(i);
+      kept_ += 1;
+    }
+    if (o.reduction != Reduction::mean) weights_ = kept_ = 1;
+  }
+  // Of probabilities: every sample counts, and means divide by their number.
+  Targets(int64_t count, const LossOptions& o)
+      : weights_(o.reduction == Reduction::mean ? static_cast<double>(count) : 1),
+        kept_(weights_) {}
+
+  bool probabilities() const { return index_ == nullptr; }
+  bool kept(int64_t i) const { return index_ == nullptr || index_[i] != ignore_; }
+  int64_t at(int64_t i) const { return index_[i]; }
+  double weight_of(int64_t i) const {
+    return weight_ ? static_cast<double>(weight_[index_[i]]) : 1;
+  }
+  // The entropies' and the z-losses' divisors.
+  double weights() const { return weights_; }
+  double count() const { return kept_; }
+
+ private:
+  const int64_t* index_ = nullptr;
+  const T* weight_ = nullptr;
+  int64_t ignore_ = 0;
+  double weights_ = 0, kept_ = 0;
+};
+
+// What is known of a sample once all its logits were seen.
+struct Seen {
+  double lse;
+  double at_target;        // its logit; unused for probabilities
+  double weighted, total;  // Σ a·z and Σ a of probabilities and smoothing
+};
+
+// The gradient of a sample's logits: alpha·p - beta·[c is the target] - scale·a_c.
+struct Slopes {
+  double alpha = 0, beta = 0, scale = 0;
+
+  // Kernels take exp(z - lse) with lse rounded to T; alpha makes up for the rounding, which would
+  // be a relative error of 4e-6 where logits are near 100.
+  template <class T>
+  void round_to(double log_sum) {
+    if (alpha != 0) alpha *= std::exp(static_cast<double>(static_cast<T>(log_sum)) - log_sum);
+  }
+};
+
+template <class T>
+class Loss {
+ public:
+  Loss(const LossOptions& options, const Targets<T>& targets) : o_(options), t_(targets) {}
+
+  // Of sample i, divided by what the reduction divides by.
+  double value(int64_t i, const Seen& s) const {
+    if (!t_.kept(i)) return 0;
+    double loss = o_.rest() == 0 && !t_.probabilities() ? 0 : s.total * s.lse - s.weighted;
+    if (!t_.probabilities() && o_.of_target() != 0)
+      loss += o_.of_target() * t_.weight_of(i) * (s.lse - s.at_target);
+    loss /= t_.weights();
+    if (o_.z_loss != 0) loss += o_.z_loss * s.lse * s.lse / t_.count();
+    return loss;
+  }
+
+  // `grad` is the gradient of the value.
+  Slopes slopes(int64_t i, const Seen& s, double grad) const {
+    if (!t_.kept(i)) return {};
+    Slopes g;
+    g.scale = grad / t_.weights();
+    g.alpha = g.scale * s.total;
+    if (!t_.probabilities()) {
+      g.beta = g.scale * o_.of_target() * t_.weight_of(i);
+      g.alpha += g.beta;
+    }
+    if (o_.z_loss != 0) g.alpha += grad / t_.count() * 2 * o_.z_loss * s.lse;
+    return g;
+  }
+
+  // A sum of values as the reduction wants it: where nothing is kept, the mean is 0/0 as in torch.
+  double reduced(double sum) const {
+    return o_.reduction == Reduction::mean && t_.count() == 0 ? NAN : sum;
+  }
+
+  bool reduces() const { return o_.reduction != Reduction::none; }
+  const LossOptions& options() const { return o_; }
+  const Targets<T>& targets() const { return t_; }
+
+ private:
+  const LossOptions& o_;
+  const Targets<T>& t_;
+};
+
+template <class T>
+double log_sum_exp(T max, T sum) {
+  return static_cast<double>(max) + std::log(static_cast<double>(sum));
+}
+
+// Of every sample in a block; the memory is the caller's scratch.
+template <class T>
+struct SlopeRows {
+  T *lse, *alpha, *beta, *scale;
+
+  static constexpr int64_t kArrays = 4;
+  SlopeRows(T* memory, int64_t n)
+      : lse(memory), alpha(memory + n), beta(memory + 2 * n), scale(memory + 3 * n) {}
+
+  void set(int64_t i, double log_sum, Slopes s) const {
+    s.round_to<T>(log_sum);
+    lse[i] = static_cast<T>(log_sum), alpha[i] = static_cast<T>(s.alpha);
+    beta[i] = static_cast<T>(s.beta), scale[i] = static_cast<T>(s.scale);
+  }
+};
+
+}  // namespace nnarch

@@ -1,0 +1,208 @@
+// The passes over logits: statistics and loss, gradients.
+#pragma once
+
+#include "cpu/streaming.h"
+#include "cross_entropy/cpu_logits.h"
+
+namespace nnarch {
+
+template <class T>
+struct LogitLoss {
+  LogitView<T> x, q;  // logits; target probabilities, or no data
+  ClassFactors<T> factors;
+  const int64_t* target;  // of every position; null for probabilities
+  const Loss<T>& loss;
+};
+
+// Where results go; null where one is not wanted.
+template <class T>
+struct LogitResults {
+  T* loss;  // of every position
+  double* lse;
+  LogitView<T> dx, dq;  // or no data
+  const T* grad;        // of the loss: of every position, or one number
+  bool each;
+};
+
+// So many classes and a position has vectors of its own.
+constexpr int64_t kRowClasses = 129;
+
+// Positions whose classes lie side by side and are many.
+template <class T>
+class RowPass {
+ public:
+  RowPass(const LogitLoss<T>& p, const LogitResults<T>& to) : p_(p), to_(to) {
+    // A line that is written whole need not be read first.
+    stream_ = to.dx.data && p.x.classes * int64_t{sizeof(T)} >= 4096 &&
+              p.x.positions() * p.x.classes * int64_t{sizeof(T)} >= kStreamBytes;
+  }
+  static bool suits(const LogitLoss<T>& p) {
+    return p.x.rows && !p.q.data && p.x.classes >= kRowClasses;
+  }
+  int64_t block_size() const { return std::clamp<int64_t>(32768 / p_.x.classes, 1, 64); }
+
+  // Returns the block's sum of losses.
+  double forward(const PositionBlock& b) const {
+    double sum = 0;
+    for (int64_t i = 0; i < b.count; ++i) {
+      const int64_t at = b.first + i;
+      const T* z = p_.x.at(b.outer, b.inner + i);
+      T top, total;
+      softmax<T>().row_observe(z, p_.x.classes, &top, &total);
+      Seen seen{log_sum_exp(top, total), 0, 0, 0};
+      if (p_.factors.any())
+        softmax<T>().row_weigh(z, p_.x.classes, top, p_.factors, &seen.weighted, &seen.total);
+      if (p_.loss.targets().kept(at)) seen.at_target = z[p_.target[at]];
+      const double value = p_.loss.value(at, seen);
+      to_.lse[at] = seen.lse;
+      if (!p_.loss.reduces()) to_.loss[at] = static_cast<T>(value);
+      sum += value;
+      if (to_.dx.data) gradient(b, i, seen.lse, p_.loss.slopes(at, seen, 1.0));
+    }
+    return sum;
+  }
+  void backward(const PositionBlock& b, double total) const {
+    for (int64_t i = 0; i < b.count; ++i) {
+      const int64_t at = b.first + i;
+      const Seen seen{to_.lse[at], 0, 0, total};
+      gradient(b, i, to_.lse[at], p_.loss.slopes(at, seen, to_.grad[to_.each ? at : 0]));
+    }
+  }
+
+ private:
+  void gradient(const PositionBlock& b, int64_t i, double log_sum, Slopes s) const {
+    s.round_to<T>(log_sum);
+    const T lse = static_cast<T>(log_sum);
+    const int64_t at = b.first + i;
+    T* g = to_.dx.at(b.outer, b.inner + i);
+    softmax<T>().row_gradient(p_.x.at(b.outer, b.inner + i), p_.x.classes, lse,
+                              static_cast<T>(s.alpha), static_cast<T>(s.scale), p_.factors, g,
+                              stream_);
+    if (s.beta != 0) g[p_.target[at]] -= static_cast<T>(s.beta);
+  }
+
+  const LogitLoss<T>& p_;
+  const LogitResults<T>& to_;
+  bool stream_;
+};
+
+// Positions side by side, or few classes, or probabilities as targets.
+template <class T>
+class TilePass {
+ public:
+  using Tiles = BlockTiles<T>;
+  TilePass(const LogitLoss<T>& p, const LogitResults<T>& to) : p_(p), to_(to) {}
+  int64_t block_size() const { return Tiles::columns(p_.x); }
+
+  double forward(const PositionBlock& b) const {
+    const Tiles x(p_.x), q(p_.q);
+    constexpr int64_t most = Tiles::kPlaneColumns;
+    T top[most], total[most];
+    double weighted[most] = {}, factors[most] = {};
+    T at_target[most] = {};
+    std::fill_n(top, most, -static_cast<T>(INFINITY));
+    std::fill_n(total, most, T{0});
+    each_class_tile(p_.x.classes, Tiles::kClasses, [&](int64_t c, int64_t classes) {
+      const T* z = x.read(b, c, classes);
+      softmax<T>().observe(z, x.step(), classes, b.count, top, total);
+      if (p_.factors.any() || p_.q.data)
+        softmax<T>().weigh(z, x.step(), classes, b.count, top, factors_at(q, b, c, classes),
+                           weighted, factors);
+      for (int64_t i = 0; p_.target && i < b.count; ++i) {
+        const int64_t t = p_.target[b.first + i] - c;
+        if (t >= 0 && t < classes) at_target[i] = z[t * x.step() + i];
+      }
+    });
+    double sum = 0;
+    Scratch<T> memory(SlopeRows<T>::kArrays * most);
+    const SlopeRows<T> slopes(memory.get(), most);
+    for (int64_t i = 0; i < b.count; ++i) {
+      const int64_t at = b.first + i;
+      const Seen seen{log_sum_exp(top[i], total[i]), static_cast<double>(at_target[i]), weighted[i],
+                      factors[i]};
+      const double value = p_.loss.value(at, seen);
+      to_.lse[at] = seen.lse;
+      if (!p_.loss.reduces()) to_.loss[at] = static_cast<T>(value);
+      sum += value;
+      if (to_.dx.data) slopes.set(i, seen.lse, p_.loss.slopes(at, seen, 1.0));
+    }
+    if (to_.dx.data) gradients(b, x, q, slopes);
+    return sum;
+  }
+
+  void backward(const PositionBlock& b, double total) const {
+    const Tiles x(p_.x), q(p_.q);
+    constexpr int64_t most = Tiles::kPlaneColumns;
+    double weighted[most] = {}, factors[most] = {};
+    if (p_.q.data)
+      each_class_tile(p_.x.classes, Tiles::kClasses, [&](int64_t c, int64_t classes) {
+        const T* z = x.read(b, c, classes);
+        T near[most] = {};
+        softmax<T>().weigh(z, x.step(), classes, b.count, near, factors_at(q, b, c, classes),
+                           weighted, factors);
+      });
+    Scratch<T> memory(SlopeRows<T>::kArrays * most);
+    const SlopeRows<T> slopes(memory.get(), most);
+    for (int64_t i = 0; i < b.count; ++i) {
+      const int64_t at = b.first + i;
+      const Seen seen{to_.lse[at], 0, 0, p_.q.data ? factors[i] : total};
+      slopes.set(i, seen.lse, p_.loss.slopes(at, seen, to_.grad[to_.each ? at : 0]));
+    }
+    gradients(b, x, q, slopes);
+  }
+
+ private:
+  ClassFactors<T> factors_at(const Tiles& q, const PositionBlock& b, int64_t c,
+                             int64_t classes) const {
+    ClassFactors<T> a = p_.factors;
+    if (a.weight) a.weight += c;
+    if (p_.q.data) a.q = q.read(b, c, classes), a.q_step = q.step();
+    return a;
+  }
+
+  void gradients(const PositionBlock& b, const Tiles& x, const Tiles& q,
+                 const SlopeRows<T>& s) const {
+    const Tiles dx(to_.dx), dq(to_.dq);
+    each_class_tile(p_.x.classes, Tiles::kClasses, [&](int64_t c, int64_t classes) {
+      const T* z = x.read(b, c, classes);
+      const ClassFactors<T> a = factors_at(q, b, c, classes);
+      if (to_.dx.data) {
+        T* g = dx.to_write(b, c);
+        softmax<T>().gradient(z, x.step(), classes, b.count, s.lse, s.alpha, s.scale, a, g,
+                              dx.step());
+        for (int64_t i = 0; p_.target && i < b.count; ++i) {
+          const int64_t t = p_.target[b.first + i] - c;
+          if (t >= 0 && t < classes) g[t * dx.step() + i] -= s.beta[i];
+        }
+        dx.wrote(b, c, classes);
+      }
+      if (to_.dq.data) {
+        softmax<T>().target_gradient(z, x.step(), classes, b.count, s.lse, s.scale, a,
+                                     dq.to_write(b, c), dq.step());
+        dq.wrote(b, c, classes);
+      }
+    });
+  }
+
+  const LogitLoss<T>& p_;
+  const LogitResults<T>& to_;
+};
+
+template <class T, class Pass>
+double run_forward(const LogitLoss<T>& p, const Pass& pass) {
+  const PositionBlocks<T> blocks(p.x, pass.block_size());
+  std::vector<double> sums(static_cast<size_t>(blocks.count()));
+  parallel_tasks(blocks.count(),
+                 [&](int64_t i) { sums[static_cast<size_t>(i)] = pass.forward(blocks.at(i)); });
+  double sum = 0;
+  for (double s : sums) sum += s;
+  return sum;
+}
+
+template <class T, class Pass>
+void run_backward(const LogitLoss<T>& p, const Pass& pass, double total) {
+  const PositionBlocks<T> blocks(p.x, pass.block_size());
+  parallel_tasks(blocks.count(), [&](int64_t i) { pass.backward(blocks.at(i), total); });
+}
+
+}  // namespace nnarch

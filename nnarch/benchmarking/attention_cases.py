@@ -1,0 +1,140 @@
+"""Benchmark cases of attention; a part of :mod:`nnarch.benchmarking.cases`.
+
+The rival is torch's scaled_dot_product_attention, eager and compiled. One tensor holds query, key
+and value, so that it is one input; in decoding the keys and values are a cache, and only the query
+is the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nnarch.benchmarking.case import Case, Target
+
+ATTENTION_TARGETS: dict[str, Target] = {
+    "attention": Target(1.1, 1.25),
+    "attention causal": Target(1.9, 2.4),
+    "attention decode": Target(1.6, 2.2),
+    "attention fwd+bwd": Target(1.25, 1.6),
+}
+
+
+def _function(namespace: Any) -> Any:
+    """scaled_dot_product_attention of torch, or of nnarch."""
+    if namespace is nn:
+        return nn.functional.scaled_dot_product_attention
+    from nnarch.functional import scaled_dot_product_attention
+
+    return scaled_dot_product_attention
+
+
+class _SelfAttention(nn.Module):
+    """[3, B, H, S, D] to [B, H, S, D]. With `lengths`, nnarch takes them and torch a mask."""
+
+    def __init__(
+        self, namespace: Any, mask: Tensor | None, lengths: Tensor | None, causal: bool
+    ) -> None:
+        super().__init__()
+        self.attend, self.causal = _function(namespace), causal
+        self.options: dict[str, Tensor] = {}
+        if lengths is not None and namespace is not nn:
+            self.options["key_lengths"] = lengths
+        self.register_buffer("mask", mask, persistent=False)
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        q, k, v = qkv.unbind(0)
+        mask: Any = None if self.options else self.mask
+        return self.attend(q, k, v, mask, is_causal=self.causal, **self.options)
+
+
+class _Decode(nn.Module):
+    """One query [1, B, H, 1, D] on a cache of `keys` keys in `groups` heads."""
+
+    def __init__(self, namespace: Any, batch: int, groups: int, keys: int, depth: int) -> None:
+        super().__init__()
+        self.attend = _function(namespace)
+        generator = torch.Generator().manual_seed(1)
+        for name in ("k", "v"):
+            cache = torch.randn(batch, groups, keys, depth, generator=generator, device="cpu")
+            self.register_buffer(name, cache.to(torch.get_default_device()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        k: Any = self.k
+        q = x[0]
+        return self.attend(q, k, self.v, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _mask(kind: str, b: int, s: int) -> tuple[Tensor | None, Tensor | None]:
+    """The mask of a case, and the key lengths it stands for."""
+    generator = torch.Generator().manual_seed(2)
+    if kind == "lengths":
+        lengths = torch.randint(s // 4, s + 1, (b,), generator=generator, device="cpu")
+        mask = torch.arange(s, device="cpu") < lengths[:, None, None, None]
+        return mask.to(torch.get_default_device()), lengths
+    if kind == "bool":
+        seen = torch.rand(1, 1, s, s, generator=generator, device="cpu") < 0.9
+        return seen.to(torch.get_default_device()), None
+    if kind == "additive":
+        bias = torch.randn(1, 1, s, s, generator=generator, device="cpu")
+        return bias.to(torch.get_default_device()), None
+    return None, None
+
+
+def attention(
+    b: int, h: int, s: int, d: int, kind: str = "", *, causal: bool = False, **options: Any
+) -> Case:
+    """Self-attention of `s` positions; `kind` is "", "bool", "additive" or "lengths"."""
+    backward = options.get("backward", False)
+    pairs = s * (s + 1) // 2 if causal else s * s
+    extra = f"_{kind}" if kind else ""
+    words = {"bool": " bool mask", "additive": " additive mask", "lengths": " key lengths"}
+    return Case(
+        f"attention_b{b}_h{h}_s{s}_d{d}" + extra + "_causal" * causal + "_fb" * backward,
+        "attention" + " causal" * (causal and not backward) + " fwd+bwd" * backward,
+        lambda nn: _SelfAttention(nn, *_mask(kind, b, s), causal),
+        (3, b, h, s, d),
+        label=f"attention {b}×{h}×{s}×{d}"
+        + words.get(kind, "")
+        + " causal" * causal
+        + " fwd+bwd" * backward,
+        flops=4 * b * h * pairs * d,
+        **options,
+    )
+
+
+def decode(h: int, groups: int, keys: int, d: int, **options: Any) -> Case:
+    """One new position on a cache."""
+    shared = f":{groups}" if groups != h else ""
+    return Case(
+        f"attention_decode_h{h}{shared.replace(':', 'g')}_kv{keys}_d{d}",
+        "attention decode",
+        lambda nn: _Decode(nn, 1, groups, keys, d),
+        (1, 1, h, 1, d),
+        label=f"decode {h}{shared} heads KV {keys} D {d}",
+        flops=4 * h * keys * d,
+        **options,
+    )
+
+
+def attentions() -> Iterable[Case]:
+    """The shapes of PERFORMANCE.md's table, and their masks."""
+    short, long = Target(1.25, 1.45), Target(1.1, 1.25)
+    yield attention(8, 12, 128, 64, target=short, quick=True)
+    yield attention(8, 12, 128, 64, "lengths", target=Target(1.7, 2.1))
+    for kind in ("", "bool", "additive"):
+        yield attention(4, 12, 512, 64, kind, target=long)
+    yield attention(4, 12, 512, 64, "lengths", target=Target(1.7, 2.1))
+    yield attention(1, 16, 2048, 64, target=long)
+    yield attention(4, 12, 512, 64, causal=True)
+    yield attention(1, 12, 1024, 64, causal=True, quick=True)
+    yield attention(1, 16, 2048, 64, causal=True, target=Target(1.35, 1.55))
+    for keys in (512, 2048, 8192):
+        goal = Target(1.4, 1.65) if keys == 8192 else None
+        yield decode(12, 12, keys, 64, target=goal, quick=keys == 2048)
+    yield decode(32, 8, 2048, 64)
+    yield attention(8, 12, 128, 64, backward=True, quick=True)
+    yield attention(4, 12, 512, 64, causal=True, backward=True)
