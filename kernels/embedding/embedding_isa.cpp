@@ -59,6 +59,8 @@ template <class T>
 void normalize(const EmbeddingSum<T>& e, const RowNorm<T>& norm, const DropoutRule* rule, T* work,
                T* y, T* means, T* invstds, int64_t first, int64_t last, bool past_caches) {
   const int64_t columns = e.columns;
+  // Locals stay in registers: a store of floats may change what a reference refers to.
+  const T *weight = norm.weight, *bias = norm.bias;
   T* factors = work + (columns + kRowPad - 1) / kRowPad * kRowPad;
   over_rows(e, first, last, [&](int64_t row) NNARCH_INLINE_LAMBDA {
     T mean, invstd;
@@ -69,8 +71,8 @@ void normalize(const EmbeddingSum<T>& e, const RowNorm<T>& norm, const DropoutRu
     const Vec<T> middle = broadcast(mean), scale = broadcast(invstd);
     over_columns<T>(columns, [&](int64_t c, int64_t n, int) NNARCH_INLINE_LAMBDA {
       Vec<T> v = (load(work + c) - middle) * scale;
-      if (norm.weight) v *= load_n(norm.weight + c, n);
-      if (norm.bias) v += load_n(norm.bias + c, n);
+      if (weight) v *= load_n(weight + c, n);
+      if (bias) v += load_n(bias + c, n);
       if (rule) v *= load(factors + c);
       put(to + c, v, n, past_caches);
     });
@@ -83,6 +85,7 @@ void normalize_grad(const EmbeddingSum<T>& e, const RowNorm<T>& norm, const Drop
                     T* work, const T* grad, const T* means, const T* invstds, T* dx, T* d_weight,
                     T* d_bias, int64_t first, int64_t last) {
   const int64_t columns = e.columns;
+  const T* weight = norm.weight;
   T* factors = work + (columns + kRowPad - 1) / kRowPad * kRowPad;
   over_rows(e, first, last, [&](int64_t row) NNARCH_INLINE_LAMBDA {
     const Sources<T> from(e, row);
@@ -97,7 +100,7 @@ void normalize_grad(const EmbeddingSum<T>& e, const RowNorm<T>& norm, const Drop
       if (rule) g *= load(factors + c);
       store(d_weight + c, load(d_weight + c) + g * x);
       store(d_bias + c, load(d_bias + c) + g);
-      if (norm.weight) g *= load_n(norm.weight + c, n);
+      if (weight) g *= load_n(weight + c, n);
       along_one.add(k, g);
       along_x.add(k, g * x);
       store(work + c, x);
