@@ -25,7 +25,14 @@ X, W, B = array(2, 6, 9, 8), array(4, 6, 3, 3), array(4)
 MEAN, VAR = array(6), np.abs(array(6)) + 0.5
 ROWS, MATRIX = array(5, 7), array(3, 7)
 INDICES = torch.arange(9 * 8).view(9, 8).expand(2, 6, 9, 8)  # of the unpooled pixels
+HEADS = (array(2, 3, 5, 8), array(2, 3, 7, 8), array(2, 3, 7, 6))
+TOKENS = np.array([[0, 4], [2, 2], [1, 3]])
 CLASSES = torch.tensor([0, 2, 1, 1, 0])
+
+
+def _tokens(like: Any) -> Any:
+    """Rows of a table, as the kind of array that the table is."""
+    return TOKENS if isinstance(like, np.ndarray) else torch.from_numpy(TOKENS)
 
 
 def _in_dtype(x: Any, loss: Any) -> Any:
@@ -67,6 +74,19 @@ CALLS = {
         lambda x, w: _in_dtype(x, F.linear_cross_entropy(x, w, CLASSES, reduction="none")),
         (ROWS, MATRIX),
     ),
+    "attention": (F.attention, HEADS),
+    "scaled_dot_product_attention": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        HEADS,
+    ),
+    "dropout": (lambda x: F.dropout(x, 0.3, training=False), (ROWS,)),
+    "embedding": (lambda w: F.embedding(_tokens(w), w), (ROWS,)),
+    "embedding_layer_norm": (
+        lambda w, p: F.embedding_layer_norm(_tokens(w), w, p),
+        (ROWS, array(2, 7)),
+    ),
+    "gated_activation": (F.gated_activation, (ROWS, array(5, 7))),
+    "gated_linear": (F.gated_linear, (ROWS, MATRIX, array(3, 7))),
     "local_response_norm": (lambda x: F.local_response_norm(x, 3), (X,)),
     "interpolate": (lambda x: F.interpolate(x, scale_factor=2), (X,)),
     "upsample": (lambda x: F.upsample(x, (5, 7), mode="bilinear"), (X,)),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nnarch import arrays, library
+from nnarch.kernels.linear.op import linear
 
 from . import reference
 from .autograd import not_differentiable, scaled
@@ -262,41 +263,54 @@ def cross_entropy(
 
 @arrays.public
 def linear_cross_entropy(
-    x: Tensor,
-    weight: Tensor,
+    input: Tensor,
+    linear_weight: Tensor,
     target: Tensor,
-    bias: Tensor | None = None,
     *,
-    class_weight: Tensor | None = None,
-    ignore_index: int = -100,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
     reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy of the logits ``x @ weight.T + bias``, which are never in memory as a whole.
+    """Cross-entropy of the logits of a linear layer, which are never in memory as a whole.
 
-    The loss of a language model's last layer at the memory of a few of its rows. Where the loss is
-    reduced and wants gradients, they are made in the forward: call it under `torch.no_grad` where
-    no backward will follow. Wijmans et al., 2024, Cut Your Losses in Large-Vocabulary Language
-    Models.
+    The arguments but the last are those of :func:`torch.nn.functional.linear_cross_entropy` of
+    torch 2.13. The loss of a language model's last layer at the memory of a few of its rows. Where
+    the loss is reduced and wants gradients, they are made in the forward: call it under
+    `torch.no_grad` where no backward will follow. Wijmans et al., 2024, Cut Your Losses in
+    Large-Vocabulary Language Models.
 
     Args:
-        x: ``[..., D]``; under `torch.autocast` rounded to its dtype, as weight and bias are.
-        weight: ``[V, D]``.
-        target: integers ``[...]``, classes from 0 to V - 1.
-        bias: ``[V]`` or None.
-        class_weight: ``[V]`` or None, as `weight` of :func:`cross_entropy`.
-        ignore_index, label_smoothing, z_loss, reduction: as of :func:`cross_entropy`.
+        input: ``[..., D]``; under `torch.autocast` rounded to its dtype, as the layer is.
+        linear_weight: ``[V, D]``; ``[V, d1, …, D]`` for a loss at several places of a sample.
+        target: integers ``[...]``, classes from 0 to V - 1. Probabilities, and several places, are
+            taken as :func:`cross_entropy` takes them, from logits in memory.
+        linear_bias: ``[V]``, ``[V, d1, …]`` or None.
+        weight: ``[V]`` or None, of the classes.
+        reduction, ignore_index, label_smoothing, z_loss: as of :func:`cross_entropy`; None is -100.
+        options: how torch's own function cuts its work; not used.
 
     Returns:
-        A scalar, or with "none" the shape of target; float32 where x is float16 or bfloat16. Its
-        gradient has no gradient of its own.
+        A scalar, or with "none" the shape of target; float32 where `input` is float16 or bfloat16.
+        Its gradient has no gradient of its own.
 
     Raises:
         ValueError: shapes that do not fit together, a target that is no class, a number outside
             its range.
         TypeError: arguments of the wrong type.
     """
+    ignore_index = -100 if ignore_index is None else ignore_index
+    if getattr(linear_weight, "ndim", 2) > 2 or (
+        torch.is_tensor(target) and target.is_floating_point()
+    ):
+        return _from_logits(
+            input, linear_weight, target, linear_bias, weight, reduction, ignore_index,
+            label_smoothing, z_loss,
+        )  # fmt: skip
+    x, class_weight, weight, bias = input, weight, linear_weight, linear_bias
     op = "linear_cross_entropy"
     code = _reduction(op, reduction)
     library.check_tensor(op, "x", x)
@@ -322,6 +336,31 @@ def linear_cross_entropy(
     numbers = (ignore_index, label_smoothing, z_loss, code)
     loss = linear_cross_entropy_op(rows, weight, bias, classes, weights, *numbers, wanted)[0]
     return loss.reshape(target.shape) if code == NONE else loss
+
+
+def _from_logits(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> Tensor:
+    """The same where every sample has several places, or targets are probabilities."""
+    flat_bias = None if bias is None else bias.reshape(-1)
+    logits = linear(x, weight.reshape(-1, weight.shape[-1]), flat_bias)
+    return cross_entropy(
+        logits.reshape(*x.shape[:-1], *weight.shape[:-1]),
+        target,
+        class_weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+    )
 
 
 def _reduction(op: str, name: Any, size_average: Any = None, reduce: Any = None) -> int:

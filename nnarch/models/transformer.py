@@ -173,7 +173,7 @@ class TransformerModel(Module):
         if type(self.output) is nnarch.nn.Linear:  # no logits in memory
             weight, bias = self.output.weight, self.output.bias
             return nnarch.functional.linear_cross_entropy(
-                y.flatten(0, 1), weight, wanted, bias, **options
+                y.flatten(0, 1), weight, wanted, linear_bias=bias, **options
             )
         return torch.nn.functional.cross_entropy(self.output(y).flatten(0, 1), wanted, **options)
 

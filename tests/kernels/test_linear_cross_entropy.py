@@ -59,15 +59,27 @@ SIZES = [
 ]
 
 
-def _theirs(x: Tensor, weight: Tensor, target: Tensor, bias=None, *, class_weight=None, **options):
-    if class_weight is not None:
-        class_weight = class_weight.to(x.dtype)
-    logits = TF.linear(x, weight, bias)
-    return TF.cross_entropy(logits.flatten(0, -2), target.flatten(), class_weight, **options)
+def _theirs(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias=None,
+    weight=None,
+    **options,
+):
+    if weight is not None:
+        weight = weight.to(input.dtype)
+    logits = TF.linear(input, linear_weight, linear_bias)
+    return TF.cross_entropy(logits.flatten(0, -2), target.flatten(), weight, **options)
 
 
 def _problem(n: int, d: int, v: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
-    tensors = {"x": torch.randn(n, d), "weight": torch.randn(v, d), "bias": torch.randn(v)}
+    tensors = {
+        "input": torch.randn(n, d),
+        "linear_weight": torch.randn(v, d),
+        "linear_bias": torch.randn(v),
+    }
     target = torch.randint(0, v, (n,))
     if n > 2:
         target[1] = -100
@@ -82,11 +94,11 @@ def test_forward_and_backward(reduction, dtype):
         if reduction == "mean" and size[0] == 0:
             continue  # 0/0
         options = {"reduction": reduction, "label_smoothing": smoothing}
-        options["class_weight"] = torch.rand(size[2]).to(dtype) if weighted else None
+        options["weight"] = torch.rand(size[2]).to(dtype) if weighted else None
         grad = torch.randn((size[0],) if reduction == "none" else ())
         ulps = max(16.0, ulps_of_sum(size[1], dtype) or 0) if dtype == torch.float32 else 512
         for bias in (True, False):
-            given = tensors if bias else {n: t for n, t in tensors.items() if n != "bias"}
+            given = tensors if bias else {n: t for n, t in tensors.items() if n != "linear_bias"}
             compare(
                 lambda target=target, options=options, **t: F.linear_cross_entropy(
                     target=target, **t, **options
@@ -136,7 +148,7 @@ def test_sequences_and_strided_targets():
         torch.testing.assert_close(mine, theirs.view(3, 4) if reduction == "none" else theirs)
 
 
-@pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
+@pytest.mark.parametrize("frozen", ["input", "linear_weight", "linear_bias"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_only_what_is_wanted(reduction, frozen):
     """A gradient that nobody wants is not made."""
@@ -148,7 +160,7 @@ def test_only_what_is_wanted(reduction, frozen):
         loss = function(target=target, reduction=reduction, **leaves)
         if function is F.linear_cross_entropy and reduction == "mean":
             empty = [t.numel() == 0 for t in loss.grad_fn.saved_tensors[:3]]
-            assert empty == [n == frozen for n in ("x", "weight", "bias")]
+            assert empty == [n == frozen for n in ("input", "linear_weight", "linear_bias")]
         results.append(torch.autograd.grad(loss.sum(), wanted))
     torch.testing.assert_close(*results)
 
@@ -173,14 +185,16 @@ def test_gradcheck(reduction):
     target = torch.tensor([0, 129, -100, 3, 127])
     options = {"reduction": reduction, "label_smoothing": 0.2, "z_loss": 0.1}
     assert gradcheck(
-        lambda x, w, b: F.linear_cross_entropy(x, w, target, b, **options), leaves, fast_mode=True
+        lambda x, w, b: F.linear_cross_entropy(x, w, target, linear_bias=b, **options),
+        leaves,
+        fast_mode=True,
     )
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_no_second_derivative(reduction):
     tensors, target = _problem(5, 3, 13, torch.float32)
-    x = tensors["x"].requires_grad_()
+    x = tensors["input"].requires_grad_()
     loss = F.linear_cross_entropy(target=target, reduction=reduction, **tensors).sum()
     (dx,) = torch.autograd.grad(loss, x, create_graph=True)
     with pytest.raises(
@@ -221,7 +235,11 @@ def test_threads(threads):
             leaves = [t.requires_grad_() for t in tensors.values()]
             for reduction in ("mean", "none"):
                 loss = F.linear_cross_entropy(
-                    *leaves[:2], target, leaves[2], reduction=reduction, label_smoothing=0.1
+                    *leaves[:2],
+                    target,
+                    linear_bias=leaves[2],
+                    reduction=reduction,
+                    label_smoothing=0.1,
                 )
                 results.append([loss, *torch.autograd.grad(loss.sum(), leaves)])
     finally:
@@ -232,10 +250,15 @@ def test_threads(threads):
 
 def test_compile_and_functorch():
     tensors, target = _problem(6, 8, 19, torch.float32)
-    x = tensors["x"].requires_grad_()
+    x = tensors["input"].requires_grad_()
 
     def step(x: Tensor) -> Tensor:
-        return F.linear_cross_entropy(x * 2, tensors["weight"], target, tensors["bias"]) * 3
+        return (
+            F.linear_cross_entropy(
+                x * 2, tensors["linear_weight"], target, linear_bias=tensors["linear_bias"]
+            )
+            * 3
+        )
 
     expected = torch.autograd.grad(step(x), x)[0]
     torch._dynamo.reset()
@@ -246,7 +269,7 @@ def test_compile_and_functorch():
 
 def test_autocast():
     tensors, target = _problem(6, 8, 19, torch.float32)
-    weight = tensors["weight"].requires_grad_()
+    weight = tensors["linear_weight"].requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = F.linear_cross_entropy(target=target, **tensors)
     loss.backward()
@@ -304,16 +327,20 @@ OP = "linear_cross_entropy: "
 BAD = [
     (ValueError, OP + "target must be a class from 0 to 4 .*got 5", (X, W, T + 5), {}),
     (ValueError, OP + r"x must be \[..., D\] and target", (X, W, T[:2]), {}),
-    (TypeError, OP + "target must be integers, got torch.float32", (X, W, T.float()), {}),
     (TypeError, OP + "target must be a tensor, got list", (X, W, [0]), {}),
     (ValueError, OP + r"the last size of x \(4\)", (X, W[:, :3], T), {}),
     (ValueError, OP + r"x must be \[samples, D\] and weight \[V, D\]", (X, W[0], T), {}),
     (ValueError, OP + "weight must have classes", (X, W[:0], T), {}),
     (TypeError, OP + "weight must be torch.float32 as x", (X, W.double(), T), {}),
     (TypeError, OP + "x must be floating point", (X.int(), W, T), {}),
-    (ValueError, OP + r"bias must have the shape \(5,\)", (X, W, T, torch.ones(4)), {}),
-    (TypeError, OP + "bias must be a tensor", (X, W, T, 1.0), {}),
-    (ValueError, OP + "class_weight", (X, W, T), {"class_weight": torch.ones(4)}),
+    (
+        ValueError,
+        OP + r"bias must have the shape \(5,\)",
+        (X, W, T),
+        {"linear_bias": torch.ones(4)},
+    ),
+    (TypeError, OP + "bias must be a tensor", (X, W, T), {"linear_bias": 1.0}),
+    (ValueError, OP + "class_weight", (X, W, T), {"weight": torch.ones(4)}),
     (ValueError, OP + "reduction .*None", (X, W, T), {"reduction": None}),
     (ValueError, OP + "label_smoothing .*-0.1", (X, W, T), {"label_smoothing": -0.1}),
     (TypeError, OP + "ignore_index", (X, W, T), {"ignore_index": "none"}),
@@ -354,14 +381,34 @@ def test_every_isa(isa):
 
 
 def test_module():
-    loss = nnarch.nn.LinearCrossEntropyLoss(label_smoothing=0.1, reduction="sum")
-    assert repr(loss) == (
-        "LinearCrossEntropyLoss(ignore_index=-100, reduction='sum', label_smoothing=0.1, "
-        "z_loss=0.0)"
-    )
-    head = torch.nn.Linear(8, 19)
+    torch.manual_seed(0)
+    loss = nnarch.nn.LinearCrossEntropyLoss(8, 19, bias=True, label_smoothing=0.1, reduction="sum")
+    assert "num_classes=19" in repr(loss)
+    assert "label_smoothing=0.1" in repr(loss)
+    head = loss.linear
     x, target = torch.randn(3, 5, 8), torch.randint(0, 19, (3, 5))
-    expected = _theirs(x, head.weight, target, head.bias, label_smoothing=0.1, reduction="sum")
-    torch.testing.assert_close(loss(x, head.weight, target, head.bias), expected)
+    options = {"label_smoothing": 0.1, "reduction": "sum"}
+    expected = _theirs(x, head.weight, target, linear_bias=head.bias, **options)
+    torch.testing.assert_close(loss(x, target), expected)
     with pytest.raises(ValueError, match="LinearCrossEntropyLoss: reduction"):
-        nnarch.nn.LinearCrossEntropyLoss(reduction="average")
+        nnarch.nn.LinearCrossEntropyLoss(8, 19, reduction="average")
+    with pytest.raises(ValueError, match="LinearCrossEntropyLoss: label_smoothing"):
+        nnarch.nn.LinearCrossEntropyLoss(8, 19, label_smoothing=1.5)
+    with pytest.raises(ValueError, match=r"LinearCrossEntropyLoss: weight must have the shape"):
+        nnarch.nn.LinearCrossEntropyLoss(8, 19, weight=torch.ones(3))
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.nn, "LinearCrossEntropyLoss"), reason="torch.nn has had the class since 2.13"
+)
+@pytest.mark.parametrize("places", [(), (4, 3)])
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_module_is_a_twin_of_torchs(places, probabilities):
+    options = {"out_features": places, "bias": True, "weight": torch.rand(10)}
+    ours = nnarch.nn.LinearCrossEntropyLoss(5, 10, **options)
+    theirs = torch.nn.LinearCrossEntropyLoss(5, 10, **options)
+    ours.load_state_dict(theirs.state_dict())
+    x, target = torch.randn(6, 5), torch.randint(0, 10, (6, *places))
+    if probabilities:
+        target = torch.randn(6, 10, *places).softmax(1)
+    torch.testing.assert_close(ours(x, target), theirs(x, target))
