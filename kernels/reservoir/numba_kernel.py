@@ -1,243 +1,204 @@
-"""GPU launchers of sparse reservoirs (Numba-CUDA), and how the work is cut.
+"""The Numba-CUDA kernels of sparse reservoirs. All arrays are flat; see numba_scan.py.
 
-The matrix goes to the kernels in slices of 32 rows, sorted by length: entry k of the 32 rows lies
-side by side, so that a warp reads it in one transaction, and its rows end together.
-
-Two kernels (numba_scan.py), one scan each:
-
-- "shared": a block for each batch row; the state is in shared memory, steps are separated by
-  barriers of the block. For many sequences, or reservoirs that one processor gets through quickly.
-- "grid": all blocks together work on all batch rows; the state is in global memory (that is, in the
-  second-level cache), steps are separated by a barrier of the grid. The launch is cooperative: it
-  must not have more blocks than the GPU holds at a time.
+Arguments of both:
+    values, columns, lengths, starts, rows: the matrix in slices of 32 rows.
+    w_in: [n, given + fed]; bias: [n]; x: [steps, batch, given], or [.., n] where `driven`.
+    leak, activation: the neuron, by its code in kernels/activation/kinds.py.
+    skip: steps whose states are not kept; states: [steps - skip, batch, n].
+    last: [batch, n], the state before the first step on entry, after the last on exit.
+    fed, y0, w_out, readout, b_out, y: the outputs that are fed back (none where fed is 0): y0
+        [batch, fed], w_out [fed, readout], b_out [fed], y [steps, batch, fed].
 """
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-from typing import Any
+import functools
+import math
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from numba import cuda, float32, float64, int64
 
-from nnarch import library
-from nnarch.kernels.gpu import numba_support
-
-from .numba_scan import GRID_THREADS, SHARED_THREADS, WARP, kernels
-
-SHARED_BYTES = 48 << 10  # what a block may have without asking for more
-SMALL = 2048  # neurons that one block gets through faster than a grid barrier takes
-
-
-@dataclass(frozen=True)
-class Slices:
-    """A matrix as the kernels read it."""
-
-    values: Tensor  # [entries]
-    columns: Tensor  # [entries], int32; n for padding, where the state has a zero
-    lengths: Tensor  # [slices], int32
-    starts: Tensor  # [slices], int64: the slice's first entry
-    rows: Tensor  # [slices * 32], int32; n for rows that a slice lacks
+WARP = 32
+GRID_THREADS = 256  # of a block of the grid kernel
+# Of a block of the shared kernel, at most. A thread takes 137 registers; of 512 or 1024 threads
+# each would have 128 or 64, and spill.
+SHARED_THREADS = 256
+_TANH, _SIGMOID, _RELU = 9, 10, 1
 
 
-def slices(values: Tensor, columns: Tensor, rows: Tensor) -> Slices:
-    """Cut compressed rows into slices, with torch, where the matrix is."""
-    n, device = rows.numel() - 1, values.device
-    first, lengths = rows[:-1].long(), rows.long().diff()
-    order = torch.argsort(lengths, descending=True, stable=True)
-    count = -(-n // WARP)
-    padded = torch.full((count * WARP,), n, dtype=torch.int64, device=device)
-    padded[:n] = order
-    of_row = torch.cat((lengths, lengths.new_zeros(1)))[padded].view(count, WARP)
-    longest = of_row[:, 0]  # sorted: the first row of a slice is its longest
-    starts = torch.cat((longest.new_zeros(1), (longest * WARP).cumsum(0)[:-1]))
-    entries = int((longest * WARP).sum()) if n else 0
-    place = torch.arange(entries, device=device)
-    slice_of = torch.repeat_interleave(torch.arange(count, device=device), longest * WARP)
-    k = (place - starts[slice_of]) // WARP
-    row = padded[slice_of * WARP + (place - starts[slice_of]) % WARP]
-    there = k < torch.cat((lengths, lengths.new_zeros(1)))[row]
-    source = (torch.cat((first, first.new_zeros(1)))[row] + k)[there]
-    packed_values = values.new_zeros(entries)
-    packed_values[there] = values[source]
-    packed_columns = torch.full((entries,), n, dtype=torch.int32, device=device)
-    packed_columns[there] = columns[source]
-    return Slices(
-        packed_values, packed_columns, longest.to(torch.int32), starts, padded.to(torch.int32)
-    )
+class Kernels(NamedTuple):
+    """The two kernels of one type of number."""
+
+    shared: Any
+    grid: Any
+    signature_shared: Any
+    signature_grid: Any
 
 
-def reservoir_pack(values: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
-    """Nothing: the GPU's slices are cut in every call, which costs less than a few steps."""
-    numba_support.check_device("reservoir_pack", values)
-    return values.new_empty(0, dtype=_compute(values))
+@functools.cache
+def kernels(dtype: torch.dtype) -> Kernels:
+    """The kernels that compute in float32 or float64."""
+    number = float64 if dtype == torch.float64 else float32
+    one, zero = number(1.0), number(0.0)
 
+    @cuda.jit(device=True)
+    def respond(z, activation):
+        if activation == _TANH:
+            return math.tanh(z)
+        if activation == _SIGMOID:
+            return one / (one + math.exp(-z))
+        if activation == _RELU and z < zero:
+            return zero
+        return z
 
-def reservoir_scan(
-    x: Tensor,
-    w_in: Tensor | None,
-    bias: Tensor | None,
-    values: Tensor,
-    columns: Tensor,
-    rows: Tensor,
-    packed: Tensor | None,
-    state0: Tensor,
-    leak: float,
-    activation: int,
-    skip: int,
-) -> tuple[Tensor, Tensor]:
-    """Launch a scan; see op.py for the arguments."""
-    numba_support.check_device("reservoir_scan", x, values, state0)
-    kept = max(0, x.shape[0] - skip)
-    states = x.new_empty((kept, *state0.shape), dtype=_compute(x))
-    nothing = states.new_empty(1)
-    last = _launch(
-        x, w_in, bias, slices(values, columns, rows), state0, leak, activation, skip, states,
-        0, nothing, nothing, 0, nothing, nothing,
+    @cuda.jit(device=True)
+    def drive(row, t, b, w_in, bias, x, driven, given, batch, n, fed, y0, y):
+        """What a neuron receives from outside in a step."""
+        z = bias[row]
+        if driven:
+            return z + x[(t * batch + b) * n + row]
+        width = given + fed
+        for i in range(given):
+            z += w_in[row * width + i] * x[(t * batch + b) * given + i]
+        for o in range(fed):
+            before = y0[b * fed + o] if t == 0 else y[((t - 1) * batch + b) * fed + o]
+            z += w_in[row * width + given + o] * before
+        return z
+
+    @cuda.jit(device=True)
+    def multiply(z, slice_, lane, values, columns, lengths, starts, state, offset):
+        """z plus a row of the matrix times a state."""
+        at = starts[slice_] + lane
+        for _ in range(lengths[slice_]):
+            z += values[at] * state[offset + columns[at]]
+            at += WARP
+        return z
+
+    @cuda.jit(device=True)
+    def partial_output(
+        o, first, step, t, b, state, offset, n, given, batch, fed, x, y0, y, w_out, readout
+    ):
+        """A thread's share of an output: every `step`-th feature from `first` on."""
+        total = zero
+        for i in range(first, n, step):
+            total += w_out[o * readout + i] * state[offset + i]
+        for i in range(n + first, readout, step):
+            j = i - n
+            if j < given:
+                value = x[(t * batch + b) * given + j]
+            elif t == 0:
+                value = y0[b * fed + j - given]
+            else:
+                value = y[((t - 1) * batch + b) * fed + j - given]
+            total += w_out[o * readout + i] * value
+        return total
+
+    @cuda.jit(device=True)
+    def add_up(memory, first, thread, threads):
+        """The sum of every thread's number, in a fixed order, for thread 0; the block calls it."""
+        if thread < WARP:
+            for i in range(thread + WARP, threads, WARP):
+                memory[first + thread] += memory[first + i]
+        cuda.syncthreads()
+        total = zero
+        if thread == 0:
+            for i in range(WARP):
+                total += memory[first + i]
+        return total
+
+    @cuda.jit
+    def scan_shared(
+        values, columns, lengths, starts, rows, w_in, bias, x, driven, given, leak, activation,
+        steps, batch, n, skip, states, last, fed, y0, w_out, readout, b_out, y,
+    ):  # fmt: skip
+        b, thread, threads = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
+        lane, warp, warps = thread % WARP, thread // WARP, threads // WARP
+        memory = cuda.shared.array(0, dtype=number)  # two states, then a number of each thread
+        slices, sums = (n + WARP - 1) // WARP, 2 * (n + 1)
+        stay, rate = number(1.0 - leak), number(leak)
+        for i in range(thread, n, threads):
+            memory[i] = last[int64(b) * n + i]
+        if thread == 0:
+            memory[n] = zero
+            memory[2 * n + 1] = zero
+        cuda.syncthreads()
+        old, new = 0, n + 1
+        for t in range(int64(steps)):
+            for s in range(warp, slices, warps):
+                row = rows[s * WARP + lane]
+                if row < n:
+                    z = drive(row, t, b, w_in, bias, x, driven, given, batch, n, fed, y0, y)
+                    z = multiply(z, s, lane, values, columns, lengths, starts, memory, old)
+                    value = stay * memory[old + row] + rate * respond(z, activation)
+                    memory[new + row] = value
+                    if t >= skip:
+                        states[((t - skip) * batch + b) * n + row] = value
+            cuda.syncthreads()
+            old, new = new, old
+            for o in range(fed):
+                memory[sums + thread] = partial_output(
+                    o, thread, threads, t, b, memory, old, n, given, batch, fed, x, y0, y, w_out,
+                    readout,
+                )  # fmt: skip
+                cuda.syncthreads()
+                total = add_up(memory, sums, thread, threads)
+                if thread == 0:
+                    y[(t * batch + b) * fed + o] = total + b_out[o]
+                cuda.syncthreads()
+        for i in range(thread, n, threads):
+            last[int64(b) * n + i] = memory[old + i]
+
+    @cuda.jit
+    def scan_grid(
+        values, columns, lengths, starts, rows, w_in, bias, x, driven, given, leak, activation,
+        steps, batch, n, skip, states, last, fed, y0, w_out, readout, b_out, y, work,
+    ):  # fmt: skip
+        grid = cuda.cg.this_grid()
+        sums = cuda.shared.array(GRID_THREADS, dtype=number)
+        thread, threads = cuda.grid(1), cuda.gridsize(1)
+        lane, warp, warps = thread % WARP, thread // WARP, threads // WARP
+        slices = (n + WARP - 1) // WARP
+        stay, rate = number(1.0 - leak), number(leak)
+        for i in range(thread, int64(batch) * n, threads):
+            work[i // n * (n + 1) + i % n] = last[i]
+        grid.sync()
+        old, new = int64(0), int64(batch) * (n + 1)
+        for t in range(int64(steps)):
+            for item in range(warp, int64(batch) * slices, warps):
+                b, s = item // slices, item % slices
+                row = rows[s * WARP + lane]
+                if row < n:
+                    at = b * (n + 1)
+                    z = drive(row, t, b, w_in, bias, x, driven, given, batch, n, fed, y0, y)
+                    z = multiply(z, s, lane, values, columns, lengths, starts, work, old + at)
+                    value = stay * work[old + at + row] + rate * respond(z, activation)
+                    work[new + at + row] = value
+                    if t >= skip:
+                        states[((t - skip) * batch + b) * n + row] = value
+            grid.sync()
+            old, new = new, old
+            if fed:
+                for item in range(cuda.blockIdx.x, int64(batch) * fed, cuda.gridDim.x):
+                    b, o, me = item // fed, item % fed, cuda.threadIdx.x
+                    sums[me] = partial_output(
+                        o, me, cuda.blockDim.x, t, b, work, old + b * (n + 1), n, given, batch,
+                        fed, x, y0, y, w_out, readout,
+                    )  # fmt: skip
+                    cuda.syncthreads()
+                    total = add_up(sums, 0, me, cuda.blockDim.x)
+                    if me == 0:
+                        y[(t * batch + b) * fed + o] = total + b_out[o]
+                    cuda.syncthreads()
+                grid.sync()
+        for i in range(thread, int64(batch) * n, threads):
+            last[i] = work[old + i // n * (n + 1) + i % n]
+
+    from numba import int32
+
+    f, i4, i8 = number[::1], int32[::1], int64[::1]
+    signature = (
+        f, i4, i4, i8, i4, f, f, f, int64, int64, float64, int64, int64, int64, int64, int64, f, f,
+        int64, f, f, int64, f, f,
     )  # fmt: skip
-    return states.to(x.dtype), last.to(x.dtype)
-
-
-def reservoir_generate(
-    x: Tensor,
-    y0: Tensor,
-    w_in: Tensor,
-    bias: Tensor | None,
-    values: Tensor,
-    columns: Tensor,
-    rows: Tensor,
-    packed: Tensor | None,
-    state0: Tensor,
-    w_out: Tensor,
-    b_out: Tensor | None,
-    leak: float,
-    activation: int,
-) -> tuple[Tensor, Tensor]:
-    """Launch a free run; see op.py for the arguments."""
-    numba_support.check_device("reservoir_generate", x, values, state0)
-    fed = y0.shape[1]
-    y = x.new_empty((x.shape[0], x.shape[1], fed), dtype=_compute(x))
-    if b_out is None:
-        b_out = x.new_zeros(fed)
-    last = _launch(
-        x, w_in, bias, slices(values, columns, rows), state0, leak, activation, x.shape[0], None,
-        fed, y0, w_out, w_out.shape[1], b_out, y,
-    )  # fmt: skip
-    return y.to(x.dtype), last.to(x.dtype)
-
-
-# -------------------------------------------------------------------------------------- launches
-
-
-def _compute(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _launch(
-    x: Tensor, w_in: Tensor | None, bias: Tensor | None, matrix: Slices, state0: Tensor,
-    leak: float, activation: int, skip: int, states: Tensor | None, fed: int, y0: Tensor,
-    w_out: Tensor, readout: int, b_out: Tensor, y: Tensor,
-) -> Tensor:  # fmt: skip
-    steps, batch, given = x.shape
-    n, dtype = state0.shape[1], _compute(x)
-
-    def operand(t: Tensor | None, zeros: int = 1) -> Tensor:
-        """In the type that is computed in, flat, never empty: a kernel's pointer must be one."""
-        if t is None or t.numel() == 0:
-            return x.new_zeros(max(1, zeros), dtype=dtype)
-        return t.detach().to(dtype).contiguous().view(-1)
-
-    last = state0.detach().to(dtype).clone(memory_format=torch.contiguous_format)
-    if steps == 0 or batch == 0 or n == 0:
-        return last
-    flat_states = states.view(-1) if states is not None and states.numel() else operand(None)
-    empty = x.new_zeros(1, dtype=torch.int32)
-    arguments = (
-        operand(matrix.values),
-        matrix.columns if matrix.columns.numel() else empty,
-        matrix.lengths, matrix.starts, matrix.rows,
-        operand(w_in), operand(bias, n), operand(x), int(w_in is None), given,
-        leak, activation, steps, batch, n, skip, flat_states, last.view(-1),
-        fed, operand(y0), operand(w_out), readout, operand(b_out),
-        y.view(-1) if fed else operand(None),
-    )  # fmt: skip
-    with library_device(x):
-        if uses_shared(n, batch, dtype, x.device):
-            _launch_shared(dtype, batch, n, given, fed, arguments, x)
-        else:
-            _launch_grid(dtype, batch, n, fed, arguments, x)
-    return last
-
-
-def library_device(x: Tensor) -> Any:
-    """Make the device of `x` current."""
-    from nnarch.kernels.gpu.launch import device_guard
-
-    return device_guard(x)
-
-
-def uses_shared(n: int, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Which of the two kernels runs. NNARCH_RESERVOIR_KERNEL=shared|grid forces it, for tests."""
-    fits = _shared_bytes(n, dtype) <= SHARED_BYTES
-    forced = os.environ.get("NNARCH_RESERVOIR_KERNEL")
-    if forced == "shared" and not fits:
-        raise ValueError(f"reservoir: {n} neurons do not fit shared memory; use the grid kernel")
-    if forced in ("shared", "grid"):
-        return forced == "shared"
-    return fits and (n <= SMALL or batch >= _processors(device))
-
-
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _shared_bytes(n: int, dtype: torch.dtype) -> int:
-    """Two states, and a number of each thread for the readout."""
-    return (2 * (n + 1) + SHARED_THREADS) * (8 if dtype == torch.float64 else 4)
-
-
-def _launch_shared(
-    dtype: torch.dtype, batch: int, n: int, given: int, fed: int, arguments: tuple[Any, ...],
-    x: Tensor,
-) -> None:  # fmt: skip
-    library.ran.algorithm = "shared"
-    threads = WARP if numba_support.simulating() else min(SHARED_THREADS, -(-n // WARP) * WARP)
-    run = kernels(dtype).shared[batch, threads, numba_support.stream_of(x), _shared_bytes(n, dtype)]
-    run(*map(_argument, arguments))
-
-
-def _launch_grid(
-    dtype: torch.dtype, batch: int, n: int, fed: int, arguments: tuple[Any, ...], x: Tensor
-) -> None:
-    library.ran.algorithm = "grid"
-    # The state of odd steps; that of even steps is `last`. Both have a zero where padding points.
-    work = x.new_zeros(2 * batch * (n + 1), dtype=dtype)
-    arguments = (*arguments, work)
-    threads = WARP if numba_support.simulating() else GRID_THREADS
-    kernel = kernels(dtype).grid
-    limit = 1  # the simulator's barrier is that of one block
-    if not numba_support.simulating():
-        limit = numba_support.resident_blocks(kernel, arguments, threads)
-    blocks = min(limit, -(-batch * -(-n // WARP) * WARP // threads))
-    check_grid(blocks, limit)
-    run = kernel[blocks, threads, numba_support.stream_of(x)]
-    run(*map(_argument, arguments))
-
-
-def check_grid(blocks: int, limit: int) -> None:
-    """Refuse a grid whose barrier would wait for blocks that never start.
-
-    Raises:
-        ValueError: more blocks than the GPU holds at a time, or none at all.
-    """
-    if not 1 <= blocks <= limit:
-        raise ValueError(
-            f"reservoir: a cooperative grid of {blocks} blocks; this GPU holds {limit} at a time"
-        )
-
-
-def _argument(value: Any) -> Any:
-    return numba_support.as_array(value) if isinstance(value, Tensor) else value
+    return Kernels(scan_shared, scan_grid, signature, (*signature, f))

@@ -15,7 +15,7 @@ from nnarch.kernels.activation import kinds
 
 from . import reference
 
-_GPU = "nnarch.kernels.reservoir.numba_kernel"
+_GPU = "nnarch.kernels.reservoir.numba_scan"
 ACTIVATIONS = {name: kinds.CODES[name] for name in ("tanh", "sigmoid", "relu", None)}
 
 # --------------------------------------------------------------------------------------- checks

@@ -18,25 +18,25 @@ from nnarch.kernels.reservoir import numba_kernel, numba_scan
 @pytest.mark.parametrize("capability", numba_support.CAPABILITIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_reservoir(dtype, capability):
-    found = numba_scan.kernels(dtype)
+    found = numba_kernel.kernels(dtype)
     shared = numba_support.compile_to_ptx(found.shared, found.signature_shared, capability)
     grid = numba_support.compile_to_ptx(found.grid, found.signature_grid, capability)
     assert "cudaCGSynchronize" in grid and "cudaCGSynchronize" not in shared
     if numba_support.assembler() is None:
         pytest.skip("no ptxas: triton is not installed")
     usage = numba_support.assemble(shared, capability)
-    assert usage.spilled == 0 and usage.registers * numba_scan.SHARED_THREADS <= 65536
+    assert usage.spilled == 0 and usage.registers * numba_kernel.SHARED_THREADS <= 65536
     usage = numba_support.assemble(grid, capability)
     assert usage.spilled == 0
     # The cooperative launch is legal: at least one block a processor is resident.
     blocks = numba_support.cooperative_grid_limit(
         capability,
-        threads=numba_scan.GRID_THREADS,
+        threads=numba_kernel.GRID_THREADS,
         registers=usage.registers,
         shared_bytes=usage.shared,
         processors=1,
     )
     assert blocks >= 1
-    numba_kernel.check_grid(blocks, blocks)
+    numba_scan.check_grid(blocks, blocks)
     with pytest.raises(ValueError, match="cooperative grid"):
-        numba_kernel.check_grid(blocks + 1, blocks)
+        numba_scan.check_grid(blocks + 1, blocks)

@@ -12,7 +12,7 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
 
 import nnarch
 from nnarch.kernels.activation import kinds
-from nnarch.kernels.reservoir import numba_kernel, reference
+from nnarch.kernels.reservoir import numba_scan, reference
 
 
 def problem(n, batch, steps, dtype):
@@ -84,7 +84,7 @@ def test_nan_stays_in_its_batch_row(kernel):
 def test_slices_hold_every_entry():
     w, _, _ = problem(70, 1, 1, torch.float32)
     values, columns, rows = w
-    cut = numba_kernel.slices(values, columns, rows)
+    cut = numba_scan.slices(values, columns, rows)
     dense = torch.zeros(70, 71)
     for s, (start, length) in enumerate(zip(cut.starts, cut.lengths, strict=True)):
         for lane in range(32):
@@ -100,16 +100,16 @@ def test_slices_hold_every_entry():
 
 
 def test_a_grid_that_cannot_be_resident_is_refused():
-    numba_kernel.check_grid(4, 4)
+    numba_scan.check_grid(4, 4)
     for blocks, limit in ((5, 4), (0, 0)):
         with pytest.raises(ValueError, match=f"grid of {blocks} blocks; this GPU holds {limit}"):
-            numba_kernel.check_grid(blocks, limit)
+            numba_scan.check_grid(blocks, limit)
 
 
 def test_too_many_neurons_for_shared_memory(monkeypatch):
     monkeypatch.setenv("NNARCH_RESERVOIR_KERNEL", "shared")
     with pytest.raises(ValueError, match="do not fit shared memory"):
-        numba_kernel.uses_shared(7000, 1, torch.float32, torch.device("cpu"))
+        numba_scan.uses_shared(7000, 1, torch.float32, torch.device("cpu"))
     monkeypatch.delenv("NNARCH_RESERVOIR_KERNEL")
-    assert not numba_kernel.uses_shared(7000, 1, torch.float32, torch.device("cpu"))
-    assert numba_kernel.uses_shared(1000, 1, torch.float64, torch.device("cpu"))
+    assert not numba_scan.uses_shared(7000, 1, torch.float32, torch.device("cpu"))
+    assert numba_scan.uses_shared(1000, 1, torch.float64, torch.device("cpu"))
