@@ -88,7 +88,7 @@ cell = library.declare(
 
 def _check_backward(*arguments: Any) -> None:
     grads, inputs, (after, reserve, kind, _) = arguments[:2], arguments[2:9], arguments[9:]
-    _check(*inputs, None, kind, True)
+    _check(*inputs, None, kind, True)  # type: ignore[call-arg]
     op, x = kinds.NAMES[kind], inputs[0]
     of_h, of_c, of_reserve = _shapes(x, inputs[4], kind, True)
     given = {"grad_h": (grads[0], of_h), "grad_c": (grads[1], of_c), "after": (after, of_h),
@@ -141,5 +141,5 @@ def step(
             if t is not None and t.requires_grad:
                 save = True
                 break
-    h, c, _ = cell(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, packed, kind, save)
-    return h, c
+    out = cell(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, packed, kind, save)
+    return out[0], out[1]

@@ -33,7 +33,7 @@ def recurrent_cell(
     return step(input, h, c, w_ih, w_hh, b_ih, b_hh, packed, kind)
 
 
-def _autocast(x: Tensor, h: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
+def _autocast(x: Tensor, h: Tensor | None, *rest: Any) -> tuple[Any, ...]:
     """The tensors in one dtype, that of torch's result under autocast.
 
     On the CPU torch casts the products of its cells alone, so an LSTM or a GRU comes out in the

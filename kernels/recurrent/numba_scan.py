@@ -212,7 +212,7 @@ def _allow_shared_memory(kernel: object, arguments: tuple[object, ...], size: in
     (`set_shared_memory_carveout`).
     """
     import numba
-    from cuda.bindings import driver as binding
+    from cuda.bindings import driver as binding  # type: ignore[attr-defined]
     from numba.cuda.cudadrv.driver import driver
 
     types = tuple(numba.typeof(a) for a in arguments)

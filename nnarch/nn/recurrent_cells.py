@@ -40,7 +40,7 @@ class _Cell(RecurrentWeights, RNNCellBase):
 
     def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor]:
         """One step of a batch."""
-        p = self._parameters  # past nn.Module.__getattr__, 0.4 µs each
+        p: dict[str, Any] = self._parameters  # past nn.Module.__getattr__, 0.4 µs each
         try:
             weight_ih, weight_hh, bias_ih, bias_hh = (
                 p["weight_ih"], p["weight_hh"], p["bias_ih"], p["bias_hh"],
