@@ -142,5 +142,5 @@ def draw_maps(maps: Tensor, rows: list[str], columns: list[str], path: Path) -> 
         axes.set_yticks(range(len(rows)), rows if head == 0 else [""] * len(rows), fontsize=6)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
