@@ -36,21 +36,24 @@ from .triton_tiles import attention_table
 KEY_VALUE = attention_table(
     "attention_key_value",
     lambda m, n, stages: 2 * (n + stages * m),
+    64,
     half=[
         (64, 128, 8, 2, 0, 64, 0),
-        (32, 128, 8, 2, 64, 64, 64),
-        (32, 64, 8, 2, 128, 128, 128),
-        (32, 64, 8, 1, 128, 256, 128),
-        (16, 64, 8, 1, 256, 256, 256),
+        (32, 128, 8, 2, 64, 64, 0),
+        (32, 64, 8, 2, 128, 128, 0),
+        (32, 64, 8, 1, 128, 128, 64),
+        (16, 64, 8, 1, 128, 256, 256),
         (16, 32, 4, 1, 256, 256, 256),
     ],
     tf32=[
         (32, 64, 8, 2, 0, 64, 0),
-        (32, 64, 8, 1, 128, 128, 0),
-        (16, 64, 8, 1, 256, 256, 0),
+        (32, 64, 8, 1, 64, 64, 0),
+        (16, 64, 8, 1, 64, 256, 0),
+        (16, 32, 8, 1, 128, 256, 0),
+        (16, 16, 8, 1, 256, 256, 0),
     ],
     ieee=[
-        (32, 32, 8, 1, 256, 256, 128),
+        (32, 32, 8, 1, 256, 256, 0),
         (16, 32, 8, 1, 256, 256, 256),
         (16, 16, 8, 1, 256, 256, 256),
     ],
@@ -58,6 +61,7 @@ KEY_VALUE = attention_table(
 QUERY = attention_table(
     "attention_query",
     lambda m, n, stages: 2 * (m + stages * n),
+    64,
     half=[
         (128, 64, 8, 2, 64, 64, 64),
         (128, 32, 8, 2, 64, 128, 128),
@@ -67,8 +71,9 @@ QUERY = attention_table(
     ],
     tf32=[
         (64, 32, 8, 2, 0, 128, 0),
-        (64, 32, 8, 1, 128, 128, 0),
-        (64, 16, 8, 1, 256, 256, 0),
+        (64, 32, 8, 1, 64, 128, 0),
+        (64, 16, 8, 1, 128, 256, 0),
+        (32, 16, 8, 1, 256, 256, 0),
     ],
     ieee=[(32, 32, 8, 1, 256, 256, 128), (16, 16, 8, 1, 256, 256, 256)],
 )
@@ -113,7 +118,7 @@ def prepare(
 ) -> Backward:
     """The arguments that all kernels have in common."""
     (batch, heads, length, depth), (_, groups, keys, _) = query.shape, key.shape
-    products, problem = product_arguments(query, value)
+    products, problem = product_arguments(query, value, widest=64)
     band = band_arguments(query, key, low, high)
     left = band.pop("LEFT")
     arguments = {

@@ -241,6 +241,7 @@ def _shared(m: int, n: int, stages: int) -> int:
 FORWARD = attention_table(
     "attention",
     _shared,
+    128,
     half=[
         (128, 128, 8, 2, 0, 64, 0),
         (128, 64, 8, 2, 64, 128, 128),
@@ -260,6 +261,7 @@ FORWARD = attention_table(
 DECODE = attention_table(
     "attention_decode",
     _shared,
+    128,
     half=[
         (16, 128, 4, 2, 128, 128, 128),
         (16, 64, 4, 2, 256, 256, 256),
@@ -296,12 +298,17 @@ def band_arguments(query: Tensor, key: Tensor, low: int, high: int) -> dict[str,
     return {"low": low, "high": high, "LEFT": low > 1 - length}
 
 
-def product_arguments(query: Tensor, value: Tensor) -> tuple[dict[str, object], Problem]:
-    """Widths of heads and how products are computed; a problem without its rows and columns."""
+def product_arguments(
+    query: Tensor, value: Tensor, widest: int
+) -> tuple[dict[str, object], Problem]:
+    """Widths of heads and how products are computed; a problem without its rows and columns.
+
+    `widest` is that of :func:`reads_chunks`.
+    """
     precision = dot_precision("matmul")
     widths = {"DEPTH": padded(query.shape[3]), "VALUE_DEPTH": padded(value.shape[3])}
     problem = Problem(0, 0, max(widths.values()), precision_of(query.dtype, precision))
-    return {**widths, "PRECISION": precision, "CHUNKS": reads_chunks(problem)}, problem
+    return {**widths, "PRECISION": precision, "CHUNKS": reads_chunks(problem, widest)}, problem
 
 
 def forward(
@@ -331,7 +338,7 @@ def forward(
     if parts > 1:
         into = query.new_empty((parts, *out.shape), dtype=torch.float32)
         into_lse = lse.new_empty((parts, *lse.shape))
-    products, problem = product_arguments(query, value)
+    products, problem = product_arguments(query, value, widest=128)
     problem = dataclasses.replace(problem, m=length * stack, n=keys)
     arguments = {
         **{"q_ptr": query, "k_ptr": key, "v_ptr": value, "lengths_ptr": key_lengths},

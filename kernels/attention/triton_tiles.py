@@ -28,13 +28,14 @@ TileRow = tuple[int, int, int, int, int, int, int]
 
 
 def attention_table(
-    name: str, shared: Callable[[int, int, int], int], **rows: list[TileRow]
+    name: str, shared: Callable[[int, int, int], int], widest: int, **rows: list[TileRow]
 ) -> TileTable:
     """A table of tiles of queries × keys.
 
     Args:
         name: of the table.
         shared: rows of a head in shared memory, from BLOCK_M, BLOCK_N and the stages.
+        widest: as of :func:`reads_chunks`.
         rows: by precision.
     """
     tiles, deepest = {}, {}
@@ -49,16 +50,18 @@ def attention_table(
         kind = 2 if target.backend == "hip" else int(target.operands == "shared")
         # AMD's pipeline keeps one stage in registers.
         stages = tile.num_stages - 1 if target.backend == "hip" else tile.num_stages
-        width = min(problem.k, CHUNK) if reads_chunks(problem) else problem.k
+        width = min(problem.k, CHUNK) if reads_chunks(problem, widest) else problem.k
         size = shared(tile["BLOCK_M"], tile["BLOCK_N"], max(1, stages)) * width * problem.itemsize
         return problem.k <= deepest[problem.precision, tile][kind] and size <= target.shared_bytes
 
     return TileTable(name, tiles, attention_cost, fits)
 
 
-def reads_chunks(problem: Problem) -> bool:
-    """Whether scores are multiplied chunk by chunk; problem.k is the padded width of a head."""
-    return problem.precision == "ieee" or (problem.precision == "tf32" and problem.k > 128)
+def reads_chunks(problem: Problem, widest: int) -> bool:
+    """Whether scores are multiplied chunk by chunk; problem.k is the padded width of a head, and
+    `widest` what TF32 products take whole; half types take twice as much."""
+    whole = {"ieee": 0, "tf32": widest, "half": 2 * widest}
+    return problem.k > whole[problem.precision]
 
 
 def attention_cost(problem: Problem, tile: Tile, target: Target) -> float:
