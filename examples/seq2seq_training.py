@@ -68,7 +68,8 @@ def train(
         console, name: for the progress bar.
 
     Returns:
-        The loss of every step, and the seconds that all of them took.
+        The loss of every step, and the seconds of processor time that all of them took: what else
+        the machine does makes no difference.
     """
     saved = checkpoint.load() or {"losses": [], "seconds": 0.0}
     losses, seconds = list(saved["losses"]), saved["seconds"]
@@ -78,11 +79,11 @@ def train(
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
         task = bar.add_task(name, total=recipe.steps, completed=len(losses))
         for step in range(len(losses), recipe.steps):
-            began = time.perf_counter()
+            began = time.process_time()
             losses.append(_step(model, loss, batch, recipe, optimizer, step))
             if schedule is not None:
                 schedule.step()
-            seconds += time.perf_counter() - began
+            seconds += time.process_time() - began
             bar.update(task, advance=1, description=f"{name}: loss {losses[-1]:.3f}")
             if len(losses) % SAVE_EVERY == 0 or len(losses) == recipe.steps:
                 checkpoint.save(losses=losses, seconds=seconds)

@@ -1,11 +1,12 @@
-"""A Transformer learns to translate, beside an LSTM of equal size trained for the same time.
+"""A Transformer learns to translate, beside an LSTM of equal size that is trained for as long.
 
     make example NAME=translation                        # English to Spanish, 31,000 verses
     make example NAME=translation ARGS="--language fr"   # English to French, a framework's texts
 
 Both models see the same sentences in the same pieces (a joint byte-pair vocabulary, learnt from the
-training sentences). They are judged by their perplexity on sentences that neither saw. A run that
-was killed goes on where it was, bit for bit; `--fresh` starts again.
+training sentences), for as many seconds of processor time. They are judged by their perplexity on
+sentences that neither saw. A run that was killed goes on where it was, bit for bit; `--fresh`
+starts again.
 """
 
 from __future__ import annotations
@@ -292,7 +293,7 @@ def main(
 
 def report(corpus: Corpus, runs: dict[str, tuple[nn.Module, int, float]]) -> None:
     """The table of both models."""
-    table = Table("model", "parameters", "steps", "seconds", "perplexity, unseen")
+    table = Table("model", "parameters", "steps", "CPU seconds", "perplexity, unseen")
     for name, (model, steps, seconds) in runs.items():
         found = perplexity(model, corpus)
         table.add_row(name, f"{count(model):,}", str(steps), f"{seconds:.0f}", f"{found:.2f}")
