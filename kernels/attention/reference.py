@@ -70,8 +70,8 @@ def attention_backward(
         d_mask = d_scores.sum_to_size(mask.shape).to(mask.dtype)
     else:
         d_mask = query.new_empty(0)
-    gradients = ((query, dq), (key, dk), (value, dv))
-    return *(new_output(t, t).copy_(d) for t, d in gradients), d_mask
+    dq, dk, dv = (new_output(t, t).copy_(d) for t, d in ((query, dq), (key, dk), (value, dv)))
+    return dq, dk, dv, d_mask
 
 
 def visible(query: Tensor, key: Tensor, key_lengths: Tensor | None, low: int, high: int) -> Tensor:

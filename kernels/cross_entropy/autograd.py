@@ -92,7 +92,7 @@ def _times(ready: Tensor, factor: float) -> Tensor:
 
 def _graph_is_kept() -> bool:
     """Whether a second backward may come, which wants the same gradients again."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
+    return torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
 
 
 def _not_twice(op: str, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
@@ -101,6 +101,6 @@ def _not_twice(op: str, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | 
 
     def marked(g: Tensor) -> Tensor:
         leaf = g.detach().requires_grad_()
-        return torch._C._functions.DelayedError(message, 1)(leaf)
+        return torch._C._functions.DelayedError(message, 1)(leaf)  # type: ignore[attr-defined]
 
     return tuple(None if g is None else marked(g) for g in gradients)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn._reduction import legacy_get_string
 
 from nnarch import arrays, library
 from nnarch.kernels.linear.op import linear
@@ -365,7 +366,7 @@ def _from_logits(
 
 def _reduction(op: str, name: Any, size_average: Any = None, reduce: Any = None) -> int:
     if size_average is not None or reduce is not None:
-        name = torch.nn._reduction.legacy_get_string(size_average, reduce)
+        name = legacy_get_string(size_average, reduce)
     if not isinstance(name, str) or name not in _REDUCTIONS:
         raise ValueError(f'{op}: reduction must be "none", "mean" or "sum", got {name!r}')
     return _REDUCTIONS[name]
@@ -390,7 +391,7 @@ def _target_sizes(op: str, input: Tensor, target: Tensor) -> torch.Size:
     if input.dim() < 1:
         raise ValueError(f"{op}: input must be [C], [N, C] or [N, C, d1, …], got a scalar")
     shape = input.shape
-    sizes = shape[:0] if input.dim() == 1 else torch.Size((shape[0], *shape[2:]))
+    sizes = torch.Size(() if input.dim() == 1 else (shape[0], *shape[2:]))
     expected = shape if target.is_floating_point() else sizes
     if not target.is_floating_point():
         check_integers(op, target)

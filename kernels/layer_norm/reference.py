@@ -115,7 +115,8 @@ def layer_norm_backward_backward(
 def row_dropout(x: Tensor, seed: Tensor, columns: int, dropout_p: float) -> Tensor:
     """x with each row's elements dropped, or multiplied by 1/(1 - p)."""
     rows = _rows(x, columns)
-    kept = rows * factors(seed, 1, *rows.shape, dropout_p, rows)[0]
+    count, width = rows.shape
+    kept = rows * factors(seed, 1, count, width, dropout_p, rows)[0]
     return kept.view(x.shape).to(x.dtype)
 
 

@@ -36,7 +36,7 @@ def register_transformers_attention() -> None:
     )  # boolean, and none where causality says it all
 
 
-def choose_attention(model: nn.Module) -> None:
+def choose_attention(model: Any) -> None:
     """Let a transformers model use nnarch's attention, where it can be chosen; others stay."""
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
