@@ -42,10 +42,10 @@ def _stack(values, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def _coefficients(ROW: tl.constexpr, index):
-    """ROW[index], of four."""
-    low = tl.where(index == 0, ROW[0], ROW[1])
-    high = tl.where(index == 2, ROW[2], ROW[3])
+def _coefficients(MATRIX: tl.constexpr, row: tl.constexpr, index):
+    """MATRIX[row][index], of four columns."""
+    low = tl.where(index == 0, MATRIX[row][0], MATRIX[row][1])
+    high = tl.where(index == 2, MATRIX[row][2], MATRIX[row][3])
     return tl.where(index < 2, low, high)
 
 
@@ -133,8 +133,8 @@ def _winograd_fused_kernel(
 
     for i in tl.static_range(2):
         for j in tl.static_range(2):
-            of_row = _coefficients(OUTPUT[i], point // 4)
-            of_column = _coefficients(OUTPUT[j], point % 4)
+            of_row = _coefficients(OUTPUT, i, point // 4)
+            of_column = _coefficients(OUTPUT, j, point % 4)
             out = tl.sum(acc * (of_row * of_column)[:, None, None], axis=0)
             write_tile(
                 out,
@@ -157,9 +157,12 @@ def _winograd_fused_kernel(
             )
 
 
+# Before 3.9, Triton multiplies no fewer than 16 float32 channels at a time.
+_STEP = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 16
+
 _FUSED_TILES = (
-    tile(8, 2, all_registers=True, BLOCK_M=32, BLOCK_N=32, BLOCK_K=8),
-    tile(4, 2, all_registers=True, BLOCK_M=16, BLOCK_N=32, BLOCK_K=8),
+    tile(8, 2, all_registers=True, BLOCK_M=32, BLOCK_N=32, BLOCK_K=_STEP),
+    tile(4, 2, all_registers=True, BLOCK_M=16, BLOCK_N=32, BLOCK_K=_STEP),
 )
 """One pixel a thread and step. With two of them the compiler lays the transformed tile out so that
 operands load 4 bytes at a time (259 loads for 1024 multiply-adds instead of 64 for 512)."""

@@ -88,13 +88,13 @@ def _transposed(matrix: Matrix) -> Matrix:
 
 
 @triton.jit
-def _row(values, first: tl.constexpr, step: tl.constexpr, ROW: tl.constexpr):
-    """Σ ROW[j]·values[first + j·step]."""
+def _row(values, first: tl.constexpr, step: tl.constexpr, MATRIX: tl.constexpr, row: tl.constexpr):
+    """Σ MATRIX[row][j]·values[first + j·step]. (Triton 3.6 takes no part of a constexpr tuple.)"""
     total = None
-    for j in tl.static_range(len(ROW)):
-        if ROW[j] != 0:
+    for j in tl.static_range(len(MATRIX[0])):
+        if MATRIX[row][j] != 0:
             value = values[first + j * step]
-            term = value if ROW[j] == 1 else value * ROW[j]
+            term = value if MATRIX[row][j] == 1 else value * MATRIX[row][j]
             total = term if total is None else total + term
     return total
 
@@ -106,11 +106,11 @@ def transform(values, MATRIX: tl.constexpr):
     columns = ()
     for i in tl.static_range(len(MATRIX)):
         for j in tl.static_range(n):
-            columns = columns + (_row(values, j, n, MATRIX[i]),)
+            columns = columns + (_row(values, j, n, MATRIX, i),)
     result = ()
     for i in tl.static_range(len(MATRIX)):
         for j in tl.static_range(len(MATRIX)):
-            result = result + (_row(columns, i * n, 1, MATRIX[j]),)
+            result = result + (_row(columns, i * n, 1, MATRIX, j),)
     return result
 
 

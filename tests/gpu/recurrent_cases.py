@@ -51,7 +51,7 @@ def arguments(
         random(proj, hidden, scale=hidden**-0.5) if proj else None,
         random(3, hidden) if peephole else None,
         1 + random(kinds.NORM_ROWS, hidden) if norm else None,
-        None if counts is None else torch.tensor(counts, dtype=torch.int64),
+        None if counts is None else torch.tensor(counts, dtype=torch.int64, device="cpu"),
     ]
 
 

@@ -8,12 +8,11 @@ from tolerances import assert_as_accurate
 from torch.nn import functional as F
 
 launch = pytest.importorskip("nnarch.kernels.gpu.launch", reason="needs triton")
+from triton_cases import DTYPES  # noqa: E402
+
 from nnarch import library  # noqa: E402
 from nnarch.kernels.activation import kinds, reference, triton_kernel  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="needs TRITON_INTERPRET=1")
-
-DTYPES = [torch.float32, torch.float16]
 ALPHA = 0.1
 FUNCTIONS = {
     "relu": F.relu,

@@ -20,8 +20,6 @@ from nnarch.kernels.attention import (  # noqa: E402
 from nnarch.kernels.attention.op import UNBOUNDED  # noqa: E402
 from nnarch.kernels.gpu import tiles  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="needs TRITON_INTERPRET=1")
-
 BAND = (-UNBOUNDED, UNBOUNDED)
 SHAPES = {  # batch, heads, key heads, queries, keys, depth, value depth
     "one": (1, 1, 1, 1, 1, 1, 1),

@@ -13,8 +13,6 @@ from nnarch import library  # noqa: E402
 from nnarch.kernels.capsule_routing import reference, triton_squash  # noqa: E402
 from nnarch.kernels.capsule_routing import triton_kernel as kernel  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="needs TRITON_INTERPRET=1")
-
 # B, I, D_in, O, D_out: no power of two anywhere, more input capsules than a split has, one of each.
 SHAPES = [(3, 21, 5, 5, 6), (17, 9, 4, 3, 7), (1, 1, 1, 1, 1), (2, 8, 3, 4, 16)]
 EMPTY = [(0, 7, 3, 4, 5), (2, 0, 3, 4, 5), (2, 7, 0, 4, 5), (2, 7, 3, 4, 0)]

@@ -23,8 +23,6 @@ from nnarch.kernels.conv_transpose2d import triton_phases  # noqa: E402
 from nnarch.kernels.gpu import tiles  # noqa: E402
 from nnarch.kernels.gpu.matmul import MATMUL, MATMUL_TILES  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="needs TRITON_INTERPRET=1")
-
 
 @dataclass(frozen=True)
 class Conv:

@@ -20,8 +20,6 @@ from nnarch.kernels.conv_transpose2d import reference, triton_kernel, triton_pha
 from nnarch.kernels.conv_transpose2d.op import output_size  # noqa: E402
 from nnarch.kernels.gpu import tiles  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="needs TRITON_INTERPRET=1")
-
 
 @dataclass(frozen=True)
 class Transposed:

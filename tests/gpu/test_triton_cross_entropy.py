@@ -12,8 +12,6 @@ launch = pytest.importorskip("nnarch.kernels.gpu.launch", reason="needs triton")
 from nnarch.kernels.cross_entropy import reference, triton_logits  # noqa: E402
 from nnarch.kernels.cross_entropy import triton_kernel as kernel  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="needs TRITON_INTERPRET=1")
-
 # Positions and classes of less than a block, and more; all three orders in memory.
 LOGITS = {
     "rows": lambda: torch.randn(5, 9),

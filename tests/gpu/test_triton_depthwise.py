@@ -20,8 +20,6 @@ from nnarch.kernels.depthwise import (  # noqa: E402
 )
 from nnarch.kernels.gpu import tiles  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="needs TRITON_INTERPRET=1")
-
 
 @dataclass(frozen=True)
 class Depthwise:

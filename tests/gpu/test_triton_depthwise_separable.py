@@ -14,8 +14,6 @@ from nnarch.kernels.conv2d.geometry import output_size  # noqa: E402
 from nnarch.kernels.depthwise_separable import reference, triton_kernel  # noqa: E402
 from nnarch.kernels.gpu import tiles  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="needs TRITON_INTERPRET=1")
-
 
 @dataclass(frozen=True)
 class Separable:

@@ -13,9 +13,7 @@ import nnarch  # noqa: E402
 from nnarch import functional as F  # noqa: E402
 from nnarch.kernels.embedding import reference, triton_fused, triton_kernel  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="needs TRITON_INTERPRET=1")
-
-SEED = torch.tensor([0x1234_5678_9ABC_DEF0])
+SEED = 0x1234_5678_9ABC_DEF0
 SIZES = [(5, 3, (2,)), (9, 16, (3, 7)), (3, 70, (40,)), (40, 300, (2, 9))]
 
 
@@ -73,6 +71,7 @@ def wide(arguments):
 @pytest.mark.parametrize("seed", [None, SEED], ids=["", "dropout"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_fused(columns, dtype, seed, normalize):
+    seed = None if seed is None else torch.tensor([seed])
     for positions in (False, True):
         arguments = fused_arguments(columns, dtype, seed, normalize, positions)
         with poisoned_memory():
@@ -88,6 +87,7 @@ def test_fused(columns, dtype, seed, normalize):
 @pytest.mark.parametrize("seed", [None, SEED], ids=["", "dropout"])
 def test_fused_backward(columns, dtype, seed, monkeypatch):
     monkeypatch.setattr(triton_fused, "_PARTS", 4)  # several rows a program
+    seed = None if seed is None else torch.tensor([seed])
     forward = fused_arguments(columns, dtype, seed, True, False)
     _, mean, invstd = reference.embedding_sum(*forward)
     *tables, gamma, _, _, scale, offset, _, _, _, p = forward

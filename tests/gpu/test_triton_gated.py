@@ -16,8 +16,6 @@ from nnarch.kernels.activation import triton_gated as gates  # noqa: E402
 from nnarch.kernels.gpu import tiles  # noqa: E402
 from nnarch.kernels.linear import reference, triton_gated  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="needs TRITON_INTERPRET=1")
-
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -21,8 +21,6 @@ from nnarch.kernels.linear import (  # noqa: E402
     triton_row,
 )
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="needs TRITON_INTERPRET=1")
-
 # Rows, input features, output features: one row, the swapped product (up to 32 rows), the product.
 SIZES = [
     (1, 1, 1),

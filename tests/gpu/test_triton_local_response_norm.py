@@ -11,8 +11,6 @@ from nnarch import library  # noqa: E402
 from nnarch.kernels.local_response_norm import reference  # noqa: E402
 from nnarch.kernels.local_response_norm import triton_kernel as kernel  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="needs TRITON_INTERPRET=1")
-
 # size, scale, beta, k
 NORMS = [
     (5, 0.2, 0.75, 2.0),

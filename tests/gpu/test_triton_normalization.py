@@ -8,6 +8,8 @@ from tolerances import assert_as_accurate
 from torch.nn import functional as F
 
 launch = pytest.importorskip("nnarch.kernels.gpu.launch", reason="needs triton")
+from triton_cases import DTYPES  # noqa: E402
+
 from nnarch import library  # noqa: E402
 from nnarch.kernels.activation import kinds  # noqa: E402
 from nnarch.kernels.normalization import (  # noqa: E402
@@ -17,11 +19,8 @@ from nnarch.kernels.normalization import (  # noqa: E402
     triton_reduce,
 )
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="needs TRITON_INTERPRET=1")
-
 EPS = 1e-3
 C = 5
-DTYPES = [torch.float32, torch.float16]
 LAYOUTS = {
     "nchw": lambda: torch.randn(3, C, 7, 11),
     "channels_last": lambda: torch.randn(3, C, 7, 11).contiguous(memory_format=torch.channels_last),

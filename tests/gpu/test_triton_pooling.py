@@ -8,6 +8,8 @@ from tolerances import assert_as_accurate
 from torch.nn import functional as F
 
 launch = pytest.importorskip("nnarch.kernels.gpu.launch", reason="needs triton")
+from triton_cases import DTYPES  # noqa: E402
+
 from nnarch import library  # noqa: E402
 from nnarch.kernels.pooling import (  # noqa: E402
     reference,
@@ -18,9 +20,6 @@ from nnarch.kernels.pooling import (  # noqa: E402
     triton_tile,
 )
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="needs TRITON_INTERPRET=1")
-
-DTYPES = [torch.float32, torch.float16]
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
 # kernel, stride, padding, dilation, ceil_mode

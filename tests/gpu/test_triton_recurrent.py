@@ -21,8 +21,6 @@ from nnarch.kernels.recurrent import (  # noqa: E402
     triton_step,
 )
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="needs TRITON_INTERPRET=1")
-
 KINDS = {"rnn_tanh": 0, "rnn_relu": 1, "lstm": 2, "gru": 3}
 PACKED = [4, 2, 2]
 

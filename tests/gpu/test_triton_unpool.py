@@ -10,8 +10,6 @@ launch = pytest.importorskip("nnarch.kernels.gpu.launch", reason="needs triton")
 from nnarch import library  # noqa: E402
 from nnarch.kernels.pooling import reference, triton_unpool  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="needs TRITON_INTERPRET=1")
-
 
 def check(x, indices, size):
     with poisoned_memory():

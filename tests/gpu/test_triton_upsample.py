@@ -11,8 +11,6 @@ from nnarch import library  # noqa: E402
 from nnarch.kernels.upsample import reference  # noqa: E402
 from nnarch.kernels.upsample import triton_kernel as kernel  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="needs TRITON_INTERPRET=1")
-
 # output size, scales
 SIZES = [
     ((10, 14), (2.0, 2.0)),

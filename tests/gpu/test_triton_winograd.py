@@ -25,8 +25,6 @@ from nnarch.kernels.conv2d.triton_winograd_points import winograd  # noqa: E402
 from nnarch.kernels.gpu import targets, tiles  # noqa: E402
 from nnarch.kernels.gpu.targets import TARGETS  # noqa: E402
 
-pytestmark = pytest.mark.skipif(not launch.INTERPRETED, reason="needs TRITON_INTERPRET=1")
-
 TILES = (2, 4)
 # As on the CPU (tests/kernels/test_winograd.py): beside torch's direct kernel, which on small sums
 # is nearly exact, some units in the last place of the largest output.
