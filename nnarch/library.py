@@ -109,6 +109,7 @@ class Op:
     gpu: str | None  # "module:function" of the Triton or Numba launcher
     gpu_backend: str
     _launcher: Callable[..., Any] | None = field(default=None, repr=False)
+    _planned: Callable[..., Any] | None = field(default=None, repr=False)
 
     @property
     def has_native(self) -> bool:
@@ -137,7 +138,11 @@ class Op:
                 )
             return self.overload
         if backend == self.gpu_backend and self.gpu is not None:
-            return self.checked(self.launcher())
+            if self._planned is None:
+                from nnarch.kernels.gpu.plans import planned
+
+                self._planned = planned(self.checked(self.launcher()))
+            return self._planned
         raise NotImplementedError(f"backend {backend!r} lacks {NAMESPACE}::{self.name}")
 
     def checked(self, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import triton
 
-from nnarch.kernels.gpu import targets
+from nnarch.kernels.gpu import plans, targets
 from nnarch.kernels.gpu.tiles import Tile
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
@@ -51,7 +51,7 @@ def record(target: targets.Target, float32_dots: str = "ieee") -> Iterator[list[
     launches: list[Launch] = []
     _recorder, _recorded_dots = launches, float32_dots
     try:
-        with targets.pretend(target):
+        with targets.pretend(target), plans.paused():
             yield launches
     finally:
         _recorder = None
@@ -86,7 +86,7 @@ def launch(
     if _recorder is not None:
         _recorder.append(Launch(kernel, grid, arguments, options))
         return
-    kernel[grid](**arguments, **options)
+    plans.launch(kernel, grid, arguments, options)
 
 
 def check_dtype(op: str, *tensors: torch.Tensor | None) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from . import plans
 from .targets import TARGETS
 
 CAPABILITIES = ((8, 0), (9, 0))
@@ -57,6 +58,7 @@ def check_device(op: str, *tensors: torch.Tensor | None) -> None:
 
 def as_array(tensor: torch.Tensor) -> Any:
     """The same memory as a kernel argument: NumPy in the simulator, a device array on a GPU."""
+    plans.refuse("a Numba kernel")
     tensor = tensor.detach()
     if simulating():
         return tensor.numpy()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import triton
 
-from nnarch.kernels.gpu import targets
+from nnarch.kernels.gpu import plans, targets
 from nnarch.kernels.gpu.targets import Target
 
 MAX_TILES = 8
@@ -142,7 +142,8 @@ def force(**tiles: Tile) -> Iterator[None]:
     before = dict(_forced)
     _forced.update(tiles)
     try:
-        yield
+        with plans.paused():
+            yield
     finally:
         _forced.clear()
         _forced.update(before)
@@ -155,7 +156,8 @@ def asked() -> Iterator[list[tuple[TileTable, Problem]]]:
     questions: list[tuple[TileTable, Problem]] = []
     _asked = questions
     try:
-        yield questions
+        with plans.paused():
+            yield questions
     finally:
         _asked = None
 
@@ -198,6 +200,7 @@ def _searched(
     table: TileTable, problem: Problem, candidates: list[Tile], run: Callable[[Tile], Any]
 ) -> Tile:
     """The fastest candidate, measured now or read from the cache of an earlier process."""
+    plans.refuse("a search")
     path = _cache_path(table)
     known = _read(path)
     entry = known.get(str(asdict(problem)))

@@ -1,0 +1,383 @@
+"""Launch plans: an operation that was called before is repeated without deciding anything again.
+
+A launcher looks at its arguments, chooses a tile, builds 20 to 40 arguments and lets Triton look at
+each of them: 60 to 100 µs of Python for a kernel of 10. All of that depends on shapes, strides,
+dtypes, alignment, scalars and a few settings, not on values. So the second call with the same ones
+is recorded: which kernels ran, on which grid, and where each pointer came from (an argument, or
+memory that the launcher allocated). Every later call allocates, fills in the pointers and launches.
+
+What cannot be repeated that way is never planned: a launcher that reads a value on the host,
+launches something that is no Triton kernel, or takes a list of tensors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nnarch import library, precision
+
+LIMIT = 4096
+"""Plans kept at most for one operation; then all of them are dropped."""
+
+_aten = torch.ops.aten
+_EMPTY = {
+    _aten.empty.memory_format,
+    _aten.empty_strided.default,
+    _aten.empty_like.default,
+    _aten.new_empty.default,
+    _aten.new_empty_strided.default,
+}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A tensor by where it lies: bytes after the start of an argument or of an allocation."""
+
+    slot: int
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def of(self, base: torch.Tensor) -> torch.Tensor:
+        """The tensor, given the one at its slot."""
+        same = base.shape == self.size and base.stride() == self.stride
+        if same and self.offset == 0 and base.dtype == self.dtype:
+            return base
+        if base.dtype != self.dtype:
+            base = base.view(-1).view(self.dtype)
+        start = base.storage_offset() + self.offset // self.dtype.itemsize
+        return base.as_strided(self.size, self.stride, start)
+
+
+class _Step:
+    """Part of a plan. `tensors` and `pointers` hold the arguments and what steps before made."""
+
+    def run(self, tensors: list[torch.Tensor], pointers: list[int]) -> None:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class _Allocate(_Step):
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def run(self, tensors: list[torch.Tensor], pointers: list[int]) -> None:
+        new = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+        tensors.append(new)
+        pointers.append(new.data_ptr())
+
+
+@dataclass(frozen=True)
+class _Torch(_Step):
+    """An operation of torch's, such as a copy to another layout or zeros."""
+
+    function: Any
+    args: Any
+    kwargs: Any
+    makes: bool  # new tensors; otherwise it writes one of its arguments
+
+    def run(self, tensors: list[torch.Tensor], pointers: list[int]) -> None:
+        def filled(a: Any) -> Any:
+            return a.of(tensors[a.slot]) if isinstance(a, _Place) else a
+
+        args, kwargs = pytree.tree_map(filled, (self.args, self.kwargs))
+        result = self.function(*args, **kwargs)
+        if self.makes:
+            for new in result if isinstance(result, (list, tuple)) else (result,):
+                tensors.append(new)
+                pointers.append(new.data_ptr())
+
+
+@dataclass(frozen=True)
+class _Launch(_Step):
+    """A kernel; `kernel` is None but in the interpreter, which takes tensors for pointers."""
+
+    start: Callable[..., Any]
+    values: list[Any]  # all arguments, in the kernel's order
+    places: list[tuple[int, _Place]]  # which of them are tensors
+    interpreted: bool
+
+    def run(self, tensors: list[torch.Tensor], pointers: list[int]) -> None:
+        values = self.values.copy()
+        if self.interpreted:
+            for position, place in self.places:
+                values[position] = place.of(tensors[place.slot])
+            self.start(*values)
+            return
+        for position, place in self.places:
+            values[position] = pointers[place.slot] + place.offset
+        stream = torch._C._cuda_getCurrentRawStream(tensors[0].device.index)
+        self.start(*values, stream=stream)
+
+
+@dataclass
+class Plan:
+    """What a launcher did."""
+
+    steps: list[_Step] = field(default_factory=list)
+    results: Any = None
+    algorithm: str = ""
+
+    def run(self, tensors: list[torch.Tensor], pointers: list[int]) -> Any:
+        """Do it again with other tensors of the same kind; both lists grow."""
+        for step in self.steps:
+            step.run(tensors, pointers)
+        library.ran.algorithm = self.algorithm
+        results = self.results
+        if isinstance(results, _Place):
+            return results.of(tensors[results.slot])
+        return tuple(place and place.of(tensors[place.slot]) for place in results)
+
+
+# ----------------------------------------------------------------------------------- recording
+
+
+class _Local(threading.local):
+    recorder: _Recorder | None = None
+    paused = 0
+
+
+_local = _Local()
+
+
+class _Refused(Exception):
+    pass
+
+
+class _Recorder(TorchDispatchMode):
+    """Watches one run of a launcher."""
+
+    def __init__(self, inputs: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.plan = Plan()
+        self.refused = ""
+        self.launching = False
+        self._inputs = self._slots = len(inputs)
+        self._seen = list(inputs)  # kept alive, so that an id stays a tensor's own
+        self._places = {id(t): (i, 0) for i, t in enumerate(inputs)}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not self.launching and not self.refused:  # the interpreter uses torch for itself
+            try:
+                self._note(func, args, kwargs, result)
+            except _Refused as error:
+                self.refused = str(error)
+        return result
+
+    def _note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        results = result if isinstance(result, (list, tuple)) else (result,)
+        if not all(isinstance(r, torch.Tensor) for r in results):
+            raise _Refused(str(func))  # a value on the host
+        if func in _EMPTY:
+            geometry = tuple(result.shape), result.stride()
+            self.plan.steps.append(_Allocate(*geometry, result.dtype, result.device))
+            self._made(result)
+            return
+        writes = func._schema.is_mutable
+        if not writes and all(self._is_view(r, args) for r in results):
+            return
+        if any(r.device != self._seen[0].device for r in results):
+            raise _Refused(str(func))
+
+        def placed(a: Any) -> Any:
+            return self.place(a) if isinstance(a, torch.Tensor) else a
+
+        arguments = pytree.tree_map(placed, (args, kwargs))
+        self.plan.steps.append(_Torch(func, *arguments, makes=not writes))
+        for r in () if writes else results:
+            self._made(r)
+
+    def _is_view(self, result: torch.Tensor, args: Any) -> bool:
+        """Whether `result` lies in the memory of an argument; if so, remember where."""
+        storage = result.untyped_storage()._cdata
+        for source in args:
+            known = self._places.get(id(source))
+            if known is not None and source.untyped_storage()._cdata == storage:
+                slot, offset = known
+                self._remember(result, slot, offset + result.data_ptr() - source.data_ptr())
+                return True
+        return False
+
+    def _made(self, new: torch.Tensor) -> None:
+        self._remember(new, self._slots, 0)
+        self._slots += 1
+
+    def _remember(self, tensor: torch.Tensor, slot: int, offset: int) -> None:
+        self._seen.append(tensor)
+        self._places[id(tensor)] = (slot, offset)
+
+    def place(self, tensor: torch.Tensor) -> _Place:
+        known = self._places.get(id(tensor))
+        if known is None:
+            raise _Refused("a tensor of unknown origin")
+        return _Place(*known, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    def launched(self, kernel: Any, compiled: Any, grid: Any, arguments: dict[str, Any]) -> None:
+        interpreted = compiled is None
+        if interpreted:
+            start, values = kernel[grid], [arguments[name] for name in kernel.arg_names]
+        else:
+            start = compiled[(*grid, 1, 1)[:3]]
+            values = [arguments.get(p.name, p.default) for p in kernel.params]
+        places = [(i, self.place(v)) for i, v in enumerate(values) if isinstance(v, torch.Tensor)]
+        for position, _ in places:
+            values[position] = None
+        self.plan.steps.append(_Launch(start, values, places, interpreted))
+
+    def finish(self, result: Any) -> Plan | None:
+        """The plan, or None where the run cannot be repeated."""
+        if self.refused:
+            return None
+        try:
+            if isinstance(result, torch.Tensor):
+                self.plan.results = self._output(result)
+            else:
+                self.plan.results = tuple(r if r is None else self._output(r) for r in result)
+        except _Refused:
+            return None
+        self.plan.algorithm = library.ran.algorithm
+        return self.plan
+
+    def _output(self, tensor: torch.Tensor) -> _Place:
+        place = self.place(tensor)
+        if place.slot < self._inputs:
+            raise _Refused("an argument is returned")
+        return place
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: Any) -> None:
+    """Launch a Triton kernel; note it in the plan that is being recorded, if any."""
+    recorder = _local.recorder
+    if recorder is None or recorder.refused:
+        kernel[grid](**arguments, **options)
+        return
+    recorder.launching = True
+    try:
+        compiled = kernel[grid](**arguments, **options)
+    finally:
+        recorder.launching = False
+    try:
+        recorder.launched(kernel, compiled, grid, arguments)
+    except _Refused as error:
+        recorder.refused = str(error)
+
+
+def refuse(why: str) -> None:
+    """Say that what the launcher does now cannot be repeated by a plan."""
+    if _local.recorder is not None:
+        _local.recorder.refused = why
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Neither record nor use plans: something else than the arguments decides in the block."""
+    _local.paused += 1
+    try:
+        yield
+    finally:
+        _local.paused -= 1
+
+
+# --------------------------------------------------------------------------------------- using
+
+
+_SEEN_ONCE, _NEVER = object(), object()
+_caches: list[dict[Any, Any]] = []
+
+
+def forget() -> None:
+    """Drop all plans: of use where a test changes what launchers decide."""
+    for cache in _caches:
+        cache.clear()
+
+
+def planned(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """`launcher`, whose calls are repeated by plan where they can be.
+
+    The first call of a kind only runs; the second is recorded, so that shapes that never come back
+    (a growing cache of keys) cost nothing more.
+    """
+    plans: dict[Any, Any] = {}
+    _caches.append(plans)
+
+    @functools.wraps(launcher)
+    def run(*args: Any) -> Any:
+        if _local.paused or _local.recorder is not None:
+            return launcher(*args)
+        inputs: list[torch.Tensor] = []
+        pointers: list[int] = []
+        key = _key(args, inputs, pointers)
+        if key is None:
+            return launcher(*args)
+        known = plans.get(key)
+        if known is None:
+            if len(plans) >= LIMIT:
+                plans.clear()
+            plans[key] = _SEEN_ONCE
+        elif known is _SEEN_ONCE:
+            result, plan = _record(launcher, args, inputs)
+            plans[key] = plan or _NEVER
+            return result
+        elif known is not _NEVER:
+            return known.run(inputs, pointers)
+        return launcher(*args)
+
+    return run
+
+
+def _record(launcher: Callable[..., Any], args: Any, inputs: list[torch.Tensor]) -> Any:
+    recorder = _Recorder(inputs)
+    _local.recorder = recorder
+    try:
+        with recorder:
+            result = launcher(*args)
+    finally:
+        _local.recorder = None
+    return result, recorder.finish(result)
+
+
+def _key(args: Any, inputs: list[torch.Tensor], pointers: list[int]) -> Any:
+    """What a launcher may look at, or None where no plan is possible; fills the two lists."""
+    parts: list[Any] = []
+    device = None
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            pointer = a.data_ptr()
+            if device is None:
+                device = a.device
+            elif a.device != device:
+                return None  # lengths on the host, say: their values may be read
+            inputs.append(a)
+            pointers.append(pointer)
+            parts.append((a.shape, a.stride(), a.dtype, pointer & 15))
+        elif isinstance(a, (list, tuple)):
+            parts.append(tuple(a))
+            if a and isinstance(a[0], torch.Tensor):
+                return None
+        else:
+            parts.append(a)
+    if device is None or (device.type == "cuda" and device.index != torch.cuda.current_device()):
+        return None
+    parts.append((device, precision.get_precision(), *_float32_dots()))
+    return tuple(parts)
+
+
+def _float32_dots() -> tuple[str, str]:
+    return (
+        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
+        torch.backends.cuda.matmul.fp32_precision,
+    )
