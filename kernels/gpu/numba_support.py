@@ -11,17 +11,22 @@ apart: *interpreted* (ran in Numba's simulator), *compiled* (built for a named t
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import subprocess
 import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+
+from nnarch import library
 
 from . import plans
 from .targets import TARGETS
@@ -33,6 +38,63 @@ CAPABILITIES = ((8, 0), (9, 0))
 def simulating() -> bool:
     """Whether Numba's simulator runs kernels on the CPU (NUMBA_ENABLE_CUDASIM=1 before import)."""
     return os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+
+
+@contextlib.contextmanager
+def _removed_from_numpy() -> Iterator[None]:
+    """Give numpy.row_stack back while numba_cuda is imported.
+
+    numba-cuda 0.30 registers an implementation under that name for every NumPy from 2.0 on; NumPy
+    2.5 removed it. The function is only a key there, and no kernel calls it.
+    """
+    missing = not hasattr(np, "row_stack")
+    if missing:
+        np.row_stack = lambda *_, **__: None  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        if missing:
+            del np.row_stack  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _import_numba() -> tuple[Any, str]:
+    """The package or, where it cannot be imported, why; tried once, for a failure takes long."""
+    try:
+        with _removed_from_numpy():
+            import numba
+            from numba import cuda  # noqa: F401
+
+            if not simulating():  # what it leaves to the first compilation
+                import numba.cuda.np.arrayobj
+        return numba, ""
+    except Exception as error:  # of a package, not ours: whatever it raises, there is no Numba
+        return None, f"Numba cannot be imported: {type(error).__name__}: {error}"
+
+
+def load_numba() -> Any:
+    """The package `numba` with `numba.cuda`, complete.
+
+    Raises:
+        ImportError: with the reason, whatever the import raised.
+    """
+    package, why = _import_numba()
+    if package is None:
+        raise ImportError(why)
+    return package
+
+
+def has_numba(instead: str) -> bool:
+    """Whether Numba can be imported; where not, one FallbackWarning says what runs instead."""
+    package, why = _import_numba()
+    if package is None:
+        _warn_once(f"{instead}: {why}")
+    return package is not None
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, library.FallbackWarning, stacklevel=3)
 
 
 def check_device(op: str, *tensors: torch.Tensor | None) -> None:
@@ -62,18 +124,14 @@ def as_array(tensor: torch.Tensor) -> Any:
     tensor = tensor.detach()
     if simulating():
         return tensor.numpy()
-    from numba import cuda
-
-    return cuda.as_cuda_array(tensor)
+    return load_numba().cuda.as_cuda_array(tensor)
 
 
 def stream_of(tensor: torch.Tensor) -> Any:
     """Torch's current stream, for a launch in order with torch: `kernel[grid, block, stream]`."""
     if simulating():
         return 0
-    from numba import cuda
-
-    return cuda.external_stream(torch.cuda.current_stream(tensor.device).cuda_stream)
+    return load_numba().cuda.external_stream(torch.cuda.current_stream(tensor.device).cuda_stream)
 
 
 # ---------------------------------------------------------------------------- compiled, not run
@@ -100,8 +158,7 @@ def compile_to_ptx(kernel: Any, signature: Any, capability: tuple[int, int]) -> 
         signature: its Numba argument types, a tuple.
         capability: compute capability such as (9, 0).
     """
-    from numba import cuda
-
+    cuda = load_numba().cuda
     with _pretended_device(capability):
         return cuda.compile_ptx(getattr(kernel, "py_func", kernel), signature, cc=capability)[0]
 
@@ -246,10 +303,8 @@ def resident_blocks(kernel: Any, arguments: tuple[Any, ...], threads: int, share
     """
     if simulating():
         return 1 << 30
-    import numba
-    from numba import cuda
-
-    types = tuple(numba.typeof(cuda.as_cuda_array(a) if hasattr(a, "data_ptr") else a)
+    numba = load_numba()
+    types = tuple(numba.typeof(numba.cuda.as_cuda_array(a) if hasattr(a, "data_ptr") else a)
                   for a in arguments)  # fmt: skip
     compiled = kernel.overloads.get(types) or kernel.compile(types)
     return compiled.max_cooperative_grid_blocks(threads, shared)

@@ -60,7 +60,7 @@ class Sequence:
         if self.batch_sizes is None:
             return slice(self.rows - self.batch, self.rows)
         rising = self.batch_sizes.flip(0).contiguous()
-        sequence = torch.arange(self.batch)
+        sequence = torch.arange(self.batch, device="cpu")
         lengths = self.steps - torch.searchsorted(rising, sequence, right=True)
         starts = self.batch_sizes.cumsum(0) - self.batch_sizes
         return (starts[lengths - 1] + sequence).to(like.device)
@@ -73,13 +73,13 @@ class Sequence:
         starts = [0, *itertools.accumulate(counts)]
         parts = []
         for t, count in enumerate(counts):
-            s = torch.arange(count)
+            s = torch.arange(count, device="cpu")
             if reverse:
                 later = counts[t + 1] if t + 1 < self.steps else 0
                 parts.append(torch.where(s < later, self.batch + starts[t + 1] + s, s))
             else:
                 parts.append(s if t == 0 else self.batch + starts[t - 1] + s)
-        return torch.cat([torch.arange(0), *parts]).to(like.device)
+        return torch.cat([torch.arange(0, device="cpu"), *parts]).to(like.device)
 
 
 @dataclass(frozen=True)

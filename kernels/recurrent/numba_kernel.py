@@ -12,10 +12,12 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import cuda, float32
+
+from nnarch.kernels.gpu.numba_support import load_numba
 
 from . import kinds
 
+cuda, float32 = load_numba().cuda, load_numba().float32
 _ONE = np.float32(1.0)  # a plain 1.0 would be float64, and all that it meets with it
 
 

@@ -15,6 +15,8 @@ from nnarch.kernels.gpu.numba_support import (
     as_array,
     check_device,
     cooperative_grid_limit,
+    has_numba,
+    load_numba,
     resident_blocks,
     simulating,
     stream_of,
@@ -121,12 +123,10 @@ def fits_persistent(
     if weight_hr is not None or x.device.type != "cuda" or current_target().backend != "cuda":
         return False
     try:
-        from .numba_kernel import persistent_kernel  # noqa: F401
-
         plan_here(kind, sequence.batch, hidden, x.device)
-    except (ImportError, ValueError):
+    except ValueError:
         return False
-    return True
+    return has_numba("recurrent_scan takes a Triton kernel a step, not one of all steps")
 
 
 def persistent_forward(
@@ -211,11 +211,10 @@ def _allow_shared_memory(kernel: object, arguments: tuple[object, ...], size: in
     Numba has no call for it, so the driver's is made as Numba makes the one beside it
     (`set_shared_memory_carveout`).
     """
-    import numba
     from cuda.bindings import driver as binding  # type: ignore[attr-defined]
     from numba.cuda.cudadrv.driver import driver
 
-    types = tuple(numba.typeof(a) for a in arguments)
+    types = tuple(load_numba().typeof(a) for a in arguments)
     compiled = kernel.overloads.get(types) or kernel.compile(types)  # type: ignore[attr-defined]
     function = compiled._codelibrary.get_cufunc()
     attribute = binding.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

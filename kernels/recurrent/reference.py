@@ -20,7 +20,7 @@ def steps(x: Tensor, batch_sizes: Tensor | None) -> list[slice]:
         counts = [batch] * time
     else:
         counts = batch_sizes.tolist()
-    ends = torch.tensor([0, *counts]).cumsum(0).tolist()
+    ends = torch.tensor([0, *counts], device="cpu").cumsum(0).tolist()
     return [slice(a, b) for a, b in itertools.pairwise(ends)]
 
 

@@ -17,7 +17,11 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from numba import cuda, float32, float64, int64
+
+from nnarch.kernels.gpu.numba_support import load_numba
+
+numba = load_numba()
+cuda, float32, float64, int64 = numba.cuda, numba.float32, numba.float64, numba.int64
 
 WARP = 32
 GRID_THREADS = 256  # of a block of the grid kernel

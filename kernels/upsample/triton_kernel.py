@@ -107,8 +107,9 @@ def _first_output(at, step, out_size, CORNERS: tl.constexpr, COVER: tl.constexpr
     position = at.to(tl.float32) - 1.0
     guess = position / step if CORNERS else (position + 0.5) / step - 0.5
     guess = tl.where(step > 0.0, guess, 0.0)  # of one output alone
-    guess = tl.minimum(tl.maximum(tl.floor(guess) - 1.0, 0.0), (out_size - COVER).to(tl.float32))
-    return guess.to(tl.int32)
+    # As float32 by a sum: of a size that is 1 the compiler makes a constant, which has no `.to`.
+    last = guess * 0.0 + (out_size - COVER)
+    return tl.minimum(tl.maximum(tl.floor(guess) - 1.0, 0.0), last).to(tl.int32)
 
 
 @triton.jit

@@ -36,15 +36,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _on_the_gpu(request: pytest.FixtureRequest):
-    """New tensors of test_triton_*.py are made on the GPU; float32 is float32 in torch too."""
-    if not (ON_GPU and _for_interpreter_or_gpu(request.node)):
+    """Float32 is float32, in torch and in ours; new tensors of test_triton_*.py are on the GPU.
+
+    Torch's default for convolutions is TF32, which our kernels follow: test_on_a_gpu_tf32.py.
+    """
+    if not ON_GPU:
         yield
         return
     backends = torch.backends.cudnn.conv, torch.backends.cudnn.rnn, torch.backends.cuda.matmul
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"
-    with torch.device("cuda"):
+    with torch.device("cuda" if _for_interpreter_or_gpu(request.node) else "cpu"):
         yield
     for backend, precision in zip(backends, before, strict=True):
         backend.fp32_precision = precision

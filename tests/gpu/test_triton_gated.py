@@ -70,7 +70,9 @@ def test_every_tile(tile):
 def test_gated_linear_views(view):
     x, gate, up = (VIEWS[view](t) for t in inputs(40, 24, 18))
     tensors = [x, gate, up, None, None, None]
-    check(triton_gated.gated_linear, reference.gated_linear, tensors, 6, 0.0)
+    # One number alone is summed in "scalar", so each of 24 additions rounds alike in all outputs.
+    ulps = 24 if view == "scalar" else None
+    check(triton_gated.gated_linear, reference.gated_linear, tensors, 6, 0.0, ulps=ulps)
 
 
 def test_gradients():

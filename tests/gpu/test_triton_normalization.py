@@ -37,7 +37,7 @@ NO_VARIANCE = ("one value", "expanded")
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
     """torch.empty returns NaN: what is not written shows."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -208,9 +208,10 @@ def test_batch_norm_backward(layout, name, dtype):
         check([dx, dweight, dbias], lambda *t: gradients(*t, code), grad, x, weight, ulps=16)
     else:  # torch's saved output of the activation is not rounded to half on the way back
         truth = gradients(grad.double(), x.double(), weight.double(), code)
-        torch.testing.assert_close(dx.double(), truth[0], rtol=4e-3, atol=4e-3)
-        torch.testing.assert_close(dweight.double(), truth[1], rtol=4e-3, atol=4e-2)
-        torch.testing.assert_close(dbias.double(), truth[2], rtol=4e-3, atol=4e-2)
+        unit = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(dx.double(), truth[0], rtol=unit, atol=unit)
+        torch.testing.assert_close(dweight.double(), truth[1], rtol=unit, atol=10 * unit)
+        torch.testing.assert_close(dbias.double(), truth[2], rtol=unit, atol=10 * unit)
 
 
 @pytest.mark.parametrize("expand", [lambda g: g[:1, :1, :1, :1], lambda g: g[:, :, :1, :1]])
@@ -259,7 +260,8 @@ def test_batch_norm_double_backward_in_half():
     assert [t.dtype for t in actual] == [torch.float16, torch.float16, torch.float32]
     truth = double_backward(*(t.double() for t in given))
     for value, exact in zip(actual, truth, strict=True):
-        torch.testing.assert_close(value.double(), exact, rtol=4e-3, atol=4e-3)
+        unit = 4 * torch.finfo(torch.float16).eps
+        torch.testing.assert_close(value.double(), exact, rtol=unit, atol=unit)
 
 
 def test_int64_offsets(monkeypatch):
