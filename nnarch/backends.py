@@ -102,8 +102,8 @@ class _Interceptor(TorchDispatchMode):
     """Sees every nnarch operation while a backend is forced or a trace is open."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace != library.NAMESPACE:
-            return func(*args, **(kwargs or {}))
+        if func.namespace != library.NAMESPACE or func._opname not in library.OPS:
+            return func(*args, **(kwargs or {}))  # torch's, or the machinery below operations
         with _disable_current_modes():  # nested interceptors share one state: run each op once
             return _run(func, args, kwargs or {})
 

@@ -247,3 +247,13 @@ def test_forced_cpu_without_native_kernels_raises(operation):
     message = "backend 'cpu' lacks nnarch::linear: the native library is not built"
     with nnarch.use_backend("cpu"), pytest.raises(NotImplementedError, match=message):
         run("linear", *args)
+
+
+def test_machinery_below_operations_is_not_recorded():
+    """The loss's backward scales a gradient in place by native code that is no operation."""
+    x, target = torch.randn(5, 7, requires_grad=True), torch.randint(7, (5,))
+    with nnarch.trace() as record:
+        (2 * F.cross_entropy(x, target)).backward()
+    assert "cross_entropy" in record.ops
+    expected = torch.autograd.grad(2 * torch.nn.functional.cross_entropy(x, target), x)[0]
+    torch.testing.assert_close(x.grad, expected)
