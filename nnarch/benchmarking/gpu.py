@@ -71,6 +71,7 @@ def run(
     deadline = None if seconds is None else start + seconds
     jobs = [Job(case.name, device, tuple(providers)) for case in chosen]
     broken: dict[str, str] = {}
+    warmed = 0
     if processes is None:
         processes = max(1, (os.cpu_count() or 1) - 2)
     if processes and "nnarch" in providers:
@@ -84,7 +85,11 @@ def run(
         ):
             if outcome.error and not outcome.cut:
                 broken[outcome.job.case] = outcome.error
-        report(f"warm-up: {time.monotonic() - start:.0f} s, {len(broken)} cases failed")
+            warmed += not outcome.error
+        report(
+            f"warm-up: {time.monotonic() - start:.0f} s, {warmed} of {len(jobs)} cases; "
+            f"{len(broken)} failed"
+        )
     sound = [job for job in jobs if job.case not in broken]
     for name, error in broken.items():
         yield [_failed(name, error)]

@@ -108,7 +108,9 @@ def _nnarch(problem: Problem, threads: int, *, memory_format: torch.memory_forma
     with torch.device(x.device):
         twin = case.layer(nnarch.nn)
     twin.load_state_dict(module.state_dict())
-    twin = in_format(twin.train(case.backward).to(x.device, x.dtype), memory_format)
+    twin = twin.train(case.backward).to(x.device, x.dtype)
+    if x.dim() == 4:
+        twin = in_format(twin, memory_format)
     return _in_torch(problem, twin, twin, x)
 
 

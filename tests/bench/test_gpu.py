@@ -143,7 +143,7 @@ def test_a_run_from_end_to_end():
     chosen = [gpu.find("reservoir_n1000_b16_f32")]
     (rows,) = gpu.run(chosen, device="cpu", processes=1, report=said.append)
     assert [(row.provider, row.timed) for row in rows] == [("nnarch", True), ("torch_csr", True)]
-    assert "0 cases failed" in said[0]
+    assert "1 of 1 cases; 0 failed" in said[0]
 
 
 # ----------------------------------------------------------------------------------- summary
