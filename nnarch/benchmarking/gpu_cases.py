@@ -230,7 +230,7 @@ def novelties() -> Iterable[Case]:
 def networks() -> Iterable[Case]:
     """A Transformer's layer against one written by hand; whole convolutional networks."""
     yield in_dtype(encoder_layer(8, 512, 512, 8, by_hand=True), F16)
-    yield in_dtype(_resnet("resnet50", backward=False), F16, tolerance=2.0**-5)
+    yield in_dtype(_resnet("resnet50", backward=False), F16, tolerance=2.0**-4)
     yield in_dtype(encoder_layer(8, 128, 512, 8, by_hand=True), F16)
     yield in_dtype(_resnet("resnet18", backward=True), F32)
     layer = encoder_layer(8, 512, 512, 8, by_hand=True, backward=True)

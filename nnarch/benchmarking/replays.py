@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from nnarch.benchmarking import timing
-from nnarch.benchmarking.correctness import Problem
+from nnarch.benchmarking.correctness import PEER_SLACK, Problem
 from nnarch.benchmarking.peers import Contender
 from nnarch.benchmarking.results import Row
 from nnarch.benchmarking.timing import Plan
@@ -38,7 +38,7 @@ def time_replays(
                 for output in contender.outputs():
                     output.fill_(math.nan)
             replay()
-            verdict = problem.judge(contender.outputs())
+            verdict = problem.judge(contender.outputs(), PEER_SLACK)
         except Exception as error:  # something in the call cannot be captured
             rows[name].note = f"{NOT_CAPTURED}: {one_line(error)}"
             continue

@@ -25,7 +25,7 @@ from rich.progress import (
 
 from nnarch.benchmarking import cases, machine, peers, replays, results, scoring, tables, timing
 from nnarch.benchmarking.case import Case
-from nnarch.benchmarking.correctness import Problem
+from nnarch.benchmarking.correctness import PEER_SLACK, Problem
 from nnarch.benchmarking.peers import Contender, Provider, Unavailable
 from nnarch.benchmarking.results import OK, UNAVAILABLE, WRONG, Row
 from nnarch.benchmarking.timing import Plan
@@ -223,7 +223,8 @@ def _make_ready(problem: Problem, provider: Provider, row: Row) -> Contender | N
         contender.call()
         row.first_ms = (time.perf_counter() - prepared) * 1e3
         row.prepare_ms = (prepared - start) * 1e3
-        verdict = problem.judge(contender.outputs())
+        strict = provider.ours or problem.case.device == "cpu"
+        verdict = problem.judge(contender.outputs(), 1.0 if strict else PEER_SLACK)
     except Unavailable as error:
         row.status, row.note = UNAVAILABLE, str(error)
         return None

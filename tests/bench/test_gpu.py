@@ -13,6 +13,7 @@ from worker_jobs import work
 from nnarch.benchmarking import cases, gpu, gpu_summary, peers, replays, timing, workers
 from nnarch.benchmarking.case import Case, Target
 from nnarch.benchmarking.gpu_cases import GPU_CASES
+from nnarch.benchmarking.gpu_layers import Attention, Lookup, LossOfLinear, LossOfLogits
 from nnarch.benchmarking.machine import MIB, Machine, Roof
 from nnarch.benchmarking.results import OK, UNAVAILABLE, WRONG, Row
 from nnarch.benchmarking.runner import run_case
@@ -69,6 +70,28 @@ def test_a_case_in_half_precision(dtype, backward):
     rows = run_case(case, peers.select(["nnarch", "eager"]), Plan(2), ROOF, HOST)
     assert [row.status for row in rows] == [OK, OK], [row.note for row in rows]
     assert {row.dtype for row in rows} == {str(dtype).removeprefix("torch.")}
+
+
+SMALL = {
+    "attention": (lambda nn: Attention(nn, 2, 4, 4, 16, 8, False, False), (8, 16, 8)),
+    "causal": (lambda nn: Attention(nn, 2, 4, 2, 16, 8, True, False), (8, 16, 8)),
+    "masked": (lambda nn: Attention(nn, 2, 4, 4, 16, 8, False, True), (8, 16, 8)),
+    "decode": (lambda nn: Attention(nn, 2, 4, 2, 16, 8, False, False), (8, 1, 8)),
+    "lookup": (lambda nn: Lookup(nn, 20, 8, 30), (1, 8)),
+    "logits": (lambda nn: LossOfLogits(nn, 6, 11), (6, 11)),
+    "head": (lambda nn: LossOfLinear(nn, 6, 8, 11), (6, 8)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("name", SMALL)
+def test_layers_are_those_of_torch(name, backward, dtype):
+    layer, shape = SMALL[name]
+    case = Case(name, "small", layer, shape, backward=backward, dtype=dtype, flops=1)
+    case = dataclasses.replace(case, input_grad=name != "lookup", tolerance=4 * case.allowed_error)
+    rows = run_case(case, peers.select(["nnarch", "eager"]), Plan(2), ROOF, HOST)
+    assert [row.status for row in rows] == [OK, OK], [row.note for row in rows]
 
 
 @pytest.mark.parametrize("name", ["dw3x3_128_128_h56_n32_f16", "lstm_128_b64_t100_f32"])
