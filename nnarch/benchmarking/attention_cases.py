@@ -23,7 +23,7 @@ ATTENTION_TARGETS: dict[str, Target] = {
 }
 
 
-def _function(namespace: Any) -> Any:
+def attention_function(namespace: Any) -> Any:
     """scaled_dot_product_attention of torch, or of nnarch."""
     if namespace is nn:
         return nn.functional.scaled_dot_product_attention
@@ -39,7 +39,7 @@ class _SelfAttention(nn.Module):
         self, namespace: Any, mask: Tensor | None, lengths: Tensor | None, causal: bool
     ) -> None:
         super().__init__()
-        self.attend, self.causal = _function(namespace), causal
+        self.attend, self.causal = attention_function(namespace), causal
         self.options: dict[str, Tensor] = {}
         if lengths is not None and namespace is not nn:
             self.options["key_lengths"] = lengths
@@ -59,7 +59,7 @@ class _Decode(nn.Module):
 
     def __init__(self, namespace: Any, groups: int, keys: int, depth: int) -> None:
         super().__init__()
-        self.attend = _function(namespace)
+        self.attend = attention_function(namespace)
         generator = torch.Generator().manual_seed(1)
         for name in ("k", "v"):
             cache = torch.randn(groups, keys, depth, generator=generator, device="cpu")

@@ -44,7 +44,8 @@ def conditions(rows: Sequence[Row]) -> str:
     machines = [name for name in dict.fromkeys(row.machine for row in rows) if name]
     blocks = max((row.blocks for row in rows), default=0)
     counted = "1 thread" if threads == [1] else f"threads: {', '.join(map(str, threads))}"
-    parts = [*machines[:1], counted, "float32"]
+    dtypes = sorted({row.dtype for row in rows})
+    parts = [*machines[:1], counted, ", ".join(dtypes) or "float32"]
     if blocks:
         parts.append(f"minimum of {blocks} interleaved blocks")
     return ", ".join(parts)

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-FLOAT_BYTES = 4
+# The largest relative error (L2) that counts as correct. In half precision: eight roundings.
+TOLERANCES = {torch.float32: 1e-5, torch.float16: 2.0**-8, torch.bfloat16: 2.0**-5}
 
 
 @dataclass(frozen=True)
@@ -43,10 +44,13 @@ class Case:
         input_grad: whether the backward also produces the gradient of the input.
         flops: of one forward; counted by torch where this is None.
         target: ratios to reach; the group's by default.
-        tolerance: largest relative error (L2) against float64 that still counts as correct.
+        tolerance: largest relative error (L2) against float64 that still counts as correct; the
+            dtype's by default.
         model: name of the whole model, None for a layer.
         quick: whether `--quick` includes it.
         seed: of weights and inputs.
+        dtype: of input, weights and output. The truth starts from the rounded numbers.
+        device: where they are.
     """
 
     name: str
@@ -62,10 +66,17 @@ class Case:
     input_grad: bool = True
     flops: int | None = None
     target: Target | None = None
-    tolerance: float = 1e-5
+    tolerance: float | None = None
     model: str | None = None
     quick: bool = False
     seed: int = 0
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    @property
+    def allowed_error(self) -> float:
+        """The tolerance: its own, or its dtype's."""
+        return TOLERANCES[self.dtype] if self.tolerance is None else self.tolerance
 
     @property
     def title(self) -> str:
@@ -82,18 +93,20 @@ class Case:
         """Bytes that have to move: every tensor that a pass needs or makes, once a pass."""
         _, x, weights, y = self._forward_work
         if self.backward:  # reads dy, x and the weights again; writes dx and dw
-            return FLOAT_BYTES * (3 * x + 3 * weights + 2 * y)
-        return FLOAT_BYTES * (x + weights + y)
+            return self.dtype.itemsize * (3 * x + 3 * weights + 2 * y)
+        return self.dtype.itemsize * (x + weights + y)
 
     def build(self) -> tuple[nn.Module, torch.Tensor]:
         """The torch module, in the mode it is measured in, and its input; the same every time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            module = self.layer(nn).train(self.backward)
-            x = torch.randn(self.shape)
+            with torch.device(self.device):
+                module = self.layer(nn).train(self.backward)
+                x = torch.randn(self.shape)
+            module = module.to(self.device)
         if not self.backward:
             _settle_batch_norm(module, x)
-        return module, x
+        return module.to(self.dtype), x.to(self.dtype)
 
     @functools.cached_property
     def _forward_work(self) -> tuple[int, int, int, int]:

@@ -12,7 +12,7 @@ it. See :class:`nnarch.benchmarking.case.Case` for the rest.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -79,27 +79,34 @@ def target(case: Case) -> Target:
     return case.target or TARGETS.get(case.group) or Target(1.0, 1.0)
 
 
-def select(only: str | None = None, *, quick: bool = False, models: bool = True) -> list[Case]:
+def select(
+    only: str | Sequence[str] | None = None,
+    *,
+    quick: bool = False,
+    models: bool = True,
+    among: Sequence[Case] | None = None,
+) -> list[Case]:
     """The cases to run, in the order listed.
 
     Args:
-        only: part of a name or group, or a shell pattern such as "conv1x1*_n8".
+        only: part of a name or group, or a shell pattern such as "conv1x1*_n8"; or several.
         quick: only those that stand for their group.
         models: whether whole models are included.
+        among: the cases to choose from; all that a CPU is measured on by default.
 
     Raises:
         ValueError: nothing matches.
     """
+    texts = [only] if isinstance(only, str) else only or ["*"]
+    patterns = [t.lower() if any(c in t for c in "*?[") else f"*{t.lower()}*" for t in texts]
 
     def wanted(case: Case) -> bool:
         if (quick and not case.quick) or (case.model and not models):
             return False
-        if only is None:
-            return True
-        pattern = only.lower() if any(c in only for c in "*?[") else f"*{only.lower()}*"
-        return any(fnmatch.fnmatch(text.lower(), pattern) for text in (case.name, case.group))
+        names = (case.name.lower(), case.group.lower())
+        return any(fnmatch.fnmatch(name, pattern) for name in names for pattern in patterns)
 
-    chosen = [case for case in CASES if wanted(case)]
+    chosen = [case for case in (CASES if among is None else among) if wanted(case)]
     if not chosen:
         raise ValueError(f"only: expected part of a case's name or group; {only!r} matches none")
     return chosen
@@ -183,9 +190,11 @@ class _PoolAndUnpool(nn.Module):
     def __init__(self, namespace: Any, channels: int, size: int, batch: int) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        window = torch.randint(4, (batch, channels, size, size), generator=generator)
-        row, column = torch.arange(size)[:, None] * 2, torch.arange(size) * 2
-        indices = (row + window // 2) * (2 * size) + column + window % 2
+        with torch.device("cpu"):
+            window = torch.randint(4, (batch, channels, size, size), generator=generator)
+            row, column = torch.arange(size)[:, None] * 2, torch.arange(size) * 2
+            indices = (row + window // 2) * (2 * size) + column + window % 2
+        indices = indices.to(torch.get_default_device())
         self.register_buffer("indices", indices, persistent=False)
         self.unpool = namespace.MaxUnpool2d(2)
 

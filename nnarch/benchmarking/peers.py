@@ -100,13 +100,17 @@ def _nnarch(problem: Problem, threads: int, *, memory_format: torch.memory_forma
     case = problem.case
     if case.ours is not None:
         run = case.ours(module)
-        owner = run if isinstance(run, nn.Module) else module
-        return _in_torch(problem, run, owner, x)
+        if isinstance(run, nn.Module):  # perhaps a new one, with copies of the weights
+            return _in_torch(problem, run, run.to(x.device), x)
+        return _in_torch(problem, run, module, x)
     import nnarch.nn
 
-    twin = case.layer(nnarch.nn)
+    with torch.device(x.device):
+        twin = case.layer(nnarch.nn)
     twin.load_state_dict(module.state_dict())
-    twin = in_format(twin.train(case.backward), memory_format)
+    twin = twin.train(case.backward).to(x.device, x.dtype)
+    if x.dim() == 4:
+        twin = in_format(twin, memory_format)
     return _in_torch(problem, twin, twin, x)
 
 

@@ -27,6 +27,8 @@ class Row:
         error: relative L2 error against float64.
         ms, iqr_ms: the minimum and the interquartile range of a call, in milliseconds.
         blocks: blocks timed. noisy: whether the two halves of them disagree.
+        dtype: of the tensors.
+        graph_ms: the kernels of a call without their launches: replayed from a CUDA graph.
         prepare_ms: conversion, graph passes and compilation before the first call. first_ms: that
             call. pack_ms: what the first call of a further instance costs over a later one: the
             packing of its weights (nnarch only).
@@ -76,6 +78,8 @@ class Row:
     peak_gflops: float = math.nan
     bandwidth: str = ""
     roof_source: str = ""
+    dtype: str = "float32"
+    graph_ms: float = math.nan
 
     @property
     def timed(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import importlib.metadata
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,12 +23,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from nnarch.benchmarking import cases, machine, peers, results, scoring, tables, timing
+from nnarch.benchmarking import cases, machine, peers, replays, results, scoring, tables, timing
 from nnarch.benchmarking.case import Case
-from nnarch.benchmarking.correctness import Problem
+from nnarch.benchmarking.correctness import PEER_SLACK, Problem
 from nnarch.benchmarking.peers import Contender, Provider, Unavailable
 from nnarch.benchmarking.results import OK, UNAVAILABLE, WRONG, Row
 from nnarch.benchmarking.timing import Plan
+from nnarch.benchmarking.workers import one_line
 
 
 def run(
@@ -166,6 +168,7 @@ def run_case(
     *,
     measure: Callable[[Mapping[str, timing.Call], Plan], Mapping[str, timing.Timing]] | None = None,
     on_round: Callable[[], object] = lambda: None,
+    capture: Callable[[timing.Call, int], timing.Call] | None = None,
 ) -> list[Row]:
     """Check and time every provider that takes a case.
 
@@ -177,6 +180,8 @@ def run_case(
         host: the machine.
         measure: times the right ones against each other; :func:`timing.measure` by default.
         on_round: called after every round of blocks.
+        capture: turns a call and a number into a call that replays it so often; on a GPU, where
+            launches can cost more than kernels, replays are timed too.
 
     Returns:
         One row per provider; the wrong and the missing ones carry a note instead of a time.
@@ -199,9 +204,12 @@ def run_case(
         timings = measure(calls, plan)
         for name, result in timings.items():
             _fill(rows[name], result)
-            if rows[name].ours and not case.backward:
+            if rows[name].ours and not case.backward and case.device == "cpu":
                 rows[name].pack_ms = _packing_ms(problem, peers.PROVIDERS[name], rows[name])
-    torch.compiler.reset()
+        if capture is not None:
+            replays.time_replays(problem, ready, rows, capture, measure)
+    if "torch._dynamo" in sys.modules:  # importing it takes seconds
+        torch.compiler.reset()
     scoring.score(list(rows.values()), case, roof, cases.target(case))
     return list(rows.values())
 
@@ -215,12 +223,13 @@ def _make_ready(problem: Problem, provider: Provider, row: Row) -> Contender | N
         contender.call()
         row.first_ms = (time.perf_counter() - prepared) * 1e3
         row.prepare_ms = (prepared - start) * 1e3
-        verdict = problem.judge(contender.outputs())
+        strict = provider.ours or problem.case.device == "cpu"
+        verdict = problem.judge(contender.outputs(), 1.0 if strict else PEER_SLACK)
     except Unavailable as error:
         row.status, row.note = UNAVAILABLE, str(error)
         return None
     except Exception as error:  # a peer that fails on a case must not end the run
-        row.status, row.note = UNAVAILABLE, _one_line(error)
+        row.status, row.note = UNAVAILABLE, one_line(error)
         return None
     row.error = verdict.error
     if not verdict.right:
@@ -254,6 +263,7 @@ def _new_row(
         case=case.name,
         group=case.group,
         label=case.title,
+        dtype=str(case.dtype).removeprefix("torch."),
         provider=provider.name,
         version=_version(provider),
         ours=provider.ours,
@@ -272,11 +282,6 @@ def _version(provider: Provider) -> str:
         return importlib.metadata.version(provider.name.partition("_")[0])
     except importlib.metadata.PackageNotFoundError:
         return ""
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
 
 @contextmanager

@@ -85,6 +85,7 @@ def measure(
     clock: Clock = time.perf_counter,
     sleep: Callable[[float], object] = time.sleep,
     on_round: Callable[[], object] = lambda: None,
+    settle: Callable[[], object] = lambda: None,
 ) -> dict[str, Timing]:
     """Time several calls against each other, and once more where one of them is noisy.
 
@@ -94,6 +95,9 @@ def measure(
         clock: seconds, monotonic.
         sleep: takes seconds.
         on_round: called after every round, for a progress bar.
+        settle: waits for work that calls have only queued, as on a GPU; called before and at the
+            end of a block, not after every call, so that launches overlap with kernels as they do
+            in a user's loop.
 
     Returns:
         One Timing per name. ``Timing.noisy`` is still set where the last attempt was noisy too.
@@ -101,7 +105,7 @@ def measure(
     plan = plan or Plan()
     timings: dict[str, Timing] = {}
     for _ in range(plan.attempts):
-        timings = _interleave(calls, plan, clock, sleep, on_round)
+        timings = _interleave(calls, plan, clock, sleep, on_round, settle)
         if not any(timing.noisy for timing in timings.values()):
             break
     return timings
@@ -113,15 +117,16 @@ def _interleave(
     clock: Clock,
     sleep: Callable[[float], object],
     on_round: Callable[[], object],
+    settle: Callable[[], object],
 ) -> dict[str, Timing]:
-    repeats = {name: _repeats(call, plan, clock) for name, call in calls.items()}
+    repeats = {name: _repeats(call, plan, clock, settle) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     order = list(calls)
     with _no_garbage_collection():
         for _ in range(plan.blocks):
             for name in order:
                 sleep(plan.pause_seconds)
-                samples[name].append(_block(calls[name], repeats[name], clock))
+                samples[name].append(_block(calls[name], repeats[name], clock, settle))
             order.reverse()
             on_round()
     return {
@@ -130,23 +135,27 @@ def _interleave(
     }
 
 
-def _block(call: Call, repeats: int, clock: Clock) -> float:
+def _block(call: Call, repeats: int, clock: Clock, settle: Call) -> float:
     """Seconds per call over one block. A block of several calls first brings its data back to
     the caches, which the rivals have filled with theirs."""
     if repeats > 1:
         call()
+    settle()
     start = clock()
     for _ in range(repeats):
         call()
+    settle()
     return (clock() - start) / repeats
 
 
-def _repeats(call: Call, plan: Plan, clock: Clock) -> int:
+def _repeats(call: Call, plan: Plan, clock: Clock, settle: Call) -> int:
     """Calls that fill a block; also the warm-up."""
     fastest = math.inf
     for _ in range(2):
+        settle()
         start = clock()
         call()
+        settle()
         fastest = min(fastest, clock() - start)
     if fastest <= 0:
         return 1000
