@@ -208,7 +208,7 @@ class _Recorder(TorchDispatchMode):
             known = self._places.get(id(source))
             if known is not None and source.untyped_storage()._cdata == storage:
                 slot, offset = known
-                self._remember(result, slot, offset + result.data_ptr() - source.data_ptr())
+                self._remember(result, slot, offset + _start(result) - _start(source))
                 return True
         return False
 
@@ -257,6 +257,11 @@ class _Recorder(TorchDispatchMode):
         if place.slot < self._inputs:
             raise _Refused("an argument is returned")
         return place
+
+
+def _start(tensor: torch.Tensor) -> int:
+    """Bytes from the start of the storage; an empty tensor's pointer would not tell."""
+    return tensor.storage_offset() * tensor.element_size()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], options: Any) -> None:
@@ -350,12 +355,17 @@ def _record(launcher: Callable[..., Any], args: Any, inputs: list[torch.Tensor])
     return result, recorder.finish(result)
 
 
+_SCALARS = {int, float, bool, type(None), str, torch.dtype}
+
+
 def _key(args: Any, inputs: list[torch.Tensor], pointers: list[int]) -> Any:
     """What a launcher may look at, or None where no plan is possible; fills the two lists."""
     parts: list[Any] = []
     device = None
     for a in args:
-        if isinstance(a, torch.Tensor):
+        if type(a) in _SCALARS:
+            parts.append(a)
+        elif isinstance(a, torch.Tensor):
             pointer = a.data_ptr()
             if device is None:
                 device = a.device
@@ -364,12 +374,10 @@ def _key(args: Any, inputs: list[torch.Tensor], pointers: list[int]) -> Any:
             inputs.append(a)
             pointers.append(pointer)
             parts.append((a.shape, a.stride(), a.dtype, pointer & 15))
-        elif isinstance(a, (list, tuple)):
-            parts.append(tuple(a))
-            if a and isinstance(a[0], torch.Tensor):
-                return None
+        elif a and isinstance(a[0], torch.Tensor):
+            return None
         else:
-            parts.append(a)
+            parts.append(tuple(a))
     if device is None or (device.type == "cuda" and device.index != torch.cuda.current_device()):
         return None
     parts.append((device, precision.get_precision(), *_float32_dots()))

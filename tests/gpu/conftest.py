@@ -13,6 +13,8 @@ import sys
 import pytest
 import torch
 
+from nnarch.kernels.gpu import plans
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = not INTERPRETED and torch.cuda.is_available()
 BROKEN_CONTEXT = ("CUDA error", "illegal memory access", "unspecified launch failure")
@@ -51,6 +53,12 @@ def _on_the_gpu(request: pytest.FixtureRequest):
         yield
     for backend, precision in zip(backends, before, strict=True):
         backend.fp32_precision = precision
+
+
+@pytest.fixture(autouse=True)
+def _no_plans() -> None:
+    """A test that changes what a launcher decides must not meet the plan of another."""
+    plans.forget()
 
 
 @pytest.hookimpl(trylast=True)
