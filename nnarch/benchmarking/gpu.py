@@ -129,7 +129,7 @@ def warm(job: Job) -> None:
     if ours.takes(case):
         with torch.set_grad_enabled(case.backward):
             ours.prepare(Problem(case), 1).call()
-    _settle(job.device)()
+    _release(job.device)
 
 
 def measure(job: Job) -> list[Row] | workers.Last:
@@ -147,9 +147,7 @@ def measure(job: Job) -> list[Row] | workers.Last:
         capture=replays.capture if on_gpu else None,
     )
     try:
-        _settle(job.device)()
-        if on_gpu:
-            torch.cuda.empty_cache()
+        _release(job.device)
     except RuntimeError:  # an error of a kernel, which stays with the process
         return workers.Last(rows)
     # A capture that failed half way may leave the allocator in its state.
@@ -171,6 +169,17 @@ def _set_up() -> None:
 
 def _settle(device: str) -> Callable[[], None]:
     return torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
+def _release(device: str) -> None:
+    """Wait for the last kernel, and give memory back: many processes share the GPU.
+
+    Raises:
+        RuntimeError: a kernel failed, now or before.
+    """
+    _settle(device)()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _measure(
