@@ -30,7 +30,7 @@ PLAN = timing.Plan(blocks=5, block_seconds=0.010, pause_seconds=0, attempts=2)
 _MIB = 2**20
 _WARM_UP_SHARE = 0.5  # of the time there is
 # The most that a case may take, the start of a process included; past the end of all.
-_WARM_UP_SECONDS, _CASE_SECONDS, _GRACE_SECONDS = 180.0, 60.0, 8.0
+_WARM_UP_SECONDS, _CASE_SECONDS, _GRACE_SECONDS = 180.0, 40.0, 8.0
 
 
 @dataclass(frozen=True)
