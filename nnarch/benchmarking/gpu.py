@@ -30,7 +30,7 @@ PLAN = timing.Plan(blocks=5, block_seconds=0.010, pause_seconds=0, attempts=2)
 _MIB = 2**20
 _WARM_UP_SHARE = 0.5  # of the time there is
 # The most that a case may take, the start of a process included; past the end of all.
-_WARM_UP_SECONDS, _CASE_SECONDS, _GRACE_SECONDS = 180.0, 60.0, 8.0
+_WARM_UP_SECONDS, _CASE_SECONDS, _GRACE_SECONDS = 180.0, 40.0, 8.0
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def warm(job: Job) -> None:
     if ours.takes(case):
         with torch.set_grad_enabled(case.backward):
             ours.prepare(Problem(case), 1).call()
-    _settle(job.device)()
+    _release(job.device)
 
 
 def measure(job: Job) -> list[Row] | workers.Last:
@@ -147,9 +147,7 @@ def measure(job: Job) -> list[Row] | workers.Last:
         capture=replays.capture if on_gpu else None,
     )
     try:
-        _settle(job.device)()
-        if on_gpu:
-            torch.cuda.empty_cache()
+        _release(job.device)
     except RuntimeError:  # an error of a kernel, which stays with the process
         return workers.Last(rows)
     # A capture that failed half way may leave the allocator in its state.
@@ -171,6 +169,17 @@ def _set_up() -> None:
 
 def _settle(device: str) -> Callable[[], None]:
     return torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
+def _release(device: str) -> None:
+    """Wait for the last kernel, and give memory back: many processes share the GPU.
+
+    Raises:
+        RuntimeError: a kernel failed, now or before.
+    """
+    _settle(device)()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _measure(

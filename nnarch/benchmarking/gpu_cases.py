@@ -234,7 +234,7 @@ def networks() -> Iterable[Case]:
     yield in_dtype(encoder_layer(8, 128, 512, 8, by_hand=True), F16)
     yield in_dtype(_resnet("resnet18", backward=True), F32)
     layer = encoder_layer(8, 512, 512, 8, by_hand=True, backward=True)
-    yield in_dtype(layer, BF16, tolerance=2.0**-4)
+    yield in_dtype(layer, BF16, tolerance=2.0**-3)
     yield in_dtype(encoder_layer(8, 128, 512, 8, by_hand=False), F16)
     # Rounding flips ReLUs: bfloat16 gradients of a whole network say nothing about a kernel.
     yield in_dtype(_resnet("resnet18", backward=True), BF16, tolerance=float("inf"))

@@ -109,41 +109,41 @@ class _Worker:
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self._function = function
-        self._process: Any = None
-        self._connection: Any = None
+        self._child: tuple[Any, Connection] | None = None
 
     def ask(self, job: Any, timeout: float) -> Outcome:
         """Run one job."""
-        if self._process is None:
-            self._start()
+        process, connection = self._child or self._start()
         try:
-            self._connection.send(job)
-            if not self._connection.poll(timeout):
+            connection.send(job)
+            if not connection.poll(timeout):
                 self.stop()
                 return Outcome(job, error=_LATE)
-            result, error, goes_on = self._connection.recv()
+            result, error, goes_on = connection.recv()
         except (EOFError, OSError):
-            self._process.join()
-            code = self._process.exitcode
+            process.join()
             self.stop()
-            return Outcome(job, error=f"its process died (exit code {code})")
+            return Outcome(job, error=f"its process died (exit code {process.exitcode})")
         if not goes_on:
             self.stop()
         return Outcome(job, result, error)
 
-    def _start(self) -> None:
-        self._connection, theirs = _SPAWN.Pipe()
-        self._process = _SPAWN.Process(target=_serve, args=(theirs, self._function), daemon=True)
-        self._process.start()
+    def _start(self) -> tuple[Any, Connection]:
+        ours, theirs = _SPAWN.Pipe()
+        process = _SPAWN.Process(target=_serve, args=(theirs, self._function), daemon=True)
+        process.start()
         theirs.close()
+        self._child = process, ours
+        return self._child
 
     def stop(self) -> None:
         """End the process, whatever it does."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._connection.close()
-            self._process = None
+        if self._child is not None:
+            process, connection = self._child
+            process.kill()
+            process.join()
+            connection.close()
+            self._child = None
 
 
 def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
