@@ -73,7 +73,7 @@ def _python_library(path: str) -> ctypes.PyDLL:
 def _set_up(path: str) -> bool:
     try:
         impl, keys = _find_words()
-        adopt = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr
+        adopt = _adopt()
         watched = _watched()
     except (AttributeError, LookupError):
         return False
@@ -87,6 +87,19 @@ def _set_up(path: str) -> bool:
         inference = _keys(torch.zeros(1))
     set_up(objects, watched, impl, keys, _keys(torch.zeros(1)), inference)
     return True
+
+
+def _adopt() -> Callable[[Any], Tensor]:
+    """torch's function that makes a Python tensor of a handle, whose owner we stay; LookupError
+    where it would free the handle. The name says that it does: no version yet has."""
+    adopt = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr
+    x = torch.zeros(1)
+    handle = torch._C._aoti.unsafe_alloc_void_ptr_from_tensor(
+        x
+    )  # for good: an empty tensor's worth
+    if adopt(handle) is not x or x._use_count() != 2:
+        raise LookupError("it takes the handle")
+    return adopt
 
 
 def _watched() -> tuple[Any, ...]:

@@ -270,9 +270,10 @@ _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 def _cheap_call(op: Op, backward: Any, setup_context: Any) -> Callable[..., Any]:
     """The call path of ADR 2 and 8, by what the call needs.
 
-    Plain tensors, no gradient wanted: straight to the kernel, else below autograd. A gradient wanted: an autograd.Function of the same
-    formula, at a fraction of what the registered one costs a call; under functorch, the form of it
-    that functorch asks for. Under torch.compile: the registered operation.
+    Plain tensors, no gradient wanted: straight to the kernel; not so plain: below autograd. A
+    gradient wanted: an autograd.Function of the same formula, at a fraction of what the registered
+    one costs a call; under functorch, the form of it that functorch asks for. Under torch.compile:
+    the registered operation.
     """
     overload = op.overload
     run = overload._op  # what its __call__ calls
