@@ -20,6 +20,9 @@ from typing import Any
 
 import torch
 
+from nnarch import direct
+from nnarch.direct import DECLINED, WANTS_GRADIENT
+
 NAMESPACE = "nnarch"
 
 _definitions = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -98,6 +101,10 @@ def empty_cache() -> int:
 # --------------------------------------------------------------------------------- declaration
 
 
+def _declined(*_: Any) -> Any:
+    return DECLINED
+
+
 @dataclass
 class Op:
     """A declared operation and its implementations by backend name."""
@@ -108,6 +115,7 @@ class Op:
     check: Callable[..., None] | None
     gpu: str | None  # "module:function" of the Triton or Numba launcher
     gpu_backend: str
+    direct: Callable[..., Any] = field(default=_declined, repr=False)  # see nnarch/direct.py
     _launcher: Callable[..., Any] | None = field(default=None, repr=False)
     _planned: Callable[..., Any] | None = field(default=None, repr=False)
 
@@ -208,6 +216,9 @@ def declare(
     _definitions.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(torch.ops.nnarch, name).default
     op = OPS[name] = Op(name, overload, reference, check, gpu, gpu_backend)
+    if op.has_native:
+        number = native_op_names().index(name)
+        op.direct = direct.function(native, number, overload._schema) or _declined
 
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, op.checked(fake), lib=_definitions)
@@ -262,14 +273,16 @@ _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 
 def _cheap_call(op: Op, backward: Any, setup_context: Any) -> Callable[..., Any]:
-    """The call path of ADR 2, by what the call needs.
+    """The call path of ADR 2 and 8, by what the call needs.
 
-    No gradient wanted: straight below autograd. A gradient wanted: an autograd.Function of the same
-    formula, at a fraction of what the registered one costs a call; under functorch, the form of it
-    that functorch asks for. Under torch.compile: the registered operation.
+    Plain tensors, no gradient wanted: straight to the kernel; not so plain: below autograd. A
+    gradient wanted: an autograd.Function of the same formula, at a fraction of what the registered
+    one costs a call; under functorch, the form of it that functorch asks for. Under torch.compile:
+    the registered operation.
     """
     overload = op.overload
     run = overload._op  # what its __call__ calls
+    direct = op.direct
     is_grad_enabled = torch.is_grad_enabled
     is_inference_mode = torch.is_inference_mode_enabled
     is_compiling = torch.compiler.is_compiling
@@ -288,6 +301,11 @@ def _cheap_call(op: Op, backward: Any, setup_context: Any) -> Callable[..., Any]
         try:
             if is_compiling():
                 return overload(*args)
+            result = direct(*args)
+            if result is WANTS_GRADIENT:
+                return apply(*args)
+            if result is not DECLINED:
+                return result
             if is_inference_mode():  # is below autograd already
                 return run(*args)
             if is_grad_enabled():
@@ -318,13 +336,15 @@ def _cheap_apply(function: Any) -> Callable[..., Any]:
 
 
 def _autograd_function(op: Op, backward_formula: Any, setup_context: Any) -> Any:
-    run = op.overload._op
+    run, direct = op.overload._op, op.direct
 
     class Function(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *args: Any) -> Any:
-            with _BelowAutograd():
-                output = run(*args)
+            output = direct(*args)
+            if output is DECLINED:
+                with _BelowAutograd():
+                    output = run(*args)
             setup_context(ctx, args, output)
             return output
 

@@ -1,0 +1,301 @@
+// Operations called from Python past torch's reading of the arguments and its dispatcher, which
+// take 2 to 5 µs of a small call. See docs/adr/0008-direct-calls.md.
+//
+// nnarch/direct.py makes one of these functions for an operation. It runs the kernel where the
+// dispatcher would do nothing else: plain CPU tensors, numbers of Python's own types, no mode,
+// transform, profiler or trace. Everything else, and everything that fails, is its caller's: it
+// returns one of two objects that say so, and has done nothing.
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/python.h"
+#include "cpu/registry.h"
+#include "cpu/tensor.h"
+
+namespace nnarch {
+namespace {
+
+constexpr int kMostArguments = 24, kMostOutputs = 8;
+
+// What nnarch/direct.py tells of Python and of torch, once.
+struct Setup {
+  // Where a tensor's object points to its TensorImpl, where that holds its dispatch keys, and the
+  // keys of tensors that the dispatcher hands to the kernel as they are.
+  int64_t impl_offset = 0, keys_offset = 0;
+  uint64_t keys[2] = {};
+  PyObject *tensor = nullptr, *parameter = nullptr, *integer = nullptr, *real = nullptr,
+           *tuple = nullptr, *list = nullptr, *size = nullptr, *none = nullptr, *yes = nullptr,
+           *no = nullptr;
+  PyObject *declined = nullptr, *wants_gradient = nullptr;  // the two answers
+  PyObject *adopt = nullptr, *requires_grad = nullptr;
+  std::vector<std::pair<PyObject*, PyObject*>> watched;  // functions, and what they have to return
+};
+Setup python;
+
+struct Operation {
+  BoxedOp function;
+  std::string kinds;  // a letter an argument, see read()
+  std::vector<PyObject*> defaults;
+  uint64_t outputs;
+  PyMethodDef method;
+};
+constexpr const char* kOperation = "nnarch operation";
+
+// An argument that has been read and is owned by nobody yet.
+struct Value {
+  enum { kNone, kTensor, kNumber, kInts } kind;
+  union {
+    AtenTensorHandle tensor;
+    StableIValue number;
+    PyObject* ints;
+  };
+};
+
+bool is_instance(PyObject* object, PyObject* type) {
+  PyObject* own = PyObject_Type(object);
+  Py_DecRef(own);  // the object holds it
+  return own == type;
+}
+
+PyObject* answer(PyObject* object) {
+  Py_IncRef(object);
+  return object;
+}
+
+bool nobody_watches() {
+  for (const auto& [function, expected] : python.watched) {
+    PyObject* result = PyObject_CallFunctionObjArgs(function, nullptr);
+    if (result == nullptr) {
+      PyErr_Clear();
+      return false;
+    }
+    Py_DecRef(result);
+    if (result != expected) return false;
+  }
+  return true;
+}
+
+// The address of the at::Tensor in a Python tensor, which is a handle that nobody owns; null for
+// one with anything special about it.
+AtenTensorHandle plain_tensor(PyObject* object) {
+  PyObject* type = PyObject_Type(object);
+  Py_DecRef(type);
+  if (type != python.tensor && type != python.parameter) return nullptr;
+  char* place = reinterpret_cast<char*>(object) + python.impl_offset;
+  const char* impl;
+  std::memcpy(&impl, place, sizeof(impl));
+  uint64_t keys;
+  std::memcpy(&keys, impl + python.keys_offset, sizeof(keys));
+  if (keys != python.keys[0] && keys != python.keys[1]) return nullptr;
+  return reinterpret_cast<AtenTensorHandle>(place);
+}
+
+bool read_integer(PyObject* object, int64_t& value) {
+  if (!is_instance(object, python.integer)) return false;
+  value = PyLong_AsLongLong(object);
+  if (value != -1 || !PyErr_Occurred()) return true;
+  PyErr_Clear();
+  return false;
+}
+
+// The items of a list of ints; false where it is none.
+template <class Item>
+bool each_integer(PyObject* object, const Item& item) {
+  const bool is_list = is_instance(object, python.list);
+  if (!is_list && !is_instance(object, python.tuple) && !is_instance(object, python.size))
+    return false;
+  const std::ptrdiff_t count = is_list ? PyList_Size(object) : PyTuple_Size(object);
+  for (std::ptrdiff_t i = 0; i < count; ++i) {
+    int64_t value;
+    if (!read_integer(is_list ? PyList_GetItem(object, i) : PyTuple_GetItem(object, i), value))
+      return false;
+    item(value);
+  }
+  return true;
+}
+
+// Reads one argument as its kind says, of which a capital letter takes None too: a tensor (t), an
+// int (i), a float (f), a bool (b) or a list of ints (l).
+bool read(char kind, PyObject* object, Value& value) {
+  using torch::stable::detail::from;
+  const bool optional = kind < 'a';
+  value.kind = Value::kNone;
+  if (object == python.none) return optional;
+  value.kind = Value::kNumber;
+  switch (kind | 0x20) {
+    case 't':
+      value.kind = Value::kTensor;
+      value.tensor = plain_tensor(object);
+      return value.tensor != nullptr;
+    case 'i': {
+      int64_t number;
+      if (!read_integer(object, number)) return false;
+      value.number = from(number);
+      return true;
+    }
+    case 'f':
+      if (!is_instance(object, python.real) && !is_instance(object, python.integer)) return false;
+      value.number = from(PyFloat_AsDouble(object));
+      if (!PyErr_Occurred()) return true;
+      PyErr_Clear();
+      return false;
+    case 'b':
+      if (object != python.yes && object != python.no) return false;
+      value.number = from(object == python.yes);
+      return true;
+    default:
+      value.kind = Value::kInts;
+      value.ints = object;
+      return each_integer(object, [](int64_t) {});
+  }
+}
+
+bool is_small(const Value* values, std::ptrdiff_t size) {
+  constexpr int64_t small = 4096;
+  int64_t elements = 0;
+  for (std::ptrdiff_t i = 0; i < size; ++i) {
+    int64_t own = 0;
+    if (values[i].kind == Value::kTensor) aoti_torch_get_numel(values[i].tensor, &own);
+    if ((elements += own) > small) return false;
+  }
+  return true;
+}
+
+// What the boxed function takes, and owns from here on.
+StableIValue hand_over(char kind, const Value& value) {
+  using torch::stable::detail::from;
+  if (value.kind == Value::kNone) return from(std::nullopt);
+  StableIValue result = value.number;
+  if (value.kind == Value::kTensor) {
+    AtenTensorHandle own;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(value.tensor, &own));
+    result = reinterpret_cast<StableIValue>(own);
+  } else if (value.kind == Value::kInts) {
+    IntList ints;
+    each_integer(value.ints, [&](int64_t i) { ints.push_back(i); });
+    result = from(ints);
+  }
+  return kind < 'a' ? from(new StableIValue(result)) : result;
+}
+
+// Whether one of them requires a gradient, where gradients are wanted at all.
+bool wants_gradient(const Operation& op, PyObjects arguments, std::ptrdiff_t count) {
+  if (!aoti_torch_grad_mode_is_enabled()) return false;
+  for (std::ptrdiff_t i = 0; i < count; ++i) {
+    if ((op.kinds[static_cast<size_t>(i)] | 0x20) != 't' || arguments[i] == python.none) continue;
+    PyObject* requires_it = PyObject_GetAttr(arguments[i], python.requires_grad);
+    if (requires_it == nullptr) PyErr_Clear();
+    Py_DecRef(requires_it);
+    if (requires_it != python.no) return true;
+  }
+  return false;
+}
+
+// The new tensor of a handle. Python's function wraps what the handle has and leaves the handle.
+PyObject* adopted(StableIValue value) {
+  const Tensor owner(reinterpret_cast<AtenTensorHandle>(value));
+  PyObject* capsule = PyCapsule_New(owner.get(), nullptr, nullptr);
+  if (capsule == nullptr) return nullptr;
+  PyObject* tensor = PyObject_CallFunctionObjArgs(python.adopt, capsule, nullptr);
+  Py_DecRef(capsule);
+  return tensor;
+}
+
+PyObject* results(const StableIValue* stack, uint64_t outputs) {
+  if (outputs == 1) return adopted(stack[0]);
+  PyObject* tuple = PyTuple_New(static_cast<std::ptrdiff_t>(outputs));
+  for (uint64_t i = 0; tuple != nullptr && i < outputs; ++i) {
+    PyObject* tensor = adopted(stack[i]);
+    if (tensor == nullptr || PyTuple_SetItem(tuple, static_cast<std::ptrdiff_t>(i), tensor) != 0) {
+      Py_DecRef(tuple);
+      return nullptr;
+    }
+  }
+  return tuple;
+}
+
+// Lets other threads of Python run meanwhile, but for a microsecond's work: that costs 0.1 µs.
+bool run(const Operation& op, StableIValue* stack, bool alone) {
+  void* thread = alone ? nullptr : PyEval_SaveThread();
+  bool done = true;
+  try {
+    op.function(stack, op.kinds.size(), op.outputs);
+  } catch (...) {
+    done = false;  // the long way fails the same way, and says why
+  }
+  if (!alone) PyEval_RestoreThread(thread);
+  return done;
+}
+
+PyObject* call(PyObject* self, PyObjects arguments, std::ptrdiff_t count) {
+  const auto& op = *static_cast<const Operation*>(PyCapsule_GetPointer(self, kOperation));
+  const auto size = static_cast<std::ptrdiff_t>(op.kinds.size());
+  if (count > size) return answer(python.declined);
+  Value values[kMostArguments];
+  for (std::ptrdiff_t i = 0; i < size; ++i) {
+    PyObject* argument = i < count ? arguments[i] : op.defaults[static_cast<size_t>(i)];
+    if (argument == nullptr || !read(op.kinds[static_cast<size_t>(i)], argument, values[i]))
+      return answer(python.declined);
+  }
+  if (!nobody_watches()) return answer(python.declined);
+  if (wants_gradient(op, arguments, count)) return answer(python.wants_gradient);
+  StableIValue stack[kMostArguments];
+  for (std::ptrdiff_t i = 0; i < size; ++i)
+    stack[i] = hand_over(op.kinds[static_cast<size_t>(i)], values[i]);
+  const bool done = run(op, stack, is_small(values, size));
+  return done ? results(stack, op.outputs) : answer(python.declined);
+}
+
+}  // namespace
+}  // namespace nnarch
+
+#define NNARCH_EXPORT extern "C" __attribute__((visibility("default")))
+
+// `objects`: what Setup names, in its order; `watched`: pairs of a function and what it returns
+// while nobody watches. All of it is kept.
+NNARCH_EXPORT void nnarch_direct_setup(PyObject* objects, PyObject* watched, int64_t impl_offset,
+                                       int64_t keys_offset, uint64_t keys, uint64_t other_keys) {
+  using nnarch::python;
+  Py_IncRef(objects);
+  Py_IncRef(watched);
+  std::ptrdiff_t at = 0;
+  for (PyObject** member :
+       {&python.tensor, &python.parameter, &python.integer, &python.real, &python.tuple,
+        &python.list, &python.size, &python.none, &python.yes, &python.no, &python.declined,
+        &python.wants_gradient, &python.adopt, &python.requires_grad})
+    *member = PyTuple_GetItem(objects, at++);
+  python.watched.clear();
+  for (std::ptrdiff_t i = 0; i + 1 < PyTuple_Size(watched); i += 2)
+    python.watched.emplace_back(PyTuple_GetItem(watched, i), PyTuple_GetItem(watched, i + 1));
+  python.impl_offset = impl_offset;
+  python.keys_offset = keys_offset;
+  python.keys[0] = keys;
+  python.keys[1] = other_keys;
+}
+
+// The function of the operation with this number; null, with Python's error set, without memory.
+// `defaults` has an object an argument, of which those that have to be given are not read.
+NNARCH_EXPORT PyObject* nnarch_direct_function(int64_t number, const char* kinds,
+                                               PyObject* defaults, int64_t required,
+                                               int64_t outputs) {
+  using namespace nnarch;
+  const auto size = static_cast<int64_t>(std::strlen(kinds));
+  if (size > kMostArguments || outputs > kMostOutputs) return answer(python.none);
+  // Never freed: the function lives as long as the module that declares the operation.
+  auto* op = new Operation{boxed_ops().at(static_cast<size_t>(number)),
+                           kinds,
+                           {},
+                           static_cast<uint64_t>(outputs),
+                           {"direct", &call, kFastCall, nullptr}};
+  Py_IncRef(defaults);
+  for (int64_t i = 0; i < size; ++i)
+    op->defaults.push_back(i < required ? nullptr : PyTuple_GetItem(defaults, i));
+  PyObject* self = PyCapsule_New(op, kOperation, nullptr);
+  if (self == nullptr) return nullptr;
+  PyObject* function = PyCFunction_NewEx(&op->method, self, nullptr);
+  Py_DecRef(self);
+  return function;
+}

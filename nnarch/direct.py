@@ -1,0 +1,150 @@
+"""Operations called past torch's reading of arguments and its dispatcher (ADR 8).
+
+`kernels/cpu/direct_call.cpp` makes a function for an operation, which runs the native kernel where
+the dispatcher would do nothing else. It reads two words of a tensor's object that no interface
+hands out in less than the time that the whole saves; this module finds them, on tensors of many
+kinds whose answers torch gives, and where it does not find them, or part of what it needs is not
+there, there are no such functions and everything takes the long way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DECLINED = object()
+"""What a direct function returns where the call has to go the long way."""
+WANTS_GRADIENT = object()
+"""What it returns where the call is plain but for a tensor that requires a gradient."""
+
+_WORD = 8
+_KINDS = {"Tensor": "t", "int": "i", "float": "f", "bool": "b", "List[int]": "l"}
+
+
+def function(library: Any, number: int, schema: Any) -> Callable[..., Any] | None:
+    """The direct function of an operation, or None where there is none.
+
+    Args:
+        library: the native library, as :class:`ctypes.CDLL`.
+        number: the operation's number in its table.
+        schema: of the operation.
+    """
+    kinds = _kinds(schema)
+    if kinds is None or not _set_up(library._name):
+        return None
+    arguments = schema.arguments
+    required = sum(not a.has_default_value() for a in arguments)
+    defaults = tuple(a.default_value if a.has_default_value() else None for a in arguments)
+    make = _python_library(library._name).nnarch_direct_function
+    make.restype = ctypes.py_object
+    make.argtypes = [
+        ctypes.c_int64, ctypes.c_char_p, ctypes.py_object, ctypes.c_int64, ctypes.c_int64
+    ]  # fmt: skip
+    return make(number, kinds.encode(), defaults, required, len(schema.returns))
+
+
+def _kinds(schema: Any) -> str | None:
+    """A letter an argument, as direct_call.cpp reads them."""
+    if any(str(r.type) != "Tensor" for r in schema.returns) or not schema.returns:
+        return None
+    kinds = ""
+    for argument in schema.arguments:
+        kind = str(argument.type)
+        optional = kind.startswith("Optional[")
+        letter = _KINDS.get(kind.removeprefix("Optional[").removesuffix("]") if optional else kind)
+        if letter is None or argument.alias_info is not None or argument.kwarg_only:
+            return None
+        kinds += letter.upper() if optional else letter
+    return kinds
+
+
+@functools.cache
+def _python_library(path: str) -> ctypes.PyDLL:
+    """The native library, for functions that work on Python's objects."""
+    return ctypes.PyDLL(path)
+
+
+@functools.cache
+def _set_up(path: str) -> bool:
+    try:
+        impl, keys = _find_words()
+        adopt = _adopt()
+        watched = _watched()
+    except (AttributeError, LookupError):
+        return False
+    kinds = (torch.Tensor, torch.nn.Parameter, int, float, tuple, list, torch.Size)
+    objects = (*kinds, None, True, False, DECLINED, WANTS_GRADIENT, adopt, "requires_grad")
+    set_up = _python_library(path).nnarch_direct_setup
+    set_up.restype = None
+    set_up.argtypes = [ctypes.py_object, ctypes.py_object] + 2 * [ctypes.c_int64]
+    set_up.argtypes += 2 * [ctypes.c_uint64]
+    with torch.inference_mode():
+        inference = _keys(torch.zeros(1))
+    set_up(objects, watched, impl, keys, _keys(torch.zeros(1)), inference)
+    return True
+
+
+def _adopt() -> Callable[[Any], Tensor]:
+    """torch's function that makes a Python tensor of a handle, whose owner we stay; LookupError
+    where it would free the handle. The name says that it does: no version yet has."""
+    adopt = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr
+    x = torch.zeros(1)
+    handle = torch._C._aoti.unsafe_alloc_void_ptr_from_tensor(
+        x
+    )  # for good: an empty tensor's worth
+    if adopt(handle) is not x or x._use_count() != 2:
+        raise LookupError("it takes the handle")
+    return adopt
+
+
+def _watched() -> tuple[Any, ...]:
+    """Functions, each with what it returns while nothing but the kernel has to run."""
+    return (
+        torch._C._len_torch_dispatch_stack, 0,
+        torch._C._len_torch_function_stack, 0,
+        torch._C._are_functorch_transforms_active, False,
+        torch._C._get_tracing_state, None,
+        torch.autograd._profiler_enabled, False,
+    )  # fmt: skip
+
+
+def _find_words() -> tuple[int, int]:
+    """Where a tensor's object points to what torch calls its `TensorImpl`, and where that has the
+    set of its dispatch keys; LookupError unless all of many tensors agree on one place."""
+    samples = list(_samples())
+    impl = _only_place(
+        [(id(t), t._cdata) for t in samples], object.__basicsize__, Tensor.__basicsize__
+    )
+    # A TensorImpl is at least so long: torch asserts its size, and has not made it smaller.
+    keys = _only_place([(t._cdata, _keys(t)) for t in samples], _WORD, 192)
+    return impl, keys
+
+
+def _only_place(words: list[tuple[int, int]], first: int, end: int) -> int:
+    """The one offset in [first, end) at which every address of `words` has its word."""
+    places = [
+        offset
+        for offset in range(first, end - _WORD + 1, _WORD)
+        if all(ctypes.c_uint64.from_address(at + offset).value == word for at, word in words)
+    ]
+    if len(places) != 1:
+        raise LookupError(f"{len(places)} places")
+    return places[0]
+
+
+def _keys(tensor: Tensor) -> int:
+    return torch._C._dispatch_keys(tensor).raw_repr()
+
+
+def _samples() -> Iterator[Tensor]:
+    x = torch.zeros(2, 3)
+    yield from (x, x.t(), x[1:], torch.zeros(0), x.bfloat16(), torch.zeros(4, dtype=torch.int64))
+    yield from (torch.nn.Parameter(x), x.clone().requires_grad_())
+    yield from (torch._neg_view(x), x.to("meta"), torch.zeros(2, dtype=torch.complex64).conj())
+    with torch.inference_mode():
+        yield torch.zeros(5)
