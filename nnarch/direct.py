@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -74,7 +75,7 @@ def _set_up(path: str) -> bool:
     try:
         impl, keys = _find_words()
         adopt = _adopt()
-        watched = _watched()
+        functions = tuple(itertools.chain.from_iterable(watched()))
     except (AttributeError, LookupError):
         return False
     kinds = (torch.Tensor, torch.nn.Parameter, int, float, tuple, list, torch.Size)
@@ -85,32 +86,30 @@ def _set_up(path: str) -> bool:
     set_up.argtypes += 2 * [ctypes.c_uint64]
     with torch.inference_mode():
         inference = _keys(torch.zeros(1))
-    set_up(objects, watched, impl, keys, _keys(torch.zeros(1)), inference)
+    set_up(objects, functions, impl, keys, _keys(torch.zeros(1)), inference)
     return True
 
 
 def _adopt() -> Callable[[Any], Tensor]:
     """torch's function that makes a Python tensor of a handle, whose owner we stay; LookupError
     where it would free the handle. The name says that it does: no version yet has."""
-    adopt = torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr
-    x = torch.zeros(1)
-    handle = torch._C._aoti.unsafe_alloc_void_ptr_from_tensor(
-        x
-    )  # for good: an empty tensor's worth
-    if adopt(handle) is not x or x._use_count() != 2:
+    handles: Any = torch._C._aoti  # type: ignore[attr-defined]
+    adopt, x = handles.alloc_tensor_by_stealing_from_void_ptr, torch.zeros(1)
+    handle = handles.unsafe_alloc_void_ptr_from_tensor(x)  # for good: an empty tensor's worth
+    if adopt(handle) is not x or x._use_count() != 2:  # type: ignore[attr-defined]
         raise LookupError("it takes the handle")
     return adopt
 
 
-def _watched() -> tuple[Any, ...]:
+def watched() -> tuple[tuple[Callable[[], Any], Any], ...]:
     """Functions, each with what it returns while nothing but the kernel has to run."""
     return (
-        torch._C._len_torch_dispatch_stack, 0,
-        torch._C._len_torch_function_stack, 0,
-        torch._C._are_functorch_transforms_active, False,
-        torch._C._get_tracing_state, None,
-        torch.autograd._profiler_enabled, False,
-    )  # fmt: skip
+        (torch._C._len_torch_dispatch_stack, 0),
+        (torch._C._len_torch_function_stack, 0),
+        (torch._C._are_functorch_transforms_active, False),
+        (torch._C._is_tracing, False),  # _get_tracing_state takes 0.1 µs
+        (torch.autograd._profiler_enabled, False),  # type: ignore[attr-defined]
+    )
 
 
 def _find_words() -> tuple[int, int]:
@@ -145,6 +144,6 @@ def _samples() -> Iterator[Tensor]:
     x = torch.zeros(2, 3)
     yield from (x, x.t(), x[1:], torch.zeros(0), x.bfloat16(), torch.zeros(4, dtype=torch.int64))
     yield from (torch.nn.Parameter(x), x.clone().requires_grad_())
-    yield from (torch._neg_view(x), x.to("meta"), torch.zeros(2, dtype=torch.complex64).conj())
+    yield from (x._neg_view(), x.to("meta"), torch.zeros(2, dtype=torch.complex64).conj())
     with torch.inference_mode():
         yield torch.zeros(5)

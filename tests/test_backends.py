@@ -230,6 +230,7 @@ def test_a_gpu_kernel_that_cannot_run_falls_back_and_warns(
 ):
     monkeypatch.setattr(operation, "gpu", launcher)
     monkeypatch.setattr(operation, "_launcher", None)
+    monkeypatch.setattr(operation, "_planned", None)
     args = samples("linear")[0]
     with pytest.warns(nnarch.FallbackWarning, match=reason):
         backend, y = library.run_without_native(operation, True, args)

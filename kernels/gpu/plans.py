@@ -20,12 +20,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnarch import library, precision
 
-LIMIT = 4096
+LIMIT = 1024
 """Plans kept at most for one operation; then all of them are dropped."""
 
 _aten = torch.ops.aten
@@ -84,16 +83,19 @@ class _Torch(_Step):
     """An operation of torch's, such as a copy to another layout or zeros."""
 
     function: Any
-    args: Any
-    kwargs: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    places: list[tuple[int, _Place | list[_Place]]]  # which arguments are tensors, or lists of them
     makes: bool  # new tensors; otherwise it writes one of its arguments
 
     def run(self, tensors: list[torch.Tensor], pointers: list[int]) -> None:
-        def filled(a: Any) -> Any:
-            return a.of(tensors[a.slot]) if isinstance(a, _Place) else a
-
-        args, kwargs = pytree.tree_map(filled, (self.args, self.kwargs))
-        result = self.function(*args, **kwargs)
+        args = list(self.args)
+        for position, place in self.places:
+            if isinstance(place, _Place):
+                args[position] = place.of(tensors[place.slot])
+            else:
+                args[position] = [p.of(tensors[p.slot]) for p in place]
+        result = self.function(*args, **self.kwargs)
         if self.makes:
             for new in result if isinstance(result, (list, tuple)) else (result,):
                 tensors.append(new)
@@ -193,11 +195,15 @@ class _Recorder(TorchDispatchMode):
         if any(r.device != self._seen[0].device for r in results):
             raise _Refused(str(func))
 
-        def placed(a: Any) -> Any:
-            return self.place(a) if isinstance(a, torch.Tensor) else a
-
-        arguments = pytree.tree_map(placed, (args, kwargs))
-        self.plan.steps.append(_Torch(func, *arguments, makes=not writes))
+        places: list[tuple[int, _Place | list[_Place]]] = []
+        for i, a in enumerate(args):
+            if isinstance(a, torch.Tensor):
+                places.append((i, self.place(a)))
+            elif isinstance(a, (list, tuple)) and any(isinstance(t, torch.Tensor) for t in a):
+                places.append((i, [self.place(t) for t in a]))  # an absent one refuses
+        if any(isinstance(a, torch.Tensor) for a in kwargs.values()):
+            raise _Refused(str(func))
+        self.plan.steps.append(_Torch(func, args, kwargs, places, makes=not writes))
         for r in () if writes else results:
             self._made(r)
 
@@ -221,6 +227,7 @@ class _Recorder(TorchDispatchMode):
         self._places[id(tensor)] = (slot, offset)
 
     def place(self, tensor: torch.Tensor) -> _Place:
+        """Where a tensor lies; refuses what is none of the arguments and was not made here."""
         known = self._places.get(id(tensor))
         if known is None:
             raise _Refused("a tensor of unknown origin")
@@ -362,30 +369,31 @@ def _key(args: Any, inputs: list[torch.Tensor], pointers: list[int]) -> Any:
     """What a launcher may look at, or None where no plan is possible; fills the two lists."""
     parts: list[Any] = []
     device = None
+    exact = False
     for a in args:
         if type(a) in _SCALARS:
             parts.append(a)
         elif isinstance(a, torch.Tensor):
-            pointer = a.data_ptr()
+            pointer, dtype = a.data_ptr(), a.dtype
             if device is None:
-                device = a.device
-            elif a.device != device:
+                device = a.get_device()
+            elif a.get_device() != device:
                 return None  # lengths on the host, say: their values may be read
             inputs.append(a)
             pointers.append(pointer)
-            parts.append((a.shape, a.stride(), a.dtype, pointer & 15))
+            parts += (a.shape, a.stride(), dtype, pointer & 15)
+            exact = exact or dtype is torch.float32
         elif a and isinstance(a[0], torch.Tensor):
             return None
         else:
             parts.append(tuple(a))
-    if device is None or (device.type == "cuda" and device.index != torch.cuda.current_device()):
+    if device is None or (device >= 0 and device != torch._C._cuda_getDevice()):
         return None
-    parts.append((device, precision.get_precision(), *_float32_dots()))
+    parts.append(device)
+    if exact:  # what decides how float32 is multiplied
+        parts += (precision.get_precision(), _fp32_precision("cuda", "conv"))
+        parts.append(_fp32_precision("cuda", "matmul"))
     return tuple(parts)
 
 
-def _float32_dots() -> tuple[str, str]:
-    return (
-        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
-        torch.backends.cuda.matmul.fp32_precision,
-    )
+_fp32_precision = torch._C._get_fp32_precision_getter
