@@ -91,6 +91,7 @@ def _attention_fwd_kernel(
     VALUE_DEPTH: tl.constexpr,
     MASK: tl.constexpr,
     LEFT: tl.constexpr,  # whether `low` restricts
+    LATE_SCALE: tl.constexpr,  # scores are kept unscaled: nothing is added to them, the scale > 0
     INT64: tl.constexpr,
     PRECISION: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -129,6 +130,7 @@ def _attention_fwd_kernel(
     begin, end = part * part_keys, tl.minimum(keys, (part + 1) * part_keys)
     first, whole_from, whole_to, last = key_tiles(i_first, i_last, begin, end, low, high, BLOCK_N)
 
+    unit = scale * LOG2E
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, VALUE_DEPTH), tl.float32)
@@ -158,15 +160,21 @@ def _attention_fwd_kernel(
             else:
                 k = load_rows(k_head, j, stride_kn, stride_kd, S, D, DEPTH, phase != 1, INT64)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            s *= scale * LOG2E
+            if not LATE_SCALE:
+                s *= scale * LOG2E
             s = restrict(
                 s, i[:, None], j[None, :], mask_rows, stride_mn, keys, L, S, low, high, MASK,
                 phase != 1, INT64,
             )  # fmt: skip
             new_m = tl.maximum(m, tl.max(s, 1))
-            base = tl.where(new_m == float("-inf"), 0.0, new_m)
-            p = tl.exp2(s - base[:, None])
-            shrink = tl.exp2(m - base)
+            if LATE_SCALE:  # one multiply-add a score
+                base = tl.where(new_m == float("-inf"), 0.0, new_m * unit)
+                p = tl.exp2(s * unit - base[:, None])
+                shrink = tl.exp2(m * unit - base)
+            else:
+                base = tl.where(new_m == float("-inf"), 0.0, new_m)
+                p = tl.exp2(s - base[:, None])
+                shrink = tl.exp2(m - base)
             total = total * shrink + tl.sum(p, 1)
             m = new_m
             if seed_ptr is not None:
@@ -180,6 +188,8 @@ def _attention_fwd_kernel(
     nothing = m == float("-inf")
     total = tl.where(nothing, 1.0, total)
     acc = acc / total[:, None]
+    if LATE_SCALE:
+        m *= unit
     lse = tl.where(nothing, float("-inf"), (m + tl.log2(total)) * LN2)
     d = tl.arange(0, VALUE_DEPTH)
     tl.store(
@@ -348,6 +358,7 @@ def forward(
         **{"part_keys": part_keys, "STACK": stack, "D": depth, "DV": value.shape[3]},
         **mask_arguments(mask),
         **band_arguments(query, key, low, high),
+        "LATE_SCALE": scale > 0 and (mask is None or mask.dtype == torch.bool),
         **named_strides("q", "bhmd", query),
         **named_strides("k", "bhnd", key),
         **named_strides("v", "bhnd", value),

@@ -58,9 +58,11 @@ def _compare(actual, function, arguments, skip=()):
             assert_as_accurate(mine, their, true.double(), ulps=32, what=f"result {index}")
 
 
-def check(tensors, mask=None, lengths=None, seed=None, p=0.0, band=BAND, grad_lse=False):
+def check(
+    tensors, mask=None, lengths=None, seed=None, p=0.0, band=BAND, grad_lse=False, scale=None
+):
     """Forward and backward."""
-    scale = 1 / math.sqrt(tensors[0].shape[3])
+    scale = 1 / math.sqrt(tensors[0].shape[3]) if scale is None else scale
     inputs = (*tensors, mask, lengths, seed, p, scale, *band)
     with poisoned_memory():
         out, lse = triton_kernel.attention(*inputs)
@@ -78,6 +80,11 @@ def check(tensors, mask=None, lengths=None, seed=None, p=0.0, band=BAND, grad_ls
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_shapes(shape, dtype):
     check(_tensors(shape, dtype))
+
+
+@pytest.mark.parametrize("scale", [-0.4, 0.0])
+def test_scales_that_reverse_the_order(scale):
+    check(_tensors((1, 2, 2, 37, 51, 16, 16)), scale=scale)
 
 
 @pytest.mark.parametrize(
