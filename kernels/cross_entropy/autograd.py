@@ -66,6 +66,8 @@ def scaled(
     if grad.device.type == "cpu" and library.native is not None and not _graph_is_kept():
         factor = grad.item()
         return _each(lambda r, _: _times(r, factor), ready, likes)
+    if grad.is_cuda and not _graph_is_kept():
+        return _each(lambda r, _: _times_on_gpu(grad, r), ready, likes)
     return _each(lambda r, _: _scaled(grad, r, None), ready, likes)
 
 
@@ -76,10 +78,25 @@ def _each(function: Any, ready: Sequence[Any], likes: Sequence[Any]) -> tuple[An
 
 def _scaled(grad: Tensor, ready: Tensor, like: Tensor | None) -> Tensor:
     """Dense in memory as `ready` is."""
-    order = sorted(range(ready.dim()), key=lambda d: -ready.stride(d))
+    order = _memory_order(ready)
     back = sorted(range(ready.dim()), key=lambda i: order[i])
     like = None if like is None else like.permute(order)
     return cross_entropy_scale(grad, ready.permute(order), like).permute(back)
+
+
+def _memory_order(ready: Tensor) -> list[int]:
+    return sorted(range(ready.dim()), key=lambda d: -ready.stride(d))
+
+
+def _times_on_gpu(grad: Tensor, ready: Tensor) -> Tensor:
+    """In place, as :func:`_times`; nobody waits for the value of `grad`."""
+    try:
+        from nnarch.kernels.cross_entropy.triton_kernel import scale_on_gpu
+
+        scale_on_gpu(grad, ready.permute(_memory_order(ready)))
+    except (ImportError, NotImplementedError):  # what the forward's reference made
+        return _scaled(grad, ready, None)
+    return ready
 
 
 def _times(ready: Tensor, factor: float) -> Tensor:

@@ -30,6 +30,7 @@ from nnarch.kernels.cross_entropy.triton_logits import (
     as_ncl,
     gradients,
     scale_by,
+    scale_in_place,
     statistics,
 )
 from nnarch.kernels.gpu.launch import check_dtype, device_guard
@@ -204,6 +205,13 @@ def cross_entropy_scale(
     check_dtype("cross_entropy_scale", grad, ready)
     with device_guard(ready):
         return scale_by(ready.contiguous(), grad)
+
+
+def scale_on_gpu(grad: torch.Tensor, ready: torch.Tensor) -> None:
+    """The same in place; `ready` is contiguous."""
+    check_dtype("cross_entropy_scale", grad, ready)
+    with device_guard(ready):
+        scale_in_place(ready, grad)
 
 
 # -------------------------------------------------------------------- fused with a linear layer

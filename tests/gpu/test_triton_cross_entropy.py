@@ -150,3 +150,12 @@ def test_what_is_refused():
         kernel.cross_entropy(
             torch.randn(3, 4).double(), torch.zeros(3).long(), None, -100, 0, 0, 1, 0
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("factor", [1.0, 0.5, 0.0])
+def test_scale_in_place(factor, dtype):
+    whole = torch.randn(5000).to(dtype)
+    x = whole[:4999].clone()
+    kernel.scale_on_gpu(torch.tensor(factor, dtype=dtype), x)
+    assert torch.equal(x, whole[:4999] * factor)
