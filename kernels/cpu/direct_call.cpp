@@ -67,7 +67,7 @@ PyObject* answer(PyObject* object) {
 
 bool nobody_watches() {
   for (const auto& [function, expected] : python.watched) {
-    PyObject* result = PyObject_CallFunctionObjArgs(function, nullptr);
+    PyObject* result = PyObject_CallNoArgs(function);
     if (result == nullptr) {
       PyErr_Clear();
       return false;
@@ -240,8 +240,8 @@ PyObject* call(PyObject* self, PyObjects arguments, std::ptrdiff_t count) {
     if (argument == nullptr || !read(op.kinds[static_cast<size_t>(i)], argument, values[i]))
       return answer(python.declined);
   }
-  if (!nobody_watches()) return answer(python.declined);
   if (wants_gradient(op, arguments, count)) return answer(python.wants_gradient);
+  if (!nobody_watches()) return answer(python.declined);
   StableIValue stack[kMostArguments];
   for (std::ptrdiff_t i = 0; i < size; ++i)
     stack[i] = hand_over(op.kinds[static_cast<size_t>(i)], values[i]);

@@ -63,9 +63,15 @@ def scaled(
         return _each(lambda r, _: (r * grad).to(r.dtype), ready, likes)
     if torch.is_grad_enabled():
         return _not_twice(op, _each(lambda r, _: _scaled(grad, r, None), ready, likes))
-    if grad.device.type == "cpu" and library.native is not None and not _graph_is_kept():
+    if grad.is_cpu and library.native is not None and not _graph_is_kept():
         factor = grad.item()
-        return _each(lambda r, _: _times(r, factor), ready, likes)
+        if factor != 1.0:
+            for gradient in ready:
+                if gradient is not None:
+                    # In place: the forward made it for this moment. Nothing else holds it, and it
+                    # is as large as the weight; a copy took 30 ms more for 154 MB.
+                    _scale_in_place(gradient, factor)
+        return tuple(ready)
     return _each(lambda r, _: _scaled(grad, r, None), ready, likes)
 
 
@@ -80,14 +86,6 @@ def _scaled(grad: Tensor, ready: Tensor, like: Tensor | None) -> Tensor:
     back = sorted(range(ready.dim()), key=lambda i: order[i])
     like = None if like is None else like.permute(order)
     return cross_entropy_scale(grad, ready.permute(order), like).permute(back)
-
-
-def _times(ready: Tensor, factor: float) -> Tensor:
-    """In place: the forward made it for this moment. Nothing else holds it, and it is as large as
-    the weight; a copy took 30 ms more for 154 MB."""
-    if factor != 1.0:
-        _scale_in_place(ready, factor)
-    return ready
 
 
 def _graph_is_kept() -> bool:
