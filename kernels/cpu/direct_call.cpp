@@ -230,8 +230,7 @@ bool run(const Operation& op, StableIValue* stack, bool alone) {
   return done;
 }
 
-PyObject* call(PyObject* self, PyObjects arguments, std::ptrdiff_t count) {
-  const auto& op = *static_cast<const Operation*>(PyCapsule_GetPointer(self, kOperation));
+PyObject* call_operation(const Operation& op, PyObjects arguments, std::ptrdiff_t count) {
   const auto size = static_cast<std::ptrdiff_t>(op.kinds.size());
   if (count > size) return answer(python.declined);
   Value values[kMostArguments];
@@ -247,6 +246,15 @@ PyObject* call(PyObject* self, PyObjects arguments, std::ptrdiff_t count) {
     stack[i] = hand_over(op.kinds[static_cast<size_t>(i)], values[i]);
   const bool done = run(op, stack, is_small(values, size));
   return done ? results(stack, op.outputs) : answer(python.declined);
+}
+
+PyObject* call(PyObject* self, PyObjects arguments, std::ptrdiff_t count) {
+  try {
+    const void* op = PyCapsule_GetPointer(self, kOperation);
+    return call_operation(*static_cast<const Operation*>(op), arguments, count);
+  } catch (...) {  // no memory for a handle or a list
+    return answer(python.declined);
+  }
 }
 
 }  // namespace

@@ -134,8 +134,7 @@ void sum_rows(int64_t rows, int64_t columns, int terms, T* const* totals, const 
   const int64_t part = round_up(std::max(least, ceil_div(rows, 64)), kGradRows);
   const int64_t parts = ceil_div(rows, part);
   if (parts <= 1 && rows <= kShortSum) {  // what the way below comes to
-    for (int term = 0; term < terms; ++term)
-      std::fill(totals[term], totals[term] + columns, T{0});
+    for (int term = 0; term < terms; ++term) std::fill(totals[term], totals[term] + columns, T{0});
     parallel_tasks(parts, [&](int64_t) { f(int64_t{0}, rows, totals); });
     return;
   }
