@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 def public(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -30,13 +31,13 @@ def public_lower_precision(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _public(function: Callable[..., Any], lower_precision: bool) -> Callable[..., Any]:
     name = next(iter(inspect.signature(function).parameters))
-    in_autocast = torch._C._is_any_autocast_enabled if lower_precision else bool  # bool() is False
+    in_autocast = torch._C._is_any_autocast_enabled
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs.get(name)
-        if isinstance(x, torch.Tensor):
-            if in_autocast():
+        if isinstance(x, Tensor):
+            if lower_precision and in_autocast():
                 args, kwargs = _autocast(x.device.type, args, kwargs)
             return function(*args, **kwargs)
         if hasattr(x, "__torch_function__"):

@@ -21,7 +21,7 @@ from torch import Tensor
 DECLINED = object()
 """What a direct function returns where the call has to go the long way."""
 WANTS_GRADIENT = object()
-"""What it returns where the call is plain but for a tensor that requires a gradient."""
+"""What it returns where tensors and numbers are plain, and a tensor requires a gradient."""
 
 _WORD = 8
 _KINDS = {"Tensor": "t", "int": "i", "float": "f", "bool": "b", "List[int]": "l"}

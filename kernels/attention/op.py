@@ -132,20 +132,23 @@ def scaled_dot_product_attention(
     Papers: Vaswani et al., Attention Is All You Need, 2017; Dao et al., FlashAttention, 2022;
     Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
     """
-    low, high = _band(is_causal, window, query_offset)
+    if window is None and not is_causal:
+        low, high = -UNBOUNDED, UNBOUNDED
+    else:
+        low, high = _band(is_causal, window, query_offset)
     if key_lengths is not None and key_lengths.dtype != torch.int64:
         key_lengths = _whole(key_lengths)
-    if query.dim() != 4 or key.dim() != 4 or (attn_mask is not None and attn_mask.dim() != 4):
+    sizes, key_sizes, lead = query.shape, key.shape, None
+    if len(sizes) != 4 or len(key_sizes) != 4 or (attn_mask is not None and attn_mask.dim() != 4):
         query, key, value, attn_mask, lead = _four_dimensions(query, key, value, attn_mask)
-    else:
-        lead = None
-    if not enable_gqa and query.shape[1] != key.shape[1]:
+        sizes, key_sizes = query.shape, key.shape
+    if not enable_gqa and sizes[1] != key_sizes[1]:
         raise ValueError(
-            f"attention: query has {query.shape[1]} heads and key {key.shape[1]}: "
+            f"attention: query has {sizes[1]} heads and key {key_sizes[1]}: "
             "enable_gqa=True lets heads share them"
         )
     if scale is None:
-        scale = 1 / math.sqrt(max(1, query.shape[-1]))
+        scale = 1 / math.sqrt(max(1, sizes[3]))
     seed = draw_seed(query) if dropout_p > 0 else None
     out, lse = attention_op(
         query, key, value, attn_mask, key_lengths, seed, dropout_p, scale, low, high

@@ -151,15 +151,16 @@ squash_grad = library.declare(
 )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> int:
     x, weight, bias, _, ctx.detach_routing, packed = inputs
     ctx.has_bias = bias is not None
     _, sums = output
     ctx.mark_non_differentiable(sums)
     ctx.save_for_backward(x, weight, sums, packed)
+    return 1
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     x, weight, sums, packed = ctx.saved_tensors
     dx, dw, db = capsule_routing_grad(grad, x, weight, sums, ctx.detach_routing, packed)
     return dx, dw, db if ctx.has_bias else None, None, None, None

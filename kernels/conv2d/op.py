@@ -250,7 +250,7 @@ def conv2d(
     Raises:
         ValueError, TypeError: arguments that do not fit together; the message names them.
     """
-    code, alpha = kinds.encode(activation, "conv2d")
+    code, alpha = (0, 0.0) if activation is None else kinds.encode(activation, "conv2d")
     if x.dim() == 3:
         y = conv2d(
             x.unsqueeze(0), weight, bias, stride, padding, dilation, groups, scale=scale,

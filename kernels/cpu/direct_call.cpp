@@ -67,7 +67,7 @@ PyObject* answer(PyObject* object) {
 
 bool nobody_watches() {
   for (const auto& [function, expected] : python.watched) {
-    PyObject* result = PyObject_CallFunctionObjArgs(function, nullptr);
+    PyObject* result = PyObject_CallNoArgs(function);
     if (result == nullptr) {
       PyErr_Clear();
       return false;
@@ -230,8 +230,7 @@ bool run(const Operation& op, StableIValue* stack, bool alone) {
   return done;
 }
 
-PyObject* call(PyObject* self, PyObjects arguments, std::ptrdiff_t count) {
-  const auto& op = *static_cast<const Operation*>(PyCapsule_GetPointer(self, kOperation));
+PyObject* call_operation(const Operation& op, PyObjects arguments, std::ptrdiff_t count) {
   const auto size = static_cast<std::ptrdiff_t>(op.kinds.size());
   if (count > size) return answer(python.declined);
   Value values[kMostArguments];
@@ -240,13 +239,22 @@ PyObject* call(PyObject* self, PyObjects arguments, std::ptrdiff_t count) {
     if (argument == nullptr || !read(op.kinds[static_cast<size_t>(i)], argument, values[i]))
       return answer(python.declined);
   }
-  if (!nobody_watches()) return answer(python.declined);
   if (wants_gradient(op, arguments, count)) return answer(python.wants_gradient);
+  if (!nobody_watches()) return answer(python.declined);
   StableIValue stack[kMostArguments];
   for (std::ptrdiff_t i = 0; i < size; ++i)
     stack[i] = hand_over(op.kinds[static_cast<size_t>(i)], values[i]);
   const bool done = run(op, stack, is_small(values, size));
   return done ? results(stack, op.outputs) : answer(python.declined);
+}
+
+PyObject* call(PyObject* self, PyObjects arguments, std::ptrdiff_t count) {
+  try {
+    const void* op = PyCapsule_GetPointer(self, kOperation);
+    return call_operation(*static_cast<const Operation*>(op), arguments, count);
+  } catch (...) {  // no memory for a handle or a list
+    return answer(python.declined);
+  }
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ constexpr int kFastCall = 0x0080;  // METH_FASTCALL
 NNARCH_PYTHON PyObject* PyCFunction_NewEx(PyMethodDef*, PyObject* self, PyObject* module);
 NNARCH_PYTHON PyObject* PyCapsule_New(void*, const char* name, void (*destructor)(PyObject*));
 NNARCH_PYTHON void* PyCapsule_GetPointer(PyObject*, const char* name);
+NNARCH_PYTHON PyObject* PyObject_CallNoArgs(PyObject* callable);
 NNARCH_PYTHON PyObject* PyObject_CallFunctionObjArgs(PyObject* callable, ...);
 NNARCH_PYTHON PyObject* PyObject_GetAttr(PyObject*, PyObject* name);
 NNARCH_PYTHON PyObject* PyObject_Type(PyObject*);

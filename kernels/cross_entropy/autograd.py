@@ -63,9 +63,15 @@ def scaled(
         return _each(lambda r, _: (r * grad).to(r.dtype), ready, likes)
     if torch.is_grad_enabled():
         return _not_twice(op, _each(lambda r, _: _scaled(grad, r, None), ready, likes))
-    if grad.device.type == "cpu" and library.native is not None and not _graph_is_kept():
+    if grad.is_cpu and library.native is not None and not _graph_is_kept():
         factor = grad.item()
-        return _each(lambda r, _: _times(r, factor), ready, likes)
+        if factor != 1.0:
+            for gradient in ready:
+                if gradient is not None:
+                    # In place: the forward made it for this moment. Nothing else holds it, and it
+                    # is as large as the weight; a copy took 30 ms more for 154 MB.
+                    _scale_in_place(gradient, factor)
+        return tuple(ready)
     if grad.is_cuda and not _graph_is_kept():
         return _each(lambda r, _: _times_on_gpu(grad, r), ready, likes)
     return _each(lambda r, _: _scaled(grad, r, None), ready, likes)
@@ -89,21 +95,13 @@ def _memory_order(ready: Tensor) -> list[int]:
 
 
 def _times_on_gpu(grad: Tensor, ready: Tensor) -> Tensor:
-    """In place, as :func:`_times`; nobody waits for the value of `grad`."""
+    """In place, as on the CPU; nobody waits for the value of `grad`."""
     try:
         from nnarch.kernels.cross_entropy.triton_kernel import scale_on_gpu
 
         scale_on_gpu(grad, ready.permute(_memory_order(ready)))
     except (ImportError, NotImplementedError):  # what the forward's reference made
         return _scaled(grad, ready, None)
-    return ready
-
-
-def _times(ready: Tensor, factor: float) -> Tensor:
-    """In place: the forward made it for this moment. Nothing else holds it, and it is as large as
-    the weight; a copy took 30 ms more for 154 MB."""
-    if factor != 1.0:
-        _scale_in_place(ready, factor)
     return ready
 
 

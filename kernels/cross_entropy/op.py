@@ -47,7 +47,7 @@ _NUMBERS = "int ignore_index, float label_smoothing, float z_loss, int reduction
 # ------------------------------------------------------------------------------------- autograd
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> int:
     x, target, class_weight, *ctx.numbers, ctx.wanted = inputs
     _, *rest = output
     ctx.mark_non_differentiable(*rest)
@@ -57,6 +57,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
         ctx.save_for_backward(dx, _if_functorch(x))
     else:
         ctx.save_for_backward(x, target, class_weight, lse)
+    return 1
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -75,7 +76,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     return dx if need_x else None, dq if need_target else None, *none[2:]
 
 
-def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> int:
     x, weight, bias, target, class_weight, *ctx.numbers, ctx.wanted = inputs
     _, *rest = output
     ctx.mark_non_differentiable(*rest)
@@ -85,6 +86,7 @@ def _setup_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
         ctx.save_for_backward(*gradients, *map(_if_functorch, (x, weight, bias)))
     else:
         ctx.save_for_backward(x, weight, bias, target, class_weight, lse)
+    return 1
 
 
 def _backward_linear(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
@@ -235,6 +237,23 @@ def cross_entropy(
         TypeError: arguments of the wrong type.
     """
     op = "cross_entropy"
+    if (
+        weight is None
+        and reduction == "mean"
+        and size_average is None
+        and reduce is None
+        and type(ignore_index) is int
+        and label_smoothing == 0.0
+        and z_loss == 0.0
+        and type(target) is Tensor
+        and target.dtype == torch.int64
+        and input.dtype == torch.float32
+        and not (input.is_nested or target.is_nested)
+        and input.dim() == 2
+        and target.shape == input.shape[:1]
+    ):  # nothing below has anything to do: 2 µs
+        wanted = int(torch.is_grad_enabled() and input.requires_grad)
+        return cross_entropy_op(input, target, None, ignore_index, 0.0, 0.0, MEAN, wanted)[0]
     code = _reduction(op, reduction, size_average, reduce)
     library.check_tensor(op, "input", input)
     ignore_index, label_smoothing, z_loss = _numbers(op, ignore_index, label_smoothing, z_loss)

@@ -94,12 +94,13 @@ def _fake_backward(grad: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return grad.new_empty(grad.shape), grad.new_empty(columns), grad.new_empty(columns)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> int:
     *tensors, ctx.scale, ctx.offset, ctx.padding_idx, ctx.normalize, _, ctx.p = inputs
     _, mean, invstd = output
     ctx.set_materialize_grads(False)  # mean and invstd have none
     ctx.mark_non_differentiable(mean, invstd)
     ctx.save_for_backward(*tensors, *((mean, invstd) if ctx.normalize else (None, None)))
+    return 1
 
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:

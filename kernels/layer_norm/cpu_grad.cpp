@@ -55,8 +55,8 @@ Three layer_norm_backward(const Tensor& grad, const OptTensor& grad_sum, const T
     const auto& table = NNARCH_SELECT(layer_norm_table<S>());
     if (parameters) {
       T* const totals[2] = {mutable_data<T>(dweight), mutable_data<T>(dbias)};
-      sum_rows<T>(rows, columns, 2, totals, [&](int64_t first, int64_t count, T* sums) {
-        table.backward(o, first, count, sums, sums + columns);
+      sum_rows<T>(rows, columns, 2, totals, [&](int64_t first, int64_t count, T* const* sums) {
+        table.backward(o, first, count, sums[0], sums[1]);
       });
     } else if (rows > 0) {
       for_each_run(rows, columns, [&](int64_t first, int64_t count) {
@@ -95,8 +95,8 @@ Three layer_norm_backward_backward(const Tensor& gg_ds, const OptTensor& gg_weig
     o.columns = columns;
     const auto& table = NNARCH_SELECT(layer_norm_table<S>());
     T* const totals[1] = {mutable_data<T>(dweight)};
-    sum_rows<T>(rows, columns, 1, totals, [&](int64_t first, int64_t count, T* sums) {
-      table.backward_backward(o, first, count, sums);
+    sum_rows<T>(rows, columns, 1, totals, [&](int64_t first, int64_t count, T* const* sums) {
+      table.backward_backward(o, first, count, sums[0]);
     });
   });
   return {d_grad, d_s, dweight};

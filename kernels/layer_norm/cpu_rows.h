@@ -124,15 +124,20 @@ void for_each_run(int64_t rows, int64_t columns, const F& f) {
 // Sums over all rows, `terms` for every column: rows are cut into parts by the shape alone, a part
 // adds at most kShortSum rows in T before it goes on in double, and parts are added in order.
 inline constexpr int64_t kShortSum = 64;
+inline constexpr int kMostTerms = 2;
 
-// Calls f(first, count, sums): it adds its rows to sums, [terms, columns]. `totals`: [terms] of
-// [columns].
+// Calls f(first, count, sums): it adds its rows to sums, [terms] of [columns]. `totals` likewise.
 template <class T, class F>
 void sum_rows(int64_t rows, int64_t columns, int terms, T* const* totals, const F& f) {
   const int64_t width = terms * columns;
   const int64_t least = std::max(kGradRows, 32768 / std::max<int64_t>(1, columns));
   const int64_t part = round_up(std::max(least, ceil_div(rows, 64)), kGradRows);
   const int64_t parts = ceil_div(rows, part);
+  if (parts <= 1 && rows <= kShortSum) {  // what the way below comes to
+    for (int term = 0; term < terms; ++term) std::fill(totals[term], totals[term] + columns, T{0});
+    parallel_tasks(parts, [&](int64_t) { f(int64_t{0}, rows, totals); });
+    return;
+  }
   const Scratch<double> partial(checked_product(parts, width));
   parallel_tasks(parts, [&](int64_t task) {
     double* sums = partial.get() + task * width;
@@ -140,7 +145,9 @@ void sum_rows(int64_t rows, int64_t columns, int terms, T* const* totals, const 
     const int64_t end = std::min(rows, (task + 1) * part);
     for (int64_t r = task * part; r < end; r += kShortSum) {
       std::fill(brief.get(), brief.get() + width, T{0});
-      f(r, std::min(kShortSum, end - r), brief.get());
+      T* term_sums[kMostTerms];
+      for (int term = 0; term < terms; ++term) term_sums[term] = brief.get() + term * columns;
+      f(r, std::min(kShortSum, end - r), term_sums);
       if (r == task * part)
         for (int64_t i = 0; i < width; ++i) sums[i] = brief[i];
       else

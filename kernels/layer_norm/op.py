@@ -19,6 +19,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 # What a backward is asked for.
 _SUM, _WEIGHT, _BIAS = 1, 2, 4
+_NO_GRADIENTS = (None,) * 5  # of the arguments after the residual
 
 
 def _like(x: Tensor) -> Tensor:
@@ -128,23 +129,24 @@ def _fake_train(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _like(x), total, _wide(x, 1 if rms else 2, _rows(x, columns))
 
 
-def _setup_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> int:
     x, weight, _, residual, seed, ctx.columns, _, ctx.dropout_p, _ = inputs
     _, total, stats = output
     ctx.set_materialize_grads(False)
-    adds = residual is not None or seed is not None
-    if adds:
-        ctx.mark_non_differentiable(stats)
-    else:
+    if residual is None and seed is None:
         ctx.mark_non_differentiable(total, stats)
-    ctx.save_for_backward(total if adds else x, weight, stats, seed)
+        ctx.save_for_backward(x, weight, stats, None)
+        return 1
+    ctx.mark_non_differentiable(stats)
+    ctx.save_for_backward(total, weight, stats, seed)
+    return 2
 
 
 def _train_backward(
-    ctx: Any, grad: Tensor | None, grad_sum: Tensor | None, *_: Any
+    ctx: Any, grad: Tensor | None, grad_sum: Tensor | None = None, *_: Any
 ) -> tuple[Tensor | None, ...]:
     s, weight, stats, seed = ctx.saved_tensors
-    need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
+    need_x, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
     ds, dweight, dbias = grad_sum, None, None
     if grad is not None:
         wanted = _SUM * (need_x or need_residual) + _WEIGHT * need_weight + _BIAS * need_bias
@@ -159,7 +161,7 @@ def _train_backward(
         dweight if need_weight else None,
         dbias if need_bias else None,
         ds if need_residual else None,
-        *[None] * 5,
+        *_NO_GRADIENTS,
     )
 
 
@@ -214,24 +216,31 @@ layer_norm_op = library.declare(
 
 
 def _is_plain(
-    input: Tensor,
-    normalized_shape: Any,
-    eps: float,
-    residual: Tensor | None,
-    dropout_p: float,
-    return_sum: bool,
+    input: Tensor, normalized_shape: Any, eps: float, residual: Any, dropout_p: float, sum: bool
 ) -> bool:
-    """Whether a call needs none of what :func:`_norm` looks at: a small one is 0.6 µs shorter."""
+    """Whether a call needs little of what :func:`_norm` looks at: a small one is 1 µs shorter."""
     return (
-        not torch.is_grad_enabled()
-        and not (dropout_p or return_sum)
-        and type(normalized_shape) is tuple
+        type(normalized_shape) is tuple
         and len(normalized_shape) == 1
-        and input.ndim > 0
-        and input.size(-1) == normalized_shape[0]
+        and input.shape[-1:] == normalized_shape
+        and not (dropout_p or sum)
         and type(eps) is float
         and (residual is None or (isinstance(residual, Tensor) and residual.dtype == input.dtype))
     )
+
+
+def _plain(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    columns: int,
+    eps: float,
+    rms: bool,
+) -> Tensor:
+    if _wants_gradient(input, weight, bias, residual):
+        return layer_norm_train(input, weight, bias, residual, None, columns, eps, 0.0, rms)[0]
+    return layer_norm_op(input, weight, bias, residual, columns, eps, rms)
 
 
 def _norm(
@@ -260,8 +269,8 @@ def _norm(
         checks.numbers(op, eps, dropout_p)
     if residual is not None and getattr(residual, "dtype", None) != input.dtype:
         input, residual = _promoted(op, input, residual)
-    if not (return_sum or dropout_p) and not _wants_gradient(input, weight, bias, residual):
-        return layer_norm_op(input, weight, bias, residual, columns, eps, rms)
+    if not (return_sum or dropout_p):
+        return _plain(input, weight, bias, residual, columns, eps, rms)
     seed = draw_seed(input) if dropout_p else None
     y, total, _ = layer_norm_train(
         input, weight, bias, residual, seed, columns, eps, float(dropout_p), rms
@@ -272,7 +281,11 @@ def _norm(
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def _promoted(op: str, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
@@ -322,7 +335,10 @@ def layer_norm(
     Source: Ba, Kiros and Hinton, 2016, Layer Normalization.
     """
     if _is_plain(input, normalized_shape, eps, residual, dropout_p, return_sum):
-        return layer_norm_op(input, weight, bias, residual, normalized_shape[0], eps, False)
+        columns = normalized_shape[0]
+        if not torch.is_grad_enabled():
+            return layer_norm_op(input, weight, bias, residual, columns, eps, False)
+        return _plain(input, weight, bias, residual, columns, eps, False)
     return _norm(
         "layer_norm", input, normalized_shape, weight, bias, eps, residual, dropout_p, return_sum,
         False,
@@ -361,7 +377,7 @@ def rms_norm(
         double = torch.float64 in (input.dtype, getattr(residual, "dtype", None))
         eps = 2.0**-52 if double else 2.0**-23
     if _is_plain(input, normalized_shape, eps, residual, dropout_p, return_sum):
-        return layer_norm_op(input, weight, None, residual, normalized_shape[0], eps, True)
+        return _plain(input, weight, None, residual, normalized_shape[0], eps, True)
     return _norm(
         "rms_norm", input, normalized_shape, weight, None, eps, residual, dropout_p, return_sum,
         True,

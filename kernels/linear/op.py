@@ -158,7 +158,7 @@ def linear(
     Raises:
         ValueError, TypeError: arguments that do not fit together; the message names them.
     """
-    code, alpha = kinds.encode(activation, "linear")
+    code, alpha = (0, 0.0) if activation is None else kinds.encode(activation, "linear")
     if (code or scale is not None) and must_split(code, x, weight, bias, scale, shift, residual):
         z = linear_op(x, weight, bias, None, None, None, None, 0, 0.0)
         flat = _as_rows(z)

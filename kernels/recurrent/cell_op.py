@@ -51,17 +51,18 @@ def _fake(x: Tensor, h: Any, c: Any, weight_ih: Any, weight_hh: Tensor, *rest: A
     return tuple(x.new_empty(shape) for shape in _shapes(x, weight_hh, kind, save))
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> int:
     *tensors, _packed, ctx.kind, save = inputs
     if not save:
         raise ValueError(f"{kinds.NAMES[ctx.kind]}: save must be true where a gradient is wanted")
     ctx.save_for_backward(*tensors, output[0], output[2])
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2])
+    return 2
 
 
 def _backward(
-    ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None, _: Any
+    ctx: Any, grad_h: Tensor | None, grad_c: Tensor | None = None, *_: Any
 ) -> tuple[Tensor | None, ...]:
     wanted = 0
     for bit, needed in enumerate(ctx.needs_input_grad[:7]):

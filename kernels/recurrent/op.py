@@ -54,7 +54,7 @@ def _fake_scan(x: Tensor, h0: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(shape) for shape in shapes)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> int:
     *tensors, _packed, ctx.kind, ctx.reverse, ctx.eps, save = inputs
     if not save:
         raise ValueError(f"{kinds.NAMES[ctx.kind]}: save must be true where a gradient is wanted")
@@ -62,10 +62,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.save_for_backward(*tensors, y, reserve)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(reserve)
+    return 3
 
 
 def _backward(
-    ctx: Any, grad_y: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None, _: Any
+    ctx: Any, grad_y: Tensor | None, grad_h: Tensor | None, grad_c: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
     wanted = sum(needed << bit for bit, needed in enumerate(ctx.needs_input_grad[:10]))
     if ctx.kind != kinds.LSTM:

@@ -139,6 +139,9 @@ class PackedWeightMixin(Module):
         layout = self._layout(weight, x)
         if layout is None:
             return None
+        packed = cache.packed
+        if layout in packed:
+            return packed[layout]
         return cache.get(layout, self._pack, weight.detach(), layout)
 
     def _packed_weights(
