@@ -17,6 +17,10 @@ namespace {
 // Bytes of coefficients that a chunk of samples may leave: they are read from the last-level cache.
 constexpr int64_t kChunkBytes = int64_t{8} << 20;
 
+// A gradient of the weight above this goes past the caches: nothing reads it before they are full
+// of something else.
+constexpr int64_t kStreamedBytes = int64_t{2} << 20;
+
 // The rank-1 terms of a sample's votes' gradients. Full: for every iteration r past the first c_r
 // with ds_r, and db_r with the outputs so far; without logits, c_0 is 1/O. Detached: the last c.
 struct Terms {
@@ -35,15 +39,15 @@ template <class T>
 void unpack_weight_block(const Routing<T>& r, int64_t i, const T* packed, bool channels_last,
                          T* weight) {
   const int64_t row = r.shape.dim * r.shape.in, block = kCapsuleBlock<T>;
+  const auto& table = NNARCH_SELECT(routing_table<T>());
   if (channels_last) {
-    for (int64_t n = 0; n < r.shape.out * row; ++n)
-      std::copy_n(packed + n * block, r.inside(i), weight + n * r.inputs + i * block);
-    return;
+    const bool past_caches = r.packed_size() * int64_t{sizeof(T)} > kStreamedBytes;
+    return table.copy_rows(packed, block, weight + i * block, r.inputs, r.shape.out * row,
+                           r.inside(i), past_caches);
   }
-  const auto transpose = NNARCH_SELECT(routing_table<T>()).transpose;
   for (int64_t o = 0; o < r.shape.out; ++o)
-    transpose(packed + o * row * block, block, weight + (o * r.inputs + i * block) * row, row, row,
-              r.inside(i));
+    table.transpose(packed + o * row * block, block, weight + (o * r.inputs + i * block) * row, row,
+                    row, r.inside(i));
 }
 
 template <class T>
@@ -88,7 +92,7 @@ struct Backward {
   void walk_group(int64_t base, int64_t first, int64_t count) const {
     const int64_t last = terms.iterations - 1, block = r.outputs * kCapsuleBlock<T>;
     const Scratch<T> memory(count * walk_size());
-    const Scratch<T> scratch(std::max(2 * r.shape.out * kCapsuleBlock<T>, r.outputs));
+    const Scratch<T> scratch(std::max(r.shape.out * kCapsuleBlock<T>, r.outputs));
     const auto walk = [&](int64_t n) { return walk_at(memory.get() + n * walk_size()); };
     for (int64_t n = 0; n < count; ++n) {
       pack_sample(r, x + (base + first + n) * r.inputs * r.shape.in,

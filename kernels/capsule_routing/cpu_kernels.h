@@ -57,6 +57,9 @@ struct RoutingTable {
   // to[j][i] = from[i][j] for i < rows, j < columns.
   void (*transpose)(const T* from, int64_t from_step, T* to, int64_t to_step, int64_t rows,
                     int64_t columns);
+  // to[row][i] = from[row][i] for i < n <= kCapsuleBlock; past the caches where lines are whole.
+  void (*copy_rows)(const T* from, int64_t from_step, T* to, int64_t to_step, int64_t rows,
+                    int64_t n, bool past_caches);
   // The votes of `samples` samples for one block, and their sums [O][D_out][lanes] (or null).
   void (*votes)(const CapsuleShape& s, const T* weight, PerSample<const T> x, int64_t samples,
                 PerSample<T> votes, PerSample<T> sums);
@@ -67,7 +70,7 @@ struct RoutingTable {
   void (*iteration)(const CapsuleShape& s, const T* votes, const T* outputs, T* scratch, T* sums);
   // The same backwards: with dc = ⟨votes, sum_grad⟩, the softmax c and its gradient db as
   // coefficients `c_term` and `c_term + 1` of `terms`, and Σ db·votes added to `sums`.
-  // scratch: 2 * O * kBlock.
+  // scratch: O * kBlock.
   void (*iteration_grad)(const CapsuleShape& s, const T* votes, const T* outputs, const T* sum_grad,
                          int64_t c_term, int64_t terms, T* coefficients, T* scratch, T* sums);
   // The softmax alone, as the only coefficient.

@@ -1,15 +1,16 @@
 // The table of capsule routing.
 #include "capsule_routing/gradient_isa.h"
 #include "capsule_routing/iteration_isa.h"
+#include "capsule_routing/order_isa.h"
 #include "cpu/transpose_isa.h"
 
 namespace nnarch::NNARCH_ISA {
 namespace {
 
 template <class T>
-constexpr RoutingTable<T> kTable = {kLanes<T>,  transpose_matrix<T>, votes_of_block<T>,
-                                    total<T>,   iteration<T>,        iteration_grad<T>,
-                                    softmax<T>, grad_of_block<T>};
+constexpr RoutingTable<T> kTable = {
+    kLanes<T>,    transpose_matrix<T>, copy_rows<T>, votes_of_block<T>, total<T>,
+    iteration<T>, iteration_grad<T>,   softmax<T>,   grad_of_block<T>};
 
 }  // namespace
 

@@ -152,13 +152,19 @@ class DenseCapsules(PackedWeightMixin, torch.nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Capsules ``[N, out_capsules, out_dim]`` of ``input [N, in_capsules, in_dim]``."""
+        # Past nn.Module.__getattr__, as in Conv2d.
+        parameters = self._parameters
+        weight = parameters.get("weight")
+        if weight is None:
+            weight = self.weight
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (lazy)
         return F.capsule_routing(
             input,
-            self.weight,
+            weight,
             self.iterations,
-            bias=self.bias,
+            bias=bias,
             detach_routing=self.detach_routing,
-            packed=self._packed_weight(self.weight, input),
+            packed=self._packed_weight(weight, input),
         )
 
     def _pack(self, weight: Tensor, layout: int) -> Tensor | None:

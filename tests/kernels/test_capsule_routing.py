@@ -198,10 +198,40 @@ def test_nan_and_infinities():
 
 
 def test_large_logits_do_not_overflow():
-    x, weight, _ = _capsules(2, 40, 8, 5, 6)
-    torch.testing.assert_close(
-        F.capsule_routing(x * 300, weight), _plain((x * 300).double(), weight.double()).float()
-    )
+    """Nor do their softmax's sums vanish: blocks of capsules whose logits are far from zero take
+    another path, here beside blocks that do not. Such a softmax multiplies rounding errors."""
+    for dtype, tolerance in ((torch.float32, 1e-3), (torch.float64, 1e-11)):
+        for factor, detach in itertools.product((30, 300), (False, True)):
+            x, weight, _ = (t.to(dtype) for t in _capsules(2, 72, 8, 5, 6))
+            x[:, 40:] *= factor
+            grad = torch.randn(2, 5, 6, dtype=dtype)
+            ours, plain = (
+                torch.cat([t.flatten() for t in _with_gradients(function, x, weight, grad)])
+                for function in (
+                    _ours(detach_routing=detach),
+                    lambda x, w, detach=detach: _plain(x.double(), w.double(), detach=detach),
+                )
+            )
+            assert (ours - plain).norm() <= tolerance * plain.norm()
+
+
+def _with_gradients(function, x, weight, grad) -> tuple[Tensor, ...]:
+    leaves = [t.clone().requires_grad_() for t in (x, weight)]
+    v = function(*leaves)
+    return v.detach(), *torch.autograd.grad(v, leaves, grad.to(v.dtype))
+
+
+def test_gradient_of_a_large_weight():
+    """It goes past the caches, in either order of the weight's memory."""
+    x, weight, _ = _capsules(3, 290, 16, 8, 16)
+    for format in (torch.contiguous_format, torch.channels_last):
+        compare(
+            _ours(),
+            _plain,
+            {"x": x, "weight": weight.to(memory_format=format)},
+            torch.randn(3, 8, 16),
+            ulps=64,
+        )
 
 
 def test_no_second_derivative_is_an_error():
@@ -391,6 +421,8 @@ def _against_reference() -> None:
             torch.testing.assert_close(results, _everything(dtype), rtol=1e-4, atol=1e-6)
     test_gradcheck(3)
     test_nan_and_infinities()
+    test_large_logits_do_not_overflow()
+    test_gradient_of_a_large_weight()
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
