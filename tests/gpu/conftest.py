@@ -40,7 +40,7 @@ def _redundant(items: list[pytest.Item]) -> set[pytest.Item]:
     tests: dict[tuple[str, str], dict[str, list[pytest.Item]]] = {}
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        per_tile = item.originalname == "test_every_tile"
+        per_tile = item.name.startswith("test_every_tile")
         if _for_interpreter_or_gpu(item) and not per_tile and params.keys() & IN_TURN:
             case = repr({name: value for name, value in params.items() if name not in IN_TURN})
             test = tests.setdefault((item.path.name, item.originalname), {})
