@@ -288,6 +288,11 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
     return False
 
 
+def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """In float32, as torch.autocast gives them to torch's function on CUDA (not on the CPU)."""
+    return tuple(t.float() if t is not None and t.dtype in _HALF else t for t in tensors)
+
+
 def _promoted(op: str, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
     """Both in the dtype that torch adds them in: under autocast, a layer's half beside floats."""
     library.check_tensor(op, "residual", residual)
@@ -326,7 +331,8 @@ def layer_norm(
         return_sum: also return s (the input itself where nothing is added or dropped).
 
     Returns:
-        A contiguous tensor of the input's shape and dtype; with `return_sum`, (y, s).
+        A contiguous tensor of the input's shape and dtype; with `return_sum`, (y, s). Under
+        torch.autocast on CUDA both are float32, as torch's result.
 
     Raises:
         ValueError: shapes that do not fit, a probability outside [0, 1].
@@ -334,6 +340,8 @@ def layer_norm(
 
     Source: Ba, Kiros and Hinton, 2016, Layer Normalization.
     """
+    if input.is_cuda and torch.is_autocast_enabled("cuda"):
+        input, weight, bias, residual = _autocast(input, weight, bias, residual)
     if _is_plain(input, normalized_shape, eps, residual, dropout_p, return_sum):
         columns = normalized_shape[0]
         if not torch.is_grad_enabled():
@@ -373,6 +381,8 @@ def rms_norm(
 
     Source: Zhang and Sennrich, 2019, Root Mean Square Layer Normalization.
     """
+    if input.is_cuda and torch.is_autocast_enabled("cuda"):
+        input, weight, residual = _autocast(input, weight, residual)
     if eps is None:
         double = torch.float64 in (input.dtype, getattr(residual, "dtype", None))
         eps = 2.0**-52 if double else 2.0**-23

@@ -20,6 +20,9 @@ from .triton_small_kernels import _recurrent_small_bwd_kernel, _recurrent_small_
 LEAST_DOT = 64
 """Units are padded to this many where products are dots: the rows of a matrix instruction."""
 
+LEAST = 32
+"""Units are padded to this many elsewhere: Triton 3.6 fails to compile some smaller LSTMs."""
+
 
 MOST_WEIGHTS = 5 * 64 * 64
 """Elements of the weights that a program holds: an LSTM of 64 units with a projection, a plain
@@ -58,7 +61,7 @@ SMALL_BACKWARD = dataclasses.replace(
 
 def _problem(kind: int, x: Tensor, weight_hh: Tensor, batch: int) -> Problem:
     precision = precision_of(x.dtype, dot_precision("matmul"))
-    least = 1 if precision == "ieee" else LEAST_DOT
+    least = LEAST if precision == "ieee" else LEAST_DOT
     hidden = weight_hh.shape[0] // kinds.GATES[kind]
     padded = max(least, triton.next_power_of_2(hidden))
     out = max(least, triton.next_power_of_2(weight_hh.shape[1]))
@@ -77,7 +80,7 @@ def _sizes(
     kind: int, x: Tensor, weight_hh: Tensor, weight_hr: Tensor | None, problem: Problem
 ) -> dict[str, object]:
     hidden = weight_hh.shape[0] // kinds.GATES[kind]
-    least = 1 if problem.precision == "ieee" else LEAST_DOT
+    least = LEAST if problem.precision == "ieee" else LEAST_DOT
     return {
         "H": hidden,
         "P": weight_hh.shape[1],

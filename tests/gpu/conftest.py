@@ -7,6 +7,7 @@ a GPU collects test_interpreted.py, which starts the former in processes of thei
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 
@@ -17,6 +18,8 @@ from nnarch.kernels.gpu import plans
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = not INTERPRETED and torch.cuda.is_available()
+EVERY_CASE = os.environ.get("NNARCH_EVERY_CASE") == "1"
+IN_TURN = {"dtype", "memory_format", "reverse", "band", "tile"}
 BROKEN_CONTEXT = ("CUDA error", "illegal memory access", "unspecified launch failure")
 
 if INTERPRETED:
@@ -29,11 +32,59 @@ def _for_interpreter_or_gpu(item: pytest.Item) -> bool:
     return item.path.name.startswith("test_triton_")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what runs on the GPU."""
+def _redundant(items: list[pytest.Item]) -> set[pytest.Item]:
+    """What a GPU need not run of test_triton_*.py: there a test's time is that of compiling.
+
+    Where a test has three cases or more, each case keeps one of the dtypes, formats, …, in turn.
+    """
+    tests: dict[tuple[str, str], dict[str, list[pytest.Item]]] = {}
     for item in items:
-        if ON_GPU and _for_interpreter_or_gpu(item):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        per_tile = item.name.startswith("test_every_tile")
+        if _for_interpreter_or_gpu(item) and not per_tile and params.keys() & IN_TURN:
+            case = repr({name: value for name, value in params.items() if name not in IN_TURN})
+            test = tests.setdefault((item.path.name, item.originalname), {})
+            test.setdefault(case, []).append(item)
+    found: set[pytest.Item] = set()
+    for test in tests.values():
+        if len(test) >= 3:
+            found.update(item for case in test.values() for item in case)
+            found -= _in_turn(list(test.values()))
+    return found
+
+
+def _in_turn(cases: list[list[pytest.Item]]) -> set[pytest.Item]:
+    """One item of every case."""
+    values: dict[str, list[str]] = {}
+    for item in itertools.chain(*cases):
+        for name in item.callspec.params.keys() & IN_TURN:
+            seen, value = values.setdefault(name, []), repr(item.callspec.params[name])
+            if value not in seen:
+                seen.append(value)
+    kept = set()
+    for i, case in enumerate(cases):
+        turn = {name: seen[(i + i // len(seen)) % len(seen)] for name, seen in values.items()}
+        match = (x for x in case if all(repr(x.callspec.params[n]) == v for n, v in turn.items()))
+        kept.add(next(match, case[0]))
+    return kept
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what runs on the GPU; leave out what is redundant there."""
+    if not ON_GPU:
+        return
+    for item in items:
+        if _for_interpreter_or_gpu(item):
             item.add_marker(pytest.mark.gpu)
+    if not EVERY_CASE and (left_out := _redundant(items)):
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_report_header() -> str | None:
+    if ON_GPU and not EVERY_CASE:
+        return "test_triton_*: cases in one dtype and format each; NNARCH_EVERY_CASE=1 runs all"
+    return None
 
 
 @pytest.fixture(autouse=True)

@@ -140,8 +140,8 @@ def test_autocast(name, dtype):
         grads = torch.autograd.grad(y, [here, *parameters], direction(y))
         found.append([t.detach().cpu() for t in (y, *grads)])
     for mine, theirs, truth in zip(*found, strict=True):
-        # On a GPU torch's LayerNorm gives float32, ours the dtype of its input, as on the CPU.
-        assert name in ("layer norm", "encoder") or mine.dtype == theirs.dtype
+        # On the CPU, where autocast leaves LayerNorm alone, ours add the residual in half.
+        assert mine.dtype == theirs.dtype or (name, DEVICE) == ("encoder", "cpu")
         # Gradients are float32 sums of products that were rounded to `dtype`.
         ulps = 16 * torch.finfo(dtype).eps / torch.finfo(theirs.dtype).eps
         assert_as_accurate(mine.to(theirs.dtype), theirs, truth, factor=4, ulps=ulps)

@@ -26,16 +26,20 @@ def replays(monkeypatch):
     return done
 
 
-def on_the_device(arguments):
+def on_the_device(name, arguments):
     """The arguments where the kernels run: sizes of packed sequences stay on the CPU."""
     device = torch.get_default_device()
-    return tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments)
+    names = [argument.name for argument in library.OPS[name].overload._schema.arguments]
+    return tuple(
+        a.to(device) if isinstance(a, torch.Tensor) and n != "batch_sizes" else a
+        for n, a in zip(names, arguments, strict=True)
+    )
 
 
 def other_values(arguments):
     """Tensors of the same kind with other values; integers stay, they may be indices."""
     return tuple(
-        torch.empty_strided(a.shape, a.stride(), dtype=a.dtype).copy_(a.flip(0))
+        torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=a.device).copy_(a.flip(0))
         if isinstance(a, torch.Tensor) and a.is_floating_point() and a.dim()
         else a
         for a in arguments
@@ -47,16 +51,17 @@ def tensors_of(result):
 
 
 def smallest(name):
-    """The sample with the fewest elements."""
-    sizes = [sum(a.numel() for a in s if isinstance(a, torch.Tensor)) for s in samples(name)]
-    return samples(name)[sizes.index(min(sizes))]
+    """The sample with the fewest elements, on the CPU: its generators are there."""
+    with torch.device("cpu"):
+        found = samples(name)
+    return min(found, key=lambda s: sum(a.numel() for a in s if isinstance(a, torch.Tensor)))
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_a_plan_does_what_the_launcher_does(name, replays):
     op = library.OPS[name]
     planned = op.implementation("triton")
-    arguments = on_the_device(smallest(name))
+    arguments = on_the_device(name, smallest(name))
     try:
         planned(*arguments)
     except NotImplementedError as error:

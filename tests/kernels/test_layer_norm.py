@@ -17,6 +17,7 @@ from kernel_cases import (
 )
 from tolerances import assert_as_accurate
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as TF
 
@@ -526,3 +527,21 @@ BAD = [
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_autocast_on_cuda_gives_float32_as_torch(enabled):
+    before = torch.is_autocast_enabled("cuda")
+    torch.set_autocast_enabled("cuda", enabled)
+    try:
+        with FakeTensorMode():
+            x, w = (torch.empty(s, dtype=torch.float16, device="cuda") for s in ((5, 8), (8,)))
+            mine = F.layer_norm(x, (8,), w, w)
+            others = (F.rms_norm(x, (8,), w), *F.layer_norm(x, (8,), residual=x, return_sum=True))
+            torchs = torch.nn.functional.layer_norm(x, (8,), w, w)
+            on_the_cpu = F.layer_norm(torch.empty(5, 8, dtype=torch.float16), (8,))
+    finally:
+        torch.set_autocast_enabled("cuda", before)
+    assert torchs.dtype == (torch.float32 if enabled else torch.float16)
+    assert {y.dtype for y in (mine, *others)} == {torchs.dtype}
+    assert on_the_cpu.dtype == torch.float16
