@@ -99,7 +99,7 @@ def _whole(value: int, block: int) -> int:
 
 
 def direct_seconds(work: Work, target: Target, product: str = "direct") -> float:
-    """Of the implicit product, or of the gradient "weight_grad". Its reduction is split: no wave is short."""
+    """Of the implicit product, or of `product`. Its reduction is split: no wave is short."""
     rows, columns = _whole(work.pixels, 32), _whole(work.columns, 32)
     products = work.groups * rows * columns * 9 * _whole(work.depth, 16)
     moved = work.image_values + 9 * work.groups * work.depth * work.columns

@@ -8,12 +8,12 @@ import pytest
 
 pytest.importorskip("triton")
 
-from nnarch.kernels.attention.triton_backward import KEY_VALUE, QUERY  # noqa: E402
-from nnarch.kernels.attention.triton_forward import DECODE, FORWARD  # noqa: E402
-from nnarch.kernels.gpu.matmul import MATMUL  # noqa: E402
-from nnarch.kernels.gpu.targets import TARGETS  # noqa: E402
-from nnarch.kernels.gpu.tiles import Problem  # noqa: E402
-from nnarch.kernels.linear.triton_product import FEW_ROWS  # noqa: E402
+from nnarch.kernels.attention.triton_backward import KEY_VALUE, QUERY
+from nnarch.kernels.attention.triton_forward import DECODE, FORWARD
+from nnarch.kernels.gpu.matmul import MATMUL
+from nnarch.kernels.gpu.targets import TARGETS
+from nnarch.kernels.gpu.tiles import Problem
+from nnarch.kernels.linear.triton_product import FEW_ROWS
 
 NEAR = 1.06
 """How far from the fastest a default may be: the same tile twice differed by 6 %."""
@@ -144,15 +144,15 @@ MEASURED = {
         Problem(1024, 1024, 64, "tf32x3"),
         {"64×64 w4 s2": 383, "64×32 w4 s1": 456},
     ),
-    "attention backward half S2048 D64, keys and values": (
+    "attention backward half S2048 D64, keys and values": (  # 662 with 64×64 w4 s3, which spills
         KEY_VALUE,
         Problem(2048, 2048, 64),
-        {"64×64 w4 s3": 662, "64×64 w4 s2": 703, "32×64 w4 s2": 850},
+        {"64×64 w4 s2": 703, "32×64 w4 s2": 850},
     ),
-    "attention backward half S2048 D128, keys and values": (
+    "attention backward half S2048 D128, keys and values": (  # 1257 with 64×64 w4 s2, which spills
         KEY_VALUE,
         Problem(2048, 2048, 128),
-        {"64×64 w4 s2": 1257, "32×64 w4 s2": 1307},
+        {"32×64 w4 s2": 1307},
     ),
     "attention backward half S2048 D64, queries": (
         QUERY,
