@@ -24,7 +24,9 @@ CHUNK = 32
 
 # BLOCK_M, BLOCK_N, warps, stages, and the widest heads at which a compiled kernel does not spill:
 # on targets whose matrix instructions read operands from registers, from shared memory, on AMD's.
-TileRow = tuple[int, int, int, int, int, int, int]
+# A pair stands for sm_90 and sm_100 where they differ. Then, where it was measured on an H100, the
+# relative time of a query and key, in the units of `attention_cost`.
+TileRow = tuple[int | float | tuple[int, int], ...]
 
 
 def attention_table(
@@ -38,12 +40,13 @@ def attention_table(
         widest: as of :func:`reads_chunks`.
         rows: by precision.
     """
-    tiles, deepest = {}, {}
+    tiles, deepest, measured = {}, {}, {}
     for precision, entries in rows.items():
         made = []
         for m, n, warps, stages, *depths in entries:
             made.append(tile(warps, stages, all_registers=True, BLOCK_M=m, BLOCK_N=n))
-            deepest[precision, made[-1]] = depths
+            deepest[precision, made[-1]] = depths[:3]
+            measured[precision, made[-1]] = depths[3] if len(depths) > 3 else 0.0
         tiles[precision] = tuple(made)
 
     def fits(problem: Problem, tile: Tile, target: Target) -> bool:
@@ -52,23 +55,32 @@ def attention_table(
         stages = tile.num_stages - 1 if target.backend == "hip" else tile.num_stages
         width = min(problem.k, CHUNK) if reads_chunks(problem, widest) else problem.k
         size = shared(tile["BLOCK_M"], tile["BLOCK_N"], max(1, stages)) * width * problem.itemsize
-        return problem.k <= deepest[problem.precision, tile][kind] and size <= target.shared_bytes
+        depth = deepest[problem.precision, tile][kind]
+        if isinstance(depth, tuple):
+            depth = depth[target.name != "sm_90"]
+        return problem.k <= depth and size <= target.shared_bytes
 
-    return TileTable(name, tiles, attention_cost, fits)
+    def cost(problem: Problem, tile: Tile, target: Target) -> float:
+        return attention_cost(problem, tile, measured[problem.precision, tile])
+
+    return TileTable(name, tiles, cost, fits)
 
 
 def reads_chunks(problem: Problem, widest: int) -> bool:
     """Whether scores are multiplied chunk by chunk; problem.k is the padded width of a head, and
-    `widest` what TF32 products take whole; half types take twice as much."""
-    whole = {"ieee": 0, "tf32": widest, "half": 2 * widest}
+    `widest` what TF32 products take whole; half types take twice as much, and products of the two
+    parts of float32 half as much."""
+    whole = {"ieee": 0, "tf32x3": widest // 2, "tf32": widest, "half": 2 * widest}
     return problem.k > whole[problem.precision]
 
 
-def attention_cost(problem: Problem, tile: Tile, target: Target) -> float:
-    """Relative time of a head: padded tiles, by how often a tile's operands are used."""
+def attention_cost(problem: Problem, tile: Tile, measured: float) -> float:
+    """Relative time of a head: padded tiles and a first one that is waited for, each by what was
+    measured or else by how often its operands are used."""
     m, n = tile["BLOCK_M"], tile["BLOCK_N"]
-    area = triton.cdiv(problem.m, m) * m * triton.cdiv(problem.n, n) * n
-    return area * (1 + 24 * (1 / m + 1 / n)) * (1.02 if tile.num_stages == 1 else 1.0)
+    area = triton.cdiv(problem.m, m) * m * (triton.cdiv(problem.n, n) + 1) * n
+    used = (1 + 24 * (1 / m + 1 / n)) * (1.02 if tile.num_stages == 1 else 1.0)
+    return area * (measured or used)
 
 
 @triton.jit

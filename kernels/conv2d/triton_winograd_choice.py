@@ -1,10 +1,11 @@
 """When a convolution on the GPU runs by Winograd's algorithm: predicted times, compared.
 
 Each kernel takes the longer of its arithmetic and its memory traffic, as in kernels/gpu/survey.py.
-Nothing here was measured: that is why Winograd has to win by a fifth. It only ever runs in exact
-float32. With matrix units (float16, bfloat16, TF32) the direct product ends up at the bandwidth of
-the memory that Winograd would use several times over, and 10 bits of mantissa do not survive its
-transforms.
+Little of it was measured: that is why Winograd has to win by a third. It only ever runs in float32
+without loss, on vector units. In float16, bfloat16 and TF32 the direct product ends up at the
+bandwidth of the memory that Winograd would use several times over, and 10 bits of mantissa do not
+survive its transforms. Against the three TF32 products of ADR 9 it still has to be weighed: an H100
+runs 256 channels at 14×14, batch 32, in 132 µs directly and in more than 360 by 2×2 tiles.
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ from nnarch.kernels.gpu.launch import cdiv, dot_precision
 from nnarch.kernels.gpu.targets import Target
 from nnarch.precision import get_precision
 
-# The share of multiply-adds among the instructions of each product's loop, compiled for sm_90: the
-# most of the peak that it can reach. The direct one is the 64×64×16 tile of MATMUL_TILES["ieee"].
-_DIRECT, _DIRECT_WEIGHT_GRAD, _FUSED, _PRODUCTS = 0.72, 0.64, 0.70, 0.80
+# The share of its peak that each product reaches. For "ieee" the share of multiply-adds among the
+# instructions of its loop, compiled for sm_90: the direct one is the 64×64×16 tile of MATMUL_TILES.
+# For "tf32x3" from an H100: the direct product ran at 56 of 165 TFLOP/s; on vector units the fused
+# kernel at 9 of 67, a product of two row-major matrices at 43 (64×64×16, 4 warps).
+_SHARES = {
+    "ieee": {"direct": 0.72, "weight_grad": 0.64, "fused": 0.70, "products": 0.80},
+    "tf32x3": {"direct": 0.34, "weight_grad": 0.34, "fused": 0.14, "products": 0.64},
+}
 _STREAMED = 0.8  # of the bandwidth, by the transforms: an assumption
 _LAUNCH = 3e-6  # seconds between dependent kernels: an assumption
-_LEAST_GAIN = 1.25
+_LEAST_GAIN = 1.5
 _LEAST_CHANNELS = 16  # of a group, in and out: blocks would be half empty
 _MOST_WORKSPACE = 2**28  # float32 values: transformed images and products, 1 GiB
 _MOST_WEIGHT = 2**26  # values of a transformed weight, as on the CPU
@@ -72,8 +78,11 @@ class Work:
         return (m + 2) ** 2 * self.groups * self.depth * self.columns
 
 
-def _math(multiply_adds: float, share: float, target: Target) -> float:
-    return 2 * multiply_adds / (target.tflops["ieee"] * 1e12 * share)
+def _math(multiply_adds: float, product: str, target: Target) -> float:
+    exact = target.dot_precisions[0]
+    direct = product in ("direct", "weight_grad")
+    peak = target.tflops[exact if direct else "ieee"]
+    return 2 * multiply_adds / (peak * 1e12 * _SHARES[exact][product])
 
 
 def _memory(values: float, target: Target, share: float = 1.0) -> float:
@@ -89,12 +98,12 @@ def _whole(value: int, block: int) -> int:
     return cdiv(value, block) * block
 
 
-def direct_seconds(work: Work, target: Target, share: float = _DIRECT) -> float:
-    """Of the implicit product, or of a gradient. Its reduction is split: no wave is short."""
+def direct_seconds(work: Work, target: Target, product: str = "direct") -> float:
+    """Of the implicit product, or of `product`. Its reduction is split: no wave is short."""
     rows, columns = _whole(work.pixels, 32), _whole(work.columns, 32)
     products = work.groups * rows * columns * 9 * _whole(work.depth, 16)
     moved = work.image_values + 9 * work.groups * work.depth * work.columns
-    return max(_math(products, share, target), _memory(moved, target)) + _LAUNCH
+    return max(_math(products, product, target), _memory(moved, target)) + _LAUNCH
 
 
 def _weight_seconds(work: Work, m: int, target: Target) -> float:
@@ -107,7 +116,7 @@ def fused_seconds(work: Work, target: Target) -> float:
     rows, columns = cdiv(work.tiles(2), 32), cdiv(work.columns, 32)
     programs = work.groups * rows * columns
     products = programs * 16 * 32 * 32 * _whole(work.depth, 8)
-    math = _math(products, _FUSED, target) * _waves(programs, target)
+    math = _math(products, "fused", target) * _waves(programs, target)
     moved = work.image_values + work.weight_values(2)
     return max(math, _memory(moved, target)) + _LAUNCH + _weight_seconds(work, 2, target)
 
@@ -115,7 +124,7 @@ def fused_seconds(work: Work, target: Target) -> float:
 def _products_seconds(rows: int, columns: int, depth: int, groups: int, target: Target) -> float:
     """Of 36 products of matrices."""
     programs = 36 * groups * cdiv(rows, 64) * cdiv(columns, 64)
-    math = _math(programs * 64 * 64 * _whole(depth, 16), _PRODUCTS, target)
+    math = _math(programs * 64 * 64 * _whole(depth, 16), "products", target)
     moved = 36 * groups * (rows * columns + rows * depth + depth * columns)
     return max(math * _waves(programs, target), _memory(moved, target)) + _LAUNCH
 
@@ -134,7 +143,7 @@ def weight_grad_seconds(work: Work, target: Target) -> float:
     rows, columns = _whole(work.columns, 64), _whole(work.depth, 64)
     products = 36 * work.groups * rows * columns * _whole(work.tiles(4), 16)
     read = work.transformed_values(4) + work.weight_values(4)
-    math = max(_math(products, _PRODUCTS, target), _memory(read, target))
+    math = max(_math(products, "products", target), _memory(read, target))
     written = _memory(2 * work.weight_values(4), target, _STREAMED)
     return math + _memory(streamed, target, _STREAMED) + written + 4 * _LAUNCH
 
@@ -153,7 +162,7 @@ def transforms_weight_grad(work: Work, target: Target) -> bool:
     """Whether the gradient of the weight goes by Winograd's algorithm."""
     if work.transformed_values(4) > _MOST_WORKSPACE or work.weight_values(4) > _MOST_WEIGHT:
         return False
-    direct = direct_seconds(work, target, _DIRECT_WEIGHT_GRAD)
+    direct = direct_seconds(work, target, "weight_grad")
     return weight_grad_seconds(work, target) * _LEAST_GAIN < direct
 
 
@@ -172,7 +181,7 @@ def may_transform(
         and tuple(weight_size[2:]) == (3, 3)
         and tuple(stride) == tuple(dilation) == (1, 1)
         and get_precision() != "highest"
-        and dot_precision("conv") == "ieee"
+        and dot_precision("conv") != "tf32"
     )
 
 

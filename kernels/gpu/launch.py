@@ -36,20 +36,20 @@ class Launch:
 
 
 _recorder: list[Launch] | None = None
-_recorded_dots = "ieee"
+_recorded_dots = ""
 
 
 @contextlib.contextmanager
-def record(target: targets.Target, float32_dots: str = "ieee") -> Iterator[list[Launch]]:
+def record(target: targets.Target, float32_dots: str = "") -> Iterator[list[Launch]]:
     """Collect the launches of launchers called with meta tensors; none runs.
 
     Args:
         target: the GPU that launchers shall believe in.
-        float32_dots: what :func:`dot_precision` shall answer.
+        float32_dots: what :func:`dot_precision` shall answer; the target's most exact if empty.
     """
     global _recorder, _recorded_dots
     launches: list[Launch] = []
-    _recorder, _recorded_dots = launches, float32_dots
+    _recorder, _recorded_dots = launches, float32_dots or target.dot_precisions[0]
     try:
         with targets.pretend(target), plans.paused():
             yield launches
@@ -167,11 +167,13 @@ def dot_precision(kind: str) -> str:
         kind: "conv" follows ``torch.backends.cudnn.conv``, "matmul" ``torch.backends.cuda.matmul``.
 
     Returns:
-        "tf32" where torch itself would use it on a CUDA device, "ieee" otherwise.
+        "tf32" where torch itself would use it on a CUDA device. Otherwise the most exact of the
+        target: "tf32x3" with TF32 matrix units (ADR 9), "ieee" without and in the interpreter.
     """
     if _recorder is not None:
         return _recorded_dots
-    if INTERPRETED or "tf32" not in targets.current_target().dot_precisions:
+    if INTERPRETED:
         return "ieee"
+    known = targets.current_target().dot_precisions
     backend = torch.backends.cudnn.conv if kind == "conv" else torch.backends.cuda.matmul
-    return "tf32" if backend.fp32_precision == "tf32" else "ieee"
+    return "tf32" if backend.fp32_precision == "tf32" and "tf32" in known else known[0]

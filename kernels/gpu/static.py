@@ -146,7 +146,7 @@ def _record(
     case: StaticCase, target: Target, precision: str, forced: dict[str, Tile]
 ) -> tuple[tuple[Launch, ...], list[tuple[TileTable, Problem]]]:
     dtype = torch.float16 if precision == "float16" else torch.float32
-    dots = "tf32" if precision == "tf32" else "ieee"
+    dots = precision if precision in ("ieee", "tf32", "tf32x3") else ""
     with tiles.force(**forced), tiles.asked() as asked, record(target, dots) as launches:
         case.run(dtype)
     return tuple(launches), asked

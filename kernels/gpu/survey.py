@@ -37,7 +37,8 @@ class Job:
 
     Attributes:
         index: of the launch within its case.
-        precision: "float16", or how float32 is multiplied ("ieee", "tf32"), or "float32".
+        precision: "float16", or how float32 is multiplied ("ieee", "tf32x3", "tf32"), or
+            "float32".
     """
 
     case: StaticCase
@@ -173,14 +174,14 @@ def broken_rules(job: Job, binary: Binary, roofline: float | None) -> list[str]:
     """What a shipped tile must not do: spill, pass the shared memory, miss the matrix units, and,
     where it is the default, fall short of the roofline.
 
-    Exact float32 products ("ieee") have no matrix instruction on NVIDIA's targets.
+    Products without loss ("ieee") have no matrix instruction on NVIDIA's targets.
     """
     broken = []
     if binary.spills:
         broken.append(f"spills {binary.spills} bytes")
     if binary.shared > job.target.shared_bytes:
         broken.append(f"{binary.shared} bytes of shared memory, {job.target.shared_bytes} exist")
-    multiplies = job.case.matrix and job.main and job.precision != "ieee"
+    multiplies = job.case.matrix and job.main and _multiplied(job) != "ieee"
     if multiplies and not binary.matrix_instructions:
         broken.append(f"no {job.target.matrix}")
     if roofline is not None and job.variant.default and roofline < LEAST_ROOFLINE:
@@ -207,9 +208,15 @@ def predicted_roofline(job: Job) -> float:
     return min(1.0, ideal / seconds)
 
 
+def _multiplied(job: Job) -> str:
+    """The job's precision, or "ieee" where a kernel takes the products of float32 without loss."""
+    problem = job.variant.problem
+    return "ieee" if problem is not None and problem.precision == "ieee" else job.precision
+
+
 def _peak(job: Job) -> float:
     """FLOP/s that the operation's arithmetic can reach at best."""
-    rate = job.precision if job.case.matrix else "vector"
+    rate = _multiplied(job) if job.case.matrix else "vector"
     return job.target.tflops[rate] * 1e12
 
 

@@ -62,7 +62,7 @@ class Problem:
     Attributes:
         m, n, k: rows and columns of the output and the length of the reduction. Kernels that do
             not multiply matrices use m and n as their two tiled extents and k = 1.
-        precision: "half" (float16, bfloat16), "tf32" or "ieee".
+        precision: "half" (float16, bfloat16), "tf32", "tf32x3" or "ieee".
         vectors: whether operands load 16 bytes at a time; if not, every element has its address.
     """
 

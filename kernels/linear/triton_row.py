@@ -32,7 +32,7 @@ _ONE_ROW_TILES = (
 )
 ONE_ROW = TileTable(
     "linear_one_row",
-    dict.fromkeys(("half", "tf32", "ieee"), _ONE_ROW_TILES),
+    dict.fromkeys(("half", "ieee"), _ONE_ROW_TILES),
     _row_cost,
     always_fits,
 )
