@@ -41,9 +41,9 @@ struct Ahead {
 // The products of a tile of even rows. While its first steps run, the lines of C that it will
 // write come into cache, then those of the residual, then what is `ahead`.
 template <class T, Used Use, int... I>
-NNARCH_INLINE void add_products(Indices<I...> each, const EvenPanel<T>& p, Ahead<T>& ahead,
-                                const T* a, const T* c, const T* residual, Vec<T>* left,
-                                Vec<T>* right) {
+NNARCH_INLINE void add_products(Indices<I...> each, const EvenPanel<T>& p, Ahead<T>& rows_ahead,
+                                Ahead<T>& panel_ahead, const T* a, const T* c, const T* residual,
+                                Vec<T>* left, Vec<T>* right) {
   const T* b = p.b;
   const T* lines = p.stream ? residual : c;
   const int64_t* tap = p.first_tap;
@@ -56,8 +56,10 @@ NNARCH_INLINE void add_products(Indices<I...> each, const EvenPanel<T>& p, Ahead
       if (lines) {
         line = {lines, p.c_step}, second = kColumns<T> - 1;
         lines = lines == residual ? nullptr : residual;
-      } else if (ahead.turns > 0) {
-        line = ahead.turn(), second = ahead.second;
+      } else if (rows_ahead.turns > 0) {
+        line = rows_ahead.turn(), second = rows_ahead.second;
+      } else if (panel_ahead.turns > 0) {
+        line = panel_ahead.turn(), second = panel_ahead.second;
       }
       multiply<T, Use>(each, rows, 0, steps, b, line, second, left, right);
     }
@@ -182,7 +184,7 @@ NNARCH_INLINE void even_tiles(Indices<I...> each, const Panel<T>& panel, Ahead<T
   const T* a = strip.a + first * p.a_step + panel.chunk.from;
   int64_t at = strip.c + first * p.c_step;
   const bool meets_rows = panel.meets_rows && g.taps == 1;
-  Ahead<T> ahead = next_panel;
+  Ahead<T> next_rows;
   for (; tiles > 0; --tiles) {
     const T* start = panel.start;
     // Loaded anew: kept, the two vectors would be spilled, and loaded as well.
@@ -190,21 +192,20 @@ NNARCH_INLINE void even_tiles(Indices<I...> each, const Panel<T>& panel, Ahead<T
     const Vec<T> s0 = load(start), s1 = load(start + kLanes<T>);
     Vec<T> left[sizeof...(I)] = {(static_cast<void>(I), s0)...};
     Vec<T> right[sizeof...(I)] = {(static_cast<void>(I), s1)...};
-    if (meets_rows) ahead = Ahead<T>::next_rows(p.count, p.a_step, a + sizeof...(I) * p.a_step);
+    if (meets_rows) next_rows = Ahead<T>::next_rows(p.count, p.a_step, a + sizeof...(I) * p.a_step);
     T* c = panel.c + at;
     if constexpr (Plain) {
-      add_products<T, Use>(each, p, ahead, a, c, nullptr, left, right);
+      add_products<T, Use>(each, p, next_rows, next_panel, a, c, nullptr, left, right);
       finish_plain<T>(each, p, c, left, right);
     } else {
       const T* residual = panel.epilogue.residual ? panel.epilogue.residual + at : nullptr;
-      add_products<T, Use>(each, p, ahead, a, c, residual, left, right);
+      add_products<T, Use>(each, p, next_rows, next_panel, a, c, residual, left, right);
       const int64_t offset[sizeof...(I)] = {(at + I * p.c_step)...};
       finish<T>(each, panel, offset, left, right);
     }
     a += sizeof...(I) * p.a_step;
     at += sizeof...(I) * p.c_step;
   }
-  if (!meets_rows) next_panel = ahead;
 }
 template <class T, bool Plain, Used Use, int MR>
 NNARCH_NOINLINE void even_tiles_of(const Panel<T>& panel, Ahead<T>& next_panel,

@@ -16,7 +16,6 @@ struct LogitArguments {
   OptTensor q, weight;
   LossOptions options;
   std::optional<Indices> indices;
-  Targets<T> targets;
   Loss<T> loss;
   LogitLoss<T> problem;
 
@@ -26,20 +25,16 @@ struct LogitArguments {
         x(in_order(order, to_compute_type(x_in))),
         weight(dense(weight_in)),
         options(o),
-        targets(x.numel() / x.size(1), o),
-        loss(options, targets),
-        problem{LogitView<T>(x, order), {}, {}, nullptr, loss} {
-    const T* weights = weight ? data<T>(*weight) : nullptr;
-    problem.factors = {weights, nullptr, 0, T{0}, static_cast<T>(options.rest())};
-    if (target_in.scalar_type() == ScalarType::Long) {
-      indices.emplace(target_in);
-      problem.target = indices->get();
-      targets = Targets<T>(op, problem.target, problem.x.positions(), weights, options);
-    } else {
-      q = in_order(order, to_compute_type(target_in));
-      problem.q = LogitView<T>(*q, order);
-      problem.factors.of_target = static_cast<T>(options.of_target());
-    }
+        indices(target_in.scalar_type() == ScalarType::Long
+                    ? std::optional<Indices>(std::in_place, target_in)
+                    : std::nullopt),
+        loss(options, targets(op)),
+        problem{LogitView<T>(x, order), {}, {}, indices ? indices->get() : nullptr, loss} {
+    problem.factors = {weights(), nullptr, 0, T{0}, static_cast<T>(options.rest())};
+    if (indices) return;
+    q = in_order(order, to_compute_type(target_in));
+    problem.q = LogitView<T>(*q, order);
+    problem.factors.of_target = static_cast<T>(options.of_target());
   }
   LogitArguments(const LogitArguments&) = delete;
 
@@ -49,6 +44,14 @@ struct LogitArguments {
     for (int64_t c = 0; problem.factors.any() && !q && c < options.classes; ++c)
       sum += options.rest() * (problem.factors.weight ? problem.factors.weight[c] : 1);
     return sum;
+  }
+
+ private:
+  const T* weights() const { return weight ? data<T>(*weight) : nullptr; }
+  Targets<T> targets(const char* op) const {
+    const int64_t positions = x.numel() / x.size(1);
+    return indices ? Targets<T>(op, indices->get(), positions, weights(), options)
+                   : Targets<T>(positions, options);
   }
 };
 

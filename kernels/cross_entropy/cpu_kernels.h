@@ -36,6 +36,8 @@ struct SoftmaxTable {
   void (*add_bias)(T* z, int64_t step, int64_t classes, int64_t columns, const T* bias);
   // The running maximum, and the running sum of exp(z - max). They begin as -infinity and 0.
   void (*observe)(const T* z, int64_t step, int64_t classes, int64_t columns, T* max, T* sum);
+  // lse[n] = max[n] + log(sum[n])
+  void (*log_sums)(const T* max, const T* sum, int64_t columns, double* lse);
   // weighted[n] += Σ_c a·z, total[n] += Σ_c a. Differences to `near` are summed: it is a number
   // near the largest z of the column, such as its maximum.
   void (*weigh)(const T* z, int64_t step, int64_t classes, int64_t columns, const T* near,

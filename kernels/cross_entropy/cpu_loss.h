@@ -41,22 +41,21 @@ class Targets {
   Targets(const char* op, const int64_t* index, int64_t count, const T* weight,
           const LossOptions& o)
       : index_(index), weight_(weight), ignore_(o.ignore_index) {
-    for (int64_t i = 0; i < count; ++i) {
-      if (!kept(i)) continue;
-      const int64_t t = index[i];
-      if (t < 0 || t >= o.classes) [[unlikely]]
-        throw std::runtime_error(std::string(op) + ": target must be a class from 0 to " +
-                                 std::to_string(o.classes - 1) + " or ignore_index " +
-                                 std::to_string(ignore_) + ", got " + std::to_string(t));
-      weights_ += weight_of(i);
-      kept_ += 1;
+    check(op, count, o.classes);
+    if (o.reduction != Reduction::mean) {
+      weights_ = kept_ = 1;
+    } else if (weight_) {
+      double sum = 0;
+      for (int64_t i = 0; i < count; ++i) sum += kept(i) ? weight_of(i) : 0;
+      weights_ = sum;
     }
-    if (o.reduction != Reduction::mean) weights_ = kept_ = 1;
+    invert();
   }
   // Of probabilities: every sample counts, and means divide by their number.
   Targets(int64_t count, const LossOptions& o)
-      : weights_(o.reduction == Reduction::mean ? static_cast<double>(count) : 1),
-        kept_(weights_) {}
+      : weights_(o.reduction == Reduction::mean ? static_cast<double>(count) : 1), kept_(weights_) {
+    invert();
+  }
 
   bool probabilities() const { return index_ == nullptr; }
   bool kept(int64_t i) const { return index_ == nullptr || index_[i] != ignore_; }
@@ -64,15 +63,37 @@ class Targets {
   double weight_of(int64_t i) const {
     return weight_ ? static_cast<double>(weight_[index_[i]]) : 1;
   }
-  // The entropies' and the z-losses' divisors.
-  double weights() const { return weights_; }
-  double count() const { return kept_; }
+  // What the entropies and the z-losses are multiplied by: a division for every position would
+  // show where classes are few.
+  double per_weight() const { return per_weight_; }
+  double per_count() const { return per_count_; }
+  bool none_kept() const { return kept_ == 0; }
 
  private:
+  // Counts what is kept. One pass without branches, and another to say which target is wrong: a
+  // map of labels has so many that a branch for each would show.
+  void check(const char* op, int64_t count, int64_t classes) {
+    const int64_t ignore = ignore_;
+    int64_t kept = 0, wrong = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t keep = index_[i] != ignore;
+      kept += keep, wrong |= keep & (index_[i] < 0 || index_[i] >= classes);
+    }
+    for (int64_t i = 0; wrong && i < count; ++i) {
+      const int64_t t = index_[i];
+      if (t != ignore && (t < 0 || t >= classes))
+        throw std::runtime_error(std::string(op) + ": target must be a class from 0 to " +
+                                 std::to_string(classes - 1) + " or ignore_index " +
+                                 std::to_string(ignore) + ", got " + std::to_string(t));
+    }
+    weights_ = kept_ = static_cast<double>(kept);
+  }
+  void invert() { per_weight_ = 1 / weights_, per_count_ = 1 / kept_; }
+
   const int64_t* index_ = nullptr;
   const T* weight_ = nullptr;
   int64_t ignore_ = 0;
-  double weights_ = 0, kept_ = 0;
+  double weights_ = 0, kept_ = 0, per_weight_ = 0, per_count_ = 0;
 };
 
 // What is known of a sample once all its logits were seen.
@@ -90,23 +111,30 @@ struct Slopes {
   // be a relative error of 4e-6 where logits are near 100.
   template <class T>
   void round_to(double log_sum) {
-    if (alpha != 0) alpha *= std::exp(static_cast<double>(static_cast<T>(log_sum)) - log_sum);
+    const double d = static_cast<double>(static_cast<T>(log_sum)) - log_sum;
+    constexpr double small = 1e-4;  // exp(d) takes as long as all else of a position
+    const double near = 1 + d * (1 + d * (0.5 + d * (1.0 / 6)));
+    if (alpha != 0) alpha *= std::abs(d) <= small ? near : std::exp(d);
   }
 };
 
+// Small enough to copy: a loop over positions keeps a copy of its own, which no store can change.
 template <class T>
 class Loss {
  public:
-  Loss(const LossOptions& options, const Targets<T>& targets) : o_(options), t_(targets) {}
+  Loss(const LossOptions& options, const Targets<T>& targets)
+      : o_(options),
+        t_(targets),
+        spread_(options.rest() != 0 || targets.probabilities()),
+        of_target_(targets.probabilities() ? 0 : options.of_target()) {}
 
   // Of sample i, divided by what the reduction divides by.
   double value(int64_t i, const Seen& s) const {
     if (!t_.kept(i)) return 0;
-    double loss = o_.rest() == 0 && !t_.probabilities() ? 0 : s.total * s.lse - s.weighted;
-    if (!t_.probabilities() && o_.of_target() != 0)
-      loss += o_.of_target() * t_.weight_of(i) * (s.lse - s.at_target);
-    loss /= t_.weights();
-    if (o_.z_loss != 0) loss += o_.z_loss * s.lse * s.lse / t_.count();
+    double loss = spread_ ? s.total * s.lse - s.weighted : 0;
+    if (of_target_ != 0) loss += of_target_ * t_.weight_of(i) * (s.lse - s.at_target);
+    loss *= t_.per_weight();
+    if (o_.z_loss != 0) loss += o_.z_loss * s.lse * s.lse * t_.per_count();
     return loss;
   }
 
@@ -114,19 +142,19 @@ class Loss {
   Slopes slopes(int64_t i, const Seen& s, double grad) const {
     if (!t_.kept(i)) return {};
     Slopes g;
-    g.scale = grad / t_.weights();
+    g.scale = grad * t_.per_weight();
     g.alpha = g.scale * s.total;
-    if (!t_.probabilities()) {
-      g.beta = g.scale * o_.of_target() * t_.weight_of(i);
+    if (of_target_ != 0) {
+      g.beta = g.scale * of_target_ * t_.weight_of(i);
       g.alpha += g.beta;
     }
-    if (o_.z_loss != 0) g.alpha += grad / t_.count() * 2 * o_.z_loss * s.lse;
+    if (o_.z_loss != 0) g.alpha += grad * t_.per_count() * 2 * o_.z_loss * s.lse;
     return g;
   }
 
   // A sum of values as the reduction wants it: where nothing is kept, the mean is 0/0 as in torch.
   double reduced(double sum) const {
-    return o_.reduction == Reduction::mean && t_.count() == 0 ? NAN : sum;
+    return o_.reduction == Reduction::mean && t_.none_kept() ? NAN : sum;
   }
 
   bool reduces() const { return o_.reduction != Reduction::none; }
@@ -134,8 +162,10 @@ class Loss {
   const Targets<T>& targets() const { return t_; }
 
  private:
-  const LossOptions& o_;
-  const Targets<T>& t_;
+  LossOptions o_;
+  Targets<T> t_;
+  bool spread_;  // whether every class adds to the loss
+  double of_target_;
 };
 
 template <class T>

@@ -108,23 +108,26 @@ class TilePass {
       if (p_.factors.any() || p_.q.data)
         softmax<T>().weigh(z, x.step(), classes, b.count, top, factors_at(q, b, c, classes),
                            weighted, factors);
-      for (int64_t i = 0; p_.target && i < b.count; ++i) {
-        const int64_t t = p_.target[b.first + i] - c;
-        if (t >= 0 && t < classes) at_target[i] = z[t * x.step() + i];
+      const int64_t* target = p_.target ? p_.target + b.first : nullptr;
+      const int64_t step = x.step();
+      for (int64_t i = 0; target && i < b.count; ++i) {
+        const int64_t t = target[i] - c;
+        if (t >= 0 && t < classes) at_target[i] = z[t * step + i];
       }
     });
     double sum = 0;
+    const Loss<T> loss = p_.loss;
+    double* lse = to_.lse + b.first;
+    softmax<T>().log_sums(top, total, b.count, lse);
     Scratch<T> memory(SlopeRows<T>::kArrays * most);
     const SlopeRows<T> slopes(memory.get(), most);
     for (int64_t i = 0; i < b.count; ++i) {
       const int64_t at = b.first + i;
-      const Seen seen{log_sum_exp(top[i], total[i]), static_cast<double>(at_target[i]), weighted[i],
-                      factors[i]};
-      const double value = p_.loss.value(at, seen);
-      to_.lse[at] = seen.lse;
-      if (!p_.loss.reduces()) to_.loss[at] = static_cast<T>(value);
+      const Seen seen{lse[i], static_cast<double>(at_target[i]), weighted[i], factors[i]};
+      const double value = loss.value(at, seen);
+      if (!loss.reduces()) to_.loss[at] = static_cast<T>(value);
       sum += value;
-      if (to_.dx.data) slopes.set(i, seen.lse, p_.loss.slopes(at, seen, 1.0));
+      if (to_.dx.data) slopes.set(i, seen.lse, loss.slopes(at, seen, 1.0));
     }
     if (to_.dx.data) gradients(b, x, q, slopes);
     return sum;

@@ -1,4 +1,5 @@
 // The table of softmax kernels.
+#include "cross_entropy/log_isa.h"
 #include "cross_entropy/rows_isa.h"
 
 namespace nnarch::NNARCH_ISA {
@@ -6,8 +7,8 @@ namespace {
 
 template <class T>
 constexpr SoftmaxTable<T> kTable = {
-    add_bias<T>,  observe<T>,      weigh<T>,   gradient<T>,  target_gradient<T>, row_observe<T>,
-    row_weigh<T>, row_gradient<T>, row_sum<T>, add_parts<T>, scale_by<T>};
+    add_bias<T>,    observe<T>,   log_sums<T>,     weigh<T>,   gradient<T>,  target_gradient<T>,
+    row_observe<T>, row_weigh<T>, row_gradient<T>, row_sum<T>, add_parts<T>, scale_by<T>};
 
 }  // namespace
 

@@ -33,29 +33,57 @@ void add_bias(T* z, int64_t step, int64_t classes, int64_t columns, const T* bia
   }
 }
 
+// A vector of columns through up to kSideBySide classes: their maximum, then what they add to the
+// sum. Between the two passes the logits lie side by side: planes of a power of two, as images
+// have, are all in one set of the first-level cache, and few of 21 would still be there.
+constexpr int64_t kSideBySide = 64;
+
+template <class T>
+struct ColumnState {
+  Vec<T> top, total;
+
+  NNARCH_INLINE void observe(const T* z, int64_t step, int64_t classes, int64_t some) {
+    Vec<T> logits[kSideBySide];
+    Vec<T> even = top, odd = top;
+    int64_t c = 0;
+    if (some == kLanes<T>) {
+      for (; c + 2 <= classes; c += 2, z += 2 * step) {
+        __builtin_prefetch(z + kAhead);
+        __builtin_prefetch(z + step + kAhead);
+        logits[c] = load(z), logits[c + 1] = load(z + step);
+        even = at_least<T>(logits[c], even), odd = at_least<T>(logits[c + 1], odd);
+      }
+    }
+    for (; c < classes; ++c, z += step) {
+      logits[c] = load_n(z, some);
+      even = at_least<T>(logits[c], even);
+    }
+    const Vec<T> now = at_least<T>(even, odd), reference = reference_of<T>(now);
+    total *= exp<T>(top - reference), top = now;
+    Vec<T> other = {};
+    for (c = 0; c + 2 <= classes; c += 2) {
+      total += exp<T>(logits[c] - reference);
+      other += exp<T>(logits[c + 1] - reference);
+    }
+    if (c < classes) total += exp<T>(logits[c] - reference);
+    total += other;
+  }
+
+ private:
+  static constexpr int64_t kAhead = 256 / static_cast<int64_t>(sizeof(T));  // four lines
+};
+
 // A NaN among the logits need not reach the maximum: it reaches the sum.
 template <class T>
 void observe(const T* z, int64_t step, int64_t classes, int64_t columns, T* max, T* sum) {
   for (int64_t n = 0; n < columns; n += kLanes<T>) {
     const int64_t some = lanes_left<T>(columns, n);
-    const bool whole = some == kLanes<T>;
-    const Vec<T> before = load_n(max + n, some);
-    Vec<T> top = before;
-    const T* at = z + n;
-    for (int64_t c = 0; c < classes; ++c, at += step)
-      top = at_least<T>(whole ? load(at) : load_n(at, some), top);
-    const Vec<T> reference = reference_of<T>(top);
-    Vec<T> total = load_n(sum + n, some) * exp<T>(before - reference), other = {};
-    at = z + n;
-    int64_t c = 0;
-    if (whole)
-      for (; c + 2 <= classes; c += 2, at += 2 * step) {
-        total += exp<T>(load(at) - reference);
-        other += exp<T>(load(at + step) - reference);
-      }
-    for (; c < classes; ++c, at += step) total += exp<T>(load_n(at, some) - reference);
-    store_n(max + n, top, some);
-    store_n(sum + n, total + other, some);
+    ColumnState<T> state{load_n(max + n, some), load_n(sum + n, some)};
+    for (int64_t c = 0; c < classes; c += kSideBySide)
+      state.observe(z + n + c * step, step, classes - c < kSideBySide ? classes - c : kSideBySide,
+                    some);
+    store_n(max + n, state.top, some);
+    store_n(sum + n, state.total, some);
   }
 }
 

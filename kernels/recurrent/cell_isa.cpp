@@ -33,26 +33,37 @@ struct CellRow {
   }
 };
 
-template <class T>
+// Of N vectors of units: with two, one's chain of dependent operations fills the gaps of the
+// other's.
+template <class T, int N>
 NNARCH_INLINE void lstm(const CellRow<T>& r, int64_t u, int64_t n) {
+  constexpr int64_t w = kLanes<T>;
   const CellBlock<T>& p = r.p;
   T* cell = p.c + r.row * p.c_step + u;
-  const Vec<T> before = load_n(cell, n);
-  Vec<T> i = r.both(0, u, n), f = r.both(1, u, n), o = r.both(3, u, n);
-  if (p.peephole) {
-    i += load_n(p.peephole + u, n) * before;
-    f += load_n(p.peephole + p.hidden + u, n) * before;
+  Vec<T> before[N], i[N], f[N], g[N], o[N], c[N], h[N];
+  for (int k = 0; k < N; ++k) {
+    before[k] = load_n(cell + k * w, n);
+    i[k] = r.both(0, u + k * w, n), f[k] = r.both(1, u + k * w, n);
+    g[k] = r.both(2, u + k * w, n), o[k] = r.both(3, u + k * w, n);
+    if (p.peephole) {
+      i[k] += load_n(p.peephole + u + k * w, n) * before[k];
+      f[k] += load_n(p.peephole + p.hidden + u + k * w, n) * before[k];
+    }
   }
-  i = cell_sigmoid(i), f = cell_sigmoid(f);
-  const Vec<T> g = cell_tanh(r.both(2, u, n));
-  const Vec<T> c = f * before + i * g;
-  if (p.peephole) o += load_n(p.peephole + 2 * p.hidden + u, n) * c;
-  o = cell_sigmoid(o);
-  store_n(cell, c, n);
-  if (p.kept)
-    r.keep(0, u, n, i), r.keep(1, u, n, f), r.keep(2, u, n, g), r.keep(3, u, n, o),
-        r.keep(4, u, n, c);
-  r.finish(u, n, o * cell_tanh(c));
+  cell_sigmoid<N>(i), cell_sigmoid<N>(f), cell_tanh<N>(g);
+  for (int k = 0; k < N; ++k) {
+    h[k] = c[k] = f[k] * before[k] + i[k] * g[k];
+    if (p.peephole) o[k] += load_n(p.peephole + 2 * p.hidden + u + k * w, n) * c[k];
+    store_n(cell + k * w, c[k], n);
+  }
+  cell_sigmoid<N>(o), cell_tanh<N>(h);
+  for (int k = 0; k < N; ++k) {
+    const int64_t at = u + k * w;
+    if (p.kept)
+      r.keep(0, at, n, i[k]), r.keep(1, at, n, f[k]), r.keep(2, at, n, g[k]),
+          r.keep(3, at, n, o[k]), r.keep(4, at, n, c[k]);
+    r.finish(at, n, o[k] * h[k]);
+  }
 }
 
 template <class T>
@@ -71,7 +82,7 @@ NNARCH_INLINE void gru(const CellRow<T>& row, int64_t u, int64_t n) {
 template <class T, int64_t Kind>
 NNARCH_INLINE void unit(const CellRow<T>& r, int64_t u, int64_t n) {
   if constexpr (Kind == 2)
-    lstm(r, u, n);
+    lstm<T, 1>(r, u, n);
   else if constexpr (Kind == 3)
     gru(r, u, n);
   else if constexpr (Kind == 1)
@@ -86,7 +97,10 @@ NNARCH_NOINLINE void cell_of(const CellBlock<T>& p) {
   const int64_t whole = p.units / w * w;
   for (int64_t row = 0; row < p.rows; ++row) {
     const CellRow<T> r{p, row};
-    for (int64_t u = 0; u < whole; u += w) unit<T, Kind>(r, u, w);
+    int64_t u = 0;
+    if constexpr (Kind == 2)
+      for (; u + 2 * w <= whole; u += 2 * w) lstm<T, 2>(r, u, w);
+    for (; u < whole; u += w) unit<T, Kind>(r, u, w);
     if (whole < p.units) unit<T, Kind>(r, whole, p.units - whole);
   }
 }

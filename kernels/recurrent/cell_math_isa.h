@@ -10,6 +10,14 @@ namespace {
 // Without FMA the quotient below rounds beyond 1.
 NNARCH_INLINE Vec<float> cell_tanh(Vec<float> x) { return tanh<float>(x); }
 NNARCH_INLINE Vec<float> cell_sigmoid(Vec<float> x) { return cell_tanh(x * 0.5f) * 0.5f + 0.5f; }
+template <int N>
+NNARCH_INLINE void cell_tanh(Vec<float> (&x)[N]) {
+  for (int n = 0; n < N; ++n) x[n] = cell_tanh(x[n]);
+}
+template <int N>
+NNARCH_INLINE void cell_sigmoid(Vec<float> (&x)[N]) {
+  for (int n = 0; n < N; ++n) x[n] = cell_sigmoid(x[n]);
+}
 #else
 // z·P(z²)/Q(z²), a minimax fit up to where tanh rounds to 1, off by 2^-25 there; P and Q begin with
 // 1, so that small arguments come out right.
@@ -22,27 +30,57 @@ struct CellTanh {
   // is 1.
   static constexpr float most = 8.15449047f;
 };
-NNARCH_INLINE Vec<float> cell_tanh(Vec<float> x) {
-  using K = CellTanh;
-  const Vec<float> z = clamp<float>(x, broadcast<float>(-K::most), broadcast<float>(K::most));
-  const Vec<float> square = z * z;
-  return z * polynomial<float>(square, K::p) / polynomial<float>(square, K::q);
+// z·P(z²)/Q(z²) of N vectors side by side: one after the other, each waits for its own chain.
+template <int N>
+NNARCH_INLINE void quotients(Vec<float> (&z)[N], const float (&p)[5], const float (&q)[5],
+                             float most) {
+  Vec<float> square[N], above[N], below[N];
+  for (int n = 0; n < N; ++n) {
+    z[n] = clamp<float>(z[n], broadcast<float>(-most), broadcast<float>(most));
+    square[n] = z[n] * z[n];
+    above[n] = broadcast<float>(p[4]), below[n] = broadcast<float>(q[4]);
+  }
+  for (int i = 3; i >= 0; --i)
+    for (int n = 0; n < N; ++n)
+      above[n] = above[n] * square[n] + p[i], below[n] = below[n] * square[n] + q[i];
+  for (int n = 0; n < N; ++n) z[n] = z[n] * above[n] / below[n];
+}
+template <int N>
+NNARCH_INLINE void cell_tanh(Vec<float> (&x)[N]) {
+  quotients<N>(x, CellTanh::p, CellTanh::q, CellTanh::most);
 }
 // σ(x) = ½ + ½·tanh(x/2), with the halves in the coefficients.
-NNARCH_INLINE Vec<float> cell_sigmoid(Vec<float> x) {
+template <int N>
+NNARCH_INLINE void cell_sigmoid(Vec<float> (&x)[N]) {
   using K = CellTanh;
   static constexpr float p[] = {K::p[0] / 4, K::p[1] / 16, K::p[2] / 64, K::p[3] / 256,
                                 K::p[4] / 1024};
   static constexpr float q[] = {K::q[0], K::q[1] / 4, K::q[2] / 16, K::q[3] / 64, K::q[4] / 256};
-  constexpr float most = 2 * K::most;
-  const Vec<float> z = clamp<float>(x, broadcast<float>(-most), broadcast<float>(most));
-  const Vec<float> square = z * z;
-  return z * polynomial<float>(square, p) / polynomial<float>(square, q) + 0.5f;
+  quotients<N>(x, p, q, 2 * K::most);
+  for (int n = 0; n < N; ++n) x[n] += 0.5f;
+}
+NNARCH_INLINE Vec<float> cell_tanh(Vec<float> x) {
+  Vec<float> one[] = {x};
+  cell_tanh<1>(one);
+  return one[0];
+}
+NNARCH_INLINE Vec<float> cell_sigmoid(Vec<float> x) {
+  Vec<float> one[] = {x};
+  cell_sigmoid<1>(one);
+  return one[0];
 }
 #endif
 
 NNARCH_INLINE Vec<double> cell_tanh(Vec<double> x) { return tanh<double>(x); }
 NNARCH_INLINE Vec<double> cell_sigmoid(Vec<double> x) { return sigmoid<double>(x); }
+template <int N>
+NNARCH_INLINE void cell_tanh(Vec<double> (&x)[N]) {
+  for (int n = 0; n < N; ++n) x[n] = cell_tanh(x[n]);
+}
+template <int N>
+NNARCH_INLINE void cell_sigmoid(Vec<double> (&x)[N]) {
+  for (int n = 0; n < N; ++n) x[n] = cell_sigmoid(x[n]);
+}
 
 }  // namespace
 }  // namespace nnarch::NNARCH_ISA

@@ -43,6 +43,7 @@ class Case:
         backward: times forward and backward together, in training mode.
         input_grad: whether the backward also produces the gradient of the input.
         flops: of one forward; counted by torch where this is None.
+        reads: bytes that a pass reads beside input and parameters, such as a cache of keys.
         target: ratios to reach; the group's by default.
         tolerance: largest relative error (L2) against float64 that still counts as correct; the
             dtype's by default.
@@ -65,6 +66,7 @@ class Case:
     backward: bool = False
     input_grad: bool = True
     flops: int | None = None
+    reads: int = 0
     target: Target | None = None
     tolerance: float | None = None
     model: str | None = None
@@ -93,8 +95,8 @@ class Case:
         """Bytes that have to move: every tensor that a pass needs or makes, once a pass."""
         _, x, weights, y = self._forward_work
         if self.backward:  # reads dy, x and the weights again; writes dx and dw
-            return self.dtype.itemsize * (3 * x + 3 * weights + 2 * y)
-        return self.dtype.itemsize * (x + weights + y)
+            return self.dtype.itemsize * (3 * x + 3 * weights + 2 * y) + 2 * self.reads
+        return self.dtype.itemsize * (x + weights + y) + self.reads
 
     def build(self) -> tuple[nn.Module, torch.Tensor]:
         """The torch module, in the mode it is measured in, and its input; the same every time."""

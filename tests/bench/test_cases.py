@@ -62,6 +62,11 @@ def test_flops_of_a_depthwise_convolution_count_one_channel_each():
     assert named("dw3x3_128_128_h56_n1").total_flops == 2 * 128 * 56 * 56 * 9
 
 
+def test_bytes_of_a_decode_are_its_keys_and_values():
+    cache, q = 2 * 12 * 8192 * 64, 12 * 64
+    assert named("attention_decode_h12_kv8192_d64").total_bytes == 4 * (cache + 2 * q)
+
+
 def test_flops_of_a_pool_are_its_taps():
     assert named("maxpool3x3s2_64_h112_n1").total_flops == 9 * 64 * 56 * 56
 

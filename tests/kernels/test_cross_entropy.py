@@ -147,7 +147,7 @@ def test_channels_last_images():
     torch.testing.assert_close(dx, expected)
 
 
-@pytest.mark.parametrize("size", [(4, 9), (3, 300), (2, 9, 5)])
+@pytest.mark.parametrize("size", [(4, 9), (3, 300), (2, 9, 5), (2, 70, 19)])
 def test_infinities_and_nan(size):
     """The loss and the gradient of every sample are what torch says they are."""
     special = [(INF,), (-INF,), (NAN,), (INF, INF), (-INF, NAN), (3e38, -3e38)]
