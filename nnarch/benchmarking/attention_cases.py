@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnarch.benchmarking.case import FLOAT_BYTES, Case, Target
+from nnarch.benchmarking.case import Case, Target
 
 ATTENTION_TARGETS: dict[str, Target] = {
     "attention": Target(1.1, 1.25),
@@ -120,7 +120,7 @@ def decode(h: int, groups: int, keys: int, d: int, **options: Any) -> Case:
         (1, 1, h, 1, d),
         label=f"decode {h}{shared} heads KV {keys} D {d}",
         flops=4 * h * keys * d,
-        reads=2 * groups * keys * d * FLOAT_BYTES,
+        reads=2 * groups * keys * d * torch.float32.itemsize,
         **options,
     )
 
