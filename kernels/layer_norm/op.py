@@ -146,7 +146,7 @@ def _train_backward(
     ctx: Any, grad: Tensor | None, grad_sum: Tensor | None = None, *_: Any
 ) -> tuple[Tensor | None, ...]:
     s, weight, stats, seed = ctx.saved_tensors
-    need_x, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
+    need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
     ds, dweight, dbias = grad_sum, None, None
     if grad is not None:
         wanted = _SUM * (need_x or need_residual) + _WEIGHT * need_weight + _BIAS * need_bias
@@ -288,7 +288,7 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
     return False
 
 
-def _autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _autocast(*tensors: Tensor | None) -> Any:
     """In float32, as torch.autocast gives them to torch's function on CUDA (not on the CPU)."""
     return tuple(t.float() if t is not None and t.dtype in _HALF else t for t in tensors)
 
