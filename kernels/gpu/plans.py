@@ -104,7 +104,7 @@ class _Torch(_Step):
 
 @dataclass(frozen=True)
 class _Launch(_Step):
-    """A kernel; `kernel` is None but in the interpreter, which takes tensors for pointers."""
+    """A kernel. The interpreter takes tensors for pointers."""
 
     start: Callable[..., Any]
     values: list[Any]  # all arguments, in the kernel's order
@@ -203,7 +203,9 @@ class _Recorder(TorchDispatchMode):
                 places.append((i, [self.place(t) for t in a]))  # an absent one refuses
         if any(isinstance(a, torch.Tensor) for a in kwargs.values()):
             raise _Refused(str(func))
-        self.plan.steps.append(_Torch(func, args, kwargs, places, makes=not writes))
+        tensors = {i for i, _ in places}  # a plan holds no memory
+        others = tuple(None if i in tensors else a for i, a in enumerate(args))
+        self.plan.steps.append(_Torch(func, others, kwargs, places, makes=not writes))
         for r in () if writes else results:
             self._made(r)
 
@@ -390,6 +392,8 @@ def _key(args: Any, inputs: list[torch.Tensor], pointers: list[int]) -> Any:
     if device is None or (device >= 0 and device != torch._C._cuda_getDevice()):
         return None
     parts.append(device)
+    if len({id(t) for t in inputs}) < len(inputs):  # one tensor for two arguments: so in the plan
+        parts.append(tuple([id(t) for t in inputs].index(id(t)) for t in inputs))
     if exact:  # what decides how float32 is multiplied
         parts += (precision.get_precision(), _fp32_precision("cuda", "conv"))
         parts.append(_fp32_precision("cuda", "matmul"))

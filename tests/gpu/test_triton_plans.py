@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from op_samples import samples
@@ -141,3 +143,20 @@ def test_an_argument_is_never_a_result(replays):
     x = torch.randn(3)
     assert all(planned(x) is x for _ in range(4))
     assert not replays
+
+
+def test_a_tensor_given_twice_is_a_plan_of_its_own(replays):
+    x, other = torch.randn(8, 32), torch.randn(8, 32)
+    for a, b in ((x, x), (x, x), (x, x), (x, other), (x, other), (x, other), (other, x)):
+        torch.testing.assert_close(_linear(a, b), a @ b.t())
+    assert len(replays) == 3
+
+
+def test_a_plan_holds_no_memory():
+    planned = plans.planned(lambda x: x.t().contiguous() + 1)
+    x = torch.randn(4, 3)
+    for _ in range(3):
+        planned(x)
+    alive = weakref.ref(x)
+    del x
+    assert alive() is None
