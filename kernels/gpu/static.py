@@ -157,12 +157,19 @@ def _record(
 
 @dataclass(frozen=True)
 class Binary:
-    """Resources and code of a compiled kernel."""
+    """Resources and code of a compiled kernel.
+
+    Attributes:
+        stack_reads: NVIDIA's only: instructions that take the stack pointer (R1) for an operand. In
+            a kernel without a stack they are the assembler's mistake: R1 stands for a value that
+            was never computed (ptxas 12.8, in descriptors of sm_90's products).
+    """
 
     registers: int
     spills: int
     shared: int
     matrix_instructions: int
+    stack_reads: int = 0
 
 
 def compile_launch(launch: Launch, target: Target) -> Binary:
@@ -209,6 +216,7 @@ def _read_cubin(cubin: bytes, shared: int, target: Target) -> Binary:
         spills=fields["STACK"] + fields["LOCAL"],
         shared=shared,
         matrix_instructions=_count(target, code),
+        stack_reads=len(re.findall(r"\*/ +[^;\n]*, *-?\|?R1\b[^;\n]*;", code)),
     )
 
 

@@ -171,14 +171,16 @@ def compile_job(job: Job) -> Compiled:
 
 
 def broken_rules(job: Job, binary: Binary, roofline: float | None) -> list[str]:
-    """What a shipped tile must not do: spill, pass the shared memory, miss the matrix units, and,
-    where it is the default, fall short of the roofline.
+    """What a shipped tile must not do: spill, be miscompiled, pass the shared memory, miss the
+    matrix units, and, where it is the default, fall short of the roofline.
 
     Products without loss ("ieee") have no matrix instruction on NVIDIA's targets.
     """
     broken = []
     if binary.spills:
         broken.append(f"spills {binary.spills} bytes")
+    elif binary.stack_reads:
+        broken.append("reads the stack pointer and has no stack")
     if binary.shared > job.target.shared_bytes:
         broken.append(f"{binary.shared} bytes of shared memory, {job.target.shared_bytes} exist")
     multiplies = job.case.matrix and job.main and _multiplied(job) != "ieee"

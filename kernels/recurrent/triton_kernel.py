@@ -66,6 +66,30 @@ def _case(name: str, kind: int, steps: int, batch: int, hidden: int, only: str =
     )
 
 
+def _projected_backward(steps: int, batch: int, hidden: int, size: int) -> StaticCase:
+    """An LSTM with a projection, whose sizes are no multiples of 16: so ptxas 12.8 failed."""
+
+    def run(dtype: torch.dtype) -> None:
+        x = meta(steps, batch, size, dtype=dtype)
+        weight, projection = meta(4 * hidden, size, dtype=dtype), meta(size, hidden, dtype=dtype)
+        sequence = Sequence.of(x, None)
+        rows, reserve = (meta(sequence.rows, n, dtype=dtype) for n in (size, 5 * hidden))
+        h, c = meta(batch, size, dtype=dtype), meta(batch, hidden, dtype=dtype)
+        small_backward(
+            rows, h, c, None, None, weight, projection, None, rows, reserve, sequence, kinds.LSTM,
+            False,
+        )  # fmt: skip
+
+    return StaticCase(
+        f"lstm projected small backward T{steps} B{batch} H{hidden} P{size}",
+        run,
+        flops=2.0 * steps * batch * 5 * hidden * size,
+        elements=steps * batch * (9 * hidden + 2 * size) + batch * (size + hidden),
+        matrix=True,
+        only="float16",
+    )
+
+
 def _normalized(backward: bool, batch: int, hidden: int) -> StaticCase:
     """The cell alone, a step: its products are the linear layer's."""
 
@@ -107,6 +131,7 @@ STATIC_CASES = [
     _case("small backward", kinds.LSTM, 64, 4096, 64),
     _case("small backward", kinds.GRU, 64, 4096, 64),
     _case("small backward", kinds.RNN_TANH, 64, 4096, 128),
+    _projected_backward(63, 4090, 50, 30),
     _case("step forward", kinds.LSTM, 1, 512, 1024),
     _case("step forward", kinds.LSTM, 8, 256, 832, "float16"),  # one launch, a barrier a step
     _case("step forward", kinds.GRU, 1, 512, 1024),

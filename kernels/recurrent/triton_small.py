@@ -59,6 +59,26 @@ SMALL_BACKWARD = dataclasses.replace(
 )
 
 
+def _projected_fits(problem: Problem, tile: Tile, target: Target) -> bool:
+    """On sm_90, ptxas 12.8 (that of Triton 3.6) compiles 8 warps to wrong code in half precision:
+    descriptors of a product are made of the stack pointer and of weights, and the kernel ends in an
+    illegal access. 4 warps spill on sm_100."""
+    wrong = target.name == "sm_90" and problem.precision == "half"
+    if problem.precision != "ieee":  # the gates' gradients lie beside the weights
+        shared = problem.n * (problem.k + tile["BLOCK_B"]) * problem.itemsize
+        if shared > target.shared_bytes or tile.num_warps != (4 if wrong else 8):
+            return False
+    return _fits(problem, tile, target)
+
+
+SMALL_BACKWARD_PROJECTED = dataclasses.replace(
+    SMALL_BACKWARD,
+    name="recurrent_small_backward_projected",
+    tiles=SMALL_BACKWARD.tiles | {"half": _DOTS},
+    fits=_projected_fits,
+)
+
+
 def _problem(kind: int, x: Tensor, weight_hh: Tensor, batch: int) -> Problem:
     # Three products of parts would need the weights twice: exact products stay in registers.
     float32 = "tf32" if dot_precision("matmul") == "tf32" else "ieee"
@@ -75,7 +95,9 @@ def fits_small(kind: int, x: Tensor, weight_hh: Tensor, sequence: Sequence) -> b
     """Whether the state's weights fit one program on the GPU in use."""
     problem = _problem(kind, x, weight_hh, sequence.batch)
     target = current_target()
-    return all(t.candidates(problem, target) for t in (SMALL, SMALL_BACKWARD))
+    projected = weight_hh.shape[1] * kinds.GATES[kind] != weight_hh.shape[0]
+    backward = SMALL_BACKWARD_PROJECTED if projected else SMALL_BACKWARD
+    return all(t.candidates(problem, target) for t in (SMALL, backward))
 
 
 def _sizes(
@@ -176,5 +198,6 @@ def small_backward(
         programs = cdiv(sequence.batch, tile["BLOCK_B"])
         launch(_recurrent_small_bwd_kernel, flat_grid(programs), arguments, tile)
 
-    run(pick(SMALL_BACKWARD, problem, run))
+    projected = weight_hh.shape[1] != hidden
+    run(pick(SMALL_BACKWARD_PROJECTED if projected else SMALL_BACKWARD, problem, run))
     return result

@@ -207,7 +207,10 @@ def _activation(op: str, name: str | None) -> int:
 def _compressed(op: str, matrix: Any) -> tuple[Tensor, Tensor, Tensor]:
     """values, columns, rows of a matrix as torch, scipy or a tuple has it."""
     if isinstance(matrix, tuple) and len(matrix) == 3:
-        values, columns, rows = map(torch.as_tensor, matrix)
+        # as_tensor would move a tensor to the default device, where one is set.
+        values, columns, rows = (
+            part if isinstance(part, Tensor) else torch.as_tensor(part) for part in matrix
+        )
         return values, columns, rows
     if isinstance(matrix, np.ndarray):
         matrix = torch.as_tensor(matrix)

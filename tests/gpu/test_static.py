@@ -106,6 +106,7 @@ def test_a_kernel_that_keeps_the_rules_breaks_none(product):
     "changes, message",
     [
         ({"spills": 8}, "spills 8 bytes"),
+        ({"stack_reads": 1}, "reads the stack pointer and has no stack"),
         ({"shared": 300_000}, "300000 bytes of shared memory, 232448 exist"),
         ({"matrix_instructions": 0}, "no HGMMA"),
     ],

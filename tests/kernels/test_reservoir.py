@@ -277,6 +277,14 @@ def test_matrices_of_torch_and_scipy_and_dense_ones():
         torch.testing.assert_close(got, expected)
 
 
+def test_a_default_device_moves_no_tensor():
+    x, w_in, bias, w, state = problem(61, 2)
+    expected = _scan(x, w_in, bias, w, state)
+    with torch.device("meta"):
+        got = _scan(x, w_in, bias, w, state)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 def test_numpy_in_and_numpy_out():
     x, w_in, bias, w, state = problem(61, 2)
     states, last = F.reservoir_scan(
