@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from nnarch import direct
-from nnarch.direct import DECLINED, WANTS_GRADIENT
+from nnarch import calls, direct
 
 NAMESPACE = "nnarch"
 
@@ -102,7 +101,7 @@ def empty_cache() -> int:
 
 
 def _declined(*_: Any) -> Any:
-    return DECLINED
+    return direct.DECLINED
 
 
 @dataclass
@@ -233,8 +232,12 @@ def declare(
     )
     if not op.has_native:
         _definitions.impl(name, lambda *args: run_without_native(op, False, args)[1], "CPU")
-    _definitions.impl(name, lambda *args: run_without_native(op, True, args)[1], "CUDA")
-    return _cheap_call(op, backward, setup_context)
+
+    def run_on_a_gpu(args: tuple[Any, ...]) -> Any:
+        return run_without_native(op, True, args)[1]
+
+    _definitions.impl(name, lambda *args: run_on_a_gpu(args), "CUDA")
+    return calls.cheap_call(op, run_on_a_gpu, backward, setup_context)
 
 
 def _no_backward(name: str) -> Callable[..., Any]:
@@ -269,162 +272,6 @@ def _warn_fallback(name: str, why: str) -> None:
         FallbackWarning,
         stacklevel=4,
     )
-
-
-_SIZE_OVERFLOW = "size overflows int64"  # kernels/cpu/tensor.h
-_BelowAutograd = torch._C._AutoDispatchBelowAutograd
-
-
-def _cheap_call(op: Op, backward: Any, setup_context: Any) -> Callable[..., Any]:
-    """The call path of ADR 2 and 8, by what the call needs.
-
-    Plain tensors, no gradient wanted: straight to the kernel; not so plain: below autograd. A
-    gradient wanted: an autograd.Function of the same formula, at a fraction of what the registered
-    one costs a call; under functorch, the form of it that functorch asks for. Under torch.compile:
-    the registered operation.
-    """
-    overload = op.overload
-    run = overload._op  # what its __call__ calls
-    direct, on_a_gpu = op.direct, _gpu_call(op)
-    is_grad_enabled = torch.is_grad_enabled
-    is_inference_mode = torch.is_inference_mode_enabled
-    is_compiling = torch.compiler.is_compiling
-    in_functorch = torch._C._are_functorch_transforms_active
-    Tensor = torch.Tensor
-    # isinstance(1, Tensor) costs 0.1 µs: Tensor's metaclass answers. Schemas begin with tensors.
-    kinds = [str(argument.type) for argument in overload._schema.arguments]
-    tensors = 1 + max((i for i, kind in enumerate(kinds) if "Tensor" in kind), default=-1)
-    family = f"{op.name}: "
-    apply = transformed = overload
-    if setup_context:
-        function = _autograd_function(op, backward, setup_context)
-        apply = _cheap_apply(function, len(overload._schema.returns))
-        transformed = _functorch_function(op, backward, setup_context).apply
-
-    def call(*args: Any) -> Any:
-        try:
-            if is_compiling():
-                return overload(*args)
-            result = direct(*args)
-            if result is WANTS_GRADIENT:
-                return transformed(*args) if in_functorch() else apply(*args)
-            if result is not DECLINED:
-                return result
-            if is_inference_mode():  # is below autograd already
-                result = on_a_gpu(args)
-                return run(*args) if result is DECLINED else result
-            if is_grad_enabled():
-                for a in args[:tensors]:
-                    if a is not None and isinstance(a, Tensor) and a.requires_grad:
-                        return transformed(*args) if in_functorch() else apply(*args)
-            result = on_a_gpu(args)
-            if result is not DECLINED:
-                return result
-            with _BelowAutograd():
-                return run(*args)
-        except RuntimeError as error:
-            if op.check is not None:
-                op.check(*args)  # says precisely what the native code refused
-            refusal = str(error).partition("\n")[0]
-            if refusal.startswith(family):  # only the native code can tell
-                raise ValueError(refusal) from None
-            if refusal == _SIZE_OVERFLOW:
-                raise ValueError(family + refusal) from None
-            raise
-
-    call.__name__ = op.name
-    call.overload = overload  # type: ignore[attr-defined]
-    return call
-
-
-def _gpu_call(op: Op) -> Callable[[tuple[Any, ...]], Any]:
-    """A function that runs `op` on a GPU past the dispatcher, a third of a small call there.
-
-    It declines where the dispatcher would do more than call the launcher: other devices, modes,
-    transforms, profilers, subclasses. No tensor may want a gradient.
-    """
-    if op.gpu is None:
-        return lambda _: DECLINED
-    Tensor, Parameter = torch.Tensor, torch.nn.Parameter
-    watchers = [function for function, _ in direct.watched()]
-    kinds = [str(argument.type) for argument in op.overload._schema.arguments]
-    places = [i for i, kind in enumerate(kinds) if "Tensor" in kind]
-
-    def run(args: tuple[Any, ...]) -> Any:
-        first = args[0]
-        if not (isinstance(first, Tensor) and first.is_cuda and len(args) == len(kinds)):
-            return DECLINED
-        for watcher in watchers:
-            if watcher():
-                return DECLINED
-        for i in places:
-            kind = type(args[i])
-            if kind is not Tensor and kind is not Parameter and args[i] is not None:
-                return DECLINED
-        return run_without_native(op, True, args)[1]
-
-    return run
-
-
-def _cheap_apply(function: Any, outputs: int) -> Callable[..., Any]:
-    """`function.apply` past the part of it in Python: that looks at every argument for what
-    functorch left behind, 2.9 µs of conv2d's 6.8. Outputs that autograd does not see are None."""
-    apply = super(torch.autograd.Function, function).apply  # type: ignore[attr-defined]
-    if outputs == 1:
-        return apply
-    missing = (None,) * outputs
-
-    def complete(*args: Any) -> tuple[Any, ...]:
-        seen = apply(*args)
-        if type(seen) is not tuple:
-            return seen, *missing[1:]
-        return seen if len(seen) == outputs else seen + missing[len(seen) :]
-
-    return complete
-
-
-def _autograd_function(op: Op, backward_formula: Any, setup_context: Any) -> Any:
-    run, direct, on_a_gpu = op.overload._op, op.direct, _gpu_call(op)
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *args: Any) -> Any:
-            output = direct(*args)
-            if output is DECLINED:
-                output = on_a_gpu(args)
-            if output is DECLINED:
-                with _BelowAutograd():
-                    output = run(*args)
-            seen = setup_context(ctx, args, output)
-            return output if seen is None else output[0] if seen == 1 else output[:seen]
-
-        backward = staticmethod(backward_formula)
-
-    Function.__name__ = Function.__qualname__ = f"nnarch_{op.name}"
-    # What autograd calls; torch's own asks every time whether that is `backward` or `vjp`.
-    Function._backward_cls.apply = backward_formula  # type: ignore[attr-defined]
-    return Function
-
-
-def _functorch_function(op: Op, backward_formula: Any, setup: Any) -> Any:
-    """The same with a `setup_context` of its own, which costs every call a few µs more."""
-
-    class Function(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(*args: Any) -> Any:
-            return op.overload(*args)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            setup(ctx, inputs, output)
-
-        @staticmethod
-        def backward(ctx: Any, *grads: Any) -> Any:
-            return backward_formula(ctx, *grads)
-
-    return Function
 
 
 # ------------------------------------------------------------------------------- shared helpers
