@@ -59,7 +59,8 @@ def encoder_layer(
         + ", rival by hand" * by_hand
         + " fwd+bwd" * backward,
         flops=products + 4 * batch * length * length * width,
-        tolerance=1e-4 if backward else 1e-5,
+        # A hidden unit within rounding of its ReLU's kink is on or off: 5e-4, of torch's layer too.
+        tolerance=1e-3 if backward else 1e-5,
         **options,
     )
 
