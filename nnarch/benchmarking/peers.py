@@ -249,6 +249,12 @@ def _is_frozen_model(case: Case) -> bool:
     return case.model is not None and not case.backward
 
 
+def _is_own_model(case: Case) -> bool:
+    from nnarch.models import list_models
+
+    return case.model in list_models()
+
+
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
     for provider in (
@@ -263,7 +269,7 @@ PROVIDERS: dict[str, Provider] = {
             "nnarch_model",
             "nnarch, own model",
             _nnarch_model,
-            takes=lambda case: case.model is not None,
+            takes=_is_own_model,
             ours=True,
         ),
         Provider(
