@@ -18,8 +18,10 @@ from . import reference
 from .arguments import autocast_dtype, cast, checked_class_weight, checked_numbers, reduction_code
 from .autograd import if_functorch, not_differentiable, scaled
 from .checks import check_integers, check_linear_backward, check_linear_forward
-from .op import GPU, NUMBERS, cross_entropy
+from .op import NUMBERS, cross_entropy
 from .reference import NONE, WANT_BIAS, WANT_WEIGHT, WANT_X, compute_dtype
+
+_GPU = "nnarch.kernels.cross_entropy.triton_kernel"
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> int:
@@ -79,7 +81,7 @@ linear_cross_entropy_op = library.declare(
     reference=reference.linear_cross_entropy,
     fake=_fake,
     check=check_linear_forward,
-    gpu=f"{GPU}:linear_cross_entropy",
+    gpu=f"{_GPU}:linear_cross_entropy",
     setup_context=_setup,
     backward=_backward,
 )
@@ -90,7 +92,7 @@ linear_cross_entropy_backward = library.declare(
     reference=reference.linear_cross_entropy_backward,
     fake=lambda grad, x, weight, *rest: _gradients(x, weight, rest[-1]),
     check=check_linear_backward,
-    gpu=f"{GPU}:linear_cross_entropy_backward",
+    gpu=f"{_GPU}:linear_cross_entropy_backward",
     **not_differentiable("linear_cross_entropy_backward"),
 )
 

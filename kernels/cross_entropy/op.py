@@ -27,7 +27,7 @@ from .autograd import if_functorch, not_differentiable, scaled
 from .checks import check_backward, check_forward
 from .reference import MEAN, NONE, WANT_LOGITS, WANT_TARGET, empty_like_logits
 
-GPU = "nnarch.kernels.cross_entropy.triton_kernel"
+_GPU = "nnarch.kernels.cross_entropy.triton_kernel"
 NUMBERS = "int ignore_index, float label_smoothing, float z_loss, int reduction, int wanted"
 
 
@@ -82,7 +82,7 @@ cross_entropy_op = library.declare(
     reference=reference.cross_entropy,
     fake=_fake,
     check=check_forward,
-    gpu=f"{GPU}:cross_entropy",
+    gpu=f"{_GPU}:cross_entropy",
     setup_context=_setup,
     backward=_backward,
 )
@@ -94,7 +94,7 @@ cross_entropy_backward = library.declare(
     reference=reference.cross_entropy_backward,
     fake=_fake_backward,
     check=check_backward,
-    gpu=f"{GPU}:cross_entropy_backward",
+    gpu=f"{_GPU}:cross_entropy_backward",
     **not_differentiable("cross_entropy_backward"),
 )
 
