@@ -285,7 +285,7 @@ class EchoStateNetwork(nn.Module):
                 raise ValueError("EchoStateNetwork.warm_up: y is missing: its output is fed back")
             u, target = self._inputs("warm_up", x, y)
             states: list[Tensor] | None = None
-            for first, end in chunks(*u.shape[:2], self.readout.in_features):
+            for first, end in chunks(u.shape[0], u.shape[1], self.readout.in_features):
                 _, states = run_stack(self.layers, u[first:end], states, keep=False)
             self._states, self._output, self._unsaid = states, target[-1], False
         else:

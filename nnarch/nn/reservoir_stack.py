@@ -93,7 +93,7 @@ def run_in_chunks(
         width: numbers of a step that a chunk is cut by.
         noise, seed: as of :func:`run_stack`.
     """
-    cuts = list(chunks(*x.shape[:2], width))
+    cuts = list(chunks(x.shape[0], x.shape[1], width))
     generator = torch.Generator().manual_seed(seed) if noise else None
     # Backwards, only the states between chunks are kept; each chunk is run again in its turn.
     entry: dict[int, list[Tensor] | None] = {}
