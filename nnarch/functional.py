@@ -12,7 +12,8 @@ from nnarch.kernels.conv_transpose2d.op import (
     conv_transpose2d_layout,
     pack_conv_transpose2d_weight,
 )
-from nnarch.kernels.cross_entropy.op import cross_entropy, linear_cross_entropy
+from nnarch.kernels.cross_entropy.linear import linear_cross_entropy
+from nnarch.kernels.cross_entropy.op import cross_entropy
 from nnarch.kernels.depthwise_separable.op import depthwise_separable_conv2d
 from nnarch.kernels.dropout.op import dropout
 from nnarch.kernels.embedding.fused import embedding_layer_norm

@@ -19,10 +19,10 @@ from nnarch.kernels.gpu.launch import cdiv, flat_grid, launch, named_strides
 from nnarch.kernels.gpu.tiles import Problem, Tile, pick
 
 from . import reference
+from .triton_additive_mask import _attention_bwd_mask_kernel
 from .triton_backward_kernels import (
     _attention_bwd_delta_kernel,
     _attention_bwd_kv_kernel,
-    _attention_bwd_mask_kernel,
     _attention_bwd_q_kernel,
 )
 from .triton_forward import (

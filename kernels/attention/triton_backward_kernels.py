@@ -218,7 +218,7 @@ def _attention_bwd_kv_kernel(
 
 
 @triton.jit
-def _score_gradient(
+def score_gradient(
     q_head, g_head, q, g, lse, delta, k_head, v_head, mask_rows, seed_ptr, scale, threshold,
     survivor, outer, i, n, keys, L, S, low, high, stride_qm, stride_qd, stride_gm, stride_gd,
     stride_kn, stride_kd, stride_vn, stride_vd, stride_mn, D: tl.constexpr, DV: tl.constexpr,
@@ -347,7 +347,7 @@ def _attention_bwd_q_kernel(
         else:
             start, stop = whole_to, last
         for n in range(start, stop, BLOCK_N):
-            ds, k = _score_gradient(
+            ds, k = score_gradient(
                 q_head, g_head, q, g, lse, delta, k_head, v_head, mask_rows, seed_ptr, scale,
                 threshold, survivor, (batch * H + head).to(tl.int32), i, n, keys, L, S, low, high,
                 stride_qm, stride_qd, stride_gm, stride_gd, stride_kn, stride_kd, stride_vn,
@@ -357,111 +357,3 @@ def _attention_bwd_q_kernel(
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     dq_head = dq_ptr + batch * stride_dqb + head * stride_dqh
     store_rows(dq_head, dq * scale, i, stride_dqm, stride_dqd, L, D, DEPTH, INT64)
-
-
-@triton.jit
-def _attention_bwd_mask_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    grad_ptr,
-    mask_ptr,
-    lengths_ptr,
-    seed_ptr,
-    lse_ptr,
-    delta_ptr,
-    d_mask_ptr,  # [MASK_B, MASK_H, L or 1, S or 1], contiguous
-    scale,
-    threshold,
-    survivor,
-    B,
-    H,
-    L,
-    S,
-    SHARE,
-    MASK_B,
-    MASK_H,
-    low,
-    high,
-    stride_qb,
-    stride_qh,
-    stride_qm,
-    stride_qd,
-    stride_kb,
-    stride_kh,
-    stride_kn,
-    stride_kd,
-    stride_vb,
-    stride_vh,
-    stride_vn,
-    stride_vd,
-    stride_gb,
-    stride_gh,
-    stride_gm,
-    stride_gd,
-    stride_mb,
-    stride_mh,
-    stride_mm,
-    stride_mn,
-    ONE_ROW: tl.constexpr,  # whether the mask is the same for all queries
-    ONE_COLUMN: tl.constexpr,  # or for all keys
-    D: tl.constexpr,
-    DV: tl.constexpr,
-    DEPTH: tl.constexpr,
-    VALUE_DEPTH: tl.constexpr,
-    MASK: tl.constexpr,
-    INT64: tl.constexpr,
-    PRECISION: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """A program owns a tile of the mask, and goes through all that it is broadcast over."""
-    tiles_m = 1 if ONE_ROW else tl.cdiv(L, BLOCK_M)
-    tiles_n = 1 if ONE_COLUMN else tl.cdiv(S, BLOCK_N)
-    slot, tile = tl.program_id(0) // (tiles_m * tiles_n), tl.program_id(0) % (tiles_m * tiles_n)
-    tile_m, tile_n = tile // tiles_n, tile % tiles_n
-    mask_batch, mask_head = slot // MASK_H, slot % MASK_H
-    batches, heads = B // MASK_B, H // MASK_H  # 1 where the mask has its own
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for b in range(mask_batch * batches, mask_batch * batches + batches):
-        batch = tl.zeros((), tl.int64) + b
-        keys = sequence_keys(lengths_ptr, batch, S)
-        for h in range(mask_head * heads, mask_head * heads + heads):
-            head = tl.zeros((), tl.int64) + h
-            k_head = k_ptr + batch * stride_kb + head // SHARE * stride_kh
-            v_head = v_ptr + batch * stride_vb + head // SHARE * stride_vh
-            q_head = q_ptr + batch * stride_qb + head * stride_qh
-            g_head = grad_ptr + batch * stride_gb + head * stride_gh
-            row0 = (batch * H + head) * L
-            m_from, m_to = tile_m * BLOCK_M, (L if ONE_ROW else tile_m * BLOCK_M + 1)
-            for m in range(m_from, m_to, BLOCK_M):
-                i = m + tl.arange(0, BLOCK_M)
-                q = load_rows(q_head, i, stride_qm, stride_qd, L, D, DEPTH, True, INT64)
-                g = load_rows(g_head, i, stride_gm, stride_gd, L, DV, VALUE_DEPTH, True, INT64)
-                lse = tl.load(lse_ptr + row0 + i, mask=i < L, other=0.0)
-                delta = tl.load(delta_ptr + row0 + i, mask=i < L, other=0.0)
-                rows = i.to(tl.int64) * stride_mm + batch * stride_mb + head * stride_mh
-                n_from, n_to = tile_n * BLOCK_N, (S if ONE_COLUMN else tile_n * BLOCK_N + 1)
-                for n in range(n_from, n_to, BLOCK_N):
-                    ds, _ = _score_gradient(
-                        q_head, g_head, q, g, lse, delta, k_head, v_head, mask_ptr + rows[:, None],
-                        seed_ptr, scale, threshold, survivor, (batch * H + head).to(tl.int32), i, n,
-                        keys, L, S, low, high, stride_qm, stride_qd, stride_gm, stride_gd,
-                        stride_kn, stride_kd, stride_vn, stride_vd, stride_mn, D, DV, DEPTH,
-                        VALUE_DEPTH, MASK, True, INT64, PRECISION, CHUNKS, BLOCK_M, BLOCK_N,
-                    )  # fmt: skip
-                    acc += tl.where((i < L)[:, None], ds, 0.0)
-    i, j = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_count, column_count = (1 if ONE_ROW else L), (1 if ONE_COLUMN else S)
-    out = d_mask_ptr + slot.to(tl.int64) * row_count * column_count
-    if ONE_ROW and ONE_COLUMN:
-        tl.store(out, tl.sum(tl.sum(acc, 1), 0).to(out.dtype.element_ty))
-    elif ONE_ROW:
-        tl.store(out + j, tl.sum(acc, 0).to(out.dtype.element_ty), mask=j < S)
-    elif ONE_COLUMN:
-        tl.store(out + i, tl.sum(acc, 1).to(out.dtype.element_ty), mask=i < L)
-    else:
-        at = out + i[:, None].to(tl.int64) * S + j[None, :]
-        inside = (i < L)[:, None] & (j < S)[None, :]
-        tl.store(at, acc.to(out.dtype.element_ty), mask=inside)

@@ -77,6 +77,11 @@ def scaled(
     return _each(lambda r, _: _scaled(grad, r, None), ready, likes)
 
 
+def if_functorch(t: Tensor | None) -> Tensor | None:
+    """Only there is an input needed beside its gradient; elsewhere it may go."""
+    return t if torch._C._are_functorch_transforms_active() else None
+
+
 def _each(function: Any, ready: Sequence[Any], likes: Sequence[Any]) -> tuple[Any, ...]:
     pairs = zip(ready, likes, strict=True)
     return tuple(None if r is None else function(r, like) for r, like in pairs)

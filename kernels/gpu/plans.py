@@ -16,13 +16,13 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnarch import library, precision
+from nnarch.kernels.gpu.plan import Allocate, KernelLaunch, Place, Plan, TorchCall
 
 LIMIT = 1024
 """Plans kept at most for one operation; then all of them are dropped."""
@@ -35,112 +35,6 @@ _EMPTY = {
     _aten.new_empty.default,
     _aten.new_empty_strided.default,
 }
-
-
-@dataclass(frozen=True)
-class _Place:
-    """A tensor by where it lies: bytes after the start of an argument or of an allocation."""
-
-    slot: int
-    offset: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    def of(self, base: torch.Tensor) -> torch.Tensor:
-        """The tensor, given the one at its slot."""
-        same = base.shape == self.size and base.stride() == self.stride
-        if same and self.offset == 0 and base.dtype == self.dtype:
-            return base
-        if base.dtype != self.dtype:
-            base = base.view(-1).view(self.dtype)
-        start = base.storage_offset() + self.offset // self.dtype.itemsize
-        return base.as_strided(self.size, self.stride, start)
-
-
-class _Step:
-    """Part of a plan. `tensors` and `pointers` hold the arguments and what steps before made."""
-
-    def run(self, tensors: list[torch.Tensor], pointers: list[int]) -> None:
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class _Allocate(_Step):
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def run(self, tensors: list[torch.Tensor], pointers: list[int]) -> None:
-        new = torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
-        tensors.append(new)
-        pointers.append(new.data_ptr())
-
-
-@dataclass(frozen=True)
-class _Torch(_Step):
-    """An operation of torch's, such as a copy to another layout or zeros."""
-
-    function: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    places: list[tuple[int, _Place | list[_Place]]]  # which arguments are tensors, or lists of them
-    makes: bool  # new tensors; otherwise it writes one of its arguments
-
-    def run(self, tensors: list[torch.Tensor], pointers: list[int]) -> None:
-        args = list(self.args)
-        for position, place in self.places:
-            if isinstance(place, _Place):
-                args[position] = place.of(tensors[place.slot])
-            else:
-                args[position] = [p.of(tensors[p.slot]) for p in place]
-        result = self.function(*args, **self.kwargs)
-        if self.makes:
-            for new in result if isinstance(result, (list, tuple)) else (result,):
-                tensors.append(new)
-                pointers.append(new.data_ptr())
-
-
-@dataclass(frozen=True)
-class _Launch(_Step):
-    """A kernel. The interpreter takes tensors for pointers."""
-
-    start: Callable[..., Any]
-    values: list[Any]  # all arguments, in the kernel's order
-    places: list[tuple[int, _Place]]  # which of them are tensors
-    interpreted: bool
-
-    def run(self, tensors: list[torch.Tensor], pointers: list[int]) -> None:
-        values = self.values.copy()
-        if self.interpreted:
-            for position, place in self.places:
-                values[position] = place.of(tensors[place.slot])
-            self.start(*values)
-            return
-        for position, place in self.places:
-            values[position] = pointers[place.slot] + place.offset
-        stream = torch._C._cuda_getCurrentRawStream(tensors[0].device.index)
-        self.start(*values, stream=stream)
-
-
-@dataclass
-class Plan:
-    """What a launcher did."""
-
-    steps: list[_Step] = field(default_factory=list)
-    results: Any = None
-    algorithm: str = ""
-
-    def run(self, tensors: list[torch.Tensor], pointers: list[int]) -> Any:
-        """Do it again with other tensors of the same kind; both lists grow."""
-        for step in self.steps:
-            step.run(tensors, pointers)
-        library.ran.algorithm = self.algorithm
-        results = self.results
-        if isinstance(results, _Place):
-            return results.of(tensors[results.slot])
-        return tuple(place and place.of(tensors[place.slot]) for place in results)
 
 
 # ----------------------------------------------------------------------------------- recording
@@ -186,7 +80,7 @@ class _Recorder(TorchDispatchMode):
             raise _Refused(str(func))  # a value on the host
         if func in _EMPTY:
             geometry = tuple(result.shape), result.stride()
-            self.plan.steps.append(_Allocate(*geometry, result.dtype, result.device))
+            self.plan.steps.append(Allocate(*geometry, result.dtype, result.device))
             self._made(result)
             return
         writes = func._schema.is_mutable
@@ -195,7 +89,7 @@ class _Recorder(TorchDispatchMode):
         if any(r.device != self._seen[0].device for r in results):
             raise _Refused(str(func))
 
-        places: list[tuple[int, _Place | list[_Place]]] = []
+        places: list[tuple[int, Place | list[Place]]] = []
         for i, a in enumerate(args):
             if isinstance(a, torch.Tensor):
                 places.append((i, self.place(a)))
@@ -205,7 +99,7 @@ class _Recorder(TorchDispatchMode):
             raise _Refused(str(func))
         tensors = {i for i, _ in places}  # a plan holds no memory
         others = tuple(None if i in tensors else a for i, a in enumerate(args))
-        self.plan.steps.append(_Torch(func, others, kwargs, places, makes=not writes))
+        self.plan.steps.append(TorchCall(func, others, kwargs, places, makes=not writes))
         for r in () if writes else results:
             self._made(r)
 
@@ -228,12 +122,12 @@ class _Recorder(TorchDispatchMode):
         self._seen.append(tensor)
         self._places[id(tensor)] = (slot, offset)
 
-    def place(self, tensor: torch.Tensor) -> _Place:
+    def place(self, tensor: torch.Tensor) -> Place:
         """Where a tensor lies; refuses what is none of the arguments and was not made here."""
         known = self._places.get(id(tensor))
         if known is None:
             raise _Refused("a tensor of unknown origin")
-        return _Place(*known, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        return Place(*known, tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
     def launched(self, kernel: Any, compiled: Any, grid: Any, arguments: dict[str, Any]) -> None:
         interpreted = compiled is None
@@ -245,7 +139,7 @@ class _Recorder(TorchDispatchMode):
         places = [(i, self.place(v)) for i, v in enumerate(values) if isinstance(v, torch.Tensor)]
         for position, _ in places:
             values[position] = None
-        self.plan.steps.append(_Launch(start, values, places, interpreted))
+        self.plan.steps.append(KernelLaunch(start, values, places, interpreted))
 
     def finish(self, result: Any) -> Plan | None:
         """The plan, or None where the run cannot be repeated."""
@@ -261,7 +155,7 @@ class _Recorder(TorchDispatchMode):
         self.plan.algorithm = library.ran.algorithm
         return self.plan
 
-    def _output(self, tensor: torch.Tensor) -> _Place:
+    def _output(self, tensor: torch.Tensor) -> Place:
         place = self.place(tensor)
         if place.slot < self._inputs:
             raise _Refused("an argument is returned")

@@ -20,10 +20,12 @@ import torch
 
 from nnarch.kernels.gpu.numba_support import load_numba
 
-numba = load_numba()
-cuda, float32, float64, int64 = numba.cuda, numba.float32, numba.float64, numba.int64
+from .numba_slices import WARP
 
-WARP = 32
+numba = load_numba()
+cuda, float32, float64 = numba.cuda, numba.float32, numba.float64
+int32, int64 = numba.int32, numba.int64
+
 GRID_THREADS = 256  # of a block of the grid kernel
 # Of a block of the shared kernel, at most. A thread takes 137 registers; of 512 or 1024 threads
 # each would have 128 or 64, and spill.
@@ -40,10 +42,32 @@ class Kernels(NamedTuple):
     signature_grid: Any
 
 
+class _Parts(NamedTuple):
+    """What a step consists of, as device functions."""
+
+    respond: Any
+    drive: Any
+    multiply: Any
+    partial_output: Any
+    add_up: Any
+
+
 @functools.cache
 def kernels(dtype: torch.dtype) -> Kernels:
     """The kernels that compute in float32 or float64."""
     number = float64 if dtype == torch.float64 else float32
+    parts = _parts(number)
+    f, i4, i8 = number[::1], int32[::1], int64[::1]
+    signature = (
+        f, i4, i4, i8, i4, f, f, f, int64, int64, float64, int64, int64, int64, int64, int64, f, f,
+        int64, f, f, int64, f, f,
+    )  # fmt: skip
+    shared, grid = _shared_kernel(number, parts), _grid_kernel(number, parts)
+    return Kernels(shared, grid, signature, (*signature, f))
+
+
+def _parts(number: Any) -> _Parts:
+    """They compute in `number`."""
     one, zero = number(1.0), number(0.0)
 
     @cuda.jit(device=True)
@@ -111,6 +135,14 @@ def kernels(dtype: torch.dtype) -> Kernels:
                 total += memory[first + i]
         return total
 
+    return _Parts(respond, drive, multiply, partial_output, add_up)
+
+
+def _shared_kernel(number: Any, parts: _Parts) -> Any:
+    """A block for each batch row, the states in its shared memory."""
+    respond, drive, multiply, partial_output, add_up = parts
+    zero = number(0.0)
+
     @cuda.jit
     def scan_shared(
         values, columns, lengths, starts, rows, w_in, bias, x, driven, given, leak, activation,
@@ -152,6 +184,13 @@ def kernels(dtype: torch.dtype) -> Kernels:
                 cuda.syncthreads()
         for i in range(thread, n, threads):
             last[int64(b) * n + i] = memory[old + i]
+
+    return scan_shared
+
+
+def _grid_kernel(number: Any, parts: _Parts) -> Any:
+    """All blocks for all batch rows, the states in `work`."""
+    respond, drive, multiply, partial_output, add_up = parts
 
     @cuda.jit
     def scan_grid(
@@ -198,11 +237,4 @@ def kernels(dtype: torch.dtype) -> Kernels:
         for i in range(thread, int64(batch) * n, threads):
             last[i] = work[old + i // n * (n + 1) + i % n]
 
-    from numba import int32
-
-    f, i4, i8 = number[::1], int32[::1], int64[::1]
-    signature = (
-        f, i4, i4, i8, i4, f, f, f, int64, int64, float64, int64, int64, int64, int64, int64, f, f,
-        int64, f, f, int64, f, f,
-    )  # fmt: skip
-    return Kernels(scan_shared, scan_grid, signature, (*signature, f))
+    return scan_grid

@@ -1,7 +1,6 @@
 """GPU launchers of sparse reservoirs (Numba-CUDA), and how the work is cut.
 
-The matrix goes to the kernels in slices of 32 rows, sorted by length: entry k of the 32 rows lies
-side by side, so that a warp reads it in one transaction, and its rows end together.
+The matrix goes to the kernels in slices of 32 rows (numba_slices.py).
 
 Two kernels (numba_kernel.py), one scan each:
 
@@ -15,7 +14,6 @@ Two kernels (numba_kernel.py), one scan each:
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,54 +22,26 @@ from torch import Tensor
 from nnarch import library
 from nnarch.kernels.gpu import numba_support
 
+from . import numba_slices
 from .numba_kernel import GRID_THREADS, SHARED_THREADS, WARP, kernels
+from .numba_slices import Slices
 
 SHARED_BYTES = 48 << 10  # what a block may have without asking for more
 SMALL = 2048  # neurons that one block gets through faster than a grid barrier takes
 
 
-@dataclass(frozen=True)
-class Slices:
-    """A matrix as the kernels read it."""
-
-    values: Tensor  # [entries]
-    columns: Tensor  # [entries], int32; n for padding, where the state has a zero
-    lengths: Tensor  # [slices], int32
-    starts: Tensor  # [slices], int64: the slice's first entry
-    rows: Tensor  # [slices * 32], int32; n for rows that a slice lacks
-
-
-def slices(values: Tensor, columns: Tensor, rows: Tensor) -> Slices:
-    """Cut compressed rows into slices, with torch, where the matrix is."""
-    n, device = rows.numel() - 1, values.device
-    first, lengths = rows[:-1].long(), rows.long().diff()
-    order = torch.argsort(lengths, descending=True, stable=True)
-    count = -(-n // WARP)
-    padded = torch.full((count * WARP,), n, dtype=torch.int64, device=device)
-    padded[:n] = order
-    of_row = torch.cat((lengths, lengths.new_zeros(1)))[padded].view(count, WARP)
-    longest = of_row[:, 0]  # sorted: the first row of a slice is its longest
-    starts = torch.cat((longest.new_zeros(1), (longest * WARP).cumsum(0)[:-1]))
-    entries = int((longest * WARP).sum()) if n else 0
-    place = torch.arange(entries, device=device)
-    slice_of = torch.repeat_interleave(torch.arange(count, device=device), longest * WARP)
-    k = (place - starts[slice_of]) // WARP
-    row = padded[slice_of * WARP + (place - starts[slice_of]) % WARP]
-    there = k < torch.cat((lengths, lengths.new_zeros(1)))[row]
-    source = (torch.cat((first, first.new_zeros(1)))[row] + k)[there]
-    packed_values = values.new_zeros(entries)
-    packed_values[there] = values[source]
-    packed_columns = torch.full((entries,), n, dtype=torch.int32, device=device)
-    packed_columns[there] = columns[source]
-    return Slices(
-        packed_values, packed_columns, longest.to(torch.int32), starts, padded.to(torch.int32)
-    )
-
-
 def reservoir_pack(values: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
-    """Nothing: the GPU's slices are cut in every call, which costs less than a few steps."""
+    """The matrix in slices, for the scans of a module that keeps it."""
     numba_support.check_device("reservoir_pack", values)
-    return values.new_empty(0, dtype=_compute(values))
+    return numba_slices.pack(numba_slices.cut(values, columns, rows), _compute(values))
+
+
+def _slices(values: Tensor, columns: Tensor, rows: Tensor, packed: Tensor | None) -> Slices:
+    # Nothing is in what the definition packed; and what came in a CPU tensor, in the simulator,
+    # may be meant for the CPU's kernels.
+    if packed is None or not packed.is_cuda or packed.numel() == 0:
+        return numba_slices.cut(values, columns, rows)
+    return numba_slices.unpack(packed, rows.numel() - 1)
 
 
 def reservoir_scan(
@@ -92,8 +62,9 @@ def reservoir_scan(
     kept = max(0, x.shape[0] - skip)
     states = x.new_empty((kept, *state0.shape), dtype=_compute(x))
     nothing = states.new_empty(1)
+    matrix = _slices(values, columns, rows, packed)
     last = _launch(
-        x, w_in, bias, slices(values, columns, rows), state0, leak, activation, skip, states,
+        x, w_in, bias, matrix, state0, leak, activation, skip, states,
         0, nothing, nothing, 0, nothing, nothing,
     )  # fmt: skip
     return states.to(x.dtype), last.to(x.dtype)
@@ -120,8 +91,9 @@ def reservoir_generate(
     y = x.new_empty((x.shape[0], x.shape[1], fed), dtype=_compute(x))
     if b_out is None:
         b_out = x.new_zeros(fed)
+    matrix = _slices(values, columns, rows, packed)
     last = _launch(
-        x, w_in, bias, slices(values, columns, rows), state0, leak, activation, x.shape[0], None,
+        x, w_in, bias, matrix, state0, leak, activation, x.shape[0], None,
         fed, y0, w_out, w_out.shape[1], b_out, y,
     )  # fmt: skip
     return y.to(x.dtype), last.to(x.dtype)

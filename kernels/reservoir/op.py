@@ -235,7 +235,7 @@ def _compressed(op: str, matrix: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pack_reservoir(matrix: Any) -> Tensor:
-    """A recurrent matrix in the order that the CPU kernel reads, to be given as `packed`.
+    """A recurrent matrix in the order that the kernels of its device read, to be given as `packed`.
 
     Args:
         matrix: as for :func:`reservoir_scan`.

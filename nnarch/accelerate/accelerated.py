@@ -32,6 +32,7 @@ class Accelerated(nn.Module):
         self.converts_layout = converts_layout
         self._programs: dict[Any, Program | None] = {}
         self.train(False)
+        weights_to_channels_last(body)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on its own arguments."""
@@ -76,7 +77,9 @@ class Accelerated(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Accelerated:
         self._programs.clear()  # they hold the weights that `fn` replaces
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        weights_to_channels_last(self.body)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_programs": {}}
@@ -93,6 +96,21 @@ class Accelerated(nn.Module):
                 "weights); train the original model and accelerate it again"
             )
         return super().train(False)
+
+
+def weights_to_channels_last(body: nn.Module, device: str = "cuda") -> None:
+    """Lay out weights of convolutions on a GPU as its kernels read them: one copy, not one a call.
+
+    Here the weights are the model's own. The CPU's kernels read packed copies of them; a copy on
+    the GPU could not tell that ``weight.data`` was written, for want of looking at it.
+    """
+    with torch.inference_mode(False):
+        for module in body.modules():
+            weight = module.weight if isinstance(module, nn.Conv2d) else None
+            if type(weight) is not nn.Parameter or weight.is_inference():
+                continue
+            if weight.device.type == device:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def channels_last(x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The architectures, one file each, and the registry that finds them by name."""
+"""The architectures, one file each, the registry that finds them by name, and decoding."""
 
 from nnarch.models import (
     capsnet,

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import nnarch.nn
 from nnarch.models.cells import PAPERS, recurrent
+from nnarch.models.decoding import greedy
 from nnarch.models.registry import register_model
 
 
@@ -113,15 +114,13 @@ class Seq2Seq(Module):
             lengths: of the sources, as in :meth:`forward`.
         """
         memory, mask, state = self.encode(source, lengths)
-        token = source.new_full((source.shape[0], 1), start)
-        done = torch.zeros_like(token, dtype=torch.bool)
-        written = []
-        while len(written) < limit and not bool(done.all()):
+
+        def step(token: Tensor) -> Tensor:
+            nonlocal state
             logits, state = self.decode(token, memory, mask, state)
-            token = logits.argmax(2).masked_fill(done, end)
-            done = done | (token == end)
-            written.append(token)
-        return torch.cat(written, 1) if written else source.new_zeros(source.shape[0], 0)
+            return logits[:, -1]
+
+        return greedy(step, source.new_full((source.shape[0], 1), start), limit, end, filler=end)
 
 
 _FACTS = {"input_size": (20,), "inputs": 2, "vocabulary": 10_000, "num_classes": 10_000}

@@ -21,6 +21,7 @@ from torch.nn import Module
 
 import nnarch.functional
 import nnarch.nn
+from nnarch.models.decoding import beam_search, greedy
 from nnarch.models.registry import register_model
 
 
@@ -207,9 +208,11 @@ class TransformerModel(Module):
         limit = source.shape[1] + 50 if limit is None else limit
         memory, padding = self.encode(source)
         step = _Stepper(self, memory, padding, use_cache)
+        start = source.new_full((source.shape[0], 1), self.config.start)
+        rules = (limit, self.config.end, self._filler)
         if beams == 1:
-            return self._greedy(step, source, limit)
-        return self._beam_search(step, source, limit, beams, length_penalty)
+            return greedy(step, start, *rules)
+        return beam_search(step, start, *rules, beams, length_penalty)
 
     @torch.no_grad()
     def attention_maps(self, source: Tensor, target: Tensor) -> Tensor:
@@ -233,57 +236,6 @@ class TransformerModel(Module):
                 hooks.callback(attention.register_forward_hook(keep).remove)
             self(source, target)
         return torch.stack(found)
-
-    def _greedy(self, step: _Stepper, source: Tensor, limit: int) -> Tensor:
-        token = source.new_full((source.shape[0], 1), self.config.start)
-        done = torch.zeros_like(token, dtype=torch.bool)
-        written: list[Tensor] = []
-        while len(written) < limit and not bool(done.all()):
-            token = step(token).argmax(1, keepdim=True).masked_fill(done, self._filler)
-            done = done | (token == self.config.end)
-            written.append(token)
-        return torch.cat(written, 1) if written else source.new_zeros(source.shape[0], 0)
-
-    def _beam_search(
-        self, step: _Stepper, source: Tensor, limit: int, beams: int, alpha: float
-    ) -> Tensor:
-        batch, end = source.shape[0], self.config.end
-        step.repeat(beams)
-        # Scores [B, beams]: at first all beams are alike, so only one of them counts.
-        scores = torch.full((batch, beams), -math.inf, device=source.device)
-        scores[:, 0] = 0
-        tokens = source.new_full((batch * beams, 1), self.config.start)
-        written = source.new_zeros((batch, beams, 0))
-        best = source.new_full((batch, limit), self._filler)
-        best_score = torch.full((batch,), -math.inf, device=source.device)
-        first = torch.arange(batch, device=source.device)[:, None] * beams
-        for length in range(1, limit + 1):
-            likely = step(tokens).float().log_softmax(1).view(batch, beams, -1)
-            total = (scores[..., None] + likely).flatten(1)
-            # Twice as many as there are beams: at most half of them end here.
-            top, place = total.topk(min(2 * beams, total.shape[1]), dim=1)
-            beam, token = place // likely.shape[2], place % likely.shape[2]
-            penalty = ((5 + length) / 6) ** alpha
-            written = torch.cat([written.gather(1, _like(beam, written)), token[..., None]], 2)
-            ended = token == end
-            final = ended if length < limit else torch.ones_like(ended)
-            candidate, which = (top / penalty).masked_fill(~final, -math.inf).max(1)
-            better = candidate > best_score
-            best_score = torch.where(better, candidate, best_score)
-            found = written[torch.arange(batch, device=source.device), which]
-            best[better] = torch.nn.functional.pad(
-                found[better], (0, limit - length), value=self._filler
-            )
-            # The likeliest that go on. What can still come: a sum only falls, the penalty grows.
-            scores, kept = top.masked_fill(ended, -math.inf).topk(beams, dim=1)
-            bound = scores[:, 0] / max(penalty, ((5 + limit) / 6) ** alpha)
-            if length == limit or bool((best_score >= bound).all()):
-                break
-            written = written.gather(1, _like(kept, written))
-            tokens = token.gather(1, kept).view(-1, 1)
-            step.reorder((first + beam.gather(1, kept)).flatten())
-        longest = int((best != self._filler).sum(1).max()) if batch and limit else 0
-        return best[:, :longest]
 
     @property
     def _filler(self) -> int:
@@ -375,11 +327,6 @@ def _activation(name: str, nn: ModuleType) -> Any:
     if name == "silu":
         return torch.nn.functional.silu
     raise ValueError(f"activation must be one of relu, gelu, silu, got {name!r}")
-
-
-def _like(indices: Tensor, values: Tensor) -> Tensor:
-    """Indices [B, n] of rows of `values` [B, m, T], for gather."""
-    return indices[..., None].expand(-1, -1, values.shape[2])
 
 
 _FACTS: dict[str, Any] = {

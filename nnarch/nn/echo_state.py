@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from nnarch import functional as F
 from nnarch.nn.linear import Linear
 from nnarch.nn.readout import Readout
-from nnarch.nn.reservoir import Reservoir, Scaling
+from nnarch.nn.reservoir import Scaling
+from nnarch.nn.reservoir_stack import chunks, make_stack, reservoirs, run_in_chunks, run_stack
 
 Array = Tensor | np.ndarray
-
-_CHUNK_ELEMENTS = 4 << 20  # states held at a time: 32 MB in float64
 
 
 class EchoStateNetwork(nn.Module):
@@ -93,20 +92,11 @@ class EchoStateNetwork(nn.Module):
         }  # fmt: skip
         scaling = _per_input(input_scaling, inputs)
         scaling += [feedback_scaling] * (width - inputs)
-
-        def stack(first_seed: int) -> nn.ModuleList:
-            layers, before, scale = nn.ModuleList(), width, scaling
-            for i, size in enumerate(sizes):
-                layers.append(
-                    Reservoir(before, size, input_scaling=scale, seed=first_seed + i, **options)
-                )
-                # A state has N numbers of about 1: keep the sum of its inputs at that size.
-                before, scale = size, [(3.0 / size) ** 0.5] * size
-            return layers
-
         # Seeds of layers: far apart for different networks, and different from each other.
-        self.layers = stack(1000 * seed)
-        self.backward_layers = stack(1000 * seed + 500) if bidirectional else None
+        self.layers = make_stack(width, sizes, scaling, 1000 * seed, **options)
+        self.backward_layers = None
+        if bidirectional:
+            self.backward_layers = make_stack(width, sizes, scaling, 1000 * seed + 500, **options)
         features = sum(sizes) * (2 if bidirectional else 1) + (width if input_to_readout else 0)
         self.readout = Linear(features, outputs, device=device, dtype=dtype)
         nn.init.zeros_(self.readout.weight)
@@ -167,60 +157,17 @@ class EchoStateNetwork(nn.Module):
             y = y[..., 0]
         return y if isinstance(like, Tensor) else y.detach().cpu().numpy()
 
-    def _chunks(self, steps: int, batch: int) -> Iterator[tuple[int, int]]:
-        size = max(1, _CHUNK_ELEMENTS // max(1, batch * self.readout.in_features))
-        for first in range(0, steps, size):
-            yield first, min(first + size, steps)
-
-    def _run(
-        self, layers: nn.ModuleList, x: Tensor, states: list[Tensor] | None, noise: float = 0.0,
-        generator: torch.Generator | None = None, keep: bool = True,
-    ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-        """The states of every layer over a chunk, and those after it."""
-        kept, after = [], []
-        for i, layer in enumerate(_reservoirs(layers)):
-            last_layer = i == len(layers) - 1
-            skip = 0 if keep or not last_layer else x.shape[0]
-            state = None if states is None else states[i]
-            if noise:
-                drive = F.linear(x, layer.w_in, layer.bias)
-                drive += noise * torch.randn(drive.shape, generator=generator).to(drive)
-                x, last = F.reservoir_scan(
-                    drive, layer.matrix, None, None, state, leak=layer.leak,
-                    activation=layer.activation, skip=skip, packed=layer.packed(),
-                )  # fmt: skip
-            else:
-                x, last = layer(x, state, skip=skip)
-            kept.append(x)
-            after.append(last)
-        return kept, after
-
     def _features(
         self, x: Tensor, states: list[Tensor] | None, noise: float = 0.0
     ) -> Iterator[tuple[int, int, Tensor, list[Tensor]]]:
         """Chunk by chunk: its first and last step, the readout's input, the states after it."""
-        steps, batch = x.shape[:2]
-        chunks = list(self._chunks(steps, batch))
-        generator = torch.Generator().manual_seed(self.seed) if noise else None
-        # Backwards, only the states between chunks are kept; each chunk is run again in its turn.
-        entry: dict[int, list[Tensor] | None] = {}
-        if self.backward_layers is not None:
-            reverse: list[Tensor] | None = None
-            for first, end in reversed(chunks):
-                entry[first] = reverse
-                if first:
-                    _, reverse = self._run(
-                        self.backward_layers, x[first:end].flip(0), reverse, keep=False
-                    )
-        for first, end in chunks:
-            part = x[first:end]
-            kept, states = self._run(self.layers, part, states, noise, generator)
-            if self.backward_layers is not None:
-                backward, _ = self._run(self.backward_layers, part.flip(0), entry[first])
-                kept = kept + [s.flip(0) for s in backward]
+        runs = run_in_chunks(
+            self.layers, self.backward_layers, x, states, self.readout.in_features, noise, self.seed
+        )
+        for first, end, kept, after in runs:
             if self.input_to_readout:
-                kept = kept + [part]
-            yield first, end, kept[0] if len(kept) == 1 else torch.cat(kept, 2), states
+                kept = kept + [x[first:end]]
+            yield first, end, kept[0] if len(kept) == 1 else torch.cat(kept, 2), after
 
     # --------------------------------------------------------------------------------- the public
 
@@ -338,8 +285,8 @@ class EchoStateNetwork(nn.Module):
                 raise ValueError("EchoStateNetwork.warm_up: y is missing: its output is fed back")
             u, target = self._inputs("warm_up", x, y)
             states: list[Tensor] | None = None
-            for first, end in self._chunks(*u.shape[:2]):
-                _, states = self._run(self.layers, u[first:end], states, keep=False)
+            for first, end in chunks(u.shape[0], u.shape[1], self.readout.in_features):
+                _, states = run_stack(self.layers, u[first:end], states, keep=False)
             self._states, self._output, self._unsaid = states, target[-1], False
         else:
             if x is None:
@@ -396,12 +343,12 @@ class EchoStateNetwork(nn.Module):
 
     def _free_run(self, u: Tensor) -> Tensor:
         """Outputs fed back over ``u``'s steps, in native code where there is one layer."""
-        reservoirs, batch = _reservoirs(self.layers), u.shape[1]
-        layer = reservoirs[0]
+        layers, batch = reservoirs(self.layers), u.shape[1]
+        layer = layers[0]
         if self._output is None or self._states is None:
             self._output = u.new_zeros(batch, self.outputs)
-            self._states = [u.new_zeros(batch, r.units) for r in reservoirs]
-        if len(reservoirs) == 1:
+            self._states = [u.new_zeros(batch, r.units) for r in layers]
+        if len(layers) == 1:
             y, last = F.reservoir_generate(
                 u, self._output, layer.matrix, layer.w_in, self.readout.weight, self.readout.bias,
                 layer.bias, self._states[0], leak=layer.leak, activation=layer.activation,
@@ -413,7 +360,7 @@ class EchoStateNetwork(nn.Module):
             output = self._output
             for t in range(u.shape[0]):
                 step = torch.cat((u[t], output), 1)[None]
-                kept, self._states = self._run(self.layers, step, self._states)
+                kept, self._states = run_stack(self.layers, step, self._states)
                 kept = kept + [step] if self.input_to_readout else kept
                 output = y[t] = self.readout(torch.cat(kept, 2))[0]
         if u.shape[0]:
@@ -427,10 +374,6 @@ class EchoStateNetwork(nn.Module):
     def extra_repr(self) -> str:
         """What `print(module)` shows."""
         return f"feedback={self.feedback}, washout={self.washout}, solver={self.solver!r}"
-
-
-def _reservoirs(layers: nn.ModuleList) -> list[Reservoir]:
-    return cast(list[Reservoir], list(layers))
 
 
 def _per_input(scaling: Scaling, inputs: int) -> list[float]:

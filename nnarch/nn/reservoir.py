@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,7 +73,7 @@ class Reservoir(nn.Module):
         self.register_buffer(
             "bias", input_weights(units, 1, bias_scaling, generator)[:, 0].to(**kind)
         )
-        self._packed: tuple[Any, Tensor] | None = None
+        self._packed: tuple[Any, Any, Tensor] | None = None
 
     @property
     def matrix(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,14 +81,16 @@ class Reservoir(nn.Module):
         return self.values, self.columns, self.rows
 
     def packed(self) -> Tensor | None:
-        """The matrix as the CPU kernel reads it, made once for the values that are there now."""
-        if self.values.device.type != "cpu":
+        """The matrix as the kernels read it, made once for the values that are there now."""
+        if self.values.device.type not in ("cpu", "cuda") or torch.compiler.is_compiling():
             return None
         tensors = self.matrix
-        key = tuple((t.data_ptr(), t._version, t.dtype) for t in tensors)
-        if self._packed is None or self._packed[0] != key:
-            self._packed = key, F.pack_reservoir(tensors)
-        return self._packed[1]
+        state = [(t.data_ptr(), t._version) for t in tensors]
+        # The tensors are kept, so that no later ones can have their addresses.
+        known = self._packed
+        if known is None or known[1] != state or not all(map(operator.is_, known[0], tensors)):
+            self._packed = known = tensors, state, F.pack_reservoir(tensors)
+        return known[2]
 
     def forward(
         self, x: Tensor, state: Tensor | None = None, *, skip: int = 0

@@ -12,6 +12,7 @@ from accelerate_helpers import calls, randomize
 from torch import nn
 
 import nnarch
+from nnarch.accelerate.accelerated import weights_to_channels_last
 
 
 class Net(nn.Module):
@@ -198,3 +199,17 @@ def test_torch_compile(model, x):
     compiled = torch.compile(accelerated, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         torch.testing.assert_close(compiled(x), accelerated(x), rtol=1e-5, atol=1e-6)
+
+
+def test_weights_of_convolutions_on_a_gpu_are_channels_last(model, x):
+    """As its kernels read them: otherwise every call copies them. Here the CPU plays the GPU."""
+    fast = nnarch.accelerate(model)
+    expected = fast(x)
+    convolutions = [layer for layer in fast.modules() if isinstance(layer, nn.Conv2d)]
+    assert all(layer.weight.is_contiguous() for layer in convolutions)
+    parameters = list(fast.parameters())
+    weights_to_channels_last(fast.body, "cpu")
+    for layer in convolutions:
+        assert layer.weight.is_contiguous(memory_format=torch.channels_last)
+    assert all(mine is theirs for mine, theirs in zip(fast.parameters(), parameters, strict=True))
+    torch.testing.assert_close(fast(x), expected)

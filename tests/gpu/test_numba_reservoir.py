@@ -12,7 +12,7 @@ if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":
 
 import nnarch
 from nnarch.kernels.activation import kinds
-from nnarch.kernels.reservoir import numba_scan, reference
+from nnarch.kernels.reservoir import numba_scan, numba_slices, reference
 
 
 def problem(n, batch, steps, dtype):
@@ -22,6 +22,10 @@ def problem(n, batch, steps, dtype):
     values = (torch.randn(int(there.sum())) * 0.3).to(dtype)
     matrix = values, there.nonzero()[:, 1].int(), rows
     return matrix, torch.randn(batch, n).to(dtype), torch.randn(steps, batch, 2).to(dtype)
+
+
+def nothing(dtype):
+    return torch.zeros(0, dtype=dtype), torch.zeros(0).int(), torch.zeros(1).int()
 
 
 @pytest.fixture(params=["shared", "grid"])
@@ -84,7 +88,7 @@ def test_nan_stays_in_its_batch_row(kernel):
 def test_slices_hold_every_entry():
     w, _, _ = problem(70, 1, 1, torch.float32)
     values, columns, rows = w
-    cut = numba_scan.slices(values, columns, rows)
+    cut = numba_slices.cut(values, columns, rows)
     dense = torch.zeros(70, 71)
     for s, (start, length) in enumerate(zip(cut.starts, cut.lengths, strict=True)):
         for lane in range(32):
@@ -97,6 +101,25 @@ def test_slices_hold_every_entry():
                     assert cut.values[at] == 0
     expected = torch.sparse_csr_tensor(rows, columns, values, (70, 70)).to_dense()
     assert torch.equal(dense[:, :70], expected) and not bool(dense[:, 70].any())
+
+
+@pytest.mark.parametrize("n", [0, 1, 33, 70])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_slices_travel_as_one_tensor(dtype, n):
+    (values, columns, rows), _, _ = problem(n, 1, 1, dtype) if n else (nothing(dtype), 0, 0)
+    expected = numba_slices.cut(values, columns, rows)
+    packed = numba_scan.reservoir_pack(values, columns, rows)
+    assert packed.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    found = numba_slices.unpack(packed, n)
+    for name in ("values", "columns", "lengths", "starts", "rows"):
+        mine, wanted = getattr(found, name), getattr(expected, name)
+        if name == "values":
+            wanted = wanted.to(packed.dtype)
+        elif name == "starts":
+            wanted = wanted[: found.lengths.numel()]
+        assert mine.dtype == wanted.dtype and torch.equal(mine, wanted)
+    with pytest.raises(ValueError, match="packed is not what pack_reservoir made"):
+        numba_slices.unpack(packed, n + 320)
 
 
 def test_a_grid_that_cannot_be_resident_is_refused():

@@ -53,6 +53,9 @@ def test_accelerate(build, dtype):
         with nnarch.trace() as record:
             got = fast(x.to(DEVICE))
     assert_ran(record)
+    for module in fast.modules() if DEVICE == "cuda" else ():
+        if isinstance(module, torch_nn.Conv2d):
+            assert module.weight.is_contiguous(memory_format=torch.channels_last)
     error, torchs = ((y.cpu().double() - truth).norm() / truth.norm() for y in (got, expected))
     # What Winograd may add (ADR 7), and folding BatchNorm into weights of half precision.
     assert error <= 4 * torchs + 4 * torch.finfo(dtype).eps + 5e-6

@@ -1,4 +1,4 @@
-"""Capsule routing and squash against plain torch in float64, forward and backward."""
+"""Capsule routing against plain torch in float64, forward and backward."""
 
 from __future__ import annotations
 
@@ -15,20 +15,17 @@ from kernel_cases import (
     needs_poison,
     on_fresh_memory,
 )
-from tolerances import assert_as_accurate
+from test_squash import plain_squash
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import gradcheck
 
 import nnarch
 from nnarch import functional as F
-from nnarch.kernels.capsule_routing import reference
 from nnarch.kernels.capsule_routing.op import (
     capsule_routing_grad,
     capsule_routing_op,
     capsule_routing_pack,
-    squash_grad,
 )
-from nnarch.kernels.capsule_routing.windows import windows_grad, windows_op
 
 
 def _capsules(b: int, i: int, k: int, o: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,11 +44,6 @@ def _grad_sample(b: int, i: int, k: int, o: int, d: int, iterations: int, detach
 
 
 SAMPLES = {
-    "squash": lambda: [(torch.randn(3, 5, 8), -1), (torch.randn(2, 4, 3, 5), 1)],
-    "squash_grad": lambda: [
-        (torch.randn(3, 5, 8), torch.randn(3, 5, 8), -1),
-        (torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5), 1),
-    ],
     "capsule_routing": lambda: [
         (*_capsules(3, 37, 8, 5, 6), 3, False, None),
         (*_capsules(2, 9, 5, 4, 3)[:2], None, 2, True, None),
@@ -61,14 +53,6 @@ SAMPLES = {
         _grad_sample(2, 9, 5, 4, 3, 2, True),
     ],
     "capsule_routing_pack": lambda: [(torch.randn(5, 37, 6, 8),)],
-    "capsule_windows": lambda: [
-        (torch.randn(2, 7, 9, 3, 8), [3, 2], [2, 1], [1, 0]),
-        (torch.randn(1, 4, 5, 2, 3), [1, 3], [1, 3], [0, 2]),
-    ],
-    "capsule_windows_grad": lambda: [
-        (torch.randn(2 * 4 * 8, 3 * 6, 8), [2, 7, 9, 3, 8], [3, 2], [2, 1], [1, 0]),
-        (torch.randn(4 * 3, 2 * 3, 3), [1, 4, 5, 2, 3], [1, 3], [1, 3], [0, 2]),
-    ],
 }
 
 # B, I, D_in, O, D_out: less and more than a block of input capsules, groups of samples with a rest,
@@ -83,11 +67,6 @@ SHAPES = [
 EMPTY = [(0, 7, 3, 4, 5), (2, 0, 3, 4, 5), (2, 7, 0, 4, 5), (2, 7, 3, 0, 5), (2, 7, 3, 4, 0)]
 
 
-def _squash(s: Tensor, dim: int = -1) -> Tensor:
-    energy = (s * s).sum(dim, keepdim=True)
-    return s * (energy.sqrt() / (1 + energy))
-
-
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, iterations=3, detach=False):
     """Routing as people write it: votes by einsum, a loop over the iterations."""
     votes = torch.einsum("oidk,bik->boid", weight, x)
@@ -98,7 +77,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, iterations=
         c = logits.softmax(1).unsqueeze(-1)
         c = c.detach() if detach else c
         s = (c * (votes if n == iterations - 1 else fixed)).sum(2)
-        v = _squash(s if bias is None else s + bias)
+        v = plain_squash(s if bias is None else s + bias)
         logits = logits + (fixed * v.unsqueeze(2)).sum(-1)
     return v
 
@@ -131,7 +110,7 @@ def test_nothing_to_route(shape):
     b, _, _, o, d = shape
     for detach in (False, True):
         v = F.capsule_routing(*leaves[:2], bias=bias, detach_routing=detach)
-        expected = _squash(bias).expand(b, o, d)  # nothing but the bias
+        expected = plain_squash(bias).expand(b, o, d)  # nothing but the bias
         torch.testing.assert_close(v, expected)
         for g, leaf in zip(torch.autograd.grad(v.sum(), leaves), leaves, strict=True):
             assert g.shape == leaf.shape
@@ -259,62 +238,6 @@ def test_compile(dynamic):
         assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
 
 
-# --------------------------------------------------------------------------------------- squash
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-@pytest.mark.parametrize(
-    ("shape", "dim"),
-    [((4, 9, 8), -1), ((3, 50, 7), 1), ((5,), 0), ((2, 3, 4, 35), 2), ((7, 70), 1), ((2, 5, 1), 1)],
-    ids=str,
-)
-def test_squash(shape, dim, dtype):
-    x, grad = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
-    ulps = 64 if dtype == torch.float64 else 8
-    compare(lambda x: F.squash(x, dim), lambda x: _squash(x, dim), {"x": x}, grad, ulps=ulps)
-    assert F.squash(torch.zeros(shape, dtype=dtype), dim).eq(0).all()
-
-
-@pytest.mark.parametrize("dim", [0, 1, 2, 3, -1])
-def test_squash_of_channels_last(dim):
-    x = torch.randn(2, 12, 5, 7).contiguous(memory_format=torch.channels_last)
-    y = compare(
-        lambda x: F.squash(x, dim),
-        lambda x: _squash(x, dim),
-        {"x": x},
-        torch.randn(x.shape),
-        ulps=8,
-    )
-    assert y.stride() == x.stride()
-
-
-@pytest.mark.parametrize("view", VIEWS)
-def test_squash_of_views(view):
-    x, grad = VIEWS[view](torch.randn(3, 6, 9)), VIEWS[view](torch.randn(3, 6, 9))
-    for dim in (1, 2):
-        compare(
-            lambda x, d=dim: F.squash(x, d), lambda x, d=dim: _squash(x, d), {"x": x}, grad, ulps=8
-        )
-
-
-@pytest.mark.parametrize("inner", [1, 3])
-def test_squash_is_safe_at_zero(inner):
-    x = torch.zeros(4, 8, inner)
-    x[1] = torch.randn(8, inner)
-    x.requires_grad_()
-    y = F.squash(x, 1)
-    (dx,) = torch.autograd.grad(y.sum(), x)
-    assert bool((dx[[0, 2, 3]] == 0).all())
-    assert bool(dx.isfinite().all())
-    assert bool((y.norm(dim=1) < 1).all())
-
-
-def test_squash_gradcheck():
-    for shape, dim in (((3, 4, 5), -1), ((2, 5, 3), 1)):
-        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-        assert gradcheck(lambda x, dim=dim: F.squash(x, dim), x)
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_channels_last_weight(shape, dtype):
@@ -330,54 +253,6 @@ def test_channels_last_weight(shape, dtype):
         packed = capsule_routing_pack(leaf.detach())
         results.append([y.detach(), leaf.grad, packed])
     assert all(map(torch.equal, *results))
-
-
-# ---------------------------------------------------------------------------------------- windows
-
-# x [N, H, W, C, D], kernel, stride, padding: gaps between windows, pixels that none reads.
-WINDOWS = [
-    ((2, 7, 9, 3, 8), (3, 2), (2, 1), (1, 0)),
-    ((1, 4, 5, 2, 3), (1, 3), (1, 3), (0, 2)),
-    ((3, 6, 6, 4, 16), (2, 2), (3, 3), (0, 0)),
-    ((1, 3, 3, 5, 4), (3, 3), (1, 1), (2, 2)),
-]
-
-
-@pytest.mark.parametrize("case", WINDOWS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
-def test_windows_are_copies(case, dtype):
-    """Exactly torch's, forward; backward as accurate, from views of any strides."""
-    size, *geometry = case
-    x = torch.randn(size).to(dtype)
-    rows = windows_op(x, *geometry)
-    assert torch.equal(rows, reference.capsule_windows(x, *geometry))
-    for view in VIEWS.values():
-        assert torch.equal(
-            windows_op(view(x), *geometry), windows_op(view(x).contiguous(), *geometry)
-        )
-    grad = torch.randn(rows.shape).to(dtype)
-    assert_as_accurate(
-        windows_grad(grad, size, *geometry),
-        reference.capsule_windows_grad(grad, size, *geometry),
-        reference.capsule_windows_grad(grad.double(), size, *geometry),
-    )
-
-
-def test_windows_gradcheck():
-    size, *geometry = WINDOWS[0]
-    x = torch.randn(size[:4] + (3,), dtype=torch.float64, requires_grad=True)
-    assert gradcheck(lambda x: windows_op(x, *geometry), x)
-    assert gradgradcheck(lambda x: windows_op(x, *geometry).square(), x)
-
-
-@needs_poison
-def test_windows_read_no_uninitialised_memory():
-    for size, *geometry in WINDOWS:
-        rows = windows_op(torch.randn(size), *geometry)
-        fresh = on_fresh_memory(
-            lambda r=rows, s=size, g=geometry: windows_op(windows_grad(r, s, *g), *g)
-        )
-        assert bool(fresh.isfinite().all())
 
 
 # ------------------------------------------------------------------- machines, threads, bad input
@@ -432,15 +307,7 @@ def test_every_instruction_set(isa):
 
 X, W, B = torch.randn(2, 9, 5), torch.randn(4, 9, 3, 5), torch.randn(4, 3)
 V = torch.randn(2, 4, 3)
-X5, G3 = torch.randn(1, 4, 4, 2, 3), torch.randn(9, 8, 3)
 BAD = [
-    (lambda: windows_op(X, (2, 2), (1, 1), (0, 0)), ValueError, r"x must be \[N, H, W, C, D_in\]"),
-    (lambda: windows_op(X5.long(), (2, 2), (1, 1), (0, 0)), TypeError, "x must be floating.*int64"),
-    (lambda: windows_op(X5, (5, 2), (1, 1), (0, 0)), ValueError, "window .5, 2. is larger.*4, 4"),
-    (lambda: windows_op(X5, (2, 2), (0, 1), (0, 0)), ValueError, "stride must be at least 1"),
-    (lambda: windows_op(X5, (2, 2), (1, 1), (0, -1)), ValueError, "padding must be at least 0"),
-    (lambda: windows_grad(G3, (1, 4, 4, 2, 4), (2, 2), (1, 1), (0, 0)), ValueError,
-     r"grad must have the shape \(9, 8, 4\), got \(9, 8, 3\)"),
     (lambda: F.capsule_routing([1.0], W), TypeError, "x must be a tensor.*list|DLPack"),
     (lambda: F.capsule_routing(X.long(), W), TypeError, "x must be floating.*int64"),
     (lambda: F.capsule_routing(X, W.double()), TypeError, "weight must be.*float32.*float64"),
@@ -454,10 +321,6 @@ BAD = [
     (lambda: F.capsule_routing(X, W, bias=B.double()), TypeError, "bias must be.*float32"),
     (lambda: F.capsule_routing(X, W, detach_routing=1), TypeError, "detach_routing.*bool, got 1"),
     (lambda: F.capsule_routing(X, W, packed=3), TypeError, "packed|Tensor"),
-    (lambda: F.squash(X, 3), ValueError, "dim must be one of the 3 dimensions.*got 3"),
-    (lambda: F.squash(X, "a"), TypeError, "dim must be an int, got 'a'"),
-    (lambda: F.squash(X.int()), TypeError, "x must be floating.*int32"),
-    (lambda: squash_grad(X[:1], X, 1), ValueError, r"grad must have the shape.*got \(1, 9, 5\)"),
     (lambda: capsule_routing_pack(W[0]), ValueError, r"weight must be \[O, I, D_out, D_in\]"),
     (
         lambda: capsule_routing_grad(V, X, W, torch.randn(2, 3, 4, 2), False, None),

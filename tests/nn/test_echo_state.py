@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from nnarch import nn
-from nnarch.nn import echo_state as module
+from nnarch.nn import reservoir_stack as module
 from nnarch.nn.readout import Readout
 from nnarch.nn.reservoir_weights import sparse_reservoir, spectral_radius
 
