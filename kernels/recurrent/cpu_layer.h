@@ -34,6 +34,9 @@ struct RecurrentLayer {
   const ColumnOrder& order() const { return hh.order; }
   // Whether a gate needs no more than the sum of the input's and the state's product.
   bool sums_products() const { return size.kind != kGru && ih.packed && hh.packed; }
+  int64_t weight_bytes() const {
+    return order().columns() * (ih.depth + hh.depth) * int64_t{sizeof(T)};
+  }
   int64_t gx_pitch() const { return row_pitch<T>(order().columns()); }
 };
 
@@ -67,8 +70,7 @@ struct StepChunk {
 template <class T>
 bool multiplies_at_once(const RecurrentLayer<T>& layer, int64_t rows) {
   constexpr int64_t least_rows = 12, many_rows = 48, cached = int64_t{16} << 20;
-  const int64_t depth = layer.ih.depth + layer.hh.depth;
-  const int64_t weights = layer.ih.order.columns() * depth * int64_t{sizeof(T)};
+  const int64_t weights = layer.weight_bytes();
   if (layer.input_norm || (weights > cached && !layer.sums_products())) return false;
   return rows >= (weights > cached ? many_rows : least_rows);
 }

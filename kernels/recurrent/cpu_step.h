@@ -123,8 +123,8 @@ StepLines<T> soon(const DenseRows<T>& x, int64_t width, int64_t i, int64_t n) {
 }
 
 // Blocks [first, last) whose products are made together, a few at a time: they are in the
-// first-level cache when the cell reads them. Its other rows and the next step's input are fetched
-// meanwhile: the weights that passed have driven them out of the second level.
+// first-level cache when the cell reads them. What else it touches and the next step's input are
+// fetched meanwhile.
 template <class T>
 void run_summed_blocks(const RecurrentLayer<T>& l, const StepRows<T>& s, const CellOutput<T>& out,
                        int64_t first, int64_t last, bool backwards) {
@@ -132,6 +132,8 @@ void run_summed_blocks(const RecurrentLayer<T>& l, const StepRows<T>& s, const C
   const int64_t at_once = std::max<int64_t>(1, 4 / order.gates);
   const int64_t runs = ceil_div(last - first, at_once), nr = gemm<T>().nr;
   const int64_t wide = at_once * order.gates * order.width;
+  // The step's weights drive the states, too, out of the second-level cache.
+  const bool passes = l.weight_bytes() > int64_t{768} << 10;
   // Every part reads a block's weights again; where these fill the second-level cache, gates may
   // go there as well.
   const bool large = wide * (l.ih.depth + l.hh.depth) * int64_t{sizeof(T)} > int64_t{600} << 10;
@@ -154,11 +156,11 @@ void run_summed_blocks(const RecurrentLayer<T>& l, const StepRows<T>& s, const C
                            l.start + column,
                            products.get(),
                            wide,
-                           {soon<T>(s.c, l.size.hidden, u, row, rows, units),
-                            soon<T>(out.h, out.h_step, u, row, rows, units),
-                            soon<T>(out.y, out.y_step, u, row, rows, units),
+                           {soon<T>(out.y, out.y_step, u, row, rows, units),
                             soon<T>(s.x_soon, l.size.in, begin / at_once * parts.count + part,
-                                    ceil_div(order.blocks(), at_once) * parts.count)}});
+                                    ceil_div(order.blocks(), at_once) * parts.count),
+                            soon<T>(passes ? s.c : nullptr, l.size.hidden, u, row, rows, units),
+                            soon<T>(passes ? out.h : nullptr, out.h_step, u, row, rows, units)}});
       for (int64_t b = begin; b < end; ++b)
         run_cell<T>(l, s, out, b, row, rows,
                     {nullptr, 0, products.get() + order.start(b) - column, wide});
