@@ -4,6 +4,7 @@
 #include "recurrent/cpu_kernels.h"
 #include "recurrent/few_rows_isa.h"
 #include "recurrent/norm_cell_isa.h"
+#include "recurrent/step_product_isa.h"
 
 namespace nnarch::NNARCH_ISA {
 namespace {
@@ -22,7 +23,7 @@ struct CellRow {
     return load_n(p.gh + row * p.gh_step + gate * p.width + u, n);
   }
   NNARCH_INLINE Vec<T> both(int64_t gate, int64_t u, int64_t n) const {
-    return input(gate, u, n) + state(gate, u, n);
+    return p.gx ? input(gate, u, n) + state(gate, u, n) : state(gate, u, n);
   }
   NNARCH_INLINE void keep(int64_t vector, int64_t u, int64_t n, Vec<T> v) const {
     store_n(p.kept + row * p.kept_step + vector * p.hidden + u, v, n);
@@ -32,6 +33,36 @@ struct CellRow {
     if (p.y) store_n(p.y + row * p.y_step + u, h, n);
   }
 };
+
+#if defined(NNARCH_ISA_avx512)
+// The LSTM's cell in float32, from σ = 1 / (1 + e) and tanh as a quotient: factors share a
+// division, of which one takes as long as 12 multiplications.
+template <int N, class F>
+NNARCH_INLINE void lstm_of_parts(const CellRow<float>& r, int64_t u, int64_t n, float* cell,
+                                 Vec<float> (&before)[N], Vec<float> (&i)[N], Vec<float> (&f)[N],
+                                 Vec<float> (&g)[N], Vec<float> (&o)[N], const F& add_peephole) {
+  constexpr int64_t w = kLanes<float>;
+  Vec<float> below[N], c[N];
+  cell_exp_minus<N>(i), cell_exp_minus<N>(f);
+  quotient_parts<N>(g, below, CellTanh::p, CellTanh::q, CellTanh::most);
+  for (int k = 0; k < N; ++k) {
+    const int64_t at = u + k * w;
+    c[k] = before[k] / (f[k] + 1.0f) + g[k] / (below[k] + below[k] * i[k]);
+    add_peephole(k, c[k]);
+    store_n(cell + k * w, c[k], n);
+    if (r.p.kept)
+      r.keep(0, at, n, one_over_one_plus<float>(i[k])),
+          r.keep(1, at, n, one_over_one_plus<float>(f[k])), r.keep(2, at, n, g[k] / below[k]),
+          r.keep(4, at, n, c[k]);
+  }
+  cell_exp_minus<N>(o);
+  quotient_parts<N>(c, below, CellTanh::p, CellTanh::q, CellTanh::most);
+  for (int k = 0; k < N; ++k) {
+    if (r.p.kept) r.keep(3, u + k * w, n, one_over_one_plus<float>(o[k]));
+    r.finish(u + k * w, n, c[k] / (below[k] + below[k] * o[k]));
+  }
+}
+#endif
 
 // Of N vectors of units: with two, one's chain of dependent operations fills the gaps of the
 // other's.
@@ -50,10 +81,17 @@ NNARCH_INLINE void lstm(const CellRow<T>& r, int64_t u, int64_t n) {
       f[k] += load_n(p.peephole + p.hidden + u + k * w, n) * before[k];
     }
   }
+  const auto add_peephole = [&](int k, Vec<T> c) NNARCH_INLINE_LAMBDA {
+    if (p.peephole) o[k] += load_n(p.peephole + 2 * p.hidden + u + k * w, n) * c;
+  };
+#if defined(NNARCH_ISA_avx512)
+  if constexpr (sizeof(T) == 4)
+    return lstm_of_parts<N>(r, u, n, cell, before, i, f, g, o, add_peephole);
+#endif
   cell_sigmoid<N>(i), cell_sigmoid<N>(f), cell_tanh<N>(g);
   for (int k = 0; k < N; ++k) {
     h[k] = c[k] = f[k] * before[k] + i[k] * g[k];
-    if (p.peephole) o[k] += load_n(p.peephole + 2 * p.hidden + u + k * w, n) * c[k];
+    add_peephole(k, c[k]);
     store_n(cell + k * w, c[k], n);
   }
   cell_sigmoid<N>(o), cell_tanh<N>(h);
@@ -118,16 +156,17 @@ void cell(const CellBlock<T>& p) {
 template <>
 const RecurrentTable<float>& recurrent_table<float>() {
   static constexpr RecurrentTable<float> table = {
-      kMostFewRows, few_rows<float, float>, few_rows<float, uint16_t>,
-      cell<float>,  normalize_row<float>,   norm_cell<float>,
-      to_bfloat16,  from_bfloat16};
+      kMostFewRows, few_rows<float, float>, few_rows<float, uint16_t>, step_product<float>,
+      cell<float>,  normalize_row<float>,   norm_cell<float>,          to_bfloat16,
+      from_bfloat16};
   return table;
 }
 template <>
 const RecurrentTable<double>& recurrent_table<double>() {
   static constexpr RecurrentTable<double> table = {
-      kMostFewRows,          few_rows<double, double>, nullptr, cell<double>,
-      normalize_row<double>, norm_cell<double>,        nullptr, nullptr};
+      kMostFewRows, few_rows<double, double>, nullptr,           step_product<double>,
+      cell<double>, normalize_row<double>,    norm_cell<double>, nullptr,
+      nullptr};
   return table;
 }
 

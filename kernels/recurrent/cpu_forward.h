@@ -201,7 +201,7 @@ void forward(const RecurrentArgs& a, const Tensor& x, const OptTensor& packed, c
     input_norm.bias = vectors.at(1), state_norm.gain = vectors.at(2),
     state_norm.bias = vectors.at(3);
     l.input_norm = &input_norm, l.state_norm = &state_norm, l.cell_norm = n + 16 * hidden;
-  } else if (b_ih || b_hh) {
+  } else {
     const bool gru = size.kind == kGru;
     vectors.add(0, b_ih);
     vectors.add(0, b_hh, gru ? 2 : order.gates);

@@ -20,12 +20,42 @@ struct FewRows {
   const T* start;  // [panels * nr] or null: 0
 };
 
+// A part of a step's sum of products: `depth` values of each row, `a_step` apart, times as many
+// rows of every panel.
+template <class T>
+struct StepPart {
+  const T* a;
+  int64_t a_step;
+  const T* b;  // this part of the weight's first panel
+  int64_t panel_step, depth;
+  bool apart;  // begins a sum of its own, added to the others at the end
+};
+
+// Lines that will be needed soon: `width` values of each row.
+template <class T>
+struct StepLines {
+  const T* at;
+  int64_t step, rows, width;
+};
+
+// c[r][j] = start[j] + Σ_parts Σ_k a[r][k]·b[k][j] over `panels` panels from panel `first` on.
+template <class T>
+struct StepProduct {
+  int64_t rows, row;  // of A, from row `row` on
+  const StepPart<T>* part;
+  int64_t parts, first, panels;
+  const T* start;  // [panels * nr]
+  T* c;
+  int64_t c_step;
+  StepLines<T> ahead[4];  // fetched meanwhile
+};
+
 // What one block of units does with its products in some rows. Column g·width + u of gx and gh is
 // gate g of unit u.
 template <class T>
 struct CellBlock {
   int64_t kind, rows, units, width;
-  const T* gx;  // the input's part, with its biases
+  const T* gx;  // the input's part, with its biases; or null: in gh
   int64_t gx_step;
   const T* gh;  // the state's part
   int64_t gh_step;
@@ -80,6 +110,7 @@ struct RecurrentTable {
   int64_t most_few_rows;
   void (*few)(const FewRows<T, T>& p);
   void (*few_bfloat16)(const FewRows<T, uint16_t>& p);
+  void (*step)(const StepProduct<T>& p);
   void (*cell)(const CellBlock<T>& p);
   // row = normalized row · gain + bias, in place; what it was goes to `kept` as [gates][H], if any.
   void (*normalize)(const NormRow<T>& p, T* row, T* kept);

@@ -19,7 +19,7 @@ struct RecurrentLayer {
   GateWeight<T> ih, hh, hr;  // hr: of a projection
   ReserveRows<T> kept;
   bool projects = false;
-  const T* start = nullptr;     // of the input's product, in the order of columns; or null
+  const T* start = nullptr;     // of the input's product, in the order of columns
   const T* bias_n = nullptr;    // GRU: [H] or null
   const T* peephole = nullptr;  // [3, H] or null
   const NormRow<T>* input_norm = nullptr;
@@ -32,6 +32,11 @@ struct RecurrentLayer {
   bool wide = false;  // steps are shared between threads
 
   const ColumnOrder& order() const { return hh.order; }
+  // Whether a gate needs no more than the sum of the input's and the state's product.
+  bool sums_products() const { return size.kind != kGru && ih.packed && hh.packed; }
+  int64_t weight_bytes() const {
+    return order().columns() * (ih.depth + hh.depth) * int64_t{sizeof(T)};
+  }
   int64_t gx_pitch() const { return row_pitch<T>(order().columns()); }
 };
 
@@ -61,13 +66,13 @@ struct StepChunk {
 // Whether a step of so many rows multiplies its input block by block, right before its state: there
 // are enough of them to read the weights for one step, and gates stay in the first-level cache,
 // where a hoisted product leaves for the last one. A gain of 1 to 2 % from 12 rows on, a loss
-// below 8.
+// below 8. Weights that come from memory in every step need more rows.
 template <class T>
 bool multiplies_at_once(const RecurrentLayer<T>& layer, int64_t rows) {
-  constexpr int64_t least_rows = 12, cached = int64_t{16} << 20;
-  const int64_t depth = layer.ih.depth + layer.hh.depth;
-  const int64_t weights = layer.ih.order.columns() * depth * int64_t{sizeof(T)};
-  return rows >= least_rows && weights <= cached && !layer.input_norm;
+  constexpr int64_t least_rows = 12, many_rows = 48, cached = int64_t{16} << 20;
+  const int64_t weights = layer.weight_bytes();
+  if (layer.input_norm || (weights > cached && !layer.sums_products())) return false;
+  return rows >= (weights > cached ? many_rows : least_rows);
 }
 
 // Enough rows to read a weight once for many products. Their results stay in the second-level

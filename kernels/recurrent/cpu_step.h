@@ -8,8 +8,9 @@ namespace nnarch {
 // Rows of one step, `at` being the first of them in y and in the reserve.
 template <class T>
 struct StepRows {
-  const T* gx;     // the input's products; or null, where these are made now, of
-  DenseRows<T> x;  // the input
+  const T* gx;          // the input's products; or null, where these are made now, of
+  DenseRows<T> x;       // the input
+  DenseRows<T> x_soon;  // that of the step that follows, or none
   const T* before;
   T* after;  // the state, after the step
   T* c;
@@ -62,20 +63,116 @@ void run_cell(const RecurrentLayer<T>& l, const StepRows<T>& s, const CellOutput
                        .hidden = hidden});
 }
 
-// Rows in parts of up to 42, each whole register tiles of nearly equal height.
+// Rows in parts of up to 42, or `most`, each whole register tiles of nearly equal height.
 struct RowParts {
   int64_t rows, tiles, count;
 
-  RowParts(int64_t m, int64_t mr)
-      : rows(m), tiles(ceil_div(m, mr)), count(ceil_div(tiles, std::max<int64_t>(1, 42 / mr))) {}
+  RowParts(int64_t m, int64_t mr, int64_t most = 42)
+      : rows(m), tiles(ceil_div(m, mr)), count(ceil_div(tiles, std::max<int64_t>(1, most / mr))) {}
   int64_t begin(int64_t part) const { return rows * (tiles * part / count) / tiles; }
   int64_t most() const { return ceil_div(rows * ceil_div(tiles, count), tiles) + 1; }
 };
+
+// What a step without products made before multiplies: x with W_ih, then the state with W_hh. One
+// sum takes up to 512 products: a chain of 613 before a layer normalization had three times torch's
+// error.
+template <class T>
+class StepParts {
+ public:
+  static constexpr int64_t longest = 512;
+
+  StepParts(const RecurrentLayer<T>& l, const StepRows<T>& s)
+      : memory_(pieces(l.ih.depth) + pieces(l.hh.depth)) {
+    add(l.ih, s.x.data, s.x.step);
+    add(l.hh, s.before, l.state_pitch);
+  }
+  const StepPart<T>* data() const { return memory_.get(); }
+  int64_t count() const { return count_; }
+
+ private:
+  static int64_t pieces(int64_t depth) { return ceil_div(depth, longest); }
+  void add(const GateWeight<T>& w, const T* a, int64_t a_step) {
+    const int64_t n = pieces(w.depth), nr = gemm<T>().nr;
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t from = w.depth * i / n, depth = w.depth * (i + 1) / n - from;
+      const bool apart = sum_ > 0 && sum_ + depth > longest;
+      sum_ = apart ? depth : sum_ + depth;
+      memory_[count_++] = {a + from, a_step, w.packed + from * nr, w.depth * nr, depth, apart};
+    }
+  }
+
+  Scratch<StepPart<T>> memory_;
+  int64_t count_ = 0, sum_ = 0;
+};
+
+// Columns [u, u + units) of a vector of states, which the cell will read or write.
+template <class T>
+StepLines<T> soon(const T* states, int64_t step, int64_t u, int64_t row, int64_t rows,
+                  int64_t units) {
+  return states ? StepLines<T>{states + row * step + u, step, rows, units} : StepLines<T>{};
+}
+
+// Part `i` of `n` of the next step's input.
+template <class T>
+StepLines<T> soon(const DenseRows<T>& x, int64_t width, int64_t i, int64_t n) {
+  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
+  const bool dense = x.step == width;
+  const int64_t all = dense ? ceil_div(x.count * width, line) : x.count;
+  const int64_t step = dense ? line : x.step, from = all * i / n;
+  return {x.data + from * step, step, all * (i + 1) / n - from, dense ? 1 : width};
+}
+
+// Blocks [first, last) whose products are made together, a few at a time: they are in the
+// first-level cache when the cell reads them. What else it touches and the next step's input are
+// fetched meanwhile.
+template <class T>
+void run_summed_blocks(const RecurrentLayer<T>& l, const StepRows<T>& s, const CellOutput<T>& out,
+                       int64_t first, int64_t last, bool backwards) {
+  const ColumnOrder& order = l.order();
+  const int64_t at_once = std::max<int64_t>(1, 4 / order.gates);
+  const int64_t runs = ceil_div(last - first, at_once), nr = gemm<T>().nr;
+  const int64_t wide = at_once * order.gates * order.width;
+  // The step's weights drive the states, too, out of the second-level cache.
+  const bool passes = l.weight_bytes() > int64_t{768} << 10;
+  // Every part reads a block's weights again; where these fill the second-level cache, gates may
+  // go there as well.
+  const bool large = wide * (l.ih.depth + l.hh.depth) * int64_t{sizeof(T)} > int64_t{600} << 10;
+  const RowParts parts(s.rows, gemm<T>().mr, large ? 126 : 42);
+  const StepParts<T> sum(l, s);
+  Scratch<T> products(parts.most() * wide);
+  for (int64_t i = 0; i < runs; ++i) {
+    const int64_t begin = first + (backwards ? runs - 1 - i : i) * at_once;
+    const int64_t end = std::min(begin + at_once, last), column = order.start(begin);
+    const int64_t panels = (order.start(end - 1) - column) / nr + l.hh.panels(end - 1);
+    const int64_t u = begin * order.width, units = std::min(end * order.width, order.hidden) - u;
+    for (int64_t part = 0; part < parts.count; ++part) {
+      const int64_t row = parts.begin(part), rows = parts.begin(part + 1) - row;
+      recurrent<T>().step({rows,
+                           row,
+                           sum.data(),
+                           sum.count(),
+                           column / nr,
+                           panels,
+                           l.start + column,
+                           products.get(),
+                           wide,
+                           {soon<T>(out.y, out.y_step, u, row, rows, units),
+                            soon<T>(s.x_soon, l.size.in, begin / at_once * parts.count + part,
+                                    ceil_div(order.blocks(), at_once) * parts.count),
+                            soon<T>(passes ? s.c : nullptr, l.size.hidden, u, row, rows, units),
+                            soon<T>(passes ? out.h : nullptr, out.h_step, u, row, rows, units)}});
+      for (int64_t b = begin; b < end; ++b)
+        run_cell<T>(l, s, out, b, row, rows,
+                    {nullptr, 0, products.get() + order.start(b) - column, wide});
+    }
+  }
+}
 
 // Blocks [first, last): a few at a time, so that their products go through the first-level cache.
 template <class T>
 void run_blocks(const RecurrentLayer<T>& l, const StepRows<T>& s, const CellOutput<T>& out,
                 int64_t first, int64_t last, bool backwards) {
+  if (!s.gx && l.sums_products()) return run_summed_blocks(l, s, out, first, last, backwards);
   const ColumnOrder& order = l.order();
   const int64_t at_once = std::max<int64_t>(1, 4 / order.gates);
   const int64_t runs = ceil_div(last - first, at_once);
@@ -165,12 +262,27 @@ void run_group(const RecurrentLayer<T>& l, const Group& group) {
   const Steps& steps = l.steps;
   const int64_t hidden = l.size.hidden, state_size = steps.batch() * l.state_pitch;
   T* state = l.state + group.first * l.state_pitch;
+  // Rows of x that lie 4 KB apart share one set of the first-level cache: they are copied.
+  const bool copies = l.sums_products() && l.x.row * int64_t{sizeof(T)} % 4096 == 0;
+  const int64_t x_pitch = row_pitch<T>(l.size.in);
+  Scratch<T> copy(copies ? (group.last - group.first) * x_pitch : 0);
+  const auto input = [&](int64_t i) {
+    const int64_t t = steps.at(i);
+    return DenseRows<T>{l.x.at(steps, t, group.first), l.x.row, group.rows(steps, t)};
+  };
+  const auto input_apart = [&](const DenseRows<T>& x) {
+    if (!copies) return x;
+    for (int64_t r = 0; r < x.count; ++r)
+      std::copy_n(x.data + r * x.step, l.size.in, copy.get() + r * x_pitch);
+    return DenseRows<T>{copy.get(), x_pitch, x.count};
+  };
   // Step i, whose input's products are `gx`, or null.
   const auto run = [&](int64_t i, const T* gx) {
     const int64_t t = steps.at(i), rows = group.rows(steps, t), odd = i & 1;
     if (rows <= 0) return;
     run_step<T>(l,
-                {gx, DenseRows<T>{l.x.at(steps, t, group.first), l.x.row, rows},
+                {gx, gx ? DenseRows<T>{} : input_apart(input(i)),
+                 gx || i + 1 == steps.count() ? DenseRows<T>{} : input(i + 1),
                  state + odd * state_size, state + (1 - odd) * state_size,
                  l.c ? l.c + group.first * hidden : nullptr, steps.first(t) + group.first, rows},
                 odd);

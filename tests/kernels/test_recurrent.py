@@ -21,7 +21,8 @@ KINDS = (RNN_TANH, RNN_RELU, LSTM, GRU)
 NAMES = ("y", "h", "c", "reserve")
 
 # (T, B, I, H). Up to 4 sequences are matrix-vector products; from 28 on there are several groups of
-# them; a last block of units has half the width, or a whole one; long steps are shared.
+# them; a last block of units has half the width, or a whole one; long steps are shared. From 12 on
+# both products of a step are one sum, of more than 512 products in parts.
 SIZES = [
     (1, 1, 1, 1),
     (7, 1, 5, 3),
@@ -36,6 +37,7 @@ SIZES = [
     (1, 4, 12, 70),
     (1, 30, 12, 70),
     (1, 90, 11, 19),
+    (3, 14, 300, 260),
     (3, 8, 50, 613),
 ]
 CORE = [SIZES[i] for i in (2, 4, 7, 9, 11)]
@@ -129,6 +131,13 @@ def test_sizes(size, kind, dtype):
         packed = compare(tensors, kind, reverse=reverse, save=reverse, packed=pack(tensors, kind))
         for a, b in zip(unpacked, packed, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_weights_beyond_the_caches():
+    """More than 16 MB of weights: the input's product is hoisted below 48 rows only."""
+    for batch in (20, 50):
+        tensors = arguments(LSTM, (2, batch, 4200, 260))
+        compare(tensors, LSTM, packed=pack(tensors, LSTM))
 
 
 @pytest.mark.parametrize("size", CORE, ids=str)
@@ -310,6 +319,15 @@ def test_batch_first_views(batch):
     tensors[0] = tensors[0].transpose(0, 1).contiguous().transpose(0, 1)
     for a, b in zip(straight, run(tensors, LSTM), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=name_of)
+def test_rows_4_kb_apart(dtype):
+    """Such rows are copied: they would share one set of a cache."""
+    tensors = arguments(LSTM, (4, 20, 256, 16), dtype)
+    tensors[0] = tensors[0].transpose(0, 1).contiguous().transpose(0, 1)
+    assert tensors[0].stride(1) * tensors[0].element_size() % 4096 == 0
+    compare(tensors, LSTM, packed=pack(tensors, LSTM))
 
 
 @needs_poison
