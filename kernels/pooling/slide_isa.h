@@ -61,28 +61,54 @@ class SlideRows {
 
   NNARCH_INLINE void run(typename Acc::Watch& watch) const {
     constexpr int64_t w = kLanes<T>, wide = kSlideVectors * w;
+    if constexpr (kKept == 0) return run_pixels(watch);
     const int64_t steps = (channels_ / wide + (channels_ % wide + w - 1) / w) * w_.outputs;
     RowsAhead<T> ahead(next_, w_.inputs * channels_, steps, traffic_.ask);
-    if constexpr (kKept == 0) {  // pixels in the order of memory: nothing stays in registers
-      for (int64_t j = 0; j < w_.outputs; ++j)
-        over_vectors([&](auto vectors, int64_t c) NNARCH_INLINE_LAMBDA {
-          run_vectors<decltype(vectors)::is>(j, j + 1, c, watch, ahead);
-        });
-    } else {
-      over_vectors([&](auto vectors, int64_t c) NNARCH_INLINE_LAMBDA {
-        run_vectors<decltype(vectors)::is>(0, w_.outputs, c, watch, ahead);
-      });
-    }
+    int64_t c = 0;
+    for (; c + wide <= channels_; c += wide)
+      run_vectors<kSlideVectors>(0, w_.outputs, c, watch, ahead);
+    for (; c < channels_; c += w) run_vectors<1>(0, w_.outputs, this_or_last(c), watch, ahead);
   }
 
  private:
-  // Calls f(Code<B>{}, first channel); the last vector overlaps its neighbour.
-  template <class F>
-  NNARCH_INLINE void over_vectors(const F& f) const {
+  // The last vector of channels overlaps its neighbour.
+  NNARCH_INLINE int64_t this_or_last(int64_t c) const {
+    return c + kLanes<T> <= channels_ ? c : channels_ - kLanes<T>;
+  }
+
+  // In the order of memory, where windows share nothing: a pixel of 2 x 2 windows after the other.
+  NNARCH_INLINE void run_pixels(typename Acc::Watch& watch) const {
+    static_assert(R == 1 && K == 2 && S == 2);
     constexpr int64_t w = kLanes<T>;
-    int64_t c = 0;
-    for (; c + kSlideVectors * w <= channels_; c += kSlideVectors * w) f(Code<kSlideVectors>{}, c);
-    for (; c < channels_; c += w) f(Code<1>{}, c + w <= channels_ ? c : channels_ - w);
+    RowsAhead<T> ahead(next_, w_.inputs * channels_, (channels_ + w - 1) / w * w_.outputs,
+                       traffic_.ask);
+    typename Acc::Watch seen;  // in a register
+    for (int64_t j = 0; j < w_.outputs; ++j) {
+      const int64_t first = 2 * j - w_.padding;
+      if (!all_rows_ || first < 0 || first + 2 > w_.inputs) {
+        for (int64_t c = 0; c < channels_; c += w)
+          run_vectors<1>(j, j + 1, this_or_last(c), seen, ahead);
+        continue;
+      }
+      const T *above = rows_[0] + first * channels_, *below = rows_[1] + first * channels_;
+      const Vec<T> scale = broadcast(T{1} / static_cast<T>(h_.count[row_] * w_.count[j]));
+      T* y = y_ + j * channels_;
+      const auto vector_at = [&](int64_t c) NNARCH_INLINE_LAMBDA {
+        const Vec<T> v0 = load(above + c), v1 = load(above + channels_ + c);
+        const Vec<T> v2 = load(below + c), v3 = load(below + channels_ + c);
+        seen.see(v0, v1), seen.see(v2, v3);
+        const Vec<T> v = Acc::scaled(Acc::join(Acc::join(v0, v1), Acc::join(v2, v3)), scale);
+        if (traffic_.stream)
+          stream(y + c, v);
+        else
+          store(y + c, v);
+        ahead.template step<2>();
+      };
+      int64_t c = 0;
+      for (; c + w <= channels_; c += w) vector_at(c);
+      if (c < channels_) vector_at(this_or_last(c));
+    }
+    watch.merge(seen);
   }
 
   // Output columns [from, to), B vectors of channels from channel c on.

@@ -143,19 +143,42 @@ NNARCH_INLINE void spread_block(const T* grad, int64_t channels, const Spread<T>
   for (int b = 0; b < B; ++b) store_n(dx + b * lanes, sum[b], b + 1 < B ? lanes : n);
 }
 
+// The same where four values are summed as they are: whole vectors of channels.
+template <class T>
+NNARCH_INLINE void sum_of_four(const T* p, int64_t channels, int64_t row, T* dx) {
+  const T* below = p + row;
+  for (int64_t c = 0; c < channels; c += kLanes<T>)
+    store(dx + c,
+          ((load(p + c) + load(p + channels + c)) + load(below + c)) + load(below + channels + c));
+}
+
+// Whether result i is the sum of two values.
+template <class T>
+NNARCH_INLINE bool sums_two(const Spread<T>& s, int64_t i) {
+  const T* weight = s.weight + s.at[i];
+  return s.end[i] - s.start[i] == 2 && weight[0] == 1 && weight[1] == 1;
+}
+
 template <class T>
 void spread_rows(const T* grad, int64_t channels, const Spread<T>& h, const Spread<T>& w,
                  int64_t from, int64_t to, T* dx) {
   constexpr int64_t lanes = kLanes<T>;
-  for (int64_t i = from; i < to; ++i)
+  const int64_t pitch = w.values * channels;
+  for (int64_t i = from; i < to; ++i) {
+    const bool two_rows = channels % lanes == 0 && sums_two(h, i);
     for (int64_t j = 0; j < w.results; ++j) {
       T* to_pixel = dx + (i * w.results + j) * channels;
+      if (two_rows && sums_two(w, j)) {
+        sum_of_four(grad + h.start[i] * pitch + w.start[j] * channels, channels, pitch, to_pixel);
+        continue;
+      }
       int64_t c = 0;
       for (; c + 4 * lanes <= channels; c += 4 * lanes)
         spread_block<T, 4>(grad + c, channels, h, w, i, j, lanes, to_pixel + c);
       for (; c < channels; c += lanes)
         spread_block<T, 1>(grad + c, channels, h, w, i, j, channels - c, to_pixel + c);
     }
+  }
 }
 
 }  // namespace nnarch::NNARCH_ISA
