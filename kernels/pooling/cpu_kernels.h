@@ -62,6 +62,7 @@ inline constexpr int64_t kFarRows = 4;
 // How an image passes through the caches (cpu/streaming.h).
 struct Traffic {
   bool far = false;     // x comes from memory: its rows are read from end to end ahead of use
+  bool ask = false;     // x does not come from near: rows are asked for ahead of use (slide_isa.h)
   bool stream = false;  // y is written past the caches
 };
 

@@ -85,6 +85,7 @@ struct Maximum {
   Maximum() = default;
   NNARCH_INLINE explicit Maximum(Vec<T> a) : value(a) {}
   NNARCH_INLINE void take(Vec<T> a) { value = larger<T>(a, value); }
+  static NNARCH_INLINE Vec<T> join(Vec<T> a, Vec<T> b) { return larger<T>(a, b); }
   static NNARCH_INLINE Vec<T> scaled(Vec<T> v, Vec<T>) { return v; }
 };
 
@@ -110,6 +111,7 @@ struct Sum {
   Sum() = default;
   NNARCH_INLINE explicit Sum(Vec<T> a) : value(a) {}
   NNARCH_INLINE void take(Vec<T> a) { value += a; }
+  static NNARCH_INLINE Vec<T> join(Vec<T> a, Vec<T> b) { return a + b; }
   static NNARCH_INLINE Vec<T> scaled(Vec<T> v, Vec<T> scale) { return v * scale; }
 };
 

@@ -5,6 +5,7 @@
 #include "pooling/best_isa.h"
 #include "pooling/cpu_kernels.h"
 #include "pooling/reduce_isa.h"
+#include "pooling/slide_isa.h"
 
 namespace nnarch::NNARCH_ISA {
 
@@ -166,8 +167,10 @@ NNARCH_INLINE void reduce_window(const T* image, int64_t channels, const Window&
 template <class T, class Acc>
 NNARCH_INLINE bool max_rows_as(const T* image, int64_t channels, const Axis& h, const Axis& w,
                                int64_t from, int64_t to, T* y, const Traffic& traffic) {
-  ReadAhead<T> ahead(image, channels, h, w, from, traffic.far);
   typename Acc::Watch watch;
+  if constexpr (!__is_same(Acc, ExactMaximum<T>))
+    if (slide<T, Acc>(image, channels, h, w, from, to, y, watch, traffic)) return watch.any();
+  ReadAhead<T> ahead(image, channels, h, w, from, traffic.far);
   // Windows side by side that overlap: the last ones look at all of their taps.
   const int64_t news =
       h.kernel > 0 && w.kernel > 0 && h.step == 1 && w.step == 1 && h.stride == w.stride ? h.stride
@@ -207,6 +210,8 @@ void max_rows(const T* image, int64_t channels, const Axis& h, const Axis& w, in
 template <class T>
 void average_rows(const T* image, int64_t channels, const Axis& h, const Axis& w, int64_t from,
                   int64_t to, T* y, const Traffic& traffic) {
+  NoWatch none;
+  if (slide<T, Sum<T>>(image, channels, h, w, from, to, y, none, traffic)) return;
   ReadAhead<T> ahead(image, channels, h, w, from, traffic.far);
   for (int64_t row = from; row < to; ++row) {
     ahead.before(row);

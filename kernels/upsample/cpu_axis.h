@@ -80,6 +80,7 @@ class SpreadTable {
   explicit SpreadTable(const Sources<T>& s)
       : results_(s.inputs), values_(s.outputs), start_(s.inputs), end_(s.inputs), at_(s.inputs) {
     int64_t start = 0, end = 0;
+    weight_.reserve(static_cast<size_t>(s.w0 ? 2 * values_ : values_));
     for (int64_t h = 0; h < results_; ++h) {
       while (start < values_ && s.second[start] < h) ++start;
       while (end < values_ && s.first[end] <= h) ++end;

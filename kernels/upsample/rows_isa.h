@@ -19,16 +19,49 @@ NNARCH_INLINE void over_channels(int64_t channels, T* y, bool past_caches, const
   if (c < channels) store_n(y + c, f(c, channels - c), channels - c);
 }
 
+// A pixel to two neighbours in each of two rows, for one load: whole vectors of channels.
+template <class T>
+NNARCH_INLINE void copy_to_four(const T* p, int64_t channels, T* y, int64_t row, bool past_caches) {
+  T* below = y + row;
+  for (int64_t c = 0; c < channels; c += kLanes<T>) {
+    const Vec<T> v = load(p + c);
+    if (past_caches) {
+      stream(y + c, v), stream(y + channels + c, v);
+      stream(below + c, v), stream(below + channels + c, v);
+    } else {
+      store(y + c, v), store(y + channels + c, v);
+      store(below + c, v), store(below + channels + c, v);
+    }
+  }
+}
+
+// How many neighbours from i on, below `end`, copy the same source.
+NNARCH_INLINE int64_t copies(const int64_t* source, int64_t i, int64_t end) {
+  int64_t past = i + 1;
+  while (past < end && source[past] == source[i]) ++past;
+  return past - i;
+}
+
 template <class T>
 void nearest_rows(const T* x, int64_t channels, const Sources<T>& h, const Sources<T>& w,
                   int64_t from, int64_t to, T* y, bool past_caches) {
-  for (int64_t i = from; i < to; ++i) {
+  const int64_t pitch = w.outputs * channels;
+  for (int64_t i = from, rows; i < to; i += rows) {
     const T* row = x + h.first[i] * w.inputs * channels;
-    T* out = y + i * w.outputs * channels;
-    for (int64_t j = 0; j < w.outputs; ++j, out += channels) {
+    rows = copies(h.first, i, to);
+    for (int64_t j = 0, columns; j < w.outputs; j += columns) {
       const T* p = row + w.first[j] * channels;
-      over_channels<T>(channels, out, past_caches,
-                       [&](int64_t c, int64_t n) NNARCH_INLINE_LAMBDA { return load_n(p + c, n); });
+      T* out = y + i * pitch + j * channels;
+      columns = copies(w.first, j, w.outputs);
+      if (rows == 2 && columns == 2 && channels % kLanes<T> == 0) {
+        copy_to_four(p, channels, out, pitch, past_caches);
+        continue;
+      }
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t k = 0; k < columns; ++k)
+          over_channels<T>(channels, out + r * pitch + k * channels, past_caches,
+                           [&](int64_t c, int64_t n)
+                               NNARCH_INLINE_LAMBDA { return load_n(p + c, n); });
     }
   }
   if (past_caches) finish_streaming();
@@ -110,19 +143,42 @@ NNARCH_INLINE void spread_block(const T* grad, int64_t channels, const Spread<T>
   for (int b = 0; b < B; ++b) store_n(dx + b * lanes, sum[b], b + 1 < B ? lanes : n);
 }
 
+// The same where four values are summed as they are: whole vectors of channels.
+template <class T>
+NNARCH_INLINE void sum_of_four(const T* p, int64_t channels, int64_t row, T* dx) {
+  const T* below = p + row;
+  for (int64_t c = 0; c < channels; c += kLanes<T>)
+    store(dx + c,
+          ((load(p + c) + load(p + channels + c)) + load(below + c)) + load(below + channels + c));
+}
+
+// Whether result i is the sum of two values.
+template <class T>
+NNARCH_INLINE bool sums_two(const Spread<T>& s, int64_t i) {
+  const T* weight = s.weight + s.at[i];
+  return s.end[i] - s.start[i] == 2 && weight[0] == 1 && weight[1] == 1;
+}
+
 template <class T>
 void spread_rows(const T* grad, int64_t channels, const Spread<T>& h, const Spread<T>& w,
                  int64_t from, int64_t to, T* dx) {
   constexpr int64_t lanes = kLanes<T>;
-  for (int64_t i = from; i < to; ++i)
+  const int64_t pitch = w.values * channels;
+  for (int64_t i = from; i < to; ++i) {
+    const bool two_rows = channels % lanes == 0 && sums_two(h, i);
     for (int64_t j = 0; j < w.results; ++j) {
       T* to_pixel = dx + (i * w.results + j) * channels;
+      if (two_rows && sums_two(w, j)) {
+        sum_of_four(grad + h.start[i] * pitch + w.start[j] * channels, channels, pitch, to_pixel);
+        continue;
+      }
       int64_t c = 0;
       for (; c + 4 * lanes <= channels; c += 4 * lanes)
         spread_block<T, 4>(grad + c, channels, h, w, i, j, lanes, to_pixel + c);
       for (; c < channels; c += lanes)
         spread_block<T, 1>(grad + c, channels, h, w, i, j, channels - c, to_pixel + c);
     }
+  }
 }
 
 }  // namespace nnarch::NNARCH_ISA
