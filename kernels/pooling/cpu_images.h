@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cpu/dense.h"
+#include "cpu/half.h"
 #include "cpu/parallel.h"
 #include "cpu/streaming.h"
 #include "cpu/tensor.h"
@@ -59,11 +60,13 @@ inline constexpr int64_t kFarRowBytes = 1 << 16;
 
 // Of channels_last images.
 template <class T>
-Traffic image_traffic(const T* y, int64_t images, int64_t channels, const Axis& h, const Axis& w) {
+Traffic image_traffic(const Stored& y, int64_t images, int64_t channels, const Axis& h,
+                      const Axis& w) {
   const int64_t size = sizeof(T), in = h.inputs * w.inputs, out = h.outputs * w.outputs;
   const bool far = images * channels * (in + out) * size >= kFarBytes;
+  if (y.half) return {};  // the kernels read and write blocks in cache
   return {far && w.inputs * channels * size <= kFarRowBytes,
-          outgrows_caches(y, images * out, channels)};
+          outgrows_caches<T>(y.at<T>(0), images * out, channels)};
 }
 
 inline void check_images(const Tensor& x) {

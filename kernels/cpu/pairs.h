@@ -1,0 +1,31 @@
+// Products of bfloat16 by bfloat16, two at a time, where the CPU has them (AVX-512 BF16): each is
+// exact in float, sums are floats, and a vector multiplies twice as many numbers as of floats.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace nnarch {
+
+// c[m][n] = Σ_k a[m][k]·b[k][n].
+struct PairsBlock {
+  const uint16_t* a;  // rows a_step apart
+  int64_t a_step;
+  const uint16_t* b;  // panels of nr columns: [(depth + 1) / 2][nr][2], 0 past an odd depth
+  int64_t depth, m, n;
+  float* c;  // rows c_step apart
+  int64_t c_step;
+};
+
+struct PairsTable {
+  int64_t nr;
+  void (*run)(const PairsBlock& p);
+};
+
+// Null where the instruction set or this CPU has none.
+NNARCH_PER_ISA(const PairsTable* pairs_table();)
+
+inline const PairsTable* pairs() { return NNARCH_SELECT(pairs_table()); }
+
+}  // namespace nnarch
