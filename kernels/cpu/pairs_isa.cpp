@@ -33,20 +33,25 @@ struct PairRows : EvenRows<uint16_t> {
   }
 };
 
+NNARCH_PAIRS inline __attribute__((always_inline)) Vec<float> add_pairs(Vec<float> sum, __m512bh x,
+                                                                        __m512bh b) {
+  return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, x, b);
+}
+
 template <bool Both, int... I>
 NNARCH_PAIRS inline __attribute__((always_inline)) void tile_of(Indices<I...>, const PairsBlock& p,
                                                                 int64_t row, const uint16_t* b,
                                                                 int64_t column) {
   constexpr int count = sizeof...(I);
-  __m512 left[count] = {(static_cast<void>(I), _mm512_setzero_ps())...};
-  __m512 right[count] = {(static_cast<void>(I), _mm512_setzero_ps())...};
+  Vec<float> left[count] = {(static_cast<void>(I), Vec<float>{})...};
+  Vec<float> right[count] = {(static_cast<void>(I), Vec<float>{})...};
   PairRows rows(p.a + row * p.a_step, p.a_step);
   for (int64_t k = p.depth / 2; k > 0; --k) {
     const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b);
     const __m512bh b1 = Both ? (__m512bh)_mm512_loadu_si512(b + kPairColumns) : b0;
     __m512bh x;
-    ((x = (__m512bh)rows.template pair<I>(), left[I] = _mm512_dpbf16_ps(left[I], x, b0),
-      right[I] = Both ? _mm512_dpbf16_ps(right[I], x, b1) : right[I]),
+    ((x = (__m512bh)rows.template pair<I>(), left[I] = add_pairs(left[I], x, b0),
+      right[I] = Both ? add_pairs(right[I], x, b1) : right[I]),
      ...);
     b += 2 * kPairColumns;
     rows.next_pair();
@@ -55,22 +60,26 @@ NNARCH_PAIRS inline __attribute__((always_inline)) void tile_of(Indices<I...>, c
     const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b);
     const __m512bh b1 = (__m512bh)_mm512_loadu_si512(b + kPairColumns);
     __m512bh x;
-    ((x = (__m512bh)rows.template last<I>(), left[I] = _mm512_dpbf16_ps(left[I], x, b0),
-      right[I] = _mm512_dpbf16_ps(right[I], x, b1)),
+    ((x = (__m512bh)rows.template last<I>(), left[I] = add_pairs(left[I], x, b0),
+      right[I] = add_pairs(right[I], x, b1)),
      ...);
   }
-  float* c = p.c + row * p.c_step + column;
   const int64_t n = p.n - column;
-  if (n >= kPairColumns) {
-    ((_mm512_storeu_ps(c + I * p.c_step, left[I]),
-      _mm512_storeu_ps(c + I * p.c_step + 16, right[I])),
+  const auto m0 = static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1u);
+  const auto m1 = static_cast<__mmask16>(n >= 32 ? 0xffff : n > 16 ? (1u << (n - 16)) - 1u : 0);
+  if (p.y) {
+    const int64_t none[count] = {};
+    apply_epilogue<float>(Indices<I...>{}, p.epilogue.from_channel(column), none, n, left, right);
+    uint16_t* y = p.y + row * p.y_step + column;
+    ((_mm256_mask_storeu_epi16(y + I * p.y_step, m0, (__m256i)_mm512_cvtneps_pbh((__m512)left[I])),
+      _mm256_mask_storeu_epi16(y + I * p.y_step + 16, m1,
+                               (__m256i)_mm512_cvtneps_pbh((__m512)right[I]))),
      ...);
     return;
   }
-  const auto m0 = static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1u);
-  const auto m1 = static_cast<__mmask16>(n > 16 ? (1u << (n - 16)) - 1u : 0);
-  ((_mm512_mask_storeu_ps(c + I * p.c_step, m0, left[I]),
-    _mm512_mask_storeu_ps(c + I * p.c_step + 16, m1, right[I])),
+  float* c = p.c + row * p.c_step + column;
+  ((_mm512_mask_storeu_ps(c + I * p.c_step, m0, (__m512)left[I]),
+    _mm512_mask_storeu_ps(c + I * p.c_step + 16, m1, (__m512)right[I])),
    ...);
 }
 
@@ -102,7 +111,51 @@ void run(const PairsBlock& p) {
   }
 }
 
-constexpr PairsTable kPairs = {kPairColumns, run};
+// A row of weights past `Rows` rows of x, in `Chains` independent sums for each.
+template <int Rows, int Chains, int... I>
+NNARCH_PAIRS inline __attribute__((always_inline)) void dot_rows(Indices<I...>, const uint16_t* x,
+                                                                 int64_t x_step, const uint16_t* w,
+                                                                 int64_t depth, float* y,
+                                                                 int64_t y_step) {
+  constexpr int lanes = 32;
+  Vec<float> sum[Rows * Chains] = {(static_cast<void>(I), Vec<float>{})...};
+  int64_t k = 0;
+  for (; k + lanes * Chains <= depth; k += lanes * Chains)
+    ((sum[I] = add_pairs(
+          sum[I], (__m512bh)_mm512_loadu_si512(x + I / Chains * x_step + k + I % Chains * lanes),
+          (__m512bh)_mm512_loadu_si512(w + k + I % Chains * lanes))),
+     ...);
+  for (; k < depth; k += lanes) {
+    const __mmask32 mask = depth - k < lanes ? (1u << (depth - k)) - 1u : ~0u;
+    const __m512bh b = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + k);
+    for (int r = 0; r < Rows; ++r)
+      sum[r * Chains] = add_pairs(sum[r * Chains],
+                                  (__m512bh)_mm512_maskz_loadu_epi16(mask, x + r * x_step + k), b);
+  }
+  for (int r = 0; r < Rows; ++r) {
+    Vec<float> total = sum[r * Chains];
+    for (int i = 1; i < Chains; ++i) total += sum[r * Chains + i];
+    y[r * y_step] = horizontal_sum<float>(total);
+  }
+}
+
+template <int Rows, int Chains>
+NNARCH_PAIRS NNARCH_NOINLINE void rows_by_weights(const uint16_t* x, int64_t x_step,
+                                                  const uint16_t* w, int64_t w_step, int64_t depth,
+                                                  int64_t n, float* y, int64_t y_step) {
+  for (int64_t j = 0; j < n; ++j)
+    dot_rows<Rows, Chains>(MakeIndices<Rows * Chains>{}, x, x_step, w + j * w_step, depth, y + j,
+                           y_step);
+}
+
+void few_rows(const uint16_t* x, int64_t x_step, int64_t m, const uint16_t* w, int64_t w_step,
+              int64_t depth, int64_t n, float* y, int64_t y_step) {
+  constexpr decltype(&rows_by_weights<1, 8>) of[] = {rows_by_weights<1, 8>, rows_by_weights<2, 4>,
+                                                     rows_by_weights<3, 4>, rows_by_weights<4, 4>};
+  of[m - 1](x, x_step, w, w_step, depth, n, y, y_step);
+}
+
+constexpr PairsTable kPairs = {kPairColumns, run, few_rows};
 
 }  // namespace
 

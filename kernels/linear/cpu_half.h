@@ -12,6 +12,9 @@
 
 namespace nnarch {
 
+// Whether bfloat16 x and the weight are multiplied as they lie (cpu/pairs.h).
+inline bool takes_pairs(ScalarType type) { return type == ScalarType::BFloat16 && pairs(); }
+
 // Rows of x against columns of w; the residual and y are [m][n], dense.
 struct HalfProduct {
   Stored x, residual, y;
@@ -42,9 +45,19 @@ inline HalfMatrix half_view(const Tensor& w) {
 inline void few_half_rows(const HalfProduct& p, const Tensor& w) {
   set_algorithm("gemv");
   constexpr int64_t run = 64;
-  const Reading<float> x(p.x, {0, p.depth, p.m, p.x_stride});
   const Stored weights(w);
   const int64_t step = w.stride(0);
+  if (takes_pairs(w.scalar_type())) {
+    return parallel_tasks(ceil_div(p.n, run), [&](int64_t task) {
+      const int64_t first = task * run, columns = std::min(run, p.n - first);
+      p.block(0, p.m, first, columns, [&](float* y, const Epilogue<float>& e, int64_t y_step) {
+        pairs()->few_rows(p.x.bits(), p.x_stride, p.m, weights.bits() + first * step, step, p.depth,
+                          columns, y, y_step);
+        for (int64_t r = 0; r < p.m; ++r) p.x.half->finish(e, r * y_step, columns, y + r * y_step);
+      });
+    });
+  }
+  const Reading<float> x(p.x, {0, p.depth, p.m, p.x_stride});
   parallel_tasks(ceil_div(p.n, run), [&](int64_t task) {
     const int64_t first = task * run, columns = std::min(run, p.n - first);
     p.block(0, p.m, first, columns, [&](float* y, const Epilogue<float>& e, int64_t y_step) {
@@ -117,11 +130,20 @@ inline void pack_and_multiply_half(const HalfProduct& p, const Tensor& w) {
 
 // ---------------------------------------------------------------------------------- bfloat16 pairs
 
-// Whether x and the weight are multiplied as they lie.
-inline bool takes_pairs(ScalarType type) { return type == ScalarType::BFloat16 && pairs(); }
-
 inline void multiply_pairs(const HalfProduct& p, int64_t row, int64_t rows, const uint16_t* packed,
                            int64_t column, int64_t columns) {
+  if (p.y.half && !p.residual.memory && p.epilogue.activation <= kRelu6)
+    return pairs()->run({.a = p.x.bits() + row * p.x_stride,
+                         .a_step = p.x_stride,
+                         .b = packed,
+                         .depth = p.depth,
+                         .m = rows,
+                         .n = columns,
+                         .c = nullptr,
+                         .c_step = 0,
+                         .y = p.y.bits() + row * p.n + column,
+                         .y_step = p.n,
+                         .epilogue = p.epilogue.from_channel(column)});
   p.block(row, rows, column, columns, [&](float* y, const Epilogue<float>& e, int64_t step) {
     pairs()->run({.a = p.x.bits() + row * p.x_stride,
                   .a_step = p.x_stride,

@@ -56,8 +56,8 @@ CONVOLUTIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...], Call, Call]] = {
          {"padding": 2, "stride": 2, "groups": 48}),
         ("transposed", "conv_transpose2d", "conv_transpose2d", (2, 48, 61, 60), (48, 40, 4, 4),
          {"padding": 1, "stride": 2}),
-        ("transposed, gaps", "conv_transpose2d", "conv_transpose2d", (2, 48, 45, 60), (48, 40, 2, 2),
-         {"stride": 3, "output_padding": 2}),
+        ("transposed, gaps", "conv_transpose2d", "conv_transpose2d", (2, 48, 45, 60),
+         (48, 40, 2, 2), {"stride": 3, "output_padding": 2}),
         ("transposed to few", "conv_transpose2d", "conv_transpose2d", (2, 64, 130, 131),
          (64, 3, 4, 4), {"padding": 1, "stride": 2}),
     )
