@@ -25,9 +25,9 @@ void check_alike(const Tensor& a, const Tensor& b) {
 
 // Calls f(first, count) for runs that cover n elements.
 template <class F>
-void over_runs(int64_t n, const F& f) {
+void over_runs(int64_t n, bool half, const F& f) {
   set_algorithm("elementwise");
-  constexpr int64_t run = 16384;
+  const int64_t run = half ? 4096 : 16384;  // half types pass through scratch memory, in L1
   parallel_tasks(ceil_div(n, run),
                  [&](int64_t task) { f(task * run, std::min(run, n - task * run)); });
 }
@@ -39,7 +39,7 @@ Tensor activation(const Tensor& x, int64_t code, double alpha) {
     using T = decltype(scalar);
     const auto& table = NNARCH_SELECT(activation_table<T>());
     const Stored from(input), to(y);
-    over_runs(x.numel(), [&](int64_t first, int64_t n) {
+    over_runs(x.numel(), to.half, [&](int64_t first, int64_t n) {
       const Reading<T> in(from, {first, n});
       const Writing<T> out(to, {first, n});
       table.forward(in.get(), out.get(), n, code, static_cast<T>(alpha));
@@ -57,7 +57,7 @@ Tensor activation_grad(const Tensor& grad, const Tensor& saved, int64_t code, do
     using T = decltype(scalar);
     const auto& table = NNARCH_SELECT(activation_table<T>());
     const Stored from(s), from_grad(g), to(out);
-    over_runs(saved.numel(), [&](int64_t first, int64_t n) {
+    over_runs(saved.numel(), to.half, [&](int64_t first, int64_t n) {
       const Reading<T> dy(from_grad, {first, n}), in(from, {first, n});
       const Writing<T> dx(to, {first, n});
       table.grad(dy.get(), in.get(), dx.get(), n, code, static_cast<T>(alpha));
@@ -77,7 +77,7 @@ Tensor activation_grad_grad(const Tensor& gradgrad, const Tensor& grad, const Te
     using T = decltype(scalar);
     const auto& table = NNARCH_SELECT(activation_table<T>());
     const Stored from(s), from_grad(g), second(gg), to(out);
-    over_runs(saved.numel(), [&](int64_t first, int64_t n) {
+    over_runs(saved.numel(), to.half, [&](int64_t first, int64_t n) {
       const Reading<T> ddy(second, {first, n}), dy(from_grad, {first, n}), in(from, {first, n});
       const Writing<T> dx(to, {first, n});
       table.grad_grad(ddy.get(), dy.get(), in.get(), dx.get(), n, code, static_cast<T>(alpha));
@@ -95,7 +95,7 @@ Tensor gate(const Tensor& gate, const Tensor& value, int64_t code, double alpha)
     using T = decltype(scalar);
     const auto& table = NNARCH_SELECT(activation_table<T>());
     const Stored from(g), by(v), to(y);
-    over_runs(gate.numel(), [&](int64_t first, int64_t n) {
+    over_runs(gate.numel(), to.half, [&](int64_t first, int64_t n) {
       const Reading<T> in(from, {first, n}), factor(by, {first, n});
       const Writing<T> out(to, {first, n});
       table.gate(in.get(), factor.get(), out.get(), n, code, static_cast<T>(alpha));
@@ -117,7 +117,7 @@ std::tuple<Tensor, Tensor> gate_grad(const Tensor& grad, const Tensor& gate, con
     using T = decltype(scalar);
     const auto& table = NNARCH_SELECT(activation_table<T>());
     const Stored incoming(dy), from(g), by(v), to_gate(d_gate), to_value(d_value);
-    over_runs(gate.numel(), [&](int64_t i, int64_t n) {
+    over_runs(gate.numel(), from.half, [&](int64_t i, int64_t n) {
       const Reading<T> up(incoming, {i, n}), in(from, {i, n}), factor(by, {i, n});
       const Writing<T> dg(to_gate, {i, n}), dv(to_value, {i, n});
       table.gate_grad(up.get(), in.get(), factor.get(), dg.get(), dv.get(), n, code,

@@ -132,8 +132,7 @@ Tensor conv2d_pack(const Tensor& weight_in, int64_t groups, int64_t tile) {
   require(weight_in.dim() == 4 && groups > 0 && weight_in.size(0) % groups == 0,
           "conv2d_pack: weight must be 4-D and groups must divide its first size");
   const IntList size = sizes_of(weight_in);
-  if (tile == 0 && pairs_pack(weight_in.scalar_type(), groups, size[2] * size[3]))
-    return pack_pointwise_pairs(weight_in);
+  if (pairs_pack(weight_in.scalar_type(), groups, tile)) return pack_conv_pairs(weight_in);
   const Tensor weight = to_compute_type(weight_in);
   require(tile == 0 || (size[2] == size[3] && has_tile(size[2], tile) &&
                         weight.scalar_type() == ScalarType::Float),
@@ -201,16 +200,16 @@ Tensor conv2d_of_half(const Tensor& x, const OptTensor& residual, ConvArguments 
   return y;
 }
 
-// 1×1, bfloat16 by bfloat16.
+// Bfloat16 by bfloat16.
 Tensor conv2d_of_pairs(const Tensor& x, const Tensor& weight, const OptTensor& packed,
                        const ConvShape& p, const EpilogueTensors& e) {
   const OptTensor bias = to_compute_type(e.bias), scale = to_compute_type(e.scale),
                   shift = to_compute_type(e.shift);
   const FoldedEpilogue<float> epilogue({bias, scale, shift, std::nullopt, e.activation, e.alpha},
                                        p.k);
-  require(!packed || packed->numel() == pairs_packed_size(p.k, p.c), kForeign);
-  const Tensor columns = packed ? *packed : pack_pointwise_pairs(weight);
-  return pointwise_pairs(x, e.residual, data<uint16_t>(columns), epilogue.get(), p);
+  require(!packed || packed->numel() == pairs_packed_size(p.k, p.taps() * p.c), kForeign);
+  const Tensor columns = packed ? *packed : pack_conv_pairs(weight);
+  return conv_pairs(x, e.residual, data<uint16_t>(columns), epilogue.get(), p);
 }
 
 Tensor conv2d(const Tensor& x, const Tensor& weight, const OptTensor& bias, const OptTensor& scale,
@@ -224,16 +223,16 @@ Tensor conv2d(const Tensor& x, const Tensor& weight, const OptTensor& bias, cons
     require(sizes_of(*residual) == p.output_size() && residual->scalar_type() == type,
             "conv2d: residual must have the shape and dtype of the output");
   check_epilogue({bias, scale, shift, residual, activation, alpha}, p.k, type);
-  const bool of_pairs = packed && pairs_pack(type, groups, p.taps());
-  require(!packed || (packed->is_contiguous() &&
-                      packed->scalar_type() == (of_pairs ? type : compute_type(type))),
+  const bool of_pairs = packed && packed->scalar_type() == ScalarType::BFloat16;
+  require(!packed || (packed->is_contiguous() && (packed->scalar_type() == compute_type(type) ||
+                                                  (of_pairs && pairs_pack(type, groups, 0)))),
           kForeign);
-  if (pairs_serve(p, type))
+  const bool signal = runs_as_signal(x, p);
+  if (!signal && pairs_pack(type, groups, 0) &&
+      (packed ? of_pairs : forward_tile<float>(p, false) == 0))
     return conv2d_of_pairs(x, weight, packed, p, {bias, scale, shift, residual, activation, alpha});
-  // A packed weight stands for the weight, but for signals, where groups are narrow, and where
-  // products of pairs do not serve.
-  const bool reads_weight =
-      !packed || of_pairs || runs_as_signal(x, p) || packs_narrow_groups<float>(p);
+  // A packed weight stands for the weight, but for signals, and where groups are narrow.
+  const bool reads_weight = !packed || signal || packs_narrow_groups<float>(p);
   const ConvArguments a{reads_weight ? to_compute_type(weight) : weight,
                         to_compute_type(bias),
                         to_compute_type(scale),

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstring>
 
 #include "cpu/gemm.h"
 #include "cpu/half.h"
@@ -58,5 +59,27 @@ inline void pack_pairs(const HalfMatrix& m, int64_t column, int64_t n, uint16_t*
         packed[(k / 2 * nr + i) * 2 + k % 2] = from[i * m.column_step + k * m.depth_step];
   }
 }
+
+// Rows of bfloat16 that a product of pairs reads: where they lie, or, where their distance is a
+// multiple of 4 KB and they would evict each other from L1, in a copy.
+class PairRowsApart {
+ public:
+  PairRowsApart(const Stored& t, int64_t first, int64_t rows, int64_t step, int64_t depth)
+      : clash_(rows > 8 && step * 2 % 4096 == 0),
+        step_(clash_ ? round_up(depth, 32) + 32 : step),
+        copy_(clash_ ? rows * step_ : 0),
+        rows_(clash_ ? copy_.get() : t.bits() + first) {
+    for (int64_t r = 0; clash_ && r < rows; ++r)
+      std::memcpy(copy_.get() + r * step_, t.bits() + first + r * step, depth * sizeof(uint16_t));
+  }
+  const uint16_t* get() const { return rows_; }
+  int64_t step() const { return step_; }
+
+ private:
+  bool clash_;
+  int64_t step_;
+  Scratch<uint16_t> copy_;
+  const uint16_t* rows_;
+};
 
 }  // namespace nnarch

@@ -82,24 +82,34 @@ class LogitTiles {
   explicit LogitTiles(const LinearLogits<T>& p)
       : p_(p),
         few_(p.samples <= kFew && p.depth > 0),
+        pairs_(!few_ && p.w.half && p.w.half == &half_table(ScalarType::BFloat16) && pairs()),
         few_x_(p.x, {p.x_first, p.depth, few_ ? p.samples : 0, p.x_step}),
-        packed_(few_ ? 0 : packed_size<T>(p.samples, 1, p.depth)) {
-    if (!few_) pack_samples(p, false, packed_.get());
+        packed_(few_     ? 0
+                : pairs_ ? pairs_packed_size(p.samples, p.depth) / 2  // a pair is a float long
+                         : packed_size<T>(p.samples, 1, p.depth)) {
+    if (pairs_)
+      pack_sample_pairs();
+    else if (!few_)
+      pack_samples(p, false, packed_.get());
   }
 
   // z[class][sample] for classes [first, first + classes); calls seen(z, first sample, samples) for
   // blocks of samples while they are hot.
   template <class F>
   void compute(int64_t first, int64_t classes, T* z, int64_t step, const F& seen) const {
-    const bool copied = !few_ && (p_.w.half || p_.w_step * int64_t{sizeof(T)} % 4096 == 0);
+    const bool copied =
+        !few_ && !pairs_ && (p_.w.half || p_.w_step * int64_t{sizeof(T)} % 4096 == 0);
     const int64_t w_step = copied ? padded_step<T>(p_.depth) : p_.w_step;
     Scratch<T> copy(copied ? classes * w_step : 0);
     if (copied) copy_rows(first, classes, copy.get(), w_step);
-    const T* w = copied ? copy.get() : p_.w.template at<T>(first * p_.w_step);
+    const T* w = copied ? copy.get() : p_.w.half ? nullptr : p_.w.template at<T>(first * p_.w_step);
+    const PairRowsApart rows(p_.w, first * p_.w_step, pairs_ ? classes : 0, p_.w_step, p_.depth);
     for (int64_t n = 0; n < p_.samples; n += kColumns) {
       const int64_t columns = std::min(kColumns, p_.samples - n);
       if (few_)
         multiply_few(first, classes, z, step);
+      else if (pairs_)
+        multiply_pairs(rows, classes, n, columns, z + n, step);
       else
         multiply(w, w_step, classes, n, columns, z + n, step);
       if (p_.bias) softmax<T>().add_bias(z + n, step, classes, columns, p_.bias + first);
@@ -132,6 +142,28 @@ class LogitTiles {
                    .a_step = w_step,
                    .c_step = step});
   }
+  // bfloat16 as it lies (cpu/pairs.h).
+  void pack_sample_pairs() {
+    const HalfMatrix view{p_.x, p_.x_first, p_.x_step, 1, p_.depth};
+    const int64_t nr = pairs()->nr;
+    parallel_tasks(ceil_div(p_.samples, nr), [&](int64_t j) {
+      pack_pairs(view, j * nr, std::min(nr, p_.samples - j * nr),
+                 packed_bits() + j * nr * round_up(p_.depth, 2));
+    });
+  }
+  uint16_t* packed_bits() const { return reinterpret_cast<uint16_t*>(packed_.get()); }
+  void multiply_pairs(const PairRowsApart& rows, int64_t classes, int64_t n, int64_t columns, T* z,
+                      int64_t step) const {
+    if constexpr (std::is_same_v<T, float>)
+      pairs()->run({.a = rows.get(),
+                    .a_step = rows.step(),
+                    .b = packed_bits() + n * round_up(p_.depth, 2),
+                    .depth = p_.depth,
+                    .m = classes,
+                    .n = columns,
+                    .c = z,
+                    .c_step = step});
+  }
   void multiply_few(int64_t first, int64_t classes, T* z, int64_t step) const {
     Scratch<T> rows(p_.samples * classes);
     const int64_t at = first * p_.w_step;
@@ -148,7 +180,7 @@ class LogitTiles {
   }
 
   LinearLogits<T> p_;
-  bool few_;
+  bool few_, pairs_;
   Reading<T> few_x_;
   Scratch<T> packed_;
 };

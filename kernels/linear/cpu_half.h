@@ -130,11 +130,12 @@ inline void pack_and_multiply_half(const HalfProduct& p, const Tensor& w) {
 
 // ---------------------------------------------------------------------------------- bfloat16 pairs
 
-inline void multiply_pairs(const HalfProduct& p, int64_t row, int64_t rows, const uint16_t* packed,
-                           int64_t column, int64_t columns) {
+// Rows [row, row + rows) of the product, which x holds.
+inline void multiply_pairs(const HalfProduct& p, const uint16_t* x, int64_t x_step, int64_t row,
+                           int64_t rows, const uint16_t* packed, int64_t column, int64_t columns) {
   if (p.y.half && !p.residual.memory && p.epilogue.activation <= kRelu6)
-    return pairs()->run({.a = p.x.bits() + row * p.x_stride,
-                         .a_step = p.x_stride,
+    return pairs()->run({.a = x,
+                         .a_step = x_step,
                          .b = packed,
                          .depth = p.depth,
                          .m = rows,
@@ -145,8 +146,8 @@ inline void multiply_pairs(const HalfProduct& p, int64_t row, int64_t rows, cons
                          .y_step = p.n,
                          .epilogue = p.epilogue.from_channel(column)});
   p.block(row, rows, column, columns, [&](float* y, const Epilogue<float>& e, int64_t step) {
-    pairs()->run({.a = p.x.bits() + row * p.x_stride,
-                  .a_step = p.x_stride,
+    pairs()->run({.a = x,
+                  .a_step = x_step,
                   .b = packed,
                   .depth = p.depth,
                   .m = rows,
@@ -172,8 +173,10 @@ inline void packed_pairs(const HalfProduct& p, const uint16_t* packed) {
   const int64_t column_blocks = ceil_div(p.n, columns);
   parallel_tasks(ceil_div(p.m, rows) * column_blocks, [&](int64_t task) {
     const int64_t row = task / column_blocks * rows, column = task % column_blocks * columns;
-    multiply_pairs(p, row, std::min(rows, p.m - row), packed + column * round_up(p.depth, 2),
-                   column, std::min(columns, p.n - column));
+    const int64_t count = std::min(rows, p.m - row);
+    const PairRowsApart x(p.x, row * p.x_stride, count, p.x_stride, p.depth);
+    multiply_pairs(p, x.get(), x.step(), row, count, packed + column * round_up(p.depth, 2), column,
+                   std::min(columns, p.n - column));
   });
 }
 
@@ -188,8 +191,11 @@ inline void pack_and_multiply_pairs(const HalfProduct& p, const Tensor& w) {
     const int64_t first = task * columns, n = std::min(columns, p.n - first);
     const Scratch<uint16_t> packed(pairs_packed_size(n, p.depth));
     pack_pairs(view, first, n, packed.get());
-    for (int64_t r = 0; r < p.m; r += rows)
-      multiply_pairs(p, r, std::min(rows, p.m - r), packed.get(), first, n);
+    for (int64_t r = 0; r < p.m; r += rows) {
+      const int64_t count = std::min(rows, p.m - r);
+      const PairRowsApart x(p.x, r * p.x_stride, count, p.x_stride, p.depth);
+      multiply_pairs(p, x.get(), x.step(), r, count, packed.get(), first, n);
+    }
   });
 }
 

@@ -61,9 +61,11 @@ class NormBlock {
 template <class T, class OnRows, class OnPlane>
 void for_each_block(const Channels& x, const NormTensors<T>& tensors, const Tensor& output,
                     const OnRows& on_rows, const OnPlane& on_plane) {
-  constexpr int64_t block = 16384;  // elements: enough to hide the hand-over, small enough for L2
   if (x.positions() == 0 || x.channels == 0) return;
   const Stored stored(output);
+  // Elements: enough to hide the hand-over, small enough for L2; those of half types, which pass
+  // through scratch memory, for L1.
+  const int64_t block = stored.half ? 4096 : 16384;
   if (x.rows) {
     const int64_t run = std::max<int64_t>(1, block / x.channels);
     parallel_tasks(ceil_div(x.positions(), run), [&](int64_t task) {
