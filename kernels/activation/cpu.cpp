@@ -5,6 +5,7 @@
 #include "activation/cpu_kernels.h"
 #include "cpu/dense.h"
 #include "cpu/epilogue.h"
+#include "cpu/half.h"
 #include "cpu/parallel.h"
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
@@ -24,44 +25,45 @@ void check_alike(const Tensor& a, const Tensor& b) {
 
 // Calls f(first, count) for runs that cover n elements.
 template <class F>
-void over_runs(int64_t n, const F& f) {
+void over_runs(int64_t n, bool half, const F& f) {
   set_algorithm("elementwise");
-  constexpr int64_t run = 16384;
+  const int64_t run = half ? 4096 : 16384;  // half types pass through scratch memory, in L1
   parallel_tasks(ceil_div(n, run),
                  [&](int64_t task) { f(task * run, std::min(run, n - task * run)); });
 }
 
 Tensor activation(const Tensor& x, int64_t code, double alpha) {
   check(x, code);
-  const Tensor input = in_order_of(x, to_compute_type(x));
-  const Tensor y = new_like(x, input.scalar_type());
-  with_scalar_type(input.scalar_type(), "activation", [&](auto scalar) {
+  const Tensor input = in_order_of(x, x), y = new_like(x, x.scalar_type());
+  with_scalar_type(x.scalar_type(), "activation", [&](auto scalar) {
     using T = decltype(scalar);
     const auto& table = NNARCH_SELECT(activation_table<T>());
-    const T* from = data<T>(input);
-    T* to = mutable_data<T>(y);
-    over_runs(x.numel(), [&](int64_t first, int64_t n) {
-      table.forward(from + first, to + first, n, code, static_cast<T>(alpha));
+    const Stored from(input), to(y);
+    over_runs(x.numel(), to.half, [&](int64_t first, int64_t n) {
+      const Reading<T> in(from, {first, n});
+      const Writing<T> out(to, {first, n});
+      table.forward(in.get(), out.get(), n, code, static_cast<T>(alpha));
     });
   });
-  return to_type(y, x.scalar_type());
+  return y;
 }
 
 Tensor activation_grad(const Tensor& grad, const Tensor& saved, int64_t code, double alpha) {
   check(saved, code);
   check_alike(saved, grad);
-  const Tensor s = in_order_of(saved, to_compute_type(saved));
-  const Tensor g = in_order_of(saved, to_compute_type(grad));
-  const Tensor out = new_like(saved, s.scalar_type());
-  with_scalar_type(s.scalar_type(), "activation_grad", [&](auto scalar) {
+  const Tensor s = in_order_of(saved, saved), g = in_order_of(saved, grad);
+  const Tensor out = new_like(saved, saved.scalar_type());
+  with_scalar_type(saved.scalar_type(), "activation_grad", [&](auto scalar) {
     using T = decltype(scalar);
     const auto& table = NNARCH_SELECT(activation_table<T>());
-    over_runs(saved.numel(), [&](int64_t first, int64_t n) {
-      table.grad(data<T>(g) + first, data<T>(s) + first, mutable_data<T>(out) + first, n, code,
-                 static_cast<T>(alpha));
+    const Stored from(s), from_grad(g), to(out);
+    over_runs(saved.numel(), to.half, [&](int64_t first, int64_t n) {
+      const Reading<T> dy(from_grad, {first, n}), in(from, {first, n});
+      const Writing<T> dx(to, {first, n});
+      table.grad(dy.get(), in.get(), dx.get(), n, code, static_cast<T>(alpha));
     });
   });
-  return to_type(out, saved.scalar_type());
+  return out;
 }
 
 Tensor activation_grad_grad(const Tensor& gradgrad, const Tensor& grad, const Tensor& saved,
@@ -69,37 +71,37 @@ Tensor activation_grad_grad(const Tensor& gradgrad, const Tensor& grad, const Te
   check(saved, code);
   check_alike(saved, grad);
   check_alike(saved, gradgrad);
-  const Tensor s = in_order_of(saved, to_compute_type(saved));
-  const Tensor g = in_order_of(saved, to_compute_type(grad));
-  const Tensor gg = in_order_of(saved, to_compute_type(gradgrad));
-  const Tensor out = new_like(saved, s.scalar_type());
-  with_scalar_type(s.scalar_type(), "activation_grad_grad", [&](auto scalar) {
+  const Tensor s = in_order_of(saved, saved), g = in_order_of(saved, grad);
+  const Tensor gg = in_order_of(saved, gradgrad), out = new_like(saved, saved.scalar_type());
+  with_scalar_type(saved.scalar_type(), "activation_grad_grad", [&](auto scalar) {
     using T = decltype(scalar);
     const auto& table = NNARCH_SELECT(activation_table<T>());
-    over_runs(saved.numel(), [&](int64_t first, int64_t n) {
-      table.grad_grad(data<T>(gg) + first, data<T>(g) + first, data<T>(s) + first,
-                      mutable_data<T>(out) + first, n, code, static_cast<T>(alpha));
+    const Stored from(s), from_grad(g), second(gg), to(out);
+    over_runs(saved.numel(), to.half, [&](int64_t first, int64_t n) {
+      const Reading<T> ddy(second, {first, n}), dy(from_grad, {first, n}), in(from, {first, n});
+      const Writing<T> dx(to, {first, n});
+      table.grad_grad(ddy.get(), dy.get(), in.get(), dx.get(), n, code, static_cast<T>(alpha));
     });
   });
-  return to_type(out, saved.scalar_type());
+  return out;
 }
 
 Tensor gate(const Tensor& gate, const Tensor& value, int64_t code, double alpha) {
   check(gate, code);
   check_alike(gate, value);
-  const Tensor g = in_order_of(gate, to_compute_type(gate));
-  const Tensor v = in_order_of(gate, to_compute_type(value));
-  const Tensor y = new_like(gate, g.scalar_type());
-  with_scalar_type(g.scalar_type(), "gate", [&](auto scalar) {
+  const Tensor g = in_order_of(gate, gate), v = in_order_of(gate, value);
+  const Tensor y = new_like(gate, gate.scalar_type());
+  with_scalar_type(gate.scalar_type(), "gate", [&](auto scalar) {
     using T = decltype(scalar);
     const auto& table = NNARCH_SELECT(activation_table<T>());
-    const T *from = data<T>(g), *by = data<T>(v);
-    T* to = mutable_data<T>(y);
-    over_runs(gate.numel(), [&](int64_t first, int64_t n) {
-      table.gate(from + first, by + first, to + first, n, code, static_cast<T>(alpha));
+    const Stored from(g), by(v), to(y);
+    over_runs(gate.numel(), to.half, [&](int64_t first, int64_t n) {
+      const Reading<T> in(from, {first, n}), factor(by, {first, n});
+      const Writing<T> out(to, {first, n});
+      table.gate(in.get(), factor.get(), out.get(), n, code, static_cast<T>(alpha));
     });
   });
-  return to_type(y, gate.scalar_type());
+  return y;
 }
 
 std::tuple<Tensor, Tensor> gate_grad(const Tensor& grad, const Tensor& gate, const Tensor& value,
@@ -107,19 +109,22 @@ std::tuple<Tensor, Tensor> gate_grad(const Tensor& grad, const Tensor& gate, con
   check(gate, code);
   check_alike(gate, value);
   check_alike(gate, grad);
-  const Tensor dy = in_order_of(gate, to_compute_type(grad));
-  const Tensor g = in_order_of(gate, to_compute_type(gate));
-  const Tensor v = in_order_of(gate, to_compute_type(value));
-  const Tensor d_gate = new_like(gate, g.scalar_type()), d_value = new_like(gate, g.scalar_type());
-  with_scalar_type(g.scalar_type(), "gate_grad", [&](auto scalar) {
+  const ScalarType type = gate.scalar_type();
+  const Tensor dy = in_order_of(gate, grad), g = in_order_of(gate, gate),
+               v = in_order_of(gate, value);
+  const Tensor d_gate = new_like(gate, type), d_value = new_like(gate, type);
+  with_scalar_type(type, "gate_grad", [&](auto scalar) {
     using T = decltype(scalar);
     const auto& table = NNARCH_SELECT(activation_table<T>());
-    over_runs(gate.numel(), [&](int64_t i, int64_t n) {
-      table.gate_grad(data<T>(dy) + i, data<T>(g) + i, data<T>(v) + i, mutable_data<T>(d_gate) + i,
-                      mutable_data<T>(d_value) + i, n, code, static_cast<T>(alpha));
+    const Stored incoming(dy), from(g), by(v), to_gate(d_gate), to_value(d_value);
+    over_runs(gate.numel(), from.half, [&](int64_t i, int64_t n) {
+      const Reading<T> up(incoming, {i, n}), in(from, {i, n}), factor(by, {i, n});
+      const Writing<T> dg(to_gate, {i, n}), dv(to_value, {i, n});
+      table.gate_grad(up.get(), in.get(), factor.get(), dg.get(), dv.get(), n, code,
+                      static_cast<T>(alpha));
     });
   });
-  return {to_type(d_gate, gate.scalar_type()), to_type(d_value, gate.scalar_type())};
+  return {d_gate, d_value};
 }
 
 }  // namespace

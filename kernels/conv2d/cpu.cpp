@@ -2,6 +2,8 @@
 #include <type_traits>
 
 #include "conv2d/cpu_grouped.h"
+#include "conv2d/cpu_pairs.h"
+#include "conv2d/cpu_parts.h"
 #include "conv2d/cpu_product.h"
 #include "conv2d/cpu_shape.h"
 #include "conv2d/cpu_signal.h"
@@ -9,11 +11,14 @@
 #include "conv2d/cpu_views.h"
 #include "conv2d/cpu_winograd_strided.h"
 #include "cpu/epilogue_fold.h"
+#include "cpu/half.h"
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
 
 namespace nnarch {
 namespace {
+
+constexpr const char* kForeign = "conv2d: packed does not belong to this weight";
 
 // Whether the weight is packed for narrow groups, whatever the convolution's steps.
 template <class T>
@@ -78,7 +83,7 @@ int64_t tile_of(const Tensor& packed, const ConvShape& p) {
   for (int64_t tile : {0, 2, 4, 5, 6})
     if (packed.numel() == all_groups_size<T>(p, tile) && (tile == 0 || has_tile(side, tile)))
       return tile;
-  throw std::runtime_error("conv2d: packed does not belong to this weight");
+  throw std::runtime_error(kForeign);
 }
 
 // Winograd with a stride of 2.
@@ -124,10 +129,11 @@ void forward(const Tensor& x, const Tensor& weight, const T* packed, int64_t til
 }
 
 Tensor conv2d_pack(const Tensor& weight_in, int64_t groups, int64_t tile) {
-  const Tensor weight = to_compute_type(weight_in);
-  require(weight.dim() == 4 && groups > 0 && weight.size(0) % groups == 0,
+  require(weight_in.dim() == 4 && groups > 0 && weight_in.size(0) % groups == 0,
           "conv2d_pack: weight must be 4-D and groups must divide its first size");
-  const IntList size = sizes_of(weight);
+  const IntList size = sizes_of(weight_in);
+  if (pairs_pack(weight_in.scalar_type(), groups, tile)) return pack_conv_pairs(weight_in);
+  const Tensor weight = to_compute_type(weight_in);
   require(tile == 0 || (size[2] == size[3] && has_tile(size[2], tile) &&
                         weight.scalar_type() == ScalarType::Float),
           "conv2d_pack: tile must be 0, or in float32 2, 4, 5 or 6 for 3x3 and 2 for 5x5");
@@ -138,43 +144,105 @@ Tensor conv2d_pack(const Tensor& weight_in, int64_t groups, int64_t tile) {
   });
 }
 
-Tensor conv2d(const Tensor& x_in, const Tensor& weight_in, const OptTensor& bias,
-              const OptTensor& scale, const OptTensor& shift, const OptTensor& residual,
-              const OptTensor& packed_in, const IntList& stride, const IntList& padding,
-              const IntList& dilation, int64_t groups, int64_t activation, double alpha) {
-  const ScalarType type = x_in.scalar_type();
-  require(weight_in.scalar_type() == type, "conv2d: x and weight must have one dtype");
-  const ConvShape p =
-      conv_shape(sizes_of(x_in), sizes_of(weight_in), stride, padding, dilation, groups);
+// What a convolution is given beside x and the residual, in the type that is computed in.
+struct ConvArguments {
+  Tensor weight;
+  OptTensor bias, scale, shift, packed;
+  int64_t activation;
+  double alpha;
+};
+
+bool runs_as_signal(const Tensor& x, const ConvShape& p) {
+  return signal_serves(p) && x.is_contiguous() && !StayChannelsLast::holds();
+}
+
+// In the memory format of x.
+template <class T>
+Tensor conv2d_of(const Tensor& x, const OptTensor& residual, const ConvArguments& a,
+                 const ConvShape& p) {
+  const bool signal = runs_as_signal(x, p);
+  OptTensor res = residual;
+  if (res) res = signal ? as_contiguous(*res) : as_channels_last(*res);
+  const FoldedEpilogue<T> epilogue({a.bias, a.scale, a.shift, res, a.activation, a.alpha}, p.k);
+  const int64_t tile = a.packed ? tile_of<T>(*a.packed, p) : forward_tile<T>(p, false);
+  if (signal) {
+    set_algorithm("signal");
+    const Tensor y = new_contiguous(p.output_size(), x.scalar_type());
+    signal_forward<T>(data<T>(x), a.weight, mutable_data<T>(y), p, epilogue.get());
+    return y;
+  }
+  const bool planar = tile == 0 && !res && writes_planes<T>(p, x) && !StayChannelsLast::holds();
+  const Tensor y = planar ? new_contiguous(p.output_size(), x.scalar_type())
+                          : new_channels_last(p.output_size(), x.scalar_type());
+  forward<T>(x, a.weight, a.packed ? data<T>(*a.packed) : nullptr, tile, y, p, epilogue.get());
+  return in_format_of(y, x);
+}
+
+// Half types, a part of the images at a time (cpu/half.h): the parts are cut so that every one
+// reads some of the image. The weight is packed once for all of them.
+Tensor conv2d_of_half(const Tensor& x, const OptTensor& residual, ConvArguments a,
+                      const ConvShape& p) {
+  const bool channels_last = StayChannelsLast::holds() || follows_channels_last(x);
+  const Tensor y = channels_last ? new_channels_last(p.output_size(), x.scalar_type())
+                                 : new_contiguous(p.output_size(), x.scalar_type());
+  const bool many = p.n * p.oh * part_row_bytes(p) > kPartBytes;
+  if (many && !a.packed && !runs_as_signal(x, p)) {
+    const int64_t tile = forward_tile<float>(p, false);
+    if (tile > 0 || !strided_winograd_serves<float>(p))
+      a.packed = pack_groups<float>(a.weight, p, tile);
+  }
+  over_image_parts(
+      p.n, p.oh, part_row_bytes(p), may_cut_rows(p), kPartBytes, [&](const ImagePart& out) {
+        const ConvPart part(p, out);
+        round_into(y, out,
+                   conv2d_of<float>(widened(x, part.input), widened(residual, out), a, part.shape));
+      });
+  return y;
+}
+
+// Bfloat16 by bfloat16.
+Tensor conv2d_of_pairs(const Tensor& x, const Tensor& weight, const OptTensor& packed,
+                       const ConvShape& p, const EpilogueTensors& e) {
+  const OptTensor bias = to_compute_type(e.bias), scale = to_compute_type(e.scale),
+                  shift = to_compute_type(e.shift);
+  const FoldedEpilogue<float> epilogue({bias, scale, shift, std::nullopt, e.activation, e.alpha},
+                                       p.k);
+  require(!packed || packed->numel() == pairs_packed_size(p.k, p.taps() * p.c), kForeign);
+  const Tensor columns = packed ? *packed : pack_conv_pairs(weight);
+  return conv_pairs(x, e.residual, data<uint16_t>(columns), epilogue.get(), p);
+}
+
+Tensor conv2d(const Tensor& x, const Tensor& weight, const OptTensor& bias, const OptTensor& scale,
+              const OptTensor& shift, const OptTensor& residual, const OptTensor& packed,
+              const IntList& stride, const IntList& padding, const IntList& dilation,
+              int64_t groups, int64_t activation, double alpha) {
+  const ScalarType type = x.scalar_type();
+  require(weight.scalar_type() == type, "conv2d: x and weight must have one dtype");
+  const ConvShape p = conv_shape(sizes_of(x), sizes_of(weight), stride, padding, dilation, groups);
   if (residual)
     require(sizes_of(*residual) == p.output_size() && residual->scalar_type() == type,
             "conv2d: residual must have the shape and dtype of the output");
   check_epilogue({bias, scale, shift, residual, activation, alpha}, p.k, type);
-  const Tensor x = to_compute_type(x_in), weight = to_compute_type(weight_in);
-  const OptTensor b = to_compute_type(bias), sc = to_compute_type(scale),
-                  sh = to_compute_type(shift);
-  const bool signal = signal_serves(p) && x.is_contiguous() && !StayChannelsLast::holds();
-  OptTensor res = to_compute_type(residual);
-  if (res) res = signal ? as_contiguous(*res) : as_channels_last(*res);
-  require(!packed_in || (packed_in->is_contiguous() && packed_in->scalar_type() == x.scalar_type()),
-          "conv2d: packed does not belong to this weight");
-  Tensor y;
-  with_scalar_type(x.scalar_type(), "conv2d", [&](auto scalar) {
-    using T = decltype(scalar);
-    const FoldedEpilogue<T> epilogue({b, sc, sh, res, activation, alpha}, p.k);
-    const int64_t tile = packed_in ? tile_of<T>(*packed_in, p) : forward_tile<T>(p, false);
-    if (signal) {
-      set_algorithm("signal");
-      y = new_contiguous(p.output_size(), x.scalar_type());
-      return signal_forward<T>(data<T>(x), weight, mutable_data<T>(y), p, epilogue.get());
-    }
-    const bool planar =
-        tile == 0 && !res && writes_planes<T>(p, x_in) && !StayChannelsLast::holds();
-    y = planar ? new_contiguous(p.output_size(), x.scalar_type())
-               : new_channels_last(p.output_size(), x.scalar_type());
-    forward<T>(x, weight, packed_in ? data<T>(*packed_in) : nullptr, tile, y, p, epilogue.get());
-  });
-  return to_type(in_format_of(y, x_in), type);
+  const bool of_pairs = packed && packed->scalar_type() == ScalarType::BFloat16;
+  require(!packed || (packed->is_contiguous() && (packed->scalar_type() == compute_type(type) ||
+                                                  (of_pairs && pairs_pack(type, groups, 0)))),
+          kForeign);
+  const bool signal = runs_as_signal(x, p);
+  if (!signal && pairs_pack(type, groups, 0) &&
+      (packed ? of_pairs : forward_tile<float>(p, false) == 0))
+    return conv2d_of_pairs(x, weight, packed, p, {bias, scale, shift, residual, activation, alpha});
+  // A packed weight stands for the weight, but for signals, and where groups are narrow.
+  const bool reads_weight = !packed || signal || packs_narrow_groups<float>(p);
+  const ConvArguments a{reads_weight ? to_compute_type(weight) : weight,
+                        to_compute_type(bias),
+                        to_compute_type(scale),
+                        to_compute_type(shift),
+                        of_pairs ? std::nullopt : packed,
+                        activation,
+                        alpha};
+  if (is_half(type)) return conv2d_of_half(x, residual, a, p);
+  return with_scalar_type(
+      type, "conv2d", [&](auto scalar) { return conv2d_of<decltype(scalar)>(x, residual, a, p); });
 }
 
 }  // namespace

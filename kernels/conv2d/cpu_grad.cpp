@@ -1,7 +1,9 @@
 // conv2d's gradients on the CPU.
+#include <algorithm>
 #include <type_traits>
 
 #include "conv2d/cpu_grouped_grad.h"
+#include "conv2d/cpu_parts.h"
 #include "conv2d/cpu_product.h"
 #include "conv2d/cpu_shape.h"
 #include "conv2d/cpu_stem.h"
@@ -46,34 +48,59 @@ Tensor strided_input_grad(const Tensor& grad, const Tensor& weight, const ConvSh
   return dx;
 }
 
-Tensor conv2d_input_grad(const Tensor& grad_in, const Tensor& weight_in, const IntList& input_size,
+// In the memory format of grad.
+template <class T>
+Tensor input_grad_of(const Tensor& grad, const Tensor& weight, const ConvShape& p) {
+  const TransposedShape t = transposed_of(p);
+  if (transposed_groups_serve<T>(t))
+    return in_format_of(narrow_input_grad<T>(grad, weight, t), grad);
+  if constexpr (std::is_same_v<T, float>)
+    if (strided_winograd_serves<T>(p))
+      return in_format_of(strided_input_grad(grad, weight, p), grad);
+  const int64_t layout = choose_layout(t, sizeof(T) == sizeof(float), false);
+  const bool pixel = layout == kPixel;
+  const Tensor dx = pixel ? new_contiguous(p.input_size(), grad.scalar_type())
+                          : new_channels_last(p.input_size(), grad.scalar_type());
+  set_algorithm(transposed_algorithm(t, layout));
+  const Tensor image = pixel ? as_contiguous(grad) : as_channels_last(grad);
+  if (dx.numel() > 0)
+    transposed<T>(data<T>(image), weight, nullptr, layout, mutable_data<T>(dx), t, {});
+  return in_format_of(dx, grad);
+}
+
+// Half types go through the gradients some images at a time (cpu/half.h), which repack the weight,
+// or add to its gradient: larger parts than the convolution's.
+constexpr int64_t kGradPartBytes = 2 * kPartBytes;
+
+ConvShape of_images(const ConvShape& p, int64_t images) {
+  ConvShape part = p;
+  part.n = images;
+  return part;
+}
+
+Tensor conv2d_input_grad(const Tensor& grad, const Tensor& weight_in, const IntList& input_size,
                          const IntList& stride, const IntList& padding, const IntList& dilation,
                          int64_t groups) {
-  const ScalarType type = grad_in.scalar_type();
+  const ScalarType type = grad.scalar_type();
   require(weight_in.scalar_type() == type,
           "conv2d_input_grad: grad and weight must have one dtype");
   const ConvShape p =
       conv_shape(input_size, sizes_of(weight_in), stride, padding, dilation, groups);
-  require(sizes_of(grad_in) == p.output_size(),
+  require(sizes_of(grad) == p.output_size(),
           "conv2d_input_grad: grad must have the shape of the output");
-  const TransposedShape t = transposed_of(p);
-  const Tensor grad = to_compute_type(grad_in), weight = to_compute_type(weight_in);
-  const Tensor dx = with_scalar_type(grad.scalar_type(), "conv2d_input_grad", [&](auto scalar) {
-    using T = decltype(scalar);
-    if (transposed_groups_serve<T>(t)) return narrow_input_grad<T>(grad, weight, t);
-    if constexpr (std::is_same_v<T, float>)
-      if (strided_winograd_serves<T>(p)) return strided_input_grad(grad, weight, p);
-    const int64_t layout = choose_layout(t, sizeof(T) == sizeof(float), false);
-    const bool pixel = layout == kPixel;
-    const Tensor out = pixel ? new_contiguous(input_size, grad.scalar_type())
-                             : new_channels_last(input_size, grad.scalar_type());
-    set_algorithm(transposed_algorithm(t, layout));
-    const Tensor image = pixel ? as_contiguous(grad) : as_channels_last(grad);
-    if (out.numel() > 0)
-      transposed<T>(data<T>(image), weight, nullptr, layout, mutable_data<T>(out), t, {});
-    return out;
+  const Tensor weight = to_compute_type(weight_in);
+  if (!is_half(type))
+    return with_scalar_type(type, "conv2d_input_grad", [&](auto scalar) {
+      return input_grad_of<decltype(scalar)>(grad, weight, p);
+    });
+  const bool channels_last = StayChannelsLast::holds() || follows_channels_last(grad);
+  const Tensor dx =
+      channels_last ? new_channels_last(input_size, type) : new_contiguous(input_size, type);
+  over_image_parts(p.n, p.oh, part_row_bytes(p), false, kGradPartBytes, [&](const ImagePart& n) {
+    const Tensor part = input_grad_of<float>(widened(grad, n), weight, of_images(p, n.images));
+    round_into(dx, {n.image, n.images, 0, p.h}, part);
   });
-  return to_type(in_format_of(dx, grad_in), type);
+  return dx;
 }
 
 // sums[k][tap][c] of one group to dw[k][c][tap].
@@ -151,29 +178,64 @@ void weight_grad_groups(const Tensor& grad_in, const Tensor& x_in, const ConvSha
   }
 }
 
-Tensor conv2d_weight_grad(const Tensor& grad_in, const Tensor& x_in, const IntList& weight_size,
-                          const IntList& stride, const IntList& padding, const IntList& dilation,
-                          int64_t groups, bool channels_last) {
-  const ScalarType type = grad_in.scalar_type();
-  require(x_in.scalar_type() == type, "conv2d_weight_grad: grad and x must have one dtype");
-  const ConvShape p = conv_shape(sizes_of(x_in), weight_size, stride, padding, dilation, groups);
-  require(sizes_of(grad_in) == p.output_size(),
-          "conv2d_weight_grad: grad must have the shape of the output");
-  const Tensor grad = to_compute_type(grad_in);
+template <class T>
+Tensor weight_grad_of(const Tensor& grad, const Tensor& x, const IntList& weight_size,
+                      const ConvShape& p, bool channels_last) {
   const Tensor dw = channels_last ? new_channels_last(weight_size, grad.scalar_type())
                                   : new_contiguous(weight_size, grad.scalar_type());
-  with_scalar_type(grad.scalar_type(), "conv2d_weight_grad", [&](auto scalar) {
-    using T = decltype(scalar);
-    if (dw.numel() == 0) return;
-    if (has_narrow_weight_grad<T>(p))
-      weight_grad_of_narrow_groups<T>(as_channels_last(grad), to_compute_type(x_in), p, dw);
-    else if (std::is_same_v<T, float> && strided_winograd_serves<T>(p))
-      strided_weight_grad(as_channels_last(grad), to_compute_type(x_in), p, channels_last,
-                          reinterpret_cast<float*>(mutable_data<T>(dw)));
-    else
-      weight_grad_groups<T>(grad, to_compute_type(x_in), p, channels_last, mutable_data<T>(dw));
+  if (dw.numel() == 0) return dw;
+  if (has_narrow_weight_grad<T>(p))
+    weight_grad_of_narrow_groups<T>(as_channels_last(grad), x, p, dw);
+  else if (std::is_same_v<T, float> && strided_winograd_serves<T>(p))
+    strided_weight_grad(as_channels_last(grad), x, p, channels_last,
+                        reinterpret_cast<float*>(mutable_data<T>(dw)));
+  else
+    weight_grad_groups<T>(grad, x, p, channels_last, mutable_data<T>(dw));
+  return dw;
+}
+
+// sum += term, element by element of two dense tensors in one order.
+void add_to(const Tensor& sum, const Tensor& term) {
+  constexpr int64_t run = 16384;
+  const float* from = data<float>(term);
+  float* to = mutable_data<float>(sum);
+  parallel_tasks(ceil_div(sum.numel(), run), [&](int64_t task) {
+    const int64_t end = std::min(sum.numel(), (task + 1) * run);
+    for (int64_t i = task * run; i < end; ++i) to[i] += from[i];
   });
-  return to_type(dw, type);
+}
+
+Tensor weight_grad_of_half(const Tensor& grad, const Tensor& x, const IntList& weight_size,
+                           const ConvShape& p, bool channels_last) {
+  const int64_t weight_bytes = p.k * p.group_c() * p.taps() * int64_t{sizeof(float)};
+  const int64_t most = std::clamp(2 * weight_bytes, kGradPartBytes, 2 * kGradPartBytes);
+  OptTensor sum;
+  over_image_parts(p.n, p.oh, part_row_bytes(p), false, most, [&](const ImagePart& n) {
+    const Tensor part =
+        weight_grad_of<float>(widened(grad, n), widened(x, {n.image, n.images, 0, p.h}),
+                              weight_size, of_images(p, n.images), channels_last);
+    if (sum)
+      add_to(*sum, part);
+    else
+      sum = part;
+  });
+  return to_type(*sum, grad.scalar_type());
+}
+
+Tensor conv2d_weight_grad(const Tensor& grad, const Tensor& x, const IntList& weight_size,
+                          const IntList& stride, const IntList& padding, const IntList& dilation,
+                          int64_t groups, bool channels_last) {
+  const ScalarType type = grad.scalar_type();
+  require(x.scalar_type() == type, "conv2d_weight_grad: grad and x must have one dtype");
+  const ConvShape p = conv_shape(sizes_of(x), weight_size, stride, padding, dilation, groups);
+  require(sizes_of(grad) == p.output_size(),
+          "conv2d_weight_grad: grad must have the shape of the output");
+  if (is_half(type) && p.n > 0) return weight_grad_of_half(grad, x, weight_size, p, channels_last);
+  return with_scalar_type(type, "conv2d_weight_grad", [&](auto scalar) {
+    const Tensor dw = weight_grad_of<decltype(scalar)>(to_compute_type(grad), to_compute_type(x),
+                                                       weight_size, p, channels_last);
+    return to_type(dw, type);
+  });
 }
 
 }  // namespace

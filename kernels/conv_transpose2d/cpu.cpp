@@ -1,7 +1,11 @@
 // conv_transpose2d on the CPU: the transposed convolution and its packed weights. Its gradients are
 // those of conv2d.
+#include <algorithm>
+#include <type_traits>
+
 #include "conv_transpose2d/cpu_transposed.h"
 #include "cpu/epilogue_fold.h"
+#include "cpu/half.h"
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
 
@@ -14,9 +18,9 @@ constexpr const char* kForeign = "conv_transpose2d: packed does not belong to th
 constexpr int64_t kHeader = 16;
 
 template <class T>
-int64_t layout_of(const Tensor& packed, const TransposedShape& p, const Tensor& x) {
+int64_t layout_of(const Tensor& packed, const TransposedShape& p, ScalarType type) {
   require(packed.dim() == 1 && packed.is_contiguous() && packed.numel() > kHeader &&
-              packed.scalar_type() == x.scalar_type(),
+              packed.scalar_type() == type,
           kForeign);
   const T layout = data<T>(packed)[0];
   require(layout >= 0 && layout <= 7 && layout == static_cast<T>(static_cast<int64_t>(layout)),
@@ -56,30 +60,77 @@ Tensor forward(const Tensor& x, const Tensor& weight, const OptTensor& residual,
   return y;
 }
 
-Tensor conv_transpose2d(const Tensor& x_in, const Tensor& weight_in, const OptTensor& bias,
+// The part of a transposed convolution that computes a part of the output, from which input.
+struct TransposedPart {
+  TransposedShape shape;
+  ImagePart input;
+
+  TransposedPart(const TransposedShape& p, const ImagePart& out) : shape(p) {
+    shape.n = out.images;
+    input = {out.image, out.images, 0, p.h};
+    if (out.rows == p.oh) return;
+    // Input row i is added to rows i·stride − top to i·stride − top + reach.
+    const int64_t reach = (p.r - 1) * p.dilation_h, first = out.row + p.top;
+    const int64_t last = first + out.rows - 1;
+    const int64_t least = first > reach ? ceil_div(first - reach, p.stride_h) : 0;
+    input.row = std::min({least, first / p.stride_h, p.h - 1});
+    input.rows = std::max<int64_t>(std::min(p.h, last / p.stride_h + 1) - input.row, 1);
+    shape.top = first - input.row * p.stride_h;
+    shape.h = input.rows, shape.oh = out.rows;
+  }
+};
+
+// Half types, a part of the images at a time (cpu/half.h).
+Tensor transposed_of_half(const Tensor& x, const Tensor& weight, const OptTensor& residual,
+                          const float* packed, int64_t layout, const TransposedShape& p,
+                          const EpilogueTensors& tensors) {
+  const bool channels_last = StayChannelsLast::holds() || follows_channels_last(x);
+  const Tensor y = channels_last ? new_channels_last(p.output_size(), x.scalar_type())
+                                 : new_contiguous(p.output_size(), x.scalar_type());
+  const int64_t in = ceil_div(p.c * p.h * p.w, p.oh), out = p.k * p.ow;
+  const int64_t row_bytes = (in + out) * int64_t{sizeof(float)};
+  OptTensor own;
+  if (!packed && p.n * p.oh * row_bytes > kPartBytes) {  // for all parts
+    own = new_contiguous({transposed_packed_size<float>(p, layout)}, ScalarType::Float);
+    pack_transposed<float>(weight, p, layout, mutable_data<float>(*own));
+    packed = data<float>(*own);
+  }
+  over_image_parts(p.n, p.oh, row_bytes, layout != kPixel, kPartBytes, [&](const ImagePart& rows) {
+    const TransposedPart part(p, rows);
+    const Tensor image = widened(x, part.input);
+    const Tensor of_part =
+        forward<float>(image, weight, widened(residual, rows), packed, layout, part.shape, tensors);
+    round_into(y, rows, of_part);
+  });
+  return y;
+}
+
+Tensor conv_transpose2d(const Tensor& x, const Tensor& weight_in, const OptTensor& bias,
                         const OptTensor& scale, const OptTensor& shift, const OptTensor& residual,
                         const OptTensor& packed, const IntList& stride, const IntList& padding,
                         const IntList& output_padding, const IntList& dilation, int64_t groups,
                         int64_t activation, double alpha) {
-  const ScalarType type = x_in.scalar_type();
+  const ScalarType type = x.scalar_type();
   require(weight_in.scalar_type() == type, "conv_transpose2d: x and weight must have one dtype");
-  const TransposedShape p = transposed_shape(sizes_of(x_in), sizes_of(weight_in), stride, padding,
+  const TransposedShape p = transposed_shape(sizes_of(x), sizes_of(weight_in), stride, padding,
                                              output_padding, dilation, groups);
   if (residual)
     require(sizes_of(*residual) == p.output_size() && residual->scalar_type() == type,
             "conv_transpose2d: residual must have the shape and dtype of the output");
   check_epilogue({bias, scale, shift, residual, activation, alpha}, p.k, type);
-  const Tensor x = to_compute_type(x_in), weight = to_compute_type(weight_in);
+  const Tensor weight = packed ? weight_in : to_compute_type(weight_in);
   const OptTensor b = to_compute_type(bias), sc = to_compute_type(scale),
-                  sh = to_compute_type(shift), res = to_compute_type(residual);
-  const Tensor y = with_scalar_type(x.scalar_type(), "conv_transpose2d", [&](auto scalar) {
+                  sh = to_compute_type(shift);
+  return with_scalar_type(type, "conv_transpose2d", [&](auto scalar) {
     using T = decltype(scalar);
-    const int64_t layout =
-        packed ? layout_of<T>(*packed, p, x) : choose_layout(p, sizeof(T) == sizeof(float), false);
+    const int64_t layout = packed ? layout_of<T>(*packed, p, compute_type(type))
+                                  : choose_layout(p, sizeof(T) == sizeof(float), false);
     const T* from = packed ? data<T>(*packed) + kHeader : nullptr;
-    return forward<T>(x, weight, res, from, layout, p, {b, sc, sh, res, activation, alpha});
+    const EpilogueTensors tensors{b, sc, sh, residual, activation, alpha};
+    if constexpr (std::is_same_v<T, float>)
+      if (is_half(type)) return transposed_of_half(x, weight, residual, from, layout, p, tensors);
+    return in_format_of(forward<T>(x, weight, residual, from, layout, p, tensors), x);
   });
-  return to_type(in_format_of(y, x_in), type);
 }
 
 // Packing asks for nothing but the weight's sizes and the steps.

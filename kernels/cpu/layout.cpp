@@ -10,6 +10,8 @@
 namespace nnarch {
 namespace {
 
+using torch::headeronly::MemoryFormat;
+
 // dst[h][w][c] = src, in tasks of image rows or, where the image is dense, of pixel ranges.
 template <class T>
 void pack_channels_last(const Tensor& t, T* dst) {
@@ -64,10 +66,16 @@ void copy_strided(const T* src, const int64_t* strides, T*& dst, const IntList& 
 
 thread_local int stay_channels_last = 0;
 
+// Half types are moved by torch: they come here as views only that are dense in neither order.
+Tensor half_in(MemoryFormat format, const Tensor& t) {
+  return torch::stable::contiguous(t, format);
+}
+
 }  // namespace
 
 Tensor as_channels_last(const Tensor& t) {
   if (is_channels_last(t)) return t;
+  if (is_half(t.scalar_type())) return half_in(MemoryFormat::ChannelsLast, t);
   Tensor result = new_channels_last(sizes_of(t), t.scalar_type());
   if (t.numel() == 0) return result;
   with_scalar_type(t.scalar_type(), "as_channels_last", [&](auto scalar) {
@@ -79,6 +87,7 @@ Tensor as_channels_last(const Tensor& t) {
 
 Tensor as_contiguous(const Tensor& t) {
   if (t.is_contiguous()) return t;
+  if (is_half(t.scalar_type())) return half_in(MemoryFormat::Contiguous, t);
   const IntList sizes = sizes_of(t);
   Tensor result = new_contiguous(sizes, t.scalar_type());
   if (t.numel() == 0) return result;

@@ -51,6 +51,8 @@ inline bool is_half(ScalarType type) {
   return type == ScalarType::Half || type == ScalarType::BFloat16;
 }
 
+inline ScalarType compute_type(ScalarType type) { return is_half(type) ? ScalarType::Float : type; }
+
 // Calls f with a float or a double (its value means nothing); half types compute as float.
 template <class F>
 auto with_scalar_type(ScalarType type, const char* op, const F& f) {
@@ -113,17 +115,14 @@ inline Tensor new_channels_last(const IntList& sizes, ScalarType type) {
   return new_strided(sizes, channels_last_strides(sizes), type);
 }
 
-// `t` in the type that kernels compute in: half types become float, others stay.
-inline Tensor to_compute_type(const Tensor& t) {
-  return is_half(t.scalar_type()) ? torch::stable::to(t, ScalarType::Float) : t;
-}
+// `t` in the type that kernels compute in: half types become float, others stay. A float copy of a
+// whole tensor: for small ones, and where cpu/half.h's blocks do not serve yet. (half.cpp)
+Tensor to_compute_type(const Tensor& t);
 inline OptTensor to_compute_type(const OptTensor& t) {
   return t ? OptTensor(to_compute_type(*t)) : t;
 }
 // Back to the type of the caller's input.
-inline Tensor to_type(const Tensor& t, ScalarType type) {
-  return t.scalar_type() == type ? t : torch::stable::to(t, type);
-}
+Tensor to_type(const Tensor& t, ScalarType type);
 
 // Copies of any strides into the two dense orders; a tensor that already has the order is returned
 // as it is. (layout.cpp)

@@ -4,8 +4,11 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/gemm.h"
+#include "cpu/half.h"
+#include "cpu/pack_half.h"
 #include "cpu/pack_weight.h"
 #include "cpu/parallel.h"
 #include "cross_entropy/cpu_loss.h"
@@ -14,18 +17,36 @@ namespace nnarch {
 
 template <class T>
 struct LinearLogits {
-  const T* x;  // [samples][depth], rows x_step apart
-  int64_t x_step, samples, depth;
-  const T* w;  // [classes][depth], rows w_step apart
+  Stored x;  // [samples][depth], rows x_step apart, from element x_first on
+  int64_t x_first, x_step, samples, depth;
+  Stored w;  // [classes][depth], rows w_step apart
   int64_t w_step, classes;
   const T* bias;  // [classes] or null
 
   LinearLogits rows(int64_t first, int64_t count) const {
     LinearLogits part = *this;
-    part.x += first * x_step, part.samples = count;
+    part.x_first += first * x_step, part.samples = count;
     return part;
   }
 };
+
+// Samples packed for a product: the product's columns, or, `turned`, its depth.
+template <class T>
+void pack_samples(const LinearLogits<T>& p, bool turned, T* packed) {
+  const int64_t columns = turned ? p.depth : p.samples, depth = turned ? p.samples : p.depth;
+  const int64_t column_step = turned ? 1 : p.x_step, depth_step = turned ? p.x_step : 1;
+  if constexpr (std::is_same_v<T, float>)
+    if (p.x.half) {
+      const HalfMatrix samples{p.x, p.x_first, column_step, depth_step, depth};
+      const int64_t nr = gemm<float>().nr;
+      return parallel_tasks(ceil_div(columns, nr), [&](int64_t j) {
+        pack_half_columns(samples, j * nr, std::min(nr, columns - j * nr), packed + j * nr * depth);
+      });
+    }
+  pack_weight(
+      WeightView<T>{p.x.template at<T>(p.x_first), columns, depth, column_step, depth_step, {0}},
+      packed);
+}
 
 // How the classes are cut: tiles whose logits and weights stay in L2; groups of tiles are tasks,
 // each with sums of its own, which are joined in the order of the groups. By the shape alone.
@@ -61,27 +82,34 @@ class LogitTiles {
   explicit LogitTiles(const LinearLogits<T>& p)
       : p_(p),
         few_(p.samples <= kFew && p.depth > 0),
-        packed_(few_ ? 0 : packed_size<T>(p.samples, 1, p.depth)) {
-    if (!few_) pack_weight(WeightView<T>{p.x, p.samples, p.depth, p.x_step, 1, {0}}, packed_.get());
+        pairs_(!few_ && p.w.half && p.w.half == &half_table(ScalarType::BFloat16) && pairs()),
+        few_x_(p.x, {p.x_first, p.depth, few_ ? p.samples : 0, p.x_step}),
+        packed_(few_     ? 0
+                : pairs_ ? pairs_packed_size(p.samples, p.depth) / 2  // a pair is a float long
+                         : packed_size<T>(p.samples, 1, p.depth)) {
+    if (pairs_)
+      pack_sample_pairs();
+    else if (!few_)
+      pack_samples(p, false, packed_.get());
   }
 
   // z[class][sample] for classes [first, first + classes); calls seen(z, first sample, samples) for
   // blocks of samples while they are hot.
   template <class F>
   void compute(int64_t first, int64_t classes, T* z, int64_t step, const F& seen) const {
-    const T* w = p_.w + first * p_.w_step;
-    const bool clash = !few_ && p_.w_step * int64_t{sizeof(T)} % 4096 == 0;
-    const int64_t w_step = clash ? padded_step<T>(p_.depth) : p_.w_step;
-    Scratch<T> copy(clash ? classes * w_step : 0);
-    if (clash) {
-      for (int64_t c = 0; c < classes; ++c)
-        std::memcpy(copy.get() + c * w_step, w + c * p_.w_step, p_.depth * sizeof(T));
-      w = copy.get();
-    }
+    const bool copied =
+        !few_ && !pairs_ && (p_.w.half || p_.w_step * int64_t{sizeof(T)} % 4096 == 0);
+    const int64_t w_step = copied ? padded_step<T>(p_.depth) : p_.w_step;
+    Scratch<T> copy(copied ? classes * w_step : 0);
+    if (copied) copy_rows(first, classes, copy.get(), w_step);
+    const T* w = copied ? copy.get() : p_.w.half ? nullptr : p_.w.template at<T>(first * p_.w_step);
+    const PairRowsApart rows(p_.w, first * p_.w_step, pairs_ ? classes : 0, p_.w_step, p_.depth);
     for (int64_t n = 0; n < p_.samples; n += kColumns) {
       const int64_t columns = std::min(kColumns, p_.samples - n);
       if (few_)
-        multiply_few(w, classes, z, step);
+        multiply_few(first, classes, z, step);
+      else if (pairs_)
+        multiply_pairs(rows, classes, n, columns, z + n, step);
       else
         multiply(w, w_step, classes, n, columns, z + n, step);
       if (p_.bias) softmax<T>().add_bias(z + n, step, classes, columns, p_.bias + first);
@@ -90,6 +118,18 @@ class LogitTiles {
   }
 
  private:
+  // Rows of the weight, at a distance that suits the L1 cache.
+  void copy_rows(int64_t first, int64_t classes, T* to, int64_t step) const {
+    for (int64_t c = 0; c < classes; ++c, to += step) {
+      const int64_t at = (first + c) * p_.w_step;
+      if constexpr (std::is_same_v<T, float>)
+        if (p_.w.half) {
+          p_.w.half->widen(p_.w.bits() + at, to, p_.depth);
+          continue;
+        }
+      std::memcpy(to, p_.w.template at<T>(at), p_.depth * sizeof(T));
+    }
+  }
   void multiply(const T* w, int64_t w_step, int64_t classes, int64_t n, int64_t columns, T* z,
                 int64_t step) const {
     const Strip<T> rows{w, 0, classes};
@@ -102,16 +142,46 @@ class LogitTiles {
                    .a_step = w_step,
                    .c_step = step});
   }
-  void multiply_few(const T* w, int64_t classes, T* z, int64_t step) const {
+  // bfloat16 as it lies (cpu/pairs.h).
+  void pack_sample_pairs() {
+    const HalfMatrix view{p_.x, p_.x_first, p_.x_step, 1, p_.depth};
+    const int64_t nr = pairs()->nr;
+    parallel_tasks(ceil_div(p_.samples, nr), [&](int64_t j) {
+      pack_pairs(view, j * nr, std::min(nr, p_.samples - j * nr),
+                 packed_bits() + j * nr * round_up(p_.depth, 2));
+    });
+  }
+  uint16_t* packed_bits() const { return reinterpret_cast<uint16_t*>(packed_.get()); }
+  void multiply_pairs(const PairRowsApart& rows, int64_t classes, int64_t n, int64_t columns, T* z,
+                      int64_t step) const {
+    if constexpr (std::is_same_v<T, float>)
+      pairs()->run({.a = rows.get(),
+                    .a_step = rows.step(),
+                    .b = packed_bits() + n * round_up(p_.depth, 2),
+                    .depth = p_.depth,
+                    .m = classes,
+                    .n = columns,
+                    .c = z,
+                    .c_step = step});
+  }
+  void multiply_few(int64_t first, int64_t classes, T* z, int64_t step) const {
     Scratch<T> rows(p_.samples * classes);
-    gemm<T>().few_rows(p_.x, p_.x_step, p_.samples, w, p_.w_step, p_.depth, classes, rows.get(),
-                       classes, {});
+    const int64_t at = first * p_.w_step;
+    if (p_.w.half) {
+      if constexpr (std::is_same_v<T, float>)
+        p_.w.half->few_rows(few_x_.get(), few_x_.step(), p_.samples, p_.w.bits() + at, p_.w_step,
+                            p_.depth, classes, rows.get(), classes, {});
+    } else {
+      gemm<T>().few_rows(few_x_.get(), few_x_.step(), p_.samples, p_.w.template at<T>(at),
+                         p_.w_step, p_.depth, classes, rows.get(), classes, {});
+    }
     for (int64_t c = 0; c < classes; ++c)
       for (int64_t i = 0; i < p_.samples; ++i) z[c * step + i] = rows[i * classes + c];
   }
 
   LinearLogits<T> p_;
-  bool few_;
+  bool few_, pairs_;
+  Reading<T> few_x_;
   Scratch<T> packed_;
 };
 

@@ -43,7 +43,7 @@ class TileGradients {
         parts_memory_(new_contiguous(
             {to.dx && tiles.groups > 1 ? tiles.groups * p.samples * p.depth : 0}, type)),
         parts_(mutable_data<T>(parts_memory_)) {
-    if (to.dw) pack_weight(WeightView<T>{p.x, p.depth, p.samples, 1, p.x_step, {0}}, rows_.get());
+    if (to.dw) pack_samples(p, true, rows_.get());
   }
 
   // z is a tile of logits in scratch memory.
@@ -96,7 +96,10 @@ class TileGradients {
     Scratch<T> turned(p_.samples * turned_step);
     transpose_fn<T>()(g, step, turned.get(), turned_step, classes, p_.samples);
     Scratch<T> panels(packed_size<T>(p_.depth, 1, classes));
-    pack_rows_in_order(p_.w + first * p_.w_step, p_.w_step, classes, p_.depth, panels.get());
+    {
+      const Reading<T> rows(p_.w, {first * p_.w_step, p_.depth, classes, p_.w_step});
+      pack_rows_in_order(rows.get(), rows.step(), classes, p_.depth, panels.get());
+    }
     const Strip<T> rows{turned.get(), 0, p_.samples};
     const bool starts = first == tiles_.tiles * group / tiles_.groups * ClassTiles::kTile;
     T* to = tiles_.groups > 1 ? parts_ + group * p_.samples * p_.depth : to_.dx;

@@ -24,12 +24,19 @@ struct LinearArguments {
   LinearArguments(const char* op, const Tensor& x_in, const Tensor& weight_in,
                   const OptTensor& bias_in, const Tensor& target_in,
                   const OptTensor& class_weight_in, const LossOptions& o)
-      : x(dense_rows(to_compute_type(x_in))),
-        weight(dense_rows(to_compute_type(weight_in))),
+      : x(dense_rows(x_in)),
+        weight(dense_rows(weight_in)),
         bias(dense(bias_in)),
         class_weight(dense(class_weight_in)),
-        logits{data<T>(x),      x.stride(0),      x.size(0),      x.size(1),
-               data<T>(weight), weight.stride(0), weight.size(0), bias ? data<T>(*bias) : nullptr},
+        logits{Stored(x),
+               0,
+               x.stride(0),
+               x.size(0),
+               x.size(1),
+               Stored(weight),
+               weight.stride(0),
+               weight.size(0),
+               bias ? data<T>(*bias) : nullptr},
         options(o),
         indices(target_in),
         target(indices.get()),
@@ -107,7 +114,8 @@ void forward_and_gradients(const LinearArguments<T>& args, T* loss, double* lse,
   const LinearLogits<T>& all = args.logits;
   const ClassTiles tiles(all.classes);
   const int64_t chunk = chunk_of(all), step = padded_step<T>(chunk);
-  const Tensor memory = new_contiguous({checked_product(all.classes, step)}, args.x.scalar_type());
+  const Tensor memory =
+      new_contiguous({checked_product(all.classes, step)}, compute_type(args.x.scalar_type()));
   T* z = mutable_data<T>(memory);
   Scratch<T> slope_memory(SlopeRows<T>::kArrays * chunk);
   const SlopeRows<T> slopes(slope_memory.get(), chunk);
@@ -127,7 +135,7 @@ void forward_and_gradients(const LinearArguments<T>& args, T* loss, double* lse,
     }
     LinearGradients<T> part = to;
     if (to.dx) part.dx += first * all.depth;
-    const TileGradients<T> gradients(p, tiles, part, first > 0, args.x.scalar_type());
+    const TileGradients<T> gradients(p, tiles, part, first > 0, compute_type(args.x.scalar_type()));
     parallel_tasks(tiles.groups, [&](int64_t group) {
       tiles.each(group, [&](int64_t c, int64_t classes) {
         gradients.add(group, c, classes, z + c * step, step, slopes, args.factors, target);
@@ -161,7 +169,7 @@ void backward(const LinearArguments<T>& args, const T* grad, bool each, const do
     LinearGradients<T> part = to;
     if (to.dx) part.dx += first * all.depth;
     const LogitTiles<T> logits(p);
-    const TileGradients<T> gradients(p, tiles, part, first > 0, args.x.scalar_type());
+    const TileGradients<T> gradients(p, tiles, part, first > 0, compute_type(args.x.scalar_type()));
     parallel_tasks(tiles.groups, [&](int64_t group) {
       Scratch<T> z(ClassTiles::kTile * step);
       tiles.each(group, [&](int64_t c, int64_t classes) {
@@ -213,7 +221,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
   require(wanted == 0 || options.reduction != Reduction::none,
           "linear_cross_entropy: gradients of unreduced losses are backward's");
   const ScalarType type = x.scalar_type();
-  const ScalarType compute = is_half(type) ? ScalarType::Float : type;
+  const ScalarType compute = compute_type(type);
   const int64_t n = x.size(0);
   return with_scalar_type(type, op, [&](auto scalar) {
     using T = decltype(scalar);
@@ -240,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_cross_entropy_backward(
   const LossOptions options =
       loss_options(op, ignore_index, smoothing, z_loss, reduction, weight.size(0));
   const ScalarType type = x.scalar_type();
-  const ScalarType compute = is_half(type) ? ScalarType::Float : type;
+  const ScalarType compute = compute_type(type);
   const int64_t n = x.size(0);
   const bool each = options.reduction == Reduction::none;
   require(grad.scalar_type() == compute && lse.scalar_type() == ScalarType::Double &&

@@ -2,7 +2,9 @@
 #include <numeric>
 #include <tuple>
 
+#include "conv2d/cpu_parts.h"
 #include "cpu/epilogue_fold.h"
+#include "cpu/half.h"
 #include "cpu/registry.h"
 #include "depthwise/cpu_input_grad.h"
 #include "depthwise/cpu_run.h"
@@ -59,42 +61,71 @@ Tensor depthwise_conv2d_pack(const Tensor& weight_in) {
   });
 }
 
-Tensor depthwise_conv2d(const Tensor& x_in, const Tensor& weight_in, const OptTensor& bias,
+// What a convolution is given beside x and the residual, in the type that is computed in.
+struct DepthwiseArguments {
+  OptTensor bias, scale, shift;
+  int64_t activation;
+  double alpha;
+};
+
+// In the memory format of x.
+template <class T>
+Tensor depthwise_of(const Tensor& x, const OptTensor& residual, const T* packed,
+                    const DepthwiseArguments& a, const ConvShape& p) {
+  const bool channels_last = follows_channels_last(x);
+  const Tensor y = channels_last ? new_channels_last(p.output_size(), x.scalar_type())
+                                 : new_contiguous(p.output_size(), x.scalar_type());
+  OptTensor res = residual;
+  if (res) res = channels_last ? as_channels_last(*res) : as_contiguous(*res);
+  const FoldedEpilogue<T> epilogue({a.bias, a.scale, a.shift, res, a.activation, a.alpha}, p.k);
+  forward<T>(x, packed, y, p, Layout::of(p.output_size(), channels_last), epilogue.get());
+  return y;
+}
+
+// Half types, a part of the images at a time (cpu/half.h).
+Tensor depthwise_of_half(const Tensor& x, const OptTensor& residual, const float* packed,
+                         const DepthwiseArguments& a, const ConvShape& p) {
+  const Tensor y = follows_channels_last(x) ? new_channels_last(p.output_size(), x.scalar_type())
+                                            : new_contiguous(p.output_size(), x.scalar_type());
+  over_image_parts(p.n, p.oh, part_row_bytes(p), may_cut_rows(p), kMemoryPartBytes,
+                   [&](const ImagePart& out) {
+                     const ConvPart part(p, out);
+                     round_into(y, out,
+                                depthwise_of<float>(widened(x, part.input), widened(residual, out),
+                                                    packed, a, part.shape));
+                   });
+  return y;
+}
+
+Tensor depthwise_conv2d(const Tensor& x, const Tensor& weight, const OptTensor& bias,
                         const OptTensor& scale, const OptTensor& shift, const OptTensor& residual,
                         const OptTensor& packed, const IntList& stride, const IntList& padding,
                         const IntList& dilation, int64_t activation, double alpha) {
-  const ScalarType type = x_in.scalar_type();
-  const ConvShape p =
-      depthwise_shape(sizes_of(x_in), sizes_of(weight_in), stride, padding, dilation);
-  require(weight_in.scalar_type() == type, "depthwise_conv2d: x and weight must have one dtype");
+  const ScalarType type = x.scalar_type();
+  const ConvShape p = depthwise_shape(sizes_of(x), sizes_of(weight), stride, padding, dilation);
+  require(weight.scalar_type() == type, "depthwise_conv2d: x and weight must have one dtype");
   if (residual)
     require(sizes_of(*residual) == p.output_size() && residual->scalar_type() == type,
             "depthwise_conv2d: residual must have the shape and dtype of the output");
   check_epilogue({bias, scale, shift, residual, activation, alpha}, p.k, type);
   set_algorithm(algorithm(p));
 
-  const Tensor x = to_compute_type(x_in), weight = to_compute_type(weight_in);
-  const OptTensor b = to_compute_type(bias), sc = to_compute_type(scale),
-                  sh = to_compute_type(shift);
-  const bool channels_last = follows_channels_last(x_in);
-  const Tensor y = channels_last ? new_channels_last(p.output_size(), x.scalar_type())
-                                 : new_contiguous(p.output_size(), x.scalar_type());
-  OptTensor res = to_compute_type(residual);
-  if (res) res = channels_last ? as_channels_last(*res) : as_contiguous(*res);
-  with_scalar_type(x.scalar_type(), "depthwise_conv2d", [&](auto scalar) {
+  const DepthwiseArguments a{to_compute_type(bias), to_compute_type(scale), to_compute_type(shift),
+                             activation, alpha};
+  return with_scalar_type(type, "depthwise_conv2d", [&](auto scalar) {
     using T = decltype(scalar);
     const int64_t size = packed_depthwise_size(p.k, p.taps());
     if (packed)
       require(packed->numel() == size && packed->is_contiguous() &&
-                  packed->scalar_type() == x.scalar_type(),
+                  packed->scalar_type() == compute_type(type),
               "depthwise_conv2d: packed does not belong to this weight");
     const Scratch<T> own(packed ? 0 : size);
-    if (!packed) pack_depthwise<T>(weight, TapList::whole(p.r, p.s), own.get());
-    const FoldedEpilogue<T> epilogue({b, sc, sh, res, activation, alpha}, p.k);
-    forward<T>(x, packed ? data<T>(*packed) : own.get(), y, p,
-               Layout::of(p.output_size(), channels_last), epilogue.get());
+    if (!packed) pack_depthwise<T>(to_compute_type(weight), TapList::whole(p.r, p.s), own.get());
+    const T* taps = packed ? data<T>(*packed) : own.get();
+    if constexpr (std::is_same_v<T, float>)
+      if (is_half(type)) return depthwise_of_half(x, residual, taps, a, p);
+    return depthwise_of<T>(x, residual, taps, a, p);
   });
-  return to_type(y, type);
 }
 
 // The checks of all gradients.

@@ -1,6 +1,10 @@
 // Depthwise-separable convolutions and inverted residuals on the CPU: checks, and the choice
 // between one fused kernel and a kernel a stage.
+#include <optional>
+
+#include "conv2d/cpu_parts.h"
 #include "cpu/epilogue_fold.h"
+#include "cpu/half.h"
 #include "cpu/pack_weight.h"
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
@@ -36,6 +40,7 @@ template <class T>
 const T* given(const StageTensors& stage, int64_t size) {
   if (!stage.packed) return nullptr;
   const Tensor& packed = *stage.packed;
+  if (packed.scalar_type() == ScalarType::BFloat16) return nullptr;  // in pairs (cpu/pairs.h)
   if (packed.numel() != size || !packed.is_contiguous() ||
       packed.scalar_type() != stage.weight.scalar_type())
     throw std::runtime_error(std::string(stage.op) + ": packed does not belong to its weight");
@@ -132,13 +137,12 @@ FoldedEpilogue<T> fold(const StageTensors& stage, const OptTensor& residual, int
 }
 
 // `expand` may be null.
-Tensor separable(const Tensor& x_in, const StageTensors* expand_in,
-                 const StageTensors& depthwise_in, const StageTensors& project_in,
-                 const OptTensor& residual, const IntList& stride, const IntList& padding,
-                 const IntList& dilation) {
-  const ScalarType type = x_in.scalar_type();
-  require(x_in.dim() == 4, "x must be 4-D");
-  IntList wide = sizes_of(x_in);
+Tensor separable(const Tensor& x, const StageTensors* expand_in, const StageTensors& depthwise_in,
+                 const StageTensors& project_in, const OptTensor& residual, const IntList& stride,
+                 const IntList& padding, const IntList& dilation) {
+  const ScalarType type = x.scalar_type();
+  require(x.dim() == 4, "x must be 4-D");
+  IntList wide = sizes_of(x);
   if (expand_in) {
     check_pointwise(expand_in->weight, wide[1]);
     wide[1] = expand_in->weight.size(0);
@@ -155,35 +159,50 @@ Tensor separable(const Tensor& x_in, const StageTensors* expand_in,
     require(sizes_of(*residual) == size && residual->scalar_type() == type,
             "residual must have the shape and dtype of the output");
 
-  const Tensor x = as_channels_last(to_compute_type(x_in));
-  const OptTensor res =
-      residual ? OptTensor(as_channels_last(to_compute_type(*residual))) : std::nullopt;
-  const Tensor y = new_channels_last(size, x.scalar_type());
-  if (p.n > 0)
-    with_scalar_type(x.scalar_type(), "depthwise_separable_conv2d", [&](auto scalar) {
-      using T = decltype(scalar);
-      const StageTensors depthwise = depthwise_in.computed(), project = project_in.computed();
-      const StageTensors expand = expand_in ? expand_in->computed() : StageTensors(project);
-      const int64_t in = expand_in ? x_in.size(1) : 0;
+  const StageTensors depthwise = depthwise_in.computed(), project = project_in.computed();
+  const StageTensors expand = expand_in ? expand_in->computed() : StageTensors(project);
+  const int64_t in = expand_in ? x.size(1) : 0;
+  return with_scalar_type(type, "depthwise_separable_conv2d", [&](auto scalar) {
+    using T = decltype(scalar);
+    const Depthwise<T> depthwise_weight(depthwise, p);
+    const Pointwise<T> project_weight(project, out, p.k);
+    std::optional<Pointwise<T>> expand_weight;
+    if (expand_in) expand_weight.emplace(expand, p.c, in);
+    // Of a part of the images, in the memory format of x.
+    const auto run = [&](const Tensor& x_part, const OptTensor& added, const ConvShape& shape) {
+      const Tensor image = as_channels_last(x_part);
+      const OptTensor res = added ? OptTensor(as_channels_last(*added)) : std::nullopt;
+      const Tensor y = new_channels_last({shape.n, out, shape.oh, shape.ow}, x_part.scalar_type());
+      if (shape.n == 0) return in_format_of(y, x_part);
       const FoldedEpilogue<T> after_depthwise = fold<T>(depthwise, std::nullopt, p.k),
                               after_project = fold<T>(project, res, out);
-      const Depthwise<T> depthwise_weight(depthwise, p);
-      const Pointwise<T> project_weight(project, out, p.k);
-      SeparableConv<T> s{.p = p,
+      SeparableConv<T> s{.p = shape,
                          .in = in,
                          .out = out,
-                         .x = data<T>(x),
+                         .x = data<T>(image),
                          .y = mutable_data<T>(y),
                          .expand = {},
                          .depthwise = {depthwise_weight.get(), after_depthwise.get()},
                          .project = {project_weight.get(), after_project.get()}};
-      if (!expand_in) return run_separable(s, x.scalar_type());
+      if (!expand_in) {
+        run_separable(s, y.scalar_type());
+        return in_format_of(y, x_part);
+      }
       const FoldedEpilogue<T> after_expand = fold<T>(expand, std::nullopt, p.c);
-      const Pointwise<T> expand_weight(expand, p.c, in);
-      s.expand = {expand_weight.get(), after_expand.get()};
-      run_separable(s, x.scalar_type());
-    });
-  return to_type(in_format_of(y, x_in), type);
+      s.expand = {expand_weight->get(), after_expand.get()};
+      run_separable(s, y.scalar_type());
+      return in_format_of(y, x_part);
+    };
+    if (!is_half(type)) return run(x, residual, p);
+    const bool channels_last = StayChannelsLast::holds() || follows_channels_last(x);
+    const Tensor y = channels_last ? new_channels_last(size, type) : new_contiguous(size, type);
+    over_image_parts(
+        p.n, p.oh, part_row_bytes(p), may_cut_rows(p), kPartBytes, [&](const ImagePart& rows) {
+          const ConvPart part(p, rows);
+          round_into(y, rows, run(widened(x, part.input), widened(residual, rows), part.shape));
+        });
+    return y;
+  });
 }
 
 Tensor depthwise_separable_conv2d(const Tensor& x, const Tensor& depthwise_weight,

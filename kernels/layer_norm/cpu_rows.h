@@ -21,8 +21,6 @@ auto with_stored_type(ScalarType type, const char* op, const F& f) {
   throw std::runtime_error(std::string(op) + ": dtype must be floating point");
 }
 
-inline ScalarType compute_type(ScalarType type) { return is_half(type) ? ScalarType::Float : type; }
-
 // How many rows a tensor has; none where a row has no columns.
 inline int64_t rows_of(const Tensor& x, int64_t columns) {
   require(columns >= 0, "columns must not be negative");

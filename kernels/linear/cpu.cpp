@@ -1,11 +1,13 @@
 // linear on the CPU: y = act((x·wᵀ + bias)·scale + shift + residual).
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/epilogue_fold.h"
 #include "cpu/gather_gemm.h"
 #include "cpu/pack_weight.h"
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
+#include "linear/cpu_half.h"
 #include "linear/cpu_rows.h"
 
 namespace nnarch {
@@ -65,17 +67,48 @@ void pack_and_multiply(const Rows& x, const Tensor& w, T* y, const Epilogue<T>& 
   });
 }
 
-Tensor linear_pack(const Tensor& weight_in) {
-  const Tensor weight = to_compute_type(weight_in);
+// A half-type weight, packed in parallel panels as `pack(view, column, columns, to)` does.
+template <class E, class F>
+Tensor half_packed(const Tensor& weight, int64_t size, int64_t panel, int64_t nr, ScalarType type,
+                   const F& pack) {
+  const Tensor packed = new_contiguous({size}, type);
+  E* to = mutable_data<E>(packed);
+  const Tensor dense = dense_weight(weight);
+  const HalfMatrix view = half_view(dense);
+  const int64_t n = weight.size(0);
+  parallel_tasks(ceil_div(n, nr),
+                 [&](int64_t p) { pack(view, p * nr, std::min(nr, n - p * nr), to + p * panel); });
+  return packed;
+}
+
+Tensor linear_pack(const Tensor& weight) {
   require(weight.dim() == 2, "linear_pack: weight must be 2-D");
-  return with_scalar_type(weight.scalar_type(), "linear_pack", [&](auto scalar) {
+  const ScalarType type = weight.scalar_type();
+  const int64_t n = weight.size(0), depth = weight.size(1);
+  if (takes_pairs(type))
+    return half_packed<uint16_t>(weight, pairs_packed_size(n, depth),
+                                 pairs()->nr * round_up(depth, 2), pairs()->nr, type, pack_pairs);
+  return with_scalar_type(type, "linear_pack", [&](auto scalar) {
     using T = decltype(scalar);
-    const WeightView<T> view = weight_view<T>(weight);
-    Tensor packed =
-        new_contiguous({packed_size<T>(view.columns, 1, view.depth)}, weight.scalar_type());
-    pack_weight(view, mutable_data<T>(packed));
+    const int64_t size = packed_size<T>(n, 1, depth), nr = gemm<T>().nr;
+    if constexpr (std::is_same_v<T, float>)
+      if (is_half(type))
+        return half_packed<float>(weight, size, nr * depth, nr, ScalarType::Float,
+                                  pack_half_columns);
+    const Tensor packed = new_contiguous({size}, type);
+    pack_weight(weight_view<T>(weight), mutable_data<T>(packed));
     return packed;
   });
+}
+
+constexpr const char* kForeign = "linear: packed does not belong to this weight";
+
+template <class T>
+void require_packed(const Tensor& packed, int64_t n, int64_t depth) {
+  constexpr auto type = std::is_same_v<T, float> ? ScalarType::Float : ScalarType::Double;
+  require(packed.numel() == packed_size<T>(n, 1, depth) && packed.is_contiguous() &&
+              packed.scalar_type() == type,
+          kForeign);
 }
 
 template <class T>
@@ -86,41 +119,61 @@ void run_linear(const Rows& x, const Tensor& weight, const OptTensor& packed, T*
   if (x.m <= kFewRows && weight.stride(1) == 1 && x.depth > 0)
     return few_rows<T>(x, weight, y, epilogue);
   if (packed) {
-    require(packed->numel() == packed_size<T>(n, 1, x.depth) && packed->is_contiguous() &&
-                packed->scalar_type() == weight.scalar_type(),
-            "linear: packed does not belong to this weight");
+    require_packed<T>(*packed, n, x.depth);
     return packed_gemm<T>(x, data<T>(*packed), n, y, epilogue);
   }
   if (x.m > kManyRows) return packed_gemm<T>(x, data<T>(linear_pack(weight)), n, y, epilogue);
   pack_and_multiply<T>(x, weight, y, epilogue);
 }
 
-Tensor linear(const Tensor& x_in, const Tensor& weight_in, const OptTensor& bias,
+void run_half_linear(const HalfProduct& p, const Tensor& weight, const OptTensor& packed) {
+  if (p.m == 0 || p.n == 0) return;
+  if (p.m <= kFewRows && weight.stride(1) == 1 && p.depth > 0) return few_half_rows(p, weight);
+  if (takes_pairs(weight.scalar_type())) {
+    if (!packed) return pack_and_multiply_pairs(p, dense_weight(weight));
+    require(packed->numel() == pairs_packed_size(p.n, p.depth) && packed->is_contiguous() &&
+                packed->scalar_type() == weight.scalar_type(),
+            kForeign);
+    return packed_pairs(p, data<uint16_t>(*packed));
+  }
+  if (packed) {
+    require_packed<float>(*packed, p.n, p.depth);
+    return packed_half_gemm(p, data<float>(*packed));
+  }
+  pack_and_multiply_half(p, dense_weight(weight));
+}
+
+Tensor linear(const Tensor& x_in, const Tensor& weight, const OptTensor& bias,
               const OptTensor& scale, const OptTensor& shift, const OptTensor& residual,
               const OptTensor& packed, int64_t activation, double alpha) {
   const ScalarType type = x_in.scalar_type();
-  require(x_in.dim() >= 1 && weight_in.dim() == 2, "linear: x must have a dimension, weight two");
-  require(weight_in.scalar_type() == type, "linear: x and weight must have one dtype");
-  require(x_in.size(x_in.dim() - 1) == weight_in.size(1), "linear: sizes do not match");
+  require(x_in.dim() >= 1 && weight.dim() == 2, "linear: x must have a dimension, weight two");
+  require(weight.scalar_type() == type, "linear: x and weight must have one dtype");
+  require(x_in.size(x_in.dim() - 1) == weight.size(1), "linear: sizes do not match");
   IntList out = sizes_of(x_in);
-  out.back() = weight_in.size(0);
+  const int64_t n = out.back() = weight.size(0);
   if (residual)
     require(sizes_of(*residual) == out && residual->scalar_type() == type,
             "linear: residual must have the shape and dtype of the output");
-  check_epilogue({bias, scale, shift, residual, activation, alpha}, out.back(), type);
-  const Tensor weight = to_compute_type(weight_in);
-  const Rows x = as_rows(to_compute_type(x_in));
+  check_epilogue({bias, scale, shift, residual, activation, alpha}, n, type);
+  const Rows x = as_rows(x_in);
   const OptTensor b = to_compute_type(bias), sc = to_compute_type(scale),
                   sh = to_compute_type(shift);
-  const OptTensor res =
-      residual ? OptTensor(as_contiguous(to_compute_type(*residual))) : std::nullopt;
-  const Tensor y = new_contiguous(out, weight.scalar_type());
-  with_scalar_type(weight.scalar_type(), "linear", [&](auto scalar) {
+  const OptTensor res = residual ? OptTensor(as_contiguous(*residual)) : std::nullopt;
+  const Tensor y = new_contiguous(out, type);
+  with_scalar_type(type, "linear", [&](auto scalar) {
     using T = decltype(scalar);
-    const FoldedEpilogue<T> epilogue({b, sc, sh, res, activation, alpha}, out.back());
+    if constexpr (std::is_same_v<T, float>)
+      if (is_half(type)) {
+        const FoldedEpilogue<float> epilogue({b, sc, sh, std::nullopt, activation, alpha}, n);
+        return run_half_linear(
+            {Stored(x.tensor), Stored(res), Stored(y), x.m, x.depth, x.stride, n, epilogue.get()},
+            weight, packed);
+      }
+    const FoldedEpilogue<T> epilogue({b, sc, sh, res, activation, alpha}, n);
     run_linear<T>(x, weight, packed, mutable_data<T>(y), epilogue.get());
   });
-  return to_type(y, type);
+  return y;
 }
 
 }  // namespace

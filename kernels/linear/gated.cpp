@@ -3,6 +3,7 @@
 // A block of both products is made in a scratch that stays in the second-level cache, and the gate
 // closes over it there: neither product ever is in memory, and x is read once for both.
 #include <algorithm>
+#include <type_traits>
 
 #include "activation/cpu_kernels.h"
 #include "cpu/epilogue_fold.h"
@@ -10,6 +11,7 @@
 #include "cpu/pack_weight.h"
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
+#include "linear/cpu_half.h"
 #include "linear/cpu_rows.h"
 
 namespace nnarch {
@@ -27,33 +29,56 @@ template <class T>
 struct GatedProblem {
   const Rows& x;
   Branch<T> gate, up;
-  T* y;  // [m, n]
+  Stored y;  // [m, n]
   int64_t n, code;
   T alpha;
+
+  // Rows of x in the type that is computed in.
+  Reading<T> rows(int64_t row, int64_t count) const {
+    return {Stored(x.tensor), {row * x.stride, x.depth, count, x.stride}};
+  }
 
   // y from `at` on, of rows of both products that lie `stride` apart.
   void close(const T* gates, const T* ups, int64_t stride, int64_t rows, int64_t at,
              int64_t columns) const {
     const auto& table = NNARCH_SELECT(activation_table<T>());
+    const Writing<T> out(y, {at, columns, rows, n});
     for (int64_t r = 0; r < rows; ++r)
-      table.gate(gates + r * stride, ups + r * stride, y + at + r * n, columns, code, alpha);
+      table.gate(gates + r * stride, ups + r * stride, out.get() + r * out.step(), columns, code,
+                 alpha);
   }
 };
+
+// Columns of a weight packed, whatever type it is stored in.
+template <class T>
+void pack_stored_columns(const Tensor& w, int64_t first, int64_t n, T* packed) {
+  if constexpr (std::is_same_v<T, float>)
+    if (is_half(w.scalar_type())) return pack_half_columns(half_view(w), first, n, packed);
+  pack_columns<T>(weight_view<T>(w), first, n, packed);
+}
 
 // Few rows: every weight is read once, in place.
 template <class T>
 void few_gated_rows(const GatedProblem<T>& p) {
   set_algorithm("gated_gemv");
   constexpr int64_t run = 64;
+  const Reading<T> x = p.rows(0, p.x.m);
   parallel_tasks(ceil_div(p.n, run), [&](int64_t task) {
     const int64_t first = task * run, columns = std::min(run, p.n - first);
     T products[2][kFewRows * run];
     const Branch<T>* branches[] = {&p.gate, &p.up};
     for (int i = 0; i < 2; ++i) {
-      const Tensor& w = branches[i]->weight;
-      gemm<T>().few_rows(data<T>(p.x.tensor), p.x.stride, p.x.m, data<T>(w) + first * w.stride(0),
-                         w.stride(0), p.x.depth, columns, products[i], run,
-                         branches[i]->bias.from_channel(first));
+      const Stored w(branches[i]->weight);
+      const int64_t step = branches[i]->weight.stride(0);
+      const Epilogue<T> bias = branches[i]->bias.from_channel(first);
+      if constexpr (std::is_same_v<T, float>)
+        if (w.half) {
+          w.half->few_rows(x.get(), x.step(), p.x.m, w.bits() + first * step, step, p.x.depth,
+                           columns, products[i], run, bias);
+          continue;
+        }
+      gemm<T>().few_rows(x.get(), x.step(), p.x.m, w.at<T>(first * step), step, p.x.depth, columns,
+                         products[i], run, bias);
     }
     p.close(products[0], products[1], run, p.x.m, first, columns);
   });
@@ -66,7 +91,8 @@ void gated_block(const GatedProblem<T>& p, int64_t row, int64_t rows, int64_t co
   const GemmTable<T>& table = gemm<T>();
   const int64_t stride = round_up(columns, table.nr);
   Scratch<T> gates(rows * stride), ups(rows * stride);
-  const Strip<T> strip{data<T>(p.x.tensor) + row * p.x.stride, 0, rows};
+  const Reading<T> x = p.rows(row, rows);
+  const Strip<T> strip{x.get(), 0, rows};
   GemmBlock<T> g{.depth = p.x.depth,
                  .b = gate_panels,
                  .b_after = up_panels,
@@ -75,7 +101,7 @@ void gated_block(const GatedProblem<T>& p, int64_t row, int64_t rows, int64_t co
                  .epilogue = p.gate.bias.from_channel(column),
                  .strips = &strip,
                  .strip_count = 1,
-                 .a_step = p.x.stride,
+                 .a_step = x.step(),
                  .c_step = stride};
   table.run(g);
   g.b = up_panels, g.b_after = nullptr, g.c = ups.get();
@@ -100,12 +126,11 @@ void pack_and_gate(const GatedProblem<T>& p) {
   const int64_t nr = gemm<T>().nr, depth = p.x.depth, rows = rows_of_block<T>(depth);
   const int64_t panel_bytes = std::max<int64_t>(1, depth * nr * int64_t{sizeof(T)});
   const int64_t columns = nr * std::clamp<int64_t>(cache / panel_bytes, 1, 4);
-  const WeightView<T> gate = weight_view<T>(p.gate.weight), up = weight_view<T>(p.up.weight);
   parallel_tasks(ceil_div(p.n, columns), [&](int64_t task) {
     const int64_t first = task * columns, n = std::min(columns, p.n - first);
     Scratch<T> gate_panels(packed_size<T>(n, 1, depth)), up_panels(packed_size<T>(n, 1, depth));
-    pack_columns<T>(gate, first, n, gate_panels.get());
-    pack_columns<T>(up, first, n, up_panels.get());
+    pack_stored_columns<T>(p.gate.weight, first, n, gate_panels.get());
+    pack_stored_columns<T>(p.up.weight, first, n, up_panels.get());
     for (int64_t row = 0; row < p.x.m; row += rows)
       gated_block<T>(p, row, std::min(rows, p.x.m - row), first, n, gate_panels.get(),
                      up_panels.get());
@@ -128,12 +153,20 @@ void packed_gated(const GatedProblem<T>& p) {
 
 template <class T>
 Tensor pack_both(const Tensor& gate, const Tensor& up) {
-  const WeightView<T> views[] = {weight_view<T>(gate), weight_view<T>(up)};
-  const int64_t size = packed_size<T>(views[0].columns, 1, views[0].depth);
-  Tensor packed = new_contiguous({checked_product(2, size)}, gate.scalar_type());
-  for (int i = 0; i < 2; ++i) pack_weight(views[i], mutable_data<T>(packed) + i * size);
+  const int64_t n = gate.size(0), depth = gate.size(1), nr = gemm<T>().nr;
+  const int64_t size = packed_size<T>(n, 1, depth), panels = ceil_div(n, nr);
+  Tensor packed = new_contiguous({checked_product(2, size)}, compute_type(gate.scalar_type()));
+  T* to = mutable_data<T>(packed);
+  parallel_tasks(2 * panels, [&](int64_t task) {
+    const int64_t first = task % panels * nr;
+    pack_stored_columns<T>(task < panels ? gate : up, first, std::min(nr, n - first),
+                           to + task / panels * size + first * depth);
+  });
   return packed;
 }
+
+// Half types are packed along a dense dimension.
+Tensor one_dense(const Tensor& w) { return is_half(w.scalar_type()) ? dense_weight(w) : w; }
 
 void check_weights(const Tensor& gate, const Tensor& up, const char* message) {
   require(gate.dim() == 2 && up.dim() == 2 && gate.size(0) == up.size(0) &&
@@ -143,7 +176,7 @@ void check_weights(const Tensor& gate, const Tensor& up, const char* message) {
 
 Tensor gated_linear_pack(const Tensor& gate_in, const Tensor& up_in) {
   check_weights(gate_in, up_in, "gated_linear_pack: the weights must be matrices of one shape");
-  const Tensor gate = to_compute_type(gate_in), up = to_compute_type(up_in);
+  const Tensor gate = one_dense(gate_in), up = one_dense(up_in);
   return with_scalar_type(gate.scalar_type(), "gated_linear_pack",
                           [&](auto scalar) { return pack_both<decltype(scalar)>(gate, up); });
 }
@@ -157,7 +190,7 @@ void run_gated(GatedProblem<T> p, const OptTensor& given) {
   const int64_t size = packed_size<T>(p.n, 1, p.x.depth);
   if (given)
     require(given->numel() == 2 * size && given->is_contiguous() &&
-                given->scalar_type() == gate.scalar_type(),
+                given->scalar_type() == compute_type(gate.scalar_type()),
             "gated_linear: packed does not belong to these weights");
   if (!given && p.x.m <= kManyRows) return pack_and_gate<T>(p);
   const Tensor packed = given ? *given : pack_both<T>(gate, up);
@@ -176,24 +209,24 @@ Tensor gated_linear(const Tensor& x_in, const Tensor& gate_in, const Tensor& up_
   out.back() = gate_in.size(0);
   const OptTensor none;
   check_epilogue({gate_bias_in, up_bias_in, none, none, activation, alpha}, out.back(), type);
-  const Tensor gate = to_compute_type(gate_in), up = to_compute_type(up_in);
+  const Tensor gate = one_dense(gate_in), up = one_dense(up_in);
   const OptTensor gate_bias = to_compute_type(gate_bias_in), up_bias = to_compute_type(up_bias_in);
-  const Rows x = as_rows(to_compute_type(x_in));
-  const Tensor y = new_contiguous(out, gate.scalar_type());
-  with_scalar_type(gate.scalar_type(), "gated_linear", [&](auto scalar) {
+  const Rows x = as_rows(x_in);
+  const Tensor y = new_contiguous(out, type);
+  with_scalar_type(type, "gated_linear", [&](auto scalar) {
     using T = decltype(scalar);
     const FoldedEpilogue<T> of_gate({gate_bias, none, none, none, kNone, 0}, out.back());
     const FoldedEpilogue<T> of_up({up_bias, none, none, none, kNone, 0}, out.back());
     run_gated<T>({x,
                   {gate, nullptr, of_gate.get()},
                   {up, nullptr, of_up.get()},
-                  mutable_data<T>(y),
+                  Stored(y),
                   out.back(),
                   activation,
                   static_cast<T>(alpha)},
                  packed);
   });
-  return to_type(y, type);
+  return y;
 }
 
 }  // namespace

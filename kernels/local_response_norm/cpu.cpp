@@ -5,6 +5,7 @@
 
 #include "cpu/arena.h"
 #include "cpu/dense.h"
+#include "cpu/half.h"
 #include "cpu/parallel.h"
 #include "cpu/registry.h"
 #include "cpu/streaming.h"
@@ -81,34 +82,43 @@ void over_rows(const Tensor& x, const F& f) {
   });
 }
 
+// Blocks of half types are written in cache.
+template <class T>
+bool goes_past_caches(const Stored& y, int64_t pixels, int64_t channels) {
+  return !y.half && outgrows_caches<T>(y.at<T>(0), pixels, channels);
+}
+
 Tensor local_response_norm(const Tensor& x, int64_t size, double scale, double beta, double k,
                            bool relu) {
   check(x, size);
   const Arguments arguments{size, scale, beta, k, relu};
-  const Tensor input = in_order_of(x, to_compute_type(x));
-  const Tensor y = new_like(x, input.scalar_type());
-  if (x.numel() == 0) return to_type(y, x.scalar_type());
-  with_scalar_type(input.scalar_type(), "local_response_norm", [&](auto scalar) {
+  const Tensor input = in_order_of(x, x), y = new_like(x, x.scalar_type());
+  if (x.numel() == 0) return y;
+  with_scalar_type(x.scalar_type(), "local_response_norm", [&](auto scalar) {
     using T = decltype(scalar);
     const auto& table = NNARCH_SELECT(response_table<T>());
     const auto a = response<T>(arguments, x.size(1));
-    const T* from = data<T>(input);
-    T* to = mutable_data<T>(y);
+    const Stored from(input), to(y);
     if (follows_channels_last(x)) {
       set_algorithm("channels_last");
-      const bool past_caches = outgrows_caches(to, x.numel() / a.channels, a.channels);
+      const bool past_caches = goes_past_caches<T>(to, x.numel() / a.channels, a.channels);
       over_rows(x, [&](int64_t at, int64_t pixels) {
         const Scratch<T> scratch(scratch_of_rows(a));
-        table.forward_rows(from + at, pixels, a, scratch.get(), to + at, past_caches);
+        const Reading<T> in(from, {at, pixels * a.channels});
+        const Writing<T> out(to, {at, pixels * a.channels});
+        table.forward_rows(in.get(), pixels, a, scratch.get(), out.get(), past_caches);
       });
     } else {
       set_algorithm("planes");
+      const int64_t plane = pixels_of(x);
       over_planes(x, kPlaneBlock, [&](int64_t at, int64_t pixels) {
-        table.forward_planes(from + at, pixels_of(x), pixels, a, to + at);
+        const Reading<T> in(from, {at, pixels, a.channels, plane});
+        const Writing<T> out(to, {at, pixels, a.channels, plane});
+        table.forward_planes(in.get(), in.step(), pixels, a, out.get());
       });
     }
   });
-  return to_type(y, x.scalar_type());
+  return y;
 }
 
 Tensor local_response_norm_grad(const Tensor& grad, const Tensor& x, int64_t size, double scale,
@@ -117,33 +127,37 @@ Tensor local_response_norm_grad(const Tensor& grad, const Tensor& x, int64_t siz
   require(same_sizes(grad, x) && grad.scalar_type() == x.scalar_type(),
           "local_response_norm_grad: grad must have the shape and dtype of x");
   const Arguments arguments{size, scale, beta, k, relu};
-  const Tensor input = in_order_of(x, to_compute_type(x));
-  const Tensor g = in_order_of(x, to_compute_type(grad));
-  const Tensor dx = new_like(x, input.scalar_type());
-  if (x.numel() == 0) return to_type(dx, x.scalar_type());
-  with_scalar_type(input.scalar_type(), "local_response_norm_grad", [&](auto scalar) {
+  const Tensor input = in_order_of(x, x), g = in_order_of(x, grad);
+  const Tensor dx = new_like(x, x.scalar_type());
+  if (x.numel() == 0) return dx;
+  with_scalar_type(x.scalar_type(), "local_response_norm_grad", [&](auto scalar) {
     using T = decltype(scalar);
     const auto& table = NNARCH_SELECT(response_table<T>());
     const auto a = response<T>(arguments, x.size(1));
-    const T *from = data<T>(input), *from_grad = data<T>(g);
-    T* to = mutable_data<T>(dx);
+    const Stored from(input), from_grad(g), to(dx);
     if (follows_channels_last(x)) {
       set_algorithm("channels_last");
-      const bool past_caches = outgrows_caches(to, x.numel() / a.channels, a.channels);
+      const bool past_caches = goes_past_caches<T>(to, x.numel() / a.channels, a.channels);
       over_rows(x, [&](int64_t at, int64_t pixels) {
         const Scratch<T> scratch(scratch_of_rows(a));
-        table.grad_rows(from_grad + at, from + at, pixels, a, scratch.get(), to + at, past_caches);
+        const StoredBlock block{at, pixels * a.channels};
+        const Reading<T> in(from, block), dy(from_grad, block);
+        const Writing<T> out(to, block);
+        table.grad_rows(dy.get(), in.get(), pixels, a, scratch.get(), out.get(), past_caches);
       });
     } else {
       set_algorithm("planes");
+      const int64_t plane = pixels_of(x);
       over_planes(x, plane_block<T>(a.channels), [&](int64_t at, int64_t pixels) {
         const Scratch<T> scratch(2 * a.channels * pixels);
-        table.grad_planes(from_grad + at, from + at, pixels_of(x), pixels, a, scratch.get(),
-                          to + at);
+        const StoredBlock block{at, pixels, a.channels, plane};
+        const Reading<T> in(from, block), dy(from_grad, block);
+        const Writing<T> out(to, block);
+        table.grad_planes(dy.get(), in.get(), in.step(), pixels, a, scratch.get(), out.get());
       });
     }
   });
-  return to_type(dx, x.scalar_type());
+  return dx;
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ struct Statistics {
 // Mean and M2 of every part by two passes over cached memory, then combined pairwise (Chan, Golub
 // and LeVeque, 1979) in the order of the parts.
 template <class T>
-Statistics statistics(const T* x, const Channels& shape) {
+Statistics statistics(const Stored& x, const Channels& shape) {
   const int64_t channels = shape.channels;
   const auto& table = NNARCH_SELECT(norm_table<T>());
   const Parts parts(shape);
@@ -28,7 +28,7 @@ Statistics statistics(const T* x, const Channels& shape) {
     double* mean = partial.get() + part * 2 * channels;
     double* m2 = mean + channels;
     Scratch<T> rounded(channels);
-    NormOperands<T> o;
+    NormTensors<T> o;
     o.x = x;
     std::fill(mean + from, mean + to, 0.0);
     parts.reduce(table, Reduction::sum, o, part, from, to, mean);
@@ -66,17 +66,16 @@ Three batch_norm_train(const Tensor& x, const OptTensor& weight, const OptTensor
   if (residual) check_like(x, *residual);
   const Channels shape(x);
   require(shape.positions() > 0, "batch_norm: no values to take statistics of");
-  const Tensor input = in_order_of(x, to_compute_type(x));
-  const OptTensor added =
-      residual ? OptTensor(in_order_of(x, to_compute_type(*residual))) : OptTensor();
-  const ScalarType type = input.scalar_type();
+  const Tensor input = in_order_of(x, x);
+  const OptTensor added = residual ? OptTensor(in_order_of(x, *residual)) : OptTensor();
+  const ScalarType type = compute_type(x.scalar_type());
   const int64_t channels = shape.channels;
-  const Tensor y = new_like(x, type);
+  const Tensor y = new_like(x, x.scalar_type());
   const Tensor mean = new_contiguous({channels}, type), invstd = new_contiguous({channels}, type);
   with_scalar_type(type, "batch_norm", [&](auto scalar) {
     using T = decltype(scalar);
     const ChannelVector<T> w(weight, x, T{1}), b(bias, x, T{0});
-    const Statistics s = statistics<T>(data<T>(input), shape);
+    const Statistics s = statistics<T>(Stored(input), shape);
     Scratch<T> scale(channels), shift(channels);
     T *means = mutable_data<T>(mean), *inverses = mutable_data<T>(invstd);
     for (int64_t c = 0; c < channels; ++c) {
@@ -87,26 +86,23 @@ Three batch_norm_train(const Tensor& x, const OptTensor& weight, const OptTensor
       scale[c] = static_cast<T>(w[c] * inverse);
       shift[c] = static_cast<T>(b[c] - s.mean[c] * scale[c]);
     }
-    NormOperands<T> o;
-    o.x = data<T>(input);
-    o.residual = added ? data<T>(*added) : nullptr;
-    o.activation = activation;
-    o.alpha = static_cast<T>(alpha);
+    NormTensors<T> tensors;
+    tensors.x = Stored(input), tensors.residual = Stored(added);
+    tensors.activation = activation, tensors.alpha = static_cast<T>(alpha);
     NormFactors<T> f;
     f.scale = scale.get();
     f.shift = shift.get();
-    T* out = mutable_data<T>(y);
     const auto& table = NNARCH_SELECT(norm_table<T>());
-    for_each_block(
-        shape,
-        [&](int64_t first, int64_t pixels) {
+    for_each_block<T>(
+        shape, tensors, y,
+        [&](const NormOperands<T>& o, int64_t first, int64_t pixels, T* out) {
           table.affine_rows(o, f, out, first, pixels, channels);
         },
-        [&](int64_t first, int64_t count, int64_t channel) {
+        [&](const NormOperands<T>& o, int64_t first, int64_t count, int64_t channel, T* out) {
           table.affine_plane(o, f, out, first, count, channel);
         });
   });
-  return {to_type(y, x.scalar_type()), mean, invstd};
+  return {y, mean, invstd};
 }
 
 // Per-channel factors of the linear combinations that gradients are.
@@ -116,20 +112,19 @@ struct Combination {
   explicit Combination(int64_t channels)
       : of_gradgrad(channels), of_grad(channels), of_x(channels), constant(channels) {}
 
-  void run(const NormOperands<T>& o, const Channels& shape, const Tensor& out) const {
+  void run(const NormTensors<T>& tensors, const Channels& shape, const Tensor& out) const {
     NormFactors<T> f;
     f.of_gradgrad = of_gradgrad.get();
     f.of_grad = of_grad.get();
     f.of_x = of_x.get();
     f.constant = constant.get();
-    T* to = mutable_data<T>(out);
     const auto& table = NNARCH_SELECT(norm_table<T>());
-    for_each_block(
-        shape,
-        [&](int64_t first, int64_t pixels) {
+    for_each_block<T>(
+        shape, tensors, out,
+        [&](const NormOperands<T>& o, int64_t first, int64_t pixels, T* to) {
           table.combine_rows(o, f, to, first, pixels, shape.channels);
         },
-        [&](int64_t first, int64_t count, int64_t channel) {
+        [&](const NormOperands<T>& o, int64_t first, int64_t count, int64_t channel, T* to) {
           table.combine_plane(o, f, to, first, count, channel);
         });
   }
@@ -146,19 +141,16 @@ Three batch_norm_backward(const Tensor& grad, const Tensor& x, const OptTensor& 
           "batch_norm_backward: an activation needs y, from which its derivative must follow");
   const Channels shape(x);
   const int64_t channels = shape.channels;
-  const Tensor input = in_order_of(x, to_compute_type(x));
-  const Tensor incoming = in_order_of(x, to_compute_type(grad));
-  const OptTensor output = y ? OptTensor(in_order_of(x, to_compute_type(*y))) : OptTensor();
-  const ScalarType type = input.scalar_type();
-  const Tensor dx = new_like(x, type);
+  const Tensor input = in_order_of(x, x), incoming = in_order_of(x, grad);
+  const OptTensor output = y ? OptTensor(in_order_of(x, *y)) : OptTensor();
+  const ScalarType type = compute_type(x.scalar_type());
+  const Tensor dx = new_like(x, x.scalar_type());
   const Tensor dweight = new_contiguous({channels}, type), dbias = new_contiguous({channels}, type);
   with_scalar_type(type, "batch_norm_backward", [&](auto scalar) {
     using T = decltype(scalar);
     const ChannelVector<T> w(weight, x, T{1}), m(mean, x, T{}), sigma(invstd, x, T{});
-    NormOperands<T> o;
-    o.x = data<T>(input);
-    o.grad = data<T>(incoming);
-    o.y = output ? data<T>(*output) : nullptr;
+    NormTensors<T> o;
+    o.x = Stored(input), o.grad = Stored(incoming), o.y = Stored(output);
     o.mean = m.get();
     o.activation = activation;
     o.alpha = static_cast<T>(alpha);
@@ -176,7 +168,7 @@ Three batch_norm_backward(const Tensor& grad, const Tensor& x, const OptTensor& 
     }
     factors.run(o, shape, dx);
   });
-  return {to_type(dx, x.scalar_type()), dweight, dbias};
+  return {dx, dweight, dbias};
 }
 
 // With a = gg_x, g = grad, x̂ = (x - mean)·σ, P(v) = v - E[v] - x̂·E[v·x̂]: the gradients of
@@ -190,20 +182,17 @@ Three batch_norm_backward_backward(const Tensor& gg_x, const Tensor& gg_weight,
   check_like(x, gg_x);
   const Channels shape(x);
   const int64_t channels = shape.channels;
-  const Tensor input = in_order_of(x, to_compute_type(x));
-  const Tensor incoming = in_order_of(x, to_compute_type(grad));
-  const Tensor second = in_order_of(x, to_compute_type(gg_x));
-  const ScalarType type = input.scalar_type();
-  const Tensor d_grad = new_like(x, type), d_x = new_like(x, type);
+  const Tensor input = in_order_of(x, x), incoming = in_order_of(x, grad),
+               second = in_order_of(x, gg_x);
+  const ScalarType type = compute_type(x.scalar_type());
+  const Tensor d_grad = new_like(x, x.scalar_type()), d_x = new_like(x, x.scalar_type());
   const Tensor d_weight = new_contiguous({channels}, type);
   with_scalar_type(type, "batch_norm_backward_backward", [&](auto scalar) {
     using T = decltype(scalar);
     const ChannelVector<T> w(weight, x, T{1}), m(mean, x, T{}), sigma(invstd, x, T{}),
         ggw(gg_weight, x, T{}), ggb(gg_bias, x, T{});
-    NormOperands<T> o;
-    o.x = data<T>(input);
-    o.grad = data<T>(incoming);
-    o.gradgrad = data<T>(second);
+    NormTensors<T> o;
+    o.x = Stored(input), o.grad = Stored(incoming), o.gradgrad = Stored(second);
     o.mean = m.get();
     const auto sums = channel_sums<T>(Reduction::double_backward, o, shape);
     const double n = static_cast<double>(shape.positions());
@@ -226,10 +215,10 @@ Three batch_norm_backward_backward(const Tensor& gg_x, const Tensor& gg_weight,
       to_x.constant[c] = static_cast<T>(-of_pa * a - of_pg * g);
     }
     to_x.run(o, shape, d_x);
-    o.grad = nullptr;
+    o.grad = Stored();
     to_grad.run(o, shape, d_grad);
   });
-  return {to_type(d_grad, x.scalar_type()), to_type(d_x, x.scalar_type()), d_weight};
+  return {d_grad, d_x, d_weight};
 }
 
 }  // namespace

@@ -16,35 +16,30 @@ Tensor scaled(const Tensor& x, const OptTensor& residual, int64_t activation, do
   require(activation >= 0 && activation < kActivationCount, "affine: unknown activation");
   if (residual) check_like(x, *residual);
   const Channels shape(x);
-  const Tensor input = in_order_of(x, to_compute_type(x));
-  const OptTensor added =
-      residual ? OptTensor(in_order_of(x, to_compute_type(*residual))) : OptTensor();
-  const ScalarType type = input.scalar_type();
-  const Tensor y = new_like(x, type);
-  with_scalar_type(type, "affine", [&](auto scalar) {
+  const Tensor input = in_order_of(x, x);
+  const OptTensor added = residual ? OptTensor(in_order_of(x, *residual)) : OptTensor();
+  const Tensor y = new_like(x, x.scalar_type());
+  with_scalar_type(x.scalar_type(), "affine", [&](auto scalar) {
     using T = decltype(scalar);
-    NormOperands<T> o;
-    o.x = data<T>(input);
-    o.residual = added ? data<T>(*added) : nullptr;
-    o.activation = activation;
-    o.alpha = static_cast<T>(alpha);
-    T* out = mutable_data<T>(y);
+    NormTensors<T> tensors;
+    tensors.x = Stored(input), tensors.residual = Stored(added);
+    tensors.activation = activation, tensors.alpha = static_cast<T>(alpha);
     const auto& table = NNARCH_SELECT(norm_table<T>());
     set_factors(scalar, [&](const T* scale, const T* shift) {
       NormFactors<T> f;
       f.scale = scale;
       f.shift = shift;
-      for_each_block(
-          shape,
-          [&](int64_t first, int64_t pixels) {
+      for_each_block<T>(
+          shape, tensors, y,
+          [&](const NormOperands<T>& o, int64_t first, int64_t pixels, T* out) {
             table.affine_rows(o, f, out, first, pixels, shape.channels);
           },
-          [&](int64_t first, int64_t count, int64_t channel) {
+          [&](const NormOperands<T>& o, int64_t first, int64_t count, int64_t channel, T* out) {
             table.affine_plane(o, f, out, first, count, channel);
           });
     });
   });
-  return to_type(y, x.scalar_type());
+  return y;
 }
 
 Tensor affine(const Tensor& x, const OptTensor& scale, const OptTensor& shift,
@@ -78,14 +73,14 @@ Tensor channel_total(const Tensor& a, const Tensor* b) {
   check_channels(a);
   if (b) check_like(a, *b);
   const Channels shape(a);
-  const Tensor left = in_order_of(a, to_compute_type(a));
-  const Tensor right = b ? in_order_of(a, to_compute_type(*b)) : left;
-  const Tensor sum = new_contiguous({shape.channels}, left.scalar_type());
-  with_scalar_type(left.scalar_type(), "channel_sum", [&](auto scalar) {
+  const Tensor left = in_order_of(a, a), right = b ? in_order_of(a, *b) : left;
+  const ScalarType compute = compute_type(a.scalar_type());
+  const Tensor sum = new_contiguous({shape.channels}, compute);
+  with_scalar_type(compute, "channel_sum", [&](auto scalar) {
     using T = decltype(scalar);
-    NormOperands<T> o;
-    o.x = data<T>(left);
-    o.grad = data<T>(right);
+    NormTensors<T> o;
+    o.x = Stored(left);
+    if (b) o.grad = Stored(right);
     const auto totals = channel_sums<T>(b ? Reduction::dot : Reduction::sum, o, shape);
     std::copy(totals.begin(), totals.end(), mutable_data<T>(sum));
   });

@@ -6,6 +6,7 @@
 
 #include "cpu/arena.h"
 #include "cpu/dense.h"
+#include "cpu/half.h"
 #include "cpu/parallel.h"
 #include "cpu/tensor.h"
 #include "normalization/cpu_kernels.h"
@@ -25,16 +26,54 @@ struct Channels {
   int64_t positions() const { return images * plane; }
 };
 
-// Calls on_rows(first, pixels) or on_plane(first, count, channel) for blocks that cover the tensor;
-// `first` is the offset of an element.
-template <class OnRows, class OnPlane>
-void for_each_block(const Channels& x, const OnRows& on_rows, const OnPlane& on_plane) {
-  constexpr int64_t block = 16384;  // elements: enough to hide the hand-over, small enough for L2
+// The tensors of an operation as they are stored, dense and in one order, and what else is in
+// NormOperands.
+template <class T>
+struct NormTensors {
+  Stored x, grad, gradgrad, residual, y;
+  const T* mean = nullptr;
+  int64_t activation = 0;
+  T alpha = 0;
+};
+
+// The operands of the elements [first, first + n).
+template <class T>
+class NormBlock {
+ public:
+  NormBlock(const NormTensors<T>& t, int64_t first, int64_t n)
+      : x_(t.x, {first, n}),
+        grad_(t.grad, {first, n}),
+        gradgrad_(t.gradgrad, {first, n}),
+        residual_(t.residual, {first, n}),
+        y_(t.y, {first, n}),
+        operands_{x_.origin(), grad_.origin(), gradgrad_.origin(), residual_.origin(),
+                  y_.origin(), t.mean,         t.activation,       t.alpha} {}
+  const NormOperands<T>& operands() const { return operands_; }
+
+ private:
+  Reading<T> x_, grad_, gradgrad_, residual_, y_;
+  NormOperands<T> operands_;
+};
+
+// Calls on_rows(operands, first, pixels, out) or on_plane(operands, first, count, channel, out) for
+// blocks that cover the tensor and the output: `first` is the offset of an element, `out` where
+// element 0 of the output would lie.
+template <class T, class OnRows, class OnPlane>
+void for_each_block(const Channels& x, const NormTensors<T>& tensors, const Tensor& output,
+                    const OnRows& on_rows, const OnPlane& on_plane) {
   if (x.positions() == 0 || x.channels == 0) return;
+  const Stored stored(output);
+  // Elements: enough to hide the hand-over, small enough for L2; those of half types, which pass
+  // through scratch memory, for L1.
+  const int64_t block = stored.half ? 4096 : 16384;
   if (x.rows) {
     const int64_t run = std::max<int64_t>(1, block / x.channels);
     parallel_tasks(ceil_div(x.positions(), run), [&](int64_t task) {
-      on_rows(task * run * x.channels, std::min(run, x.positions() - task * run));
+      const int64_t first = task * run * x.channels;
+      const int64_t pixels = std::min(run, x.positions() - task * run), n = pixels * x.channels;
+      const NormBlock<T> in(tensors, first, n);
+      const Writing<T> out(stored, {first, n});
+      on_rows(in.operands(), first, pixels, out.origin());
     });
     return;
   }
@@ -43,9 +82,12 @@ void for_each_block(const Channels& x, const OnRows& on_rows, const OnPlane& on_
   const int64_t together = std::max<int64_t>(1, block / x.plane);  // planes in one task
   parallel_tasks(ceil_div(planes, together) * runs, [&](int64_t task) {
     const int64_t from = task / runs * together, to = std::min(planes, from + together);
-    const int64_t start = task % runs * block;
+    const int64_t start = task % runs * block, count = std::min(block, x.plane - start);
+    const int64_t first = from * x.plane + start, n = (to - from - 1) * x.plane + count;
+    const NormBlock<T> in(tensors, first, n);
+    const Writing<T> out(stored, {first, n});
     for (int64_t p = from; p < to; ++p)
-      on_plane(p * x.plane + start, std::min(block, x.plane - start), p % x.channels);
+      on_plane(in.operands(), p * x.plane + start, count, p % x.channels, out.origin());
   });
 }
 
@@ -88,17 +130,21 @@ class Parts {
 
   // Adds the terms of `kind` for channels [from, to) of a part to sums[term * channels + c].
   template <class T>
-  void reduce(const NormTable<T>& table, Reduction kind, const NormOperands<T>& o, int64_t part,
-              int64_t from, int64_t to, double* sums) const {
+  void reduce(const NormTable<T>& table, Reduction kind, const NormTensors<T>& tensors,
+              int64_t part, int64_t from, int64_t to, double* sums) const {
     if (x_.rows) {
-      table.reduce_rows(kind, o, part * pixels_ * x_.channels, positions(part), x_.channels, sums);
+      const int64_t first = part * pixels_ * x_.channels, pixels = positions(part);
+      const NormBlock<T> block(tensors, first, pixels * x_.channels);
+      table.reduce_rows(kind, block.operands(), first, pixels, x_.channels, sums);
       return;
     }
     const int64_t first_image = part / runs_ * images_, start = part % runs_ * run_;
     for (int64_t c = from; c < to; ++c)
-      for (int64_t i = first_image; i < first_image + images_in(part); ++i)
-        table.reduce_plane(kind, o, (i * x_.channels + c) * x_.plane + start, run_length(part), c,
-                           x_.channels, sums);
+      for (int64_t i = first_image; i < first_image + images_in(part); ++i) {
+        const int64_t first = (i * x_.channels + c) * x_.plane + start;
+        const NormBlock<T> block(tensors, first, run_length(part));
+        table.reduce_plane(kind, block.operands(), first, run_length(part), c, x_.channels, sums);
+      }
   }
 
  private:
@@ -115,7 +161,7 @@ class Parts {
 
 // The terms of `kind` summed over all positions: totals[term * channels + c].
 template <class T>
-std::vector<double> channel_sums(Reduction kind, const NormOperands<T>& o, const Channels& x) {
+std::vector<double> channel_sums(Reduction kind, const NormTensors<T>& o, const Channels& x) {
   const int64_t size = terms_of(kind) * x.channels;
   std::vector<double> totals(static_cast<size_t>(size), 0.0);
   if (x.positions() == 0 || x.channels == 0) return totals;

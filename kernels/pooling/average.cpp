@@ -6,21 +6,24 @@
 #include "cpu/registry.h"
 #include "pooling/cpu_images.h"
 #include "pooling/cpu_planes.h"
+#include "pooling/cpu_stored.h"
 #include "pooling/cpu_windows.h"
 
 namespace nnarch {
 namespace {
 
 template <class T>
-void average_channels_last(const T* x, int64_t images, int64_t channels, const Axis& h,
-                           const Axis& w, T* y) {
+void average_channels_last(const Stored& x, int64_t images, int64_t channels, const Axis& h,
+                           const Axis& w, const Stored& y) {
   const auto& table = NNARCH_SELECT(pool_table<T>());
   const int64_t in = h.inputs * w.inputs * channels, out = h.outputs * w.outputs * channels;
-  const Traffic traffic = image_traffic(y, images, channels, h, w);
+  const Traffic traffic = image_traffic<T>(y, images, channels, h, w);
   over_rows<Denormals::flush>(
       images, h.outputs, ceil_div(std::max(in, out), h.outputs),
       [&](int64_t n, int64_t from, int64_t to) {
-        table.average_rows(x + n * in, channels, h, w, from, to, y + n * out, traffic);
+        const PooledUnits<T> at(x, y, h, w.inputs * channels, w.outputs * channels, n, n + 1, from,
+                                to);
+        table.average_rows(at.x(), channels, h, w, from, to, at.y(), traffic);
       },
       traffic.far);
 }
@@ -47,8 +50,8 @@ struct PlaneScales {
 };
 
 template <class T>
-void average_along_rows(const T* x, int64_t images, int64_t channels, const Axis& h, const Axis& w,
-                        T* y) {
+void average_along_rows(const Stored& x, int64_t images, int64_t channels, const Axis& h,
+                        const Axis& w, const Stored& y) {
   const auto& table = NNARCH_SELECT(pool_table<T>());
   const int64_t in = h.inputs * w.inputs, out = h.outputs * w.outputs;
   const PlaneScales<T> scales(h, w);
@@ -61,16 +64,17 @@ void average_along_rows(const T* x, int64_t images, int64_t channels, const Axis
             values.get(),       rows,
             scales.rows.data(), scales.columns.empty() ? nullptr : scales.columns.data(),
             scales.same,        nullptr};
-        table.average_planes(x + first * in, last - first, h, w, from, to, y + first * out, buffer);
+        const PooledUnits<T> at(x, y, h, w.inputs, w.outputs, first, last, from, to);
+        table.average_planes(at.x(), last - first, h, w, from, to, at.y(), buffer);
       });
 }
 
 template <class T>
-void average_contiguous(const T* x, int64_t images, int64_t channels, const Axis& h, const Axis& w,
-                        T* y) {
+void average_contiguous(const Stored& x, int64_t images, int64_t channels, const Axis& h,
+                        const Axis& w, const Stored& y) {
   if (along_rows(h, w)) return average_along_rows<T>(x, images, channels, h, w, y);
   const auto& table = NNARCH_SELECT(pool_table<T>());
-  over_planes<Denormals::flush>(
+  over_planes<Denormals::flush, T>(
       x, checked_product(images, channels), h, w, y, nullptr,
       [&](const T* image, int64_t lanes, int64_t from, int64_t to, T* out, int64_t*) {
         table.average_rows(image, lanes, h, w, from, to, out, Traffic{});
@@ -79,14 +83,16 @@ void average_contiguous(const T* x, int64_t images, int64_t channels, const Axis
 
 // The mean of every plane: one pass at memory bandwidth.
 template <class T>
-void global_average(const T* x, int64_t images, int64_t channels, int64_t pixels,
-                    bool channels_last, T* y) {
+void global_average(const Stored& x, int64_t images, int64_t channels, int64_t pixels,
+                    bool channels_last, const Stored& y) {
   const auto& table = NNARCH_SELECT(pool_table<T>());
   if (!channels_last) {
     const int64_t run = std::max<int64_t>(1, 16384 / pixels), planes = images * channels;
     parallel_tasks(ceil_div(planes, run), [&](int64_t task) {
-      const int64_t first = task * run;
-      table.mean_planes(x + first * pixels, std::min(run, planes - first), pixels, y + first);
+      const int64_t first = task * run, count = std::min(run, planes - first);
+      const Reading<T> in(x, {first * pixels, count * pixels});
+      const Writing<T> out(y, {first, count});
+      table.mean_planes(in.get(), count, pixels, out.get());
     });
     return;
   }
@@ -95,8 +101,9 @@ void global_average(const T* x, int64_t images, int64_t channels, int64_t pixels
   parallel_tasks(images * runs, [&](int64_t task) {
     const int64_t n = task / runs, from = task % runs * run, to = std::min(channels, from + run);
     Scratch<double> sums(to - from);
-    table.mean_pixels(x + n * pixels * channels, pixels, channels, from, to, sums.get(),
-                      y + n * channels);
+    const Reading<T> in(x, {n * pixels * channels + from, to - from, pixels, channels});
+    const Writing<T> out(y, {n * channels + from, to - from});
+    table.mean_pixels(in.get(), pixels, in.step(), 0, to - from, sums.get(), out.get());
   });
 }
 
@@ -109,8 +116,7 @@ void average_into(const Tensor& y, const Tensor& input, bool channels_last, cons
                       w.count[0] == w.inputs && h.step == 1;
   with_scalar_type(input.scalar_type(), "avg_pool2d", [&](auto scalar) {
     using T = decltype(scalar);
-    const T* from = data<T>(input);
-    T* to = mutable_data<T>(y);
+    const Stored from(input), to(y);
     set_algorithm(global ? "global" : channels_last ? "channels_last" : "planes");
     if (global)
       global_average<T>(from, images, channels, h.inputs * w.inputs, channels_last, to);
@@ -125,10 +131,10 @@ void average_into(const Tensor& y, const Tensor& input, bool channels_last, cons
 // is memory for the output.
 template <class F>
 Tensor average_over(const Tensor& x, int64_t height, int64_t width, const F& windows) {
-  const Tensor input = in_order_of(x, to_compute_type(x));
-  const Tensor y = new_images(x, height, width, input.scalar_type());
+  const Tensor input = in_order_of(x, x);
+  const Tensor y = new_images(x, height, width, x.scalar_type());
   if (y.numel() > 0) average_into(y, input, follows_channels_last(x), windows(0), windows(1));
-  return to_type(y, x.scalar_type());
+  return y;
 }
 
 // The arguments of avg_pool2d.
@@ -200,9 +206,9 @@ bool all_equal(const Windows& w) {
 // forward(axis) makes the windows of the forward pass.
 template <class F>
 Tensor spread(const Tensor& grad, const IntList& input_size, const F& forward) {
-  const Tensor g = in_order_of(grad, to_compute_type(grad));
-  const Tensor dx = new_images(grad, input_size[2], input_size[3], g.scalar_type());
-  if (dx.numel() == 0) return to_type(dx, grad.scalar_type());
+  const Tensor g = in_order_of(grad, grad);
+  const Tensor dx = new_images(grad, input_size[2], input_size[3], grad.scalar_type());
+  if (dx.numel() == 0) return dx;
   const Windows rows = forward(0), columns = forward(1);
   Windows inverse_rows = inverse_windows(rows), inverse_columns = inverse_windows(columns);
   Tensor scaled = g;
@@ -210,11 +216,12 @@ Tensor spread(const Tensor& grad, const IntList& input_size, const F& forward) {
     std::fill(inverse_rows.count.begin(), inverse_rows.count.end(), rows.count.front());
     std::fill(inverse_columns.count.begin(), inverse_columns.count.end(), columns.count.front());
   } else {
-    with_scalar_type(g.scalar_type(), "avg_pool2d_input_grad",
-                     [&](auto scalar) { scaled = divide<decltype(scalar)>(g, rows, columns); });
+    with_scalar_type(g.scalar_type(), "avg_pool2d_input_grad", [&](auto scalar) {
+      scaled = divide<decltype(scalar)>(to_compute_type(g), rows, columns);
+    });
   }
   average_into(dx, scaled, follows_channels_last(grad), inverse_rows, inverse_columns);
-  return to_type(dx, grad.scalar_type());
+  return dx;
 }
 
 void check_grad(const Tensor& grad, const IntList& input_size) {

@@ -6,6 +6,7 @@
 #include "cpu/registry.h"
 #include "pooling/cpu_images.h"
 #include "pooling/cpu_planes.h"
+#include "pooling/cpu_stored.h"
 #include "pooling/cpu_windows.h"
 
 namespace nnarch {
@@ -14,24 +15,26 @@ namespace {
 using Pair = std::tuple<Tensor, Tensor>;
 
 template <class T>
-void max_channels_last(const T* x, const Tensor& shape, const Axis& h, const Axis& w, T* y,
-                       int64_t* indices) {
+void max_channels_last(const Stored& x, const Tensor& shape, const Axis& h, const Axis& w,
+                       const Stored& y, int64_t* indices) {
   const auto& table = NNARCH_SELECT(pool_table<T>());
   const int64_t channels = shape.size(1);
   const int64_t in = h.inputs * w.inputs * channels, out = h.outputs * w.outputs * channels;
-  const Traffic traffic = image_traffic(y, shape.size(0), channels, h, w);
+  const Traffic traffic = image_traffic<T>(y, shape.size(0), channels, h, w);
   over_rows<Denormals::keep>(
       shape.size(0), h.outputs, ceil_div(in, h.outputs),
       [&](int64_t n, int64_t from, int64_t to) {
-        table.max_rows(x + n * in, channels, h, w, from, to, y + n * out,
+        const PooledUnits<T> at(x, y, h, w.inputs * channels, w.outputs * channels, n, n + 1, from,
+                                to);
+        table.max_rows(at.x(), channels, h, w, from, to, at.y(),
                        indices ? indices + n * out : nullptr, traffic);
       },
       traffic.far);
 }
 
 template <class T>
-void max_along_rows(const T* x, const Tensor& shape, const Axis& h, const Axis& w, T* y,
-                    int64_t* indices) {
+void max_along_rows(const Stored& x, const Tensor& shape, const Axis& h, const Axis& w,
+                    const Stored& y, int64_t* indices) {
   const auto& table = NNARCH_SELECT(pool_table<T>());
   const int64_t planes = checked_product(shape.size(0), shape.size(1));
   const int64_t in = h.inputs * w.inputs, out = h.outputs * w.outputs;
@@ -44,17 +47,18 @@ void max_along_rows(const T* x, const Tensor& shape, const Axis& h, const Axis& 
         Scratch<typename LaneIndex<T>::Type> positions(indices ? plane_buffer_size(w, 1) : 0);
         const PlaneBuffer<T> buffer{values.get(), rows, scales.data(),
                                     nullptr,      true, indices ? positions.get() : nullptr};
-        table.max_planes(x + first * in, last - first, h, w, from, to, y + first * out,
+        const PooledUnits<T> at(x, y, h, w.inputs, w.outputs, first, last, from, to);
+        table.max_planes(at.x(), last - first, h, w, from, to, at.y(),
                          indices ? indices + first * out : nullptr, buffer);
       });
 }
 
 template <class T>
-void max_contiguous(const T* x, const Tensor& shape, const Axis& h, const Axis& w, T* y,
-                    int64_t* indices) {
+void max_contiguous(const Stored& x, const Tensor& shape, const Axis& h, const Axis& w,
+                    const Stored& y, int64_t* indices) {
   if (along_rows(h, w)) return max_along_rows<T>(x, shape, h, w, y, indices);
   const auto& table = NNARCH_SELECT(pool_table<T>());
-  over_planes<Denormals::keep>(
+  over_planes<Denormals::keep, T>(
       x, checked_product(shape.size(0), shape.size(1)), h, w, y, indices,
       [&](const T* image, int64_t lanes, int64_t from, int64_t to, T* out, int64_t* found) {
         table.max_rows(image, lanes, h, w, from, to, out, found, Traffic{});
@@ -68,11 +72,11 @@ Pair max_over(const Tensor& x, int64_t height, int64_t width, bool return_indice
   // Positions are compared in 32-bit lanes beside floats.
   require(!return_indices || checked_product(x.size(2), x.size(3)) < INT32_MAX,
           "max_pool2d: the plane is too large for indices");
-  const Tensor input = in_order_of(x, to_compute_type(x));
-  const Tensor y = new_images(x, height, width, input.scalar_type());
+  const Tensor input = in_order_of(x, x);
+  const Tensor y = new_images(x, height, width, x.scalar_type());
   const Tensor indices = return_indices ? new_images(x, height, width, ScalarType::Long)
                                         : new_contiguous({0}, ScalarType::Long);
-  if (y.numel() == 0) return {to_type(y, x.scalar_type()), indices};
+  if (y.numel() == 0) return {y, indices};
   const Windows rows = windows(0), columns = windows(1);
   const Axis h = rows.axis(), w = columns.axis();
   with_scalar_type(input.scalar_type(), "max_pool2d", [&](auto scalar) {
@@ -80,9 +84,9 @@ Pair max_over(const Tensor& x, int64_t height, int64_t width, bool return_indice
     int64_t* found = return_indices ? mutable_data<int64_t>(indices) : nullptr;
     set_algorithm(follows_channels_last(x) ? "channels_last" : "planes");
     const auto pool = follows_channels_last(x) ? max_channels_last<T> : max_contiguous<T>;
-    pool(data<T>(input), x, h, w, mutable_data<T>(y), found);
+    pool(Stored(input), x, h, w, Stored(y), found);
   });
-  return {to_type(y, x.scalar_type()), indices};
+  return {y, indices};
 }
 
 Pair max_pool2d(const Tensor& x, IntList kernel, IntList stride, IntList padding, IntList dilation,

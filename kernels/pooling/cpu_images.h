@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cpu/dense.h"
+#include "cpu/half.h"
 #include "cpu/parallel.h"
 #include "cpu/streaming.h"
 #include "cpu/tensor.h"
@@ -78,12 +79,14 @@ bool whole_lines(const T* y, int64_t channels) {
 
 // Of channels_last images.
 template <class T>
-Traffic image_traffic(const T* y, int64_t images, int64_t channels, const Axis& h, const Axis& w) {
+Traffic image_traffic(const Stored& y, int64_t images, int64_t channels, const Axis& h,
+                      const Axis& w) {
   const int64_t size = sizeof(T), in = h.inputs * w.inputs, out = h.outputs * w.outputs;
+  if (y.half) return {};  // the kernels read and write blocks in cache
   const int64_t bytes = images * channels * (in + out) * size;
   const bool narrow = w.inputs * channels * size <= kFarRowBytes;
   return {bytes >= kFarBytes && narrow, bytes >= kAskBytes && narrow,
-          images * out * channels * size >= kPoolStreamBytes && whole_lines(y, channels)};
+          images * out * channels * size >= kPoolStreamBytes && whole_lines(y.at<T>(0), channels)};
 }
 
 inline void check_images(const Tensor& x) {

@@ -8,6 +8,7 @@
 #include "cpu/arena.h"
 #include "cpu/layout.h"
 #include "pooling/cpu_images.h"
+#include "pooling/cpu_stored.h"
 
 namespace nnarch {
 
@@ -28,8 +29,8 @@ int64_t buffered_rows(const Axis& w) {
 // Calls pool(image, channels, from, to, y, indices) to compute output rows [from, to) of images
 // [H][W][channels], with the pointers that kernels take (cpu_kernels.h). `indices` may be null.
 template <Denormals denormals, class T, class F>
-void over_planes(const T* x, int64_t planes, const Axis& h, const Axis& w, T* y, int64_t* indices,
-                 const F& pool) {
+void over_planes(const Stored& x, int64_t planes, const Axis& h, const Axis& w, const Stored& y,
+                 int64_t* indices, const F& pool) {
   constexpr int64_t cached_elements = 32768;     // of input, in L2
   constexpr int64_t largest_elements = 1 << 20;  // where one row of windows needs more than that
   const int64_t in = h.inputs * w.inputs, out = h.outputs * w.outputs;
@@ -47,25 +48,27 @@ void over_planes(const T* x, int64_t planes, const Axis& h, const Axis& w, T* y,
     const int64_t plane = task / cuts * lanes, channels = std::min(lanes, planes - plane);
     const int64_t from = task % cuts * rows, to = std::min(h.outputs, from + rows);
     if (channels == 1) {  // its own transpose
-      pool(x + plane * in, 1, from, to, y + plane * out, indices ? indices + plane * out : nullptr);
+      const PooledUnits<T> at(x, y, h, w.inputs, w.outputs, plane, plane + 1, from, to);
+      pool(at.x(), 1, from, to, at.y(), indices ? indices + plane * out : nullptr);
       return;
     }
-    int64_t top = h.inputs, bottom = 0;  // input rows of these windows
-    for (int64_t row = from; row < to; ++row) {
-      if (h.start[row] >= h.end[row]) continue;
-      top = std::min(top, h.start[row]);
-      bottom = std::max(bottom, h.end[row]);
-    }
-    top = std::min(top, bottom);
-    const int64_t first_in = top * w.inputs, pixels_in = (bottom - top) * w.inputs;
+    const RowsReached reached(h, from, to);
+    const int64_t first_in = reached.top * w.inputs;
+    const int64_t pixels_in = (reached.bottom - reached.top) * w.inputs;
     const int64_t first_out = from * w.outputs, pixels_out = (to - from) * w.outputs;
     Scratch<T> image(channels * pixels_in), result(channels * pixels_out);
     Scratch<int64_t> found(indices ? channels * pixels_out : 0);
-    transpose(x + plane * in + first_in, in, image.get(), channels, channels, pixels_in);
+    {
+      const Reading<T> rows(x, {plane * in + first_in, pixels_in, channels, in});
+      transpose(rows.get(), rows.step(), image.get(), channels, channels, pixels_in);
+    }
     // The kernel counts from the first row of the whole image.
     pool(image.get() - first_in * channels, channels, from, to, result.get() - first_out * channels,
          indices ? found.get() - first_out * channels : nullptr);
-    transpose(result.get(), channels, y + plane * out + first_out, out, pixels_out, channels);
+    {
+      const Writing<T> rows(y, {plane * out + first_out, pixels_out, channels, out});
+      transpose(result.get(), channels, rows.get(), rows.step(), pixels_out, channels);
+    }
     if (!indices) return;
     for (int64_t c = 0; c < channels; ++c) {
       int64_t* to_plane = indices + (plane + c) * out + first_out;
