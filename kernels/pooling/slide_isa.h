@@ -225,10 +225,11 @@ NNARCH_INLINE bool slide(const T* image, int64_t channels, const Axis& h, const 
   if (channels < kLanes<T> || h.kernel != w.kernel || h.stride != w.stride || h.step != 1 ||
       w.step != 1)
     return false;
-  const auto run = h.kernel == 3 && h.stride == 1   ? slide_rows<T, Acc, 3, 1>
-                   : h.kernel == 3 && h.stride == 2 ? slide_rows<T, Acc, 3, 2>
-                   : h.kernel == 2 && h.stride == 2 ? slide_rows<T, Acc, 2, 2>
-                                                    : nullptr;
+  // 2x2 windows share nothing: all that is won is that rows are asked for.
+  const auto run = h.kernel == 3 && h.stride == 1                  ? slide_rows<T, Acc, 3, 1>
+                   : h.kernel == 3 && h.stride == 2                ? slide_rows<T, Acc, 3, 2>
+                   : h.kernel == 2 && h.stride == 2 && traffic.ask ? slide_rows<T, Acc, 2, 2>
+                                                                   : nullptr;
   if (run == nullptr) return false;
   run(image, channels, h, w, from, to, y, watch, traffic);
   if (traffic.stream) finish_streaming();
