@@ -21,12 +21,13 @@ _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 def cheap_call(
     op: Op, run_on_a_gpu: _GpuCall, backward: Any, setup_context: Any
 ) -> Callable[..., Any]:
-    """The callable that runs an operation, by what the call needs (ADR 2, 8 and 10).
+    """The callable that runs an operation, by what the call needs (ADR 2, 8, 10 and 11).
 
     Plain tensors, no gradient wanted: straight to the kernel; not so plain: below autograd. A
-    gradient wanted: an autograd.Function of the same formula, at a fraction of what the registered
-    one costs a call; under functorch, the form of it that functorch asks for. Under torch.compile:
-    the registered operation.
+    gradient wanted: the kernel and a node in C++, where the operation has one; else an
+    autograd.Function of the same formula, at a fraction of what the registered one costs a call;
+    under functorch, the form of it that functorch asks for. Under torch.compile: the registered
+    operation.
     """
     overload = op.overload
     run = overload._op  # what its __call__ calls

@@ -12,11 +12,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from nnarch import nodes
 
 DECLINED = object()
 """What a direct function returns where the call has to go the long way."""
@@ -47,6 +49,19 @@ def function(library: Any, number: int, schema: Any) -> Callable[..., Any] | Non
         ctypes.c_int64, ctypes.c_char_p, ctypes.py_object, ctypes.c_int64, ctypes.c_int64
     ]  # fmt: skip
     return make(number, kinds.encode(), defaults, required, len(schema.returns))
+
+
+def give_nodes(
+    library: Any, function: Any, schema: Any, backwards: Sequence[Any], names: Sequence[str]
+) -> None:
+    """Let an operation's direct function record its backwards, where nnarch/nodes.py can."""
+    if not nodes.available(library._name):
+        return
+    for backward in backwards:
+        kinds = _kinds(getattr(torch.ops.nnarch, backward.op).default._schema)
+        assert kinds is not None
+        number = names.index(backward.op)
+        nodes.give(library._name, function, schema, backward, number, kinds)
 
 
 def _kinds(schema: Any) -> str | None:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from nnarch import calls, direct
+from nnarch.nodes import Backward
 
 NAMESPACE = "nnarch"
 
@@ -194,6 +195,7 @@ def declare(
     gpu_backend: str = "triton",
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
+    nodes: Sequence[Backward] = (),
 ) -> Callable[..., Any]:
     """Declare ``nnarch::<schema>`` once and return the callable that runs it cheaply.
 
@@ -210,6 +212,8 @@ def declare(
             outputs, from the first, have gradients: autograd sees no others in eager mode, where
             the callable has None in their place, and `backward` gets no gradients for them. It
             spares 1 µs each.
+        nodes: the backwards that are one native operation; a call takes the first that suits its
+            arguments, and none where it has to go by `backward`.
 
     Returns:
         A callable with the operation's positional arguments.
@@ -221,6 +225,8 @@ def declare(
     if op.has_native:
         number = native_op_names().index(name)
         op.direct = direct.function(native, number, overload._schema) or _declined
+        if nodes and op.direct is not _declined:
+            direct.give_nodes(native, op.direct, overload._schema, nodes, native_op_names())
 
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, op.checked(fake), lib=_definitions)

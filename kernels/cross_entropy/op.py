@@ -16,6 +16,7 @@ from torch.nn._reduction import legacy_get_string
 
 from nnarch import arrays, library
 from nnarch.kernels.linear.op import linear
+from nnarch.nodes import Backward
 
 from . import reference
 from .autograd import not_differentiable, scaled
@@ -134,6 +135,11 @@ def _fake_backward(grad, x, target, class_weight, lse, ignore, smoothing, z, r, 
     )
 
 
+def _ready(grad: Tensor, dx: Tensor, _: bool) -> tuple[Tensor | None, ...]:
+    """cross_entropy_ready for a node where more than the kernel has to run."""
+    return scaled("cross_entropy", grad, (dx,), (None,))
+
+
 cross_entropy_op = library.declare(
     f"cross_entropy(Tensor x, Tensor target, Tensor? class_weight, {_NUMBERS}) "
     "-> (Tensor, Tensor, Tensor)",
@@ -143,6 +149,15 @@ cross_entropy_op = library.declare(
     gpu=f"{_GPU}:cross_entropy",
     setup_context=_setup,
     backward=_backward,
+    nodes=(
+        Backward(
+            op="cross_entropy_ready",
+            arguments="grad 0, output 2, keeps graph",
+            gradients=(("x",),),
+            formula=_ready,
+            given={"wanted": True},
+        ),
+    ),
 )
 
 # Second derivatives have no kernel: a backward through the operations below raises.

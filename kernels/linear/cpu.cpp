@@ -1,5 +1,6 @@
 // linear on the CPU: y = act((x·wᵀ + bias)·scale + shift + residual).
 #include <algorithm>
+#include <tuple>
 
 #include "cpu/epilogue_fold.h"
 #include "cpu/gather_gemm.h"
@@ -7,6 +8,7 @@
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
 #include "linear/cpu_rows.h"
+#include "normalization/cpu_sum.h"
 
 namespace nnarch {
 namespace {
@@ -123,10 +125,63 @@ Tensor linear(const Tensor& x_in, const Tensor& weight_in, const OptTensor& bias
   return to_type(y, type);
 }
 
+// A view of two dimensions on the rows, or with both exchanged.
+Tensor two_dimensions(const Tensor& t, int64_t rows, int64_t columns, int64_t row_stride,
+                      int64_t column_stride) {
+  const int64_t sizes[2] = {rows, columns}, strides[2] = {row_stride, column_stride};
+  AtenTensorHandle view;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, 0, &view));
+  return Tensor(view);
+}
+Tensor transposed(const Rows& x) { return two_dimensions(x.tensor, x.depth, x.m, 1, x.stride); }
+
+// a·bᵀ, of `size`.
+template <class T>
+Tensor product(const Tensor& a, const Tensor& b, const IntList& size) {
+  const Tensor y = new_contiguous(size, a.scalar_type());
+  run_linear<T>(as_rows(a), b, std::nullopt, mutable_data<T>(y), Epilogue<T>{});
+  return y;
+}
+
+// The gradients of x, weight and bias where there is no more of an epilogue; those that `wanted`
+// (bits 1, 2 and 4) leaves out are empty. Both products are linear's own on transposed views.
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_in, const Tensor& x_in,
+                                                   const Tensor& weight_in, int64_t wanted) {
+  const ScalarType type = x_in.scalar_type();
+  require(x_in.dim() >= 1 && weight_in.dim() == 2 && grad_in.dim() == x_in.dim(),
+          "linear_backward: grad and x must have as many dimensions, weight two");
+  require(weight_in.scalar_type() == type && grad_in.scalar_type() == type,
+          "linear_backward: grad, x and weight must have one dtype");
+  IntList out = sizes_of(x_in);
+  require(out.back() == weight_in.size(1), "linear_backward: sizes of x and weight do not match");
+  out.back() = weight_in.size(0);
+  require(sizes_of(grad_in) == out, "linear_backward: grad must have the size of the output");
+  const Rows grad = as_rows(to_compute_type(grad_in)), x = as_rows(to_compute_type(x_in));
+  const Tensor weight = to_compute_type(weight_in);
+  return with_scalar_type(weight.scalar_type(), "linear_backward", [&](auto scalar) {
+    using T = decltype(scalar);
+    const Tensor g = two_dimensions(grad.tensor, grad.m, grad.depth, grad.stride, 1);
+    const auto empty = [&] { return new_contiguous({0}, type); };
+    const int64_t n = grad.depth, depth = x.depth;
+    return std::make_tuple(
+        wanted & 1
+            ? to_type(product<T>(
+                          g, two_dimensions(weight, depth, n, weight.stride(1), weight.stride(0)),
+                          sizes_of(x_in)),
+                      type)
+            : empty(),
+        wanted & 2 ? to_type(product<T>(transposed(grad), transposed(x), {n, depth}), type)
+                   : empty(),
+        wanted & 4 ? to_type(channel_sum(g), type) : empty());
+  });
+}
+
 }  // namespace
 }  // namespace nnarch
 
 NNARCH_OPS(linear, ops) {
+  ops.impl("linear_backward", TORCH_BOX(&nnarch::linear_backward));
   ops.impl("linear", TORCH_BOX(&nnarch::linear));
   ops.impl("linear_pack", TORCH_BOX(&nnarch::linear_pack));
 }
