@@ -7,6 +7,7 @@
 #include "cpu/pack_weight.h"
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
+#include "linear/cpu_combine.h"
 #include "linear/cpu_rows.h"
 #include "normalization/cpu_sum.h"
 
@@ -25,6 +26,35 @@ void few_rows(const Rows& x, const Tensor& w, T* y, const Epilogue<T>& epilogue)
                        w.stride(0), x.depth, std::min(run, n - first), y + first, n,
                        epilogue.from_channel(first));
   });
+}
+
+// Few rows, or a short sum, where the weights' columns are dense: transposed ones, which a gradient
+// multiplies with. Packing them took as long as the product three times.
+template <class T>
+void rows_of_weights(const Rows& x, const Tensor& w, T* y) {
+  set_algorithm("rows");
+  const CombineRows<T> combine = NNARCH_SELECT(combine_rows<T>());
+  const int64_t n = w.size(0);
+  if (x.m <= kFewRows) {
+    constexpr int64_t run = 4096 / static_cast<int64_t>(sizeof(T));
+    parallel_tasks(ceil_div(n, run), [&](int64_t task) {
+      const int64_t first = task * run;
+      combine(data<T>(x.tensor), x.stride, 1, x.m, x.depth, data<T>(w) + first, w.stride(1),
+              std::min(run, n - first), y + first, n);
+    });
+    return;
+  }
+  constexpr int64_t run = 32;
+  parallel_tasks(ceil_div(x.m, run), [&](int64_t task) {
+    const int64_t first = task * run;
+    combine(data<T>(x.tensor) + first * x.stride, x.stride, 1, std::min(run, x.m - first), x.depth,
+            data<T>(w), w.stride(1), n, y + first * n, n);
+  });
+}
+
+template <class T>
+bool is_identity(const Epilogue<T>& e) {
+  return !e.scale && !e.shift && !e.residual && e.activation == kNone;
 }
 
 template <class T>
@@ -87,6 +117,9 @@ void run_linear(const Rows& x, const Tensor& weight, const OptTensor& packed, T*
   if (x.m == 0 || n == 0) return;
   if (x.m <= kFewRows && weight.stride(1) == 1 && x.depth > 0)
     return few_rows<T>(x, weight, y, epilogue);
+  if ((x.m <= kFewRows || x.depth <= kFewRows) && x.depth > 0 && weight.stride(0) == 1 &&
+      is_identity(epilogue))
+    return rows_of_weights<T>(x, weight, y);
   if (packed) {
     require(packed->numel() == packed_size<T>(n, 1, x.depth) && packed->is_contiguous() &&
                 packed->scalar_type() == weight.scalar_type(),
