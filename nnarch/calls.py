@@ -83,6 +83,20 @@ def cheap_call(
     return call
 
 
+def first_output(call: Callable[..., Any], direct: Callable[..., Any]) -> Callable[..., Any]:
+    """`call` for the first of its outputs; a plain call makes no tensors of the others."""
+    is_compiling = torch.compiler.is_compiling
+
+    def first(*args: Any) -> Any:
+        if not is_compiling():
+            result = direct(*args)
+            if result is not DECLINED and result is not WANTS_GRADIENT:
+                return result
+        return call(*args)[0]
+
+    return first
+
+
 def _gpu_call(op: Op, run_on_a_gpu: _GpuCall) -> _GpuCall:
     """A function that runs `op` on a GPU past the dispatcher, a third of a small call there.
 

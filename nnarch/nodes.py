@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-_GRAD, _INPUT, _OUTPUT, _NUMBER, _WANTED, _KEEPS_GRAPH = range(6)
+_GRAD, _INPUT, _OUTPUT, _NUMBER, _WANTED, _KEEPS_GRAPH, _NONE = range(7)
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,14 @@ class Backward:
         op: its name.
         arguments: what it takes, in its order, between commas: "grad 0" is the gradient of the
             first output, "output 0" that output, "wanted" the bits of the gradients that are
-            wanted, "keeps graph" whether a second backward may come; else an argument's name.
+            wanted, "keeps graph" whether a second backward may come, "none" None; else an
+            argument's name.
         gradients: what its results are the gradients of: arguments' names by result.
         bits: of the arguments in the number "wanted".
         formula: the Python function of the same arguments that runs where these are not plain, or
             a graph of the backward is wanted. It returns as many tensors, or None.
         seen: how many outputs have gradients, from the first.
+        shown: how many the caller gets; the others are None. As many as are seen, where None.
         given: arguments that must be given (True; numbers: not 0), or not (False).
     """
 
@@ -44,6 +46,7 @@ class Backward:
     formula: Callable[..., Any]
     bits: Mapping[str, int] = field(default_factory=dict)
     seen: int = 1
+    shown: int | None = None
     given: Mapping[str, bool] = field(default_factory=dict)
 
 
@@ -97,13 +100,13 @@ def give(
     call.restype = None
     call.argtypes = [
         ctypes.py_object, ctypes.c_char_p, count, numbers, count, numbers, count, count, count,
-        numbers, count, numbers, count, ctypes.py_object,
+        count, numbers, count, numbers, count, ctypes.py_object,
     ]  # fmt: skip
     call(
         function, schema.name.partition("::")[2].encode(), number,
         _array(arguments), len(arguments) // 3, _array(edges), len(edges) // 3,
-        len(backward.gradients), backward.seen, _array(with_), len(with_), _array(without),
-        len(without), backward.formula,
+        len(backward.gradients), backward.seen, backward.shown or backward.seen, _array(with_),
+        len(with_), _array(without), len(without), backward.formula,
     )  # fmt: skip
 
 
@@ -118,6 +121,8 @@ def _source(argument: str, names: list[str], tensors: set[str]) -> tuple[int, in
         return _WANTED, 0
     if argument == "keeps graph":
         return _KEEPS_GRAPH, 0
+    if argument == "none":
+        return _NONE, 0
     return _INPUT if argument in tensors else _NUMBER, names.index(argument)
 
 

@@ -36,6 +36,10 @@ def _norm(x, w, b):
     return F.layer_norm(x, (5,), w, b)
 
 
+def _batch_norm(x, w, b):
+    return F.batch_norm(x, None, None, w, b, training=True)
+
+
 # name: (function, shapes of its tensors, whether it has a second derivative)
 CASES = {
     "linear": (F.linear, [(3, 5), (4, 5), (4,)], True),
@@ -45,6 +49,7 @@ CASES = {
     "linear no depth": (F.linear, [(3, 0), (4, 0), (4,)], False),
     "layer_norm": (_norm, [(3, 5), (5,), (5,)], True),
     "layer_norm of a sum": (_norm_of_sum, [(3, 5), (5,), (5,), (3, 5)], True),
+    "batch_norm": (_batch_norm, [(2, 3, 4, 2), (3,), (3,)], True),
     "attention": (_attention, [(1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 4), (1, 1, 3, 5)], False),
     "cross_entropy": (_cross_entropy, [(3, 5)], False),
 }
@@ -225,7 +230,7 @@ def test_checkpointing():
             output.sum().backward()
 
 
-@pytest.mark.parametrize("name", ["linear", "layer_norm", "attention"])
+@pytest.mark.parametrize("name", ["linear", "layer_norm", "batch_norm", "attention"])
 def test_batched_gradients(name):
     function, tensors = _make(name)
     output = _outputs(function(*tensors))[0]

@@ -99,6 +99,9 @@ attention_op = library.declare(
 )
 
 
+_attention_alone = library.first_output(attention_op)
+
+
 @arrays.public_lower_precision
 def scaled_dot_product_attention(
     query: Tensor,
@@ -167,12 +170,17 @@ def scaled_dot_product_attention(
     if scale is None:
         scale = 1 / math.sqrt(max(1, sizes[3]))
     seed = draw_seed(query) if dropout_p > 0 else None
+    if not return_lse:
+        out = _attention_alone(
+            query, key, value, attn_mask, key_lengths, seed, dropout_p, scale, low, high
+        )
+        return out if lead is None else out.reshape(*lead, *out.shape[-2:])
     out, lse = attention_op(
         query, key, value, attn_mask, key_lengths, seed, dropout_p, scale, low, high
     )
     if lead is not None:
         out, lse = out.reshape(*lead, *out.shape[-2:]), lse.reshape(*lead, lse.shape[-1])
-    return (out, lse) if return_lse else out
+    return out, lse
 
 
 def _window(is_causal: bool, window: int | tuple[int, int], offset: int) -> tuple[int, int]:

@@ -151,9 +151,9 @@ NNARCH_EXPORT void nnarch_direct_nodes(void* set_up, void* record) {
 NNARCH_EXPORT void nnarch_direct_backward(PyObject* function, const char* name, int64_t number,
                                           const int64_t* arguments, int64_t argument_count,
                                           const int64_t* edges, int64_t edge_count, int64_t results,
-                                          int64_t seen, const int64_t* with, int64_t with_count,
-                                          const int64_t* without, int64_t without_count,
-                                          PyObject* formula) {
+                                          int64_t seen, int64_t shown, const int64_t* with,
+                                          int64_t with_count, const int64_t* without,
+                                          int64_t without_count, PyObject* formula) {
   using namespace nnarch;
   if (argument_count > kMostBackwardArguments || results > kMostBackwardResults) return;
   auto* op =
@@ -168,6 +168,7 @@ NNARCH_EXPORT void nnarch_direct_backward(PyObject* function, const char* name, 
     backward->edges.push_back({edges[e], edges[e + 1], edges[e + 2]});
   backward->results = results;
   backward->seen = seen;
+  backward->shown = shown;
   backward->with.assign(with, with + with_count);
   backward->without.assign(without, without + without_count);
   Py_IncRef(formula);

@@ -175,13 +175,18 @@ PyObject* adopted(StableIValue value) {
 
 namespace {
 
-// One tensor or a tuple of them. Those from `seen` on are None: autograd does not see them.
-PyObject* results(const StableIValue* stack, uint64_t outputs, uint64_t seen) {
-  if (outputs == 1) return adopted(stack[0]);
+void let_go(StableIValue output) { Tensor(reinterpret_cast<AtenTensorHandle>(output)); }
+
+// One tensor or a tuple of them. Those from `shown` on are None: nobody asks for them.
+PyObject* results(const Operation& op, const StableIValue* stack, uint64_t shown) {
+  const uint64_t outputs = op.outputs;
+  if (op.first)
+    for (uint64_t i = 1; i < outputs; ++i) let_go(stack[i]);
+  if (op.first || outputs == 1) return adopted(stack[0]);
   PyObject* tuple = PyTuple_New(static_cast<std::ptrdiff_t>(outputs));
   for (uint64_t i = 0; tuple != nullptr && i < outputs; ++i) {
-    PyObject* tensor = i < seen ? adopted(stack[i]) : answer(python.none);
-    if (i >= seen) Tensor(reinterpret_cast<AtenTensorHandle>(stack[i]));  // lets go of it
+    PyObject* tensor = i < shown ? adopted(stack[i]) : answer(python.none);
+    if (i >= shown) let_go(stack[i]);
     if (tensor == nullptr || PyTuple_SetItem(tuple, static_cast<std::ptrdiff_t>(i), tensor) != 0) {
       Py_DecRef(tuple);
       return nullptr;
@@ -221,14 +226,14 @@ PyObject* call_operation(const Operation& op, PyObjects arguments, std::ptrdiff_
     stack[i] = hand_over(op.kinds[static_cast<size_t>(i)], values[i]);
   const bool alone = is_small(values, size);
   if (!wanted)
-    return run(op, stack, alone) ? results(stack, op.outputs, op.outputs) : answer(python.declined);
+    return run(op, stack, alone) ? results(op, stack, op.outputs) : answer(python.declined);
   aoti_torch_grad_mode_set_enabled(false);  // the kernel may call operations of torch's
   const bool done = run(op, stack, alone);
   aoti_torch_grad_mode_set_enabled(true);
   if (!done) return answer(python.wants_gradient);
-  const auto seen = static_cast<uint64_t>(backward->seen);
-  if (record(op, *backward, values, stack)) return results(stack, op.outputs, seen);
-  for (uint64_t i = 0; i < op.outputs; ++i) Tensor(reinterpret_cast<AtenTensorHandle>(stack[i]));
+  const auto shown = static_cast<uint64_t>(backward->shown);
+  if (record(op, *backward, values, stack)) return results(op, stack, shown);
+  for (uint64_t i = 0; i < op.outputs; ++i) let_go(stack[i]);
   // Hooks count their calls (torch.utils.checkpoint): an error of theirs is the call's.
   return PyErr_Occurred() ? nullptr : answer(python.wants_gradient);
 }
@@ -270,10 +275,11 @@ NNARCH_EXPORT void nnarch_direct_setup(PyObject* objects, PyObject* watched, int
 }
 
 // The function of the operation with this number; null, with Python's error set, without memory.
-// `defaults` has an object an argument, of which those that have to be given are not read.
+// `defaults` has an object an argument, of which those that have to be given are not read. With
+// `first` it hands out the first output alone: another one costs half a microsecond.
 NNARCH_EXPORT PyObject* nnarch_direct_function(int64_t number, const char* kinds,
                                                PyObject* defaults, int64_t required,
-                                               int64_t outputs) {
+                                               int64_t outputs, int64_t first) {
   using namespace nnarch;
   const auto size = static_cast<int64_t>(std::strlen(kinds));
   if (size > kMostArguments || outputs > kMostOutputs) return answer(python.none);
@@ -282,6 +288,7 @@ NNARCH_EXPORT PyObject* nnarch_direct_function(int64_t number, const char* kinds
                            kinds,
                            {},
                            static_cast<uint64_t>(outputs),
+                           first != 0,
                            {"direct", &call, kFastCall, nullptr}};
   Py_IncRef(defaults);
   for (int64_t i = 0; i < size; ++i)

@@ -34,6 +34,7 @@ struct Operation {
   std::string kinds;  // a letter an argument, see read()
   std::vector<PyObject*> defaults;
   uint64_t outputs;
+  bool first;  // hands out the first output alone
   PyMethodDef method;
   std::vector<std::unique_ptr<Backward>> backwards = {};
 };

@@ -13,7 +13,7 @@ namespace nnarch {
 // An operation's backward that is one native operation: where that takes its arguments from, and
 // whose gradients it gives. nnarch/nodes.py has the same in words.
 struct Backward {
-  enum Source : int64_t { kGrad, kInput, kOutput, kNumber, kWanted, kKeepsGraph };
+  enum Source : int64_t { kGrad, kInput, kOutput, kNumber, kWanted, kKeepsGraph, kNone };
   struct Argument {
     Source source;
     int64_t index;  // of the gradient, input, output or number
@@ -30,6 +30,7 @@ struct Backward {
   std::vector<Edge> edges;
   int64_t results;  // of the backward operation
   int64_t seen;     // outputs of the operation that have gradients, from the first
+  int64_t shown;    // outputs that the caller gets, from the first
   // Arguments of the operation that must be given (and not 0), and that must not.
   std::vector<int64_t> with, without;
   void* formula;  // the Python function of the same arguments, for what is not plain

@@ -160,6 +160,8 @@ cross_entropy_op = library.declare(
     ),
 )
 
+_loss = library.first_output(cross_entropy_op)
+
 # Second derivatives have no kernel: a backward through the operations below raises.
 cross_entropy_backward = library.declare(
     "cross_entropy_backward(Tensor grad, Tensor x, Tensor target, Tensor? class_weight, "
@@ -268,7 +270,7 @@ def cross_entropy(
         and target.shape == input.shape[:1]
     ):  # nothing below has anything to do: 2 µs
         wanted = int(torch.is_grad_enabled() and input.requires_grad)
-        return cross_entropy_op(input, target, None, ignore_index, 0.0, 0.0, MEAN, wanted)[0]
+        return _loss(input, target, None, ignore_index, 0.0, 0.0, MEAN, wanted)
     code = _reduction(op, reduction, size_average, reduce)
     library.check_tensor(op, "input", input)
     ignore_index, label_smoothing, z_loss = _numbers(op, ignore_index, label_smoothing, z_loss)
@@ -292,7 +294,7 @@ def cross_entropy(
         and not target.requires_grad
     )
     numbers = (ignore_index, label_smoothing, z_loss, code)
-    loss = cross_entropy_op(x, target, class_weight, *numbers, wanted)[0]
+    loss = _loss(x, target, class_weight, *numbers, wanted)
     return loss.reshape(sizes) if code == NONE else loss
 
 

@@ -198,6 +198,9 @@ layer_norm_train = library.declare(
 )
 
 
+_normalized = library.first_output(layer_norm_train)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, _, residual, *ctx.numbers = inputs
     ctx.save_for_backward(x, weight, residual)
@@ -260,7 +263,7 @@ def _plain(
     rms: bool,
 ) -> Tensor:
     if _wants_gradient(input, weight, bias, residual):
-        return layer_norm_train(input, weight, bias, residual, None, columns, eps, 0.0, rms)[0]
+        return _normalized(input, weight, bias, residual, None, columns, eps, 0.0, rms)
     return layer_norm_op(input, weight, bias, residual, columns, eps, rms)
 
 

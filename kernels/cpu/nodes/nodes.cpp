@@ -134,6 +134,8 @@ struct OpNode : torch::autograd::Node {
           break;
         case Backward::kKeepsGraph:
           to.numbers[a] = torch::autograd::get_current_graph_task_keep_graph();
+          break;
+        case Backward::kNone:;
       }
     }
   }
