@@ -21,12 +21,13 @@ _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 def cheap_call(
     op: Op, run_on_a_gpu: _GpuCall, backward: Any, setup_context: Any
 ) -> Callable[..., Any]:
-    """The callable that runs an operation, by what the call needs (ADR 2, 8 and 10).
+    """The callable that runs an operation, by what the call needs (ADR 2, 8, 10 and 11).
 
     Plain tensors, no gradient wanted: straight to the kernel; not so plain: below autograd. A
-    gradient wanted: an autograd.Function of the same formula, at a fraction of what the registered
-    one costs a call; under functorch, the form of it that functorch asks for. Under torch.compile:
-    the registered operation.
+    gradient wanted: the kernel and a node in C++, where the operation has one; else an
+    autograd.Function of the same formula, at a fraction of what the registered one costs a call;
+    under functorch, the form of it that functorch asks for. Under torch.compile: the registered
+    operation.
     """
     overload = op.overload
     run = overload._op  # what its __call__ calls
@@ -80,6 +81,20 @@ def cheap_call(
     call.__name__ = op.name
     call.overload = overload  # type: ignore[attr-defined]
     return call
+
+
+def first_output(call: Callable[..., Any], direct: Callable[..., Any]) -> Callable[..., Any]:
+    """`call` for the first of its outputs; a plain call makes no tensors of the others."""
+    is_compiling = torch.compiler.is_compiling
+
+    def first(*args: Any) -> Any:
+        if not is_compiling():
+            result = direct(*args)
+            if result is not DECLINED and result is not WANTS_GRADIENT:
+                return result
+        return call(*args)[0]
+
+    return first
 
 
 def _gpu_call(op: Op, run_on_a_gpu: _GpuCall) -> _GpuCall:

@@ -12,11 +12,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from nnarch import nodes
 
 DECLINED = object()
 """What a direct function returns where the call has to go the long way."""
@@ -27,13 +29,16 @@ _WORD = 8
 _KINDS = {"Tensor": "t", "int": "i", "float": "f", "bool": "b", "List[int]": "l"}
 
 
-def function(library: Any, number: int, schema: Any) -> Callable[..., Any] | None:
+def function(
+    library: Any, number: int, schema: Any, first: bool = False
+) -> Callable[..., Any] | None:
     """The direct function of an operation, or None where there is none.
 
     Args:
         library: the native library, as :class:`ctypes.CDLL`.
         number: the operation's number in its table.
         schema: of the operation.
+        first: whether it returns the first output alone.
     """
     kinds = _kinds(schema)
     if kinds is None or not _set_up(library._name):
@@ -44,9 +49,25 @@ def function(library: Any, number: int, schema: Any) -> Callable[..., Any] | Non
     make = _python_library(library._name).nnarch_direct_function
     make.restype = ctypes.py_object
     make.argtypes = [
-        ctypes.c_int64, ctypes.c_char_p, ctypes.py_object, ctypes.c_int64, ctypes.c_int64
+        ctypes.c_int64, ctypes.c_char_p, ctypes.py_object, ctypes.c_int64, ctypes.c_int64,
+        ctypes.c_int64,
     ]  # fmt: skip
-    return make(number, kinds.encode(), defaults, required, len(schema.returns))
+    return make(number, kinds.encode(), defaults, required, len(schema.returns), first)
+
+
+def give_nodes(
+    library: Any, function: Any, schema: Any, backwards: Sequence[Any], names: Sequence[str]
+) -> None:
+    """Let an operation's direct function record its backwards, where nnarch/nodes.py can."""
+    if not nodes.available(library._name):
+        return
+    for backward in backwards:
+        if backward.op not in names:  # an older native library
+            continue
+        kinds = _kinds(getattr(torch.ops.nnarch, backward.op).default._schema)
+        assert kinds is not None
+        number = names.index(backward.op)
+        nodes.give(library._name, function, schema, backward, number, kinds)
 
 
 def _kinds(schema: Any) -> str | None:

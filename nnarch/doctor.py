@@ -9,7 +9,7 @@ from importlib import metadata
 
 import torch
 
-from nnarch import library
+from nnarch import library, nodes
 from nnarch.backends import backends, isa
 from nnarch.benchmarking import machine
 
@@ -75,8 +75,13 @@ def _native() -> list[tuple[str, str]]:
         ("file", str(library.native._name)),
         ("instruction set", f"{isa() or 'none of this CPU'} ({origin})"),
         ("operations", f"{len(names) - len(lacking)} of {len(names)}"),
+        ("training calls", "nodes in C++" if _has_nodes() else "torch.autograd.Function (slower)"),
         *([("on the reference instead", ", ".join(lacking))] if lacking else []),
     ]
+
+
+def _has_nodes() -> bool:
+    return library.native is not None and nodes.available(library.native._name)
 
 
 def _version(package: str) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from nnarch import calls, direct
+from nnarch.nodes import Backward
 
 NAMESPACE = "nnarch"
 
@@ -115,6 +116,7 @@ class Op:
     gpu: str | None  # "module:function" of the Triton or Numba launcher
     gpu_backend: str
     direct: Callable[..., Any] = field(default=_declined, repr=False)  # see nnarch/direct.py
+    direct_first: Callable[..., Any] = field(default=_declined, repr=False)  # the first output
     _launcher: Callable[..., Any] | None = field(default=None, repr=False)
     _planned: Callable[..., Any] | None = field(default=None, repr=False)
 
@@ -194,6 +196,7 @@ def declare(
     gpu_backend: str = "triton",
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., Any] | None = None,
+    nodes: Sequence[Backward] = (),
 ) -> Callable[..., Any]:
     """Declare ``nnarch::<schema>`` once and return the callable that runs it cheaply.
 
@@ -210,6 +213,8 @@ def declare(
             outputs, from the first, have gradients: autograd sees no others in eager mode, where
             the callable has None in their place, and `backward` gets no gradients for them. It
             spares 1 µs each.
+        nodes: the backwards that are one native operation; a call takes the first that suits its
+            arguments, and none where it has to go by `backward`.
 
     Returns:
         A callable with the operation's positional arguments.
@@ -219,8 +224,7 @@ def declare(
     overload = getattr(torch.ops.nnarch, name).default
     op = OPS[name] = Op(name, overload, reference, check, gpu, gpu_backend)
     if op.has_native:
-        number = native_op_names().index(name)
-        op.direct = direct.function(native, number, overload._schema) or _declined
+        _make_direct(op, nodes)
 
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, op.checked(fake), lib=_definitions)
@@ -238,6 +242,18 @@ def declare(
 
     _definitions.impl(name, lambda *args: run_on_a_gpu(args), "CUDA")
     return calls.cheap_call(op, run_on_a_gpu, backward, setup_context)
+
+
+def _make_direct(op: Op, backwards: Sequence[Backward]) -> None:
+    """Give an operation its direct functions (nnarch/direct.py), and these their nodes."""
+    names, schema = native_op_names(), op.overload._schema
+    number = names.index(op.name)
+    op.direct = direct.function(native, number, schema) or _declined
+    if op.direct is not _declined and len(schema.returns) > 1:
+        op.direct_first = direct.function(native, number, schema, first=True) or _declined
+    for function in (op.direct, op.direct_first):
+        if backwards and function is not _declined:
+            direct.give_nodes(native, function, schema, backwards, names)
 
 
 def _no_backward(name: str) -> Callable[..., Any]:
@@ -272,6 +288,11 @@ def _warn_fallback(name: str, why: str) -> None:
         FallbackWarning,
         stacklevel=4,
     )
+
+
+def first_output(call: Any) -> Callable[..., Any]:
+    """What :func:`declare` returned, returning the first output alone, and sooner for it."""
+    return calls.first_output(call, OPS[call.__name__].direct_first)
 
 
 # ------------------------------------------------------------------------------- shared helpers

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nnarch import arrays, library
 from nnarch.kernels.dropout.seed import draw_seed
+from nnarch.nodes import Backward
 
 from . import reference
 from .checks import check_attention, check_attention_backward, lse_dtype
@@ -55,17 +56,6 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[A
     return dq, dk, dv, d_mask if ctx.needs_input_grad[3] else None, *[None] * 6
 
 
-attention_op = library.declare(
-    f"attention({_INPUTS}, {_NUMBERS}) -> (Tensor, Tensor)",
-    reference=reference.attention,
-    fake=_fake,
-    check=check_attention,
-    gpu=f"{_GPU}:attention",
-    setup_context=_setup,
-    backward=_backward,
-)
-
-
 def _fake_backward(grad: Tensor, grad_lse: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     query, mask = rest[0], rest[3]
     d_mask = query.new_empty(mask.shape if mask is not None and rest[-1] else 0)
@@ -80,6 +70,36 @@ attention_backward = library.declare(
     check=check_attention_backward,
     gpu=f"{_GPU}:attention_backward",
 )
+
+
+def _gradients(grad: Tensor | None, grad_lse: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    """attention_backward for a node, which may have no gradient of the output."""
+    return attention_backward(torch.zeros_like(rest[6]) if grad is None else grad, grad_lse, *rest)
+
+
+attention_op = library.declare(
+    f"attention({_INPUTS}, {_NUMBERS}) -> (Tensor, Tensor)",
+    reference=reference.attention,
+    fake=_fake,
+    check=check_attention,
+    gpu=f"{_GPU}:attention",
+    setup_context=_setup,
+    backward=_backward,
+    nodes=(
+        Backward(
+            op="attention_backward",
+            arguments="grad 0, grad 1, query, key, value, mask, key_lengths, seed, output 0, "
+            "output 1, dropout_p, scale, low, high, wanted",
+            gradients=(("query",), ("key",), ("value",), ("mask",)),
+            formula=_gradients,
+            bits={"mask": 1},
+            seen=2,
+        ),
+    ),
+)
+
+
+_attention_alone = library.first_output(attention_op)
 
 
 @arrays.public_lower_precision
@@ -132,10 +152,10 @@ def scaled_dot_product_attention(
     Papers: Vaswani et al., Attention Is All You Need, 2017; Dao et al., FlashAttention, 2022;
     Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
     """
-    if window is None and not is_causal:
-        low, high = -UNBOUNDED, UNBOUNDED
+    if window is None:
+        low, high = -UNBOUNDED, query_offset if is_causal else UNBOUNDED
     else:
-        low, high = _band(is_causal, window, query_offset)
+        low, high = _window(is_causal, window, query_offset)
     if key_lengths is not None and key_lengths.dtype != torch.int64:
         key_lengths = _whole(key_lengths)
     sizes, key_sizes, lead = query.shape, key.shape, None
@@ -150,18 +170,21 @@ def scaled_dot_product_attention(
     if scale is None:
         scale = 1 / math.sqrt(max(1, sizes[3]))
     seed = draw_seed(query) if dropout_p > 0 else None
+    if not return_lse:
+        out = _attention_alone(
+            query, key, value, attn_mask, key_lengths, seed, dropout_p, scale, low, high
+        )
+        return out if lead is None else out.reshape(*lead, *out.shape[-2:])
     out, lse = attention_op(
         query, key, value, attn_mask, key_lengths, seed, dropout_p, scale, low, high
     )
     if lead is not None:
         out, lse = out.reshape(*lead, *out.shape[-2:]), lse.reshape(*lead, lse.shape[-1])
-    return (out, lse) if return_lse else out
+    return out, lse
 
 
-def _band(is_causal: bool, window: int | tuple[int, int] | None, offset: int) -> tuple[int, int]:
+def _window(is_causal: bool, window: int | tuple[int, int], offset: int) -> tuple[int, int]:
     """The least and the greatest j - i at which query i sees key j."""
-    if window is None:
-        return -UNBOUNDED, offset if is_causal else UNBOUNDED
     left, right = (window - 1, 0) if isinstance(window, int) else window
     if left < 0 or right < 0:
         raise ValueError(f"attention: window must be at least (0, 0) or 1, got {window}")

@@ -11,48 +11,15 @@
 #include <string>
 #include <vector>
 
-#include "cpu/python.h"
-#include "cpu/registry.h"
-#include "cpu/tensor.h"
+#include "cpu/direct_call.h"
 
 namespace nnarch {
+
+Setup python;
+
 namespace {
 
 constexpr int kMostArguments = 24, kMostOutputs = 8;
-
-// What nnarch/direct.py tells of Python and of torch, once.
-struct Setup {
-  // Where a tensor's object points to its TensorImpl, where that holds its dispatch keys, and the
-  // keys of tensors that the dispatcher hands to the kernel as they are.
-  int64_t impl_offset = 0, keys_offset = 0;
-  uint64_t keys[2] = {};
-  PyObject *tensor = nullptr, *parameter = nullptr, *integer = nullptr, *real = nullptr,
-           *tuple = nullptr, *list = nullptr, *size = nullptr, *none = nullptr, *yes = nullptr,
-           *no = nullptr;
-  PyObject *declined = nullptr, *wants_gradient = nullptr;  // the two answers
-  PyObject *adopt = nullptr, *requires_grad = nullptr;
-  std::vector<std::pair<PyObject*, PyObject*>> watched;  // functions, and what they have to return
-};
-Setup python;
-
-struct Operation {
-  BoxedOp function;
-  std::string kinds;  // a letter an argument, see read()
-  std::vector<PyObject*> defaults;
-  uint64_t outputs;
-  PyMethodDef method;
-};
-constexpr const char* kOperation = "nnarch operation";
-
-// An argument that has been read and is owned by nobody yet.
-struct Value {
-  enum { kNone, kTensor, kNumber, kInts } kind;
-  union {
-    AtenTensorHandle tensor;
-    StableIValue number;
-    PyObject* ints;
-  };
-};
 
 bool is_instance(PyObject* object, PyObject* type) {
   PyObject* own = PyObject_Type(object);
@@ -194,7 +161,9 @@ bool wants_gradient(const Operation& op, PyObjects arguments, std::ptrdiff_t cou
   return false;
 }
 
-// The new tensor of a handle. Python's function wraps what the handle has and leaves the handle.
+}  // namespace
+
+// Python's function wraps what the handle has and leaves the handle.
 PyObject* adopted(StableIValue value) {
   const Tensor owner(reinterpret_cast<AtenTensorHandle>(value));
   PyObject* capsule = PyCapsule_New(owner.get(), nullptr, nullptr);
@@ -204,11 +173,20 @@ PyObject* adopted(StableIValue value) {
   return tensor;
 }
 
-PyObject* results(const StableIValue* stack, uint64_t outputs) {
-  if (outputs == 1) return adopted(stack[0]);
+namespace {
+
+void let_go(StableIValue output) { Tensor(reinterpret_cast<AtenTensorHandle>(output)); }
+
+// One tensor or a tuple of them. Those from `shown` on are None: nobody asks for them.
+PyObject* results(const Operation& op, const StableIValue* stack, uint64_t shown) {
+  const uint64_t outputs = op.outputs;
+  if (op.first)
+    for (uint64_t i = 1; i < outputs; ++i) let_go(stack[i]);
+  if (op.first || outputs == 1) return adopted(stack[0]);
   PyObject* tuple = PyTuple_New(static_cast<std::ptrdiff_t>(outputs));
   for (uint64_t i = 0; tuple != nullptr && i < outputs; ++i) {
-    PyObject* tensor = adopted(stack[i]);
+    PyObject* tensor = i < shown ? adopted(stack[i]) : answer(python.none);
+    if (i >= shown) let_go(stack[i]);
     if (tensor == nullptr || PyTuple_SetItem(tuple, static_cast<std::ptrdiff_t>(i), tensor) != 0) {
       Py_DecRef(tuple);
       return nullptr;
@@ -239,13 +217,25 @@ PyObject* call_operation(const Operation& op, PyObjects arguments, std::ptrdiff_
     if (argument == nullptr || !read(op.kinds[static_cast<size_t>(i)], argument, values[i]))
       return answer(python.declined);
   }
-  if (wants_gradient(op, arguments, count)) return answer(python.wants_gradient);
-  if (!nobody_watches()) return answer(python.declined);
+  const bool wanted = wants_gradient(op, arguments, count);
+  const Backward* backward = wanted ? backward_of(op, values) : nullptr;
+  if (wanted && !backward) return answer(python.wants_gradient);
+  if (!nobody_watches()) return answer(wanted ? python.wants_gradient : python.declined);
   StableIValue stack[kMostArguments];
   for (std::ptrdiff_t i = 0; i < size; ++i)
     stack[i] = hand_over(op.kinds[static_cast<size_t>(i)], values[i]);
-  const bool done = run(op, stack, is_small(values, size));
-  return done ? results(stack, op.outputs) : answer(python.declined);
+  const bool alone = is_small(values, size);
+  if (!wanted)
+    return run(op, stack, alone) ? results(op, stack, op.outputs) : answer(python.declined);
+  aoti_torch_grad_mode_set_enabled(false);  // the kernel may call operations of torch's
+  const bool done = run(op, stack, alone);
+  aoti_torch_grad_mode_set_enabled(true);
+  if (!done) return answer(python.wants_gradient);
+  const auto shown = static_cast<uint64_t>(backward->shown);
+  if (record(op, *backward, values, stack)) return results(op, stack, shown);
+  for (uint64_t i = 0; i < op.outputs; ++i) let_go(stack[i]);
+  // Hooks count their calls (torch.utils.checkpoint): an error of theirs is the call's.
+  return PyErr_Occurred() ? nullptr : answer(python.wants_gradient);
 }
 
 PyObject* call(PyObject* self, PyObjects arguments, std::ptrdiff_t count) {
@@ -285,10 +275,11 @@ NNARCH_EXPORT void nnarch_direct_setup(PyObject* objects, PyObject* watched, int
 }
 
 // The function of the operation with this number; null, with Python's error set, without memory.
-// `defaults` has an object an argument, of which those that have to be given are not read.
+// `defaults` has an object an argument, of which those that have to be given are not read. With
+// `first` it hands out the first output alone: another one costs half a microsecond.
 NNARCH_EXPORT PyObject* nnarch_direct_function(int64_t number, const char* kinds,
                                                PyObject* defaults, int64_t required,
-                                               int64_t outputs) {
+                                               int64_t outputs, int64_t first) {
   using namespace nnarch;
   const auto size = static_cast<int64_t>(std::strlen(kinds));
   if (size > kMostArguments || outputs > kMostOutputs) return answer(python.none);
@@ -297,6 +288,7 @@ NNARCH_EXPORT PyObject* nnarch_direct_function(int64_t number, const char* kinds
                            kinds,
                            {},
                            static_cast<uint64_t>(outputs),
+                           first != 0,
                            {"direct", &call, kFastCall, nullptr}};
   Py_IncRef(defaults);
   for (int64_t i = 0; i < size; ++i)

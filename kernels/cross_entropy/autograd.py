@@ -44,6 +44,8 @@ cross_entropy_scale = library.declare(
 )
 
 _scale_in_place = library.define_native("cross_entropy_scale_(Tensor(a!) x, float factor) -> ()")
+# In place and the same tensor, or another one where a second backward may come. Only nodes call it.
+library.define_native("cross_entropy_ready(Tensor grad, Tensor ready, bool keep) -> Tensor")
 
 
 def scaled(

@@ -176,10 +176,27 @@ void cross_entropy_scale_(Tensor x, double factor) {
   torch::stable::copy_(x, wide);
 }
 
+// What a node of autograd calls: in place, and the same tensor, unless `keep`.
+Tensor cross_entropy_ready(const Tensor& grad, const Tensor& ready, bool keep) {
+  require(grad.dim() == 0, "cross_entropy_ready: grad must be a scalar");
+  const ScalarType type = grad.scalar_type();
+  double factor;
+  if (type == ScalarType::Float)
+    factor = *data<float>(grad);
+  else if (type == ScalarType::Double)
+    factor = *data<double>(grad);
+  else
+    factor = *data<double>(torch::stable::to(grad, ScalarType::Double));
+  if (keep) return cross_entropy_scale(grad, ready, std::nullopt);
+  if (factor != 1) cross_entropy_scale_(ready, factor);
+  return ready;
+}
+
 }  // namespace
 }  // namespace nnarch
 
 NNARCH_OPS(cross_entropy, ops) {
+  ops.impl("cross_entropy_ready", TORCH_BOX(&nnarch::cross_entropy_ready));
   ops.impl("cross_entropy", TORCH_BOX(&nnarch::cross_entropy));
   ops.impl("cross_entropy_backward", TORCH_BOX(&nnarch::cross_entropy_backward));
   ops.impl("cross_entropy_scale", TORCH_BOX(&nnarch::cross_entropy_scale));

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nnarch import arrays, library
+from nnarch.nodes import Backward
 
 from . import reference
 from .arguments import (
@@ -76,6 +77,11 @@ def _fake_backward(grad, x, target, class_weight, lse, ignore, smoothing, z, r, 
     )
 
 
+def _ready(grad: Tensor, dx: Tensor, _: bool) -> tuple[Tensor | None, ...]:
+    """cross_entropy_ready for a node where more than the kernel has to run."""
+    return scaled("cross_entropy", grad, (dx,), (None,))
+
+
 cross_entropy_op = library.declare(
     f"cross_entropy(Tensor x, Tensor target, Tensor? class_weight, {NUMBERS}) "
     "-> (Tensor, Tensor, Tensor)",
@@ -85,7 +91,18 @@ cross_entropy_op = library.declare(
     gpu=f"{_GPU}:cross_entropy",
     setup_context=_setup,
     backward=_backward,
+    nodes=(
+        Backward(
+            op="cross_entropy_ready",
+            arguments="grad 0, output 2, keeps graph",
+            gradients=(("x",),),
+            formula=_ready,
+            given={"wanted": True},
+        ),
+    ),
 )
+
+_loss = library.first_output(cross_entropy_op)
 
 # Second derivatives have no kernel: a backward through the operations below raises.
 cross_entropy_backward = library.declare(
@@ -154,7 +171,7 @@ def cross_entropy(
         and target.shape == input.shape[:1]
     ):  # nothing below has anything to do: 2 µs
         wanted = int(torch.is_grad_enabled() and input.requires_grad)
-        return cross_entropy_op(input, target, None, ignore_index, 0.0, 0.0, MEAN, wanted)[0]
+        return _loss(input, target, None, ignore_index, 0.0, 0.0, MEAN, wanted)
     code = reduction_code(op, reduction, size_average, reduce)
     library.check_tensor(op, "input", input)
     ignore_index, label_smoothing, z_loss = checked_numbers(
@@ -180,5 +197,5 @@ def cross_entropy(
         and not target.requires_grad
     )
     numbers = (ignore_index, label_smoothing, z_loss, code)
-    loss = cross_entropy_op(x, target, class_weight, *numbers, wanted)[0]
+    loss = _loss(x, target, class_weight, *numbers, wanted)
     return loss.reshape(sizes) if code == NONE else loss

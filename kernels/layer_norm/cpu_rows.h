@@ -63,6 +63,14 @@ inline std::optional<RowOffsets> offsets_of(const Tensor& t, int64_t rows, int64
   return offsets;
 }
 
+// Whether a tensor is one number in memory, expanded.
+inline bool is_one_number(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] > 1 && strides[d] != 0) return false;
+  return true;
+}
+
 // The rows of an argument, which are kept alive: a copy where they have to be dense first.
 template <class S>
 class RowsOf {
@@ -74,6 +82,14 @@ class RowsOf {
       require(same_sizes(*t, like), "shapes differ");
     }
     auto offsets = offsets_of(*t, rows, columns);
+    if (!offsets && rows > 0 && is_one_number(*t)) {
+      // The gradient of a sum: one row of it stays in the first cache.
+      const S value = *data<S>(*t);
+      tensor_ = new_contiguous({columns}, t->scalar_type());
+      std::fill_n(mutable_data<S>(*tensor_), columns, value);
+      rows_ = {data<S>(*tensor_), RowOffsets{rows, 0, 0}};
+      return;
+    }
     tensor_ = offsets ? *t : as_contiguous(*t);
     if (rows == 0) return;
     rows_ = {data<S>(*tensor_), offsets ? *offsets : RowOffsets{rows, 0, columns}};

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nnarch import arrays, library
 from nnarch.kernels.dropout.seed import draw_seed
+from nnarch.nodes import Backward
 
 from . import checks, reference
 
@@ -165,6 +166,25 @@ def _train_backward(
     )
 
 
+def _gradients(grad: Tensor | None, grad_sum: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    """layer_norm_backward for a node, which may have no gradient of y."""
+    if grad is None:
+        return grad_sum, None, None
+    return layer_norm_backward(grad, grad_sum, *rest)
+
+
+def _node(s: str, seen: int, residual: bool) -> Backward:
+    return Backward(
+        op="layer_norm_backward",
+        arguments=f"grad 0, grad 1, {s}, weight, output 2, columns, wanted",
+        gradients=(("x", "residual"), ("weight",), ("bias",)),
+        formula=_gradients,
+        bits={"x": _SUM, "residual": _SUM, "weight": _WEIGHT, "bias": _BIAS},
+        seen=seen,
+        given={"residual": residual, "seed": False},
+    )
+
+
 layer_norm_train = library.declare(
     "layer_norm_train(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? seed, "
     "int columns, float eps, float dropout_p, bool rms) -> (Tensor y, Tensor sum, Tensor stats)",
@@ -174,7 +194,11 @@ layer_norm_train = library.declare(
     gpu=f"{_GPU}:layer_norm_train",
     setup_context=_setup_train,
     backward=_train_backward,
+    nodes=(_node("x", 1, residual=False), _node("output 1", 2, residual=True)),
 )
+
+
+_normalized = library.first_output(layer_norm_train)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -239,7 +263,7 @@ def _plain(
     rms: bool,
 ) -> Tensor:
     if _wants_gradient(input, weight, bias, residual):
-        return layer_norm_train(input, weight, bias, residual, None, columns, eps, 0.0, rms)[0]
+        return _normalized(input, weight, bias, residual, None, columns, eps, 0.0, rms)
     return layer_norm_op(input, weight, bias, residual, columns, eps, rms)
 
 

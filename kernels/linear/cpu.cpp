@@ -1,5 +1,6 @@
 // linear on the CPU: y = act((x·wᵀ + bias)·scale + shift + residual).
 #include <algorithm>
+#include <tuple>
 #include <type_traits>
 
 #include "cpu/epilogue_fold.h"
@@ -7,8 +8,10 @@
 #include "cpu/pack_weight.h"
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
+#include "linear/cpu_combine.h"
 #include "linear/cpu_half.h"
 #include "linear/cpu_rows.h"
+#include "normalization/cpu_sum.h"
 
 namespace nnarch {
 namespace {
@@ -25,6 +28,35 @@ void few_rows(const Rows& x, const Tensor& w, T* y, const Epilogue<T>& epilogue)
                        w.stride(0), x.depth, std::min(run, n - first), y + first, n,
                        epilogue.from_channel(first));
   });
+}
+
+// Few rows, or a short sum, where the weights' columns are dense: transposed ones, which a gradient
+// multiplies with. Packing them took as long as the product three times.
+template <class T>
+void rows_of_weights(const Rows& x, const Tensor& w, T* y) {
+  set_algorithm("rows");
+  const CombineRows<T> combine = NNARCH_SELECT(combine_rows<T>());
+  const int64_t n = w.size(0);
+  if (x.m <= kFewRows) {
+    constexpr int64_t run = 4096 / static_cast<int64_t>(sizeof(T));
+    parallel_tasks(ceil_div(n, run), [&](int64_t task) {
+      const int64_t first = task * run;
+      combine(data<T>(x.tensor), x.stride, 1, x.m, x.depth, data<T>(w) + first, w.stride(1),
+              std::min(run, n - first), y + first, n);
+    });
+    return;
+  }
+  constexpr int64_t run = 32;
+  parallel_tasks(ceil_div(x.m, run), [&](int64_t task) {
+    const int64_t first = task * run;
+    combine(data<T>(x.tensor) + first * x.stride, x.stride, 1, std::min(run, x.m - first), x.depth,
+            data<T>(w), w.stride(1), n, y + first * n, n);
+  });
+}
+
+template <class T>
+bool is_identity(const Epilogue<T>& e) {
+  return !e.scale && !e.shift && !e.residual && e.activation == kNone;
 }
 
 template <class T>
@@ -118,6 +150,9 @@ void run_linear(const Rows& x, const Tensor& weight, const OptTensor& packed, T*
   if (x.m == 0 || n == 0) return;
   if (x.m <= kFewRows && weight.stride(1) == 1 && x.depth > 0)
     return few_rows<T>(x, weight, y, epilogue);
+  if ((x.m <= kFewRows || x.depth <= kFewRows) && x.depth > 0 && weight.stride(0) == 1 &&
+      is_identity(epilogue))
+    return rows_of_weights<T>(x, weight, y);
   if (packed) {
     require_packed<T>(*packed, n, x.depth);
     return packed_gemm<T>(x, data<T>(*packed), n, y, epilogue);
@@ -176,10 +211,53 @@ Tensor linear(const Tensor& x_in, const Tensor& weight, const OptTensor& bias,
   return y;
 }
 
+// A view of two dimensions on the rows, or with both exchanged.
+Tensor two_dimensions(const Tensor& t, int64_t rows, int64_t columns, int64_t row_stride,
+                      int64_t column_stride) {
+  const int64_t sizes[2] = {rows, columns}, strides[2] = {row_stride, column_stride};
+  AtenTensorHandle view;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(t.get(), 2, sizes, strides, 0, &view));
+  return Tensor(view);
+}
+Tensor transposed(const Rows& x) { return two_dimensions(x.tensor, x.depth, x.m, 1, x.stride); }
+
+// a·bᵀ, of `size`.
+Tensor product(const Tensor& a, const Tensor& b, const IntList& size) {
+  const auto none = std::nullopt;
+  return torch::stable::view(linear(a, b, none, none, none, none, none, kNone, 0.0), size);
+}
+
+// The gradients of x, weight and bias where there is no more of an epilogue; those that `wanted`
+// (bits 1, 2 and 4) leaves out are empty. Both products are linear's own on transposed views.
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad_in, const Tensor& x_in,
+                                                   const Tensor& weight, int64_t wanted) {
+  const ScalarType type = x_in.scalar_type();
+  require(x_in.dim() >= 1 && weight.dim() == 2 && grad_in.dim() == x_in.dim(),
+          "linear_backward: grad and x must have as many dimensions, weight two");
+  require(weight.scalar_type() == type && grad_in.scalar_type() == type,
+          "linear_backward: grad, x and weight must have one dtype");
+  IntList out = sizes_of(x_in);
+  require(out.back() == weight.size(1), "linear_backward: sizes of x and weight do not match");
+  out.back() = weight.size(0);
+  require(sizes_of(grad_in) == out, "linear_backward: grad must have the size of the output");
+  const Rows grad = as_rows(grad_in), x = as_rows(x_in);
+  const int64_t n = grad.depth, depth = x.depth;
+  const Tensor g = two_dimensions(grad.tensor, grad.m, n, grad.stride, 1);
+  const auto empty = [&] { return new_contiguous({0}, type); };
+  return std::make_tuple(
+      wanted & 1 ? product(g, two_dimensions(weight, depth, n, weight.stride(1), weight.stride(0)),
+                           sizes_of(x_in))
+                 : empty(),
+      wanted & 2 ? product(transposed(grad), transposed(x), {n, depth}) : empty(),
+      wanted & 4 ? channel_sum(g) : empty());
+}
+
 }  // namespace
 }  // namespace nnarch
 
 NNARCH_OPS(linear, ops) {
+  ops.impl("linear_backward", TORCH_BOX(&nnarch::linear_backward));
   ops.impl("linear", TORCH_BOX(&nnarch::linear));
   ops.impl("linear_pack", TORCH_BOX(&nnarch::linear_pack));
 }

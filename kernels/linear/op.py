@@ -24,9 +24,11 @@ from nnarch.kernels.epilogue import (
     refuse_gradient,
 )
 from nnarch.kernels.linear import reference
-from nnarch.kernels.normalization.op import affine
+from nnarch.kernels.normalization.op import affine, channel_sum
+from nnarch.nodes import Backward
 
 _GPU = "nnarch.kernels.linear.triton_kernel"
+_X, _WEIGHT, _BIAS = 1, 2, 4  # what a backward is asked for
 
 
 def _check(
@@ -76,13 +78,22 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.alpha,
         (need_bias, need_shift, need_residual),
     )
-    rows = _as_rows(x)
-    dx = _product(g.accumulator, weight.t()) if need_x else None
-    if dx is not None and x.dim() != 2:
-        dx = dx.reshape(x.shape)
-    dw = _product(g.accumulator.t(), rows.t()) if need_weight else None
+    wanted = _X * need_x + _WEIGHT * need_weight
+    dx, dw, _ = _gradients(g.accumulator, x, weight, wanted)
     residual = g.residual.reshape(grad.shape) if g.residual is not None else None
     return dx, dw, g.bias, None, g.shift, residual, None, None, None
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, wanted: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What the native linear_backward computes, of operations that have gradients themselves."""
+    g = _as_rows(grad)
+    dx = _product(g, weight.t()) if wanted & _X else None
+    if dx is not None and x.dim() != 2:
+        dx = dx.reshape(x.shape)
+    dw = _product(g.t(), _as_rows(x).t()) if wanted & _WEIGHT else None
+    return dx, dw, channel_sum(g) if wanted & _BIAS else None
 
 
 def _as_rows(t: Tensor) -> Tensor:
@@ -97,6 +108,10 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return linear_op(a, b, None, None, None, None, None, 0, 0.0)
 
 
+library.define_native(
+    "linear_backward(Tensor grad, Tensor x, Tensor weight, int wanted) -> (Tensor, Tensor, Tensor)"
+)
+
 linear_op = library.declare(
     "linear(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, "
     "Tensor? residual, Tensor? packed, int activation, float alpha) -> Tensor",
@@ -106,6 +121,16 @@ linear_op = library.declare(
     gpu=f"{_GPU}:linear",
     setup_context=_setup,
     backward=_backward,
+    nodes=(
+        Backward(
+            op="linear_backward",
+            arguments="grad 0, x, weight, wanted",
+            gradients=(("x",), ("weight",), ("bias",)),
+            formula=_gradients,
+            bits={"x": _X, "weight": _WEIGHT, "bias": _BIAS},
+            given=dict.fromkeys(("scale", "shift", "residual", "activation"), False),
+        ),
+    ),
 )
 
 

@@ -4,6 +4,7 @@
 #include "cpu/epilogue.h"
 #include "cpu/registry.h"
 #include "normalization/cpu_channels.h"
+#include "normalization/cpu_sum.h"
 
 namespace nnarch {
 namespace {
@@ -87,10 +88,11 @@ Tensor channel_total(const Tensor& a, const Tensor* b) {
   return to_type(sum, a.scalar_type());
 }
 
-Tensor channel_sum(const Tensor& x) { return channel_total(x, nullptr); }
 Tensor channel_dot(const Tensor& a, const Tensor& b) { return channel_total(a, &b); }
 
 }  // namespace
+
+Tensor channel_sum(const Tensor& x) { return channel_total(x, nullptr); }
 
 NNARCH_OPS(affine, ops) {
   ops.impl("affine", TORCH_BOX(&affine));

@@ -10,6 +10,7 @@ from torch import Tensor
 from nnarch import arrays, library
 from nnarch.kernels.activation import kinds
 from nnarch.kernels.activation.op import activation_grad, activation_op
+from nnarch.nodes import Backward
 
 from . import checks, reference, running
 
@@ -242,17 +243,6 @@ batch_norm_eval = library.declare(
     backward=_eval_backward,
 )
 
-batch_norm_train = library.declare(
-    "batch_norm_train(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
-    "int activation, float alpha) -> (Tensor y, Tensor mean, Tensor invstd)",
-    reference=reference.batch_norm_train,
-    fake=_fake_train,
-    check=checks.batch_norm_train,
-    gpu=f"{_GPU}:batch_norm_train",
-    setup_context=_setup_train,
-    backward=_train_backward,
-)
-
 batch_norm_backward = library.declare(
     "batch_norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor mean, Tensor invstd, "
     "Tensor? y, int activation, float alpha) -> (Tensor dx, Tensor dweight, Tensor dbias)",
@@ -272,6 +262,27 @@ batch_norm_backward_backward = library.declare(
     fake=_fake_backward_backward,
     check=checks.batch_norm_backward_backward,
     gpu=f"{_GPU}:batch_norm_backward_backward",
+)
+
+batch_norm_train = library.declare(
+    "batch_norm_train(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
+    "int activation, float alpha) -> (Tensor y, Tensor mean, Tensor invstd)",
+    reference=reference.batch_norm_train,
+    fake=_fake_train,
+    check=checks.batch_norm_train,
+    gpu=f"{_GPU}:batch_norm_train",
+    setup_context=_setup_train,
+    backward=_train_backward,
+    nodes=(
+        Backward(
+            op="batch_norm_backward",
+            arguments="grad 0, x, weight, output 1, output 2, none, activation, alpha",
+            gradients=(("x",), ("weight",), ("bias",)),
+            formula=batch_norm_backward,
+            shown=3,
+            given={"residual": False, "activation": False},
+        ),
+    ),
 )
 
 # ------------------------------------------------------------------------------ public function

@@ -1,0 +1,177 @@
+// The backward of operations that are called directly: nodes of nodes/nodes.cpp where that library
+// is there. See docs/adr/0012-nodes.md.
+#include <cstring>
+
+#include "cpu/direct_call.h"
+
+namespace nnarch {
+namespace {
+
+SetUpNodes set_up_nodes = nullptr;
+RecordNode record_node = nullptr;
+
+constexpr int kMostArguments = 24;
+
+// Whether an argument is given, and is not 0.
+bool is_given(const Value& value) {
+  return value.kind != Value::kNone && (value.kind != Value::kNumber || value.number != 0);
+}
+
+// What Python has for an argument of a backward.
+PyObject* argument(char kind, AtenTensorHandle tensor, uint64_t number) {
+  using torch::stable::detail::to;
+  PyObject* constant = nullptr;
+  switch (kind | 0x20) {
+    case 't': {
+      if (tensor == nullptr) {
+        constant = python.none;
+        break;
+      }
+      AtenTensorHandle own;
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor, &own));
+      return adopted(reinterpret_cast<StableIValue>(own));
+    }
+    case 'i':
+      return PyLong_FromLongLong(to<int64_t>(number));
+    case 'f':
+      return PyFloat_FromDouble(to<double>(number));
+    default:
+      constant = number != 0 ? python.yes : python.no;
+  }
+  Py_IncRef(constant);
+  return constant;
+}
+
+// A handle of its own of what a formula returned; null for None, false for anything else.
+bool take_result(PyObject* object, AtenTensorHandle* handle) {
+  *handle = nullptr;
+  if (object == python.none) return true;
+  if (PyObject_IsInstance(object, python.tensor) != 1) return false;
+  char* place = reinterpret_cast<char*>(object) + python.impl_offset;
+  return aoti_torch_new_tensor_handle(reinterpret_cast<AtenTensorHandle>(place), handle) == 0;
+}
+
+std::string text(PyObject* object) {
+  const char* characters = object ? PyUnicode_AsUTF8AndSize(object, nullptr) : nullptr;
+  const std::string copy = characters ? characters : "";
+  if (object) Py_DecRef(object);
+  PyErr_Clear();
+  return copy;
+}
+
+std::string raised() {
+  PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
+  PyErr_Fetch(&type, &value, &traceback);
+  if (type == nullptr) return "RuntimeError: the formula of a backward returned no tensors";
+  const std::string error = text(PyObject_GetAttrString(type, "__name__")) + ": " +
+                            (value ? text(PyObject_Str(value)) : "");
+  for (PyObject* object : {type, value, traceback})
+    if (object) Py_DecRef(object);
+  return error;
+}
+
+bool call_formula_with_lock(const Backward& backward, const AtenTensorHandle* tensors,
+                            const uint64_t* numbers, AtenTensorHandle* results) {
+  const auto size = static_cast<std::ptrdiff_t>(backward.arguments.size());
+  PyObject* arguments = PyTuple_New(size);
+  for (std::ptrdiff_t a = 0; a < size; ++a) {
+    const char kind = backward.arguments[static_cast<size_t>(a)].kind;
+    PyObject* value = argument(kind, tensors[a], numbers[a]);
+    if (value == nullptr || PyTuple_SetItem(arguments, a, value) != 0) {
+      Py_DecRef(arguments);
+      return false;
+    }
+  }
+  PyObject* tuple = PyObject_CallObject(static_cast<PyObject*>(backward.formula), arguments);
+  Py_DecRef(arguments);
+  bool done = tuple != nullptr && PyTuple_Size(tuple) == backward.results;
+  for (int64_t r = 0; done && r < backward.results; ++r)
+    done = take_result(PyTuple_GetItem(tuple, r), &results[r]);
+  if (tuple) Py_DecRef(tuple);
+  return done;
+}
+
+bool call_formula(const Backward& backward, const AtenTensorHandle* tensors,
+                  const uint64_t* numbers, AtenTensorHandle* results, std::string* error) {
+  const int lock = PyGILState_Ensure();
+  bool done = false;
+  try {
+    done = call_formula_with_lock(backward, tensors, numbers, results);
+    if (!done) *error = raised();
+  } catch (const std::exception& e) {
+    *error = e.what();
+  }
+  PyGILState_Release(lock);
+  return done;
+}
+
+}  // namespace
+
+const Backward* backward_of(const Operation& op, const Value* values) {
+  for (const auto& backward : op.backwards) {
+    bool suits = true;
+    for (int64_t i : backward->with) suits &= is_given(values[i]);
+    for (int64_t i : backward->without) suits &= !is_given(values[i]);
+    if (suits) return backward.get();
+  }
+  return nullptr;
+}
+
+bool record(const Operation& op, const Backward& backward, const Value* values,
+            const StableIValue* outputs) {
+  AtenTensorHandle inputs[kMostArguments], results[kMostArguments];
+  uint64_t numbers[kMostArguments];
+  for (size_t i = 0; i < op.kinds.size(); ++i) {
+    inputs[i] = values[i].kind == Value::kTensor ? values[i].tensor : nullptr;
+    numbers[i] = values[i].kind == Value::kNumber ? values[i].number : 0;
+  }
+  for (uint64_t o = 0; o < op.outputs; ++o)
+    results[o] = reinterpret_cast<AtenTensorHandle>(outputs[o]);
+  try {
+    return record_node(backward, inputs, numbers, results);
+  } catch (...) {  // where a hook on saved tensors raised, Python's error is set
+    return false;
+  }
+}
+
+}  // namespace nnarch
+
+#define NNARCH_EXPORT extern "C" __attribute__((visibility("default")))
+
+// The functions of the library of nodes.
+NNARCH_EXPORT void nnarch_direct_nodes(void* set_up, void* record) {
+  using namespace nnarch;
+  set_up_nodes = reinterpret_cast<SetUpNodes>(set_up);
+  record_node = reinterpret_cast<RecordNode>(record);
+  set_up_nodes(python.keys[0], python.keys[1], &call_formula);
+}
+
+// Gives a direct function a backward: `number` is its operation's, of `arguments` 3 numbers each
+// (source, index, kind) and of `edges` 3 (input, result, bit); then as in cpu/nodes.h.
+NNARCH_EXPORT void nnarch_direct_backward(PyObject* function, const char* name, int64_t number,
+                                          const int64_t* arguments, int64_t argument_count,
+                                          const int64_t* edges, int64_t edge_count, int64_t results,
+                                          int64_t seen, int64_t shown, const int64_t* with,
+                                          int64_t with_count, const int64_t* without,
+                                          int64_t without_count, PyObject* formula) {
+  using namespace nnarch;
+  if (argument_count > kMostBackwardArguments || results > kMostBackwardResults) return;
+  auto* op =
+      static_cast<Operation*>(PyCapsule_GetPointer(PyCFunction_GetSelf(function), kOperation));
+  auto backward = std::make_unique<Backward>();
+  backward->name = name;
+  backward->function = boxed_ops().at(static_cast<size_t>(number));
+  for (int64_t a = 0; a < 3 * argument_count; a += 3)
+    backward->arguments.push_back({static_cast<Backward::Source>(arguments[a]), arguments[a + 1],
+                                   static_cast<char>(arguments[a + 2])});
+  for (int64_t e = 0; e < 3 * edge_count; e += 3)
+    backward->edges.push_back({edges[e], edges[e + 1], edges[e + 2]});
+  backward->results = results;
+  backward->seen = seen;
+  backward->shown = shown;
+  backward->with.assign(with, with + with_count);
+  backward->without.assign(without, without + without_count);
+  Py_IncRef(formula);
+  backward->formula = formula;
+  op->backwards.push_back(std::move(backward));
+}

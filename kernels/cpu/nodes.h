@@ -1,0 +1,56 @@
+// What direct_call.cpp (stable ABI) and nodes/nodes.cpp (built for one torch) tell each other.
+// See docs/adr/0012-nodes.md.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace nnarch {
+
+// An operation's backward that is one native operation: where that takes its arguments from, and
+// whose gradients it gives. nnarch/nodes.py has the same in words.
+struct Backward {
+  enum Source : int64_t { kGrad, kInput, kOutput, kNumber, kWanted, kKeepsGraph, kNone };
+  struct Argument {
+    Source source;
+    int64_t index;  // of the gradient, input, output or number
+    char kind;      // as in direct_call.cpp, a capital letter where None is taken too
+  };
+  struct Edge {
+    int64_t input;   // argument of the operation that may have a gradient
+    int64_t result;  // of the backward operation, that is it
+    int64_t bit;     // in the number `wanted`
+  };
+  std::string name;
+  void (*function)(uint64_t* stack, uint64_t arguments, uint64_t outputs);
+  std::vector<Argument> arguments;
+  std::vector<Edge> edges;
+  int64_t results;  // of the backward operation
+  int64_t seen;     // outputs of the operation that have gradients, from the first
+  int64_t shown;    // outputs that the caller gets, from the first
+  // Arguments of the operation that must be given (and not 0), and that must not.
+  std::vector<int64_t> with, without;
+  void* formula;  // the Python function of the same arguments, for what is not plain
+};
+
+constexpr int kMostBackwardArguments = 24, kMostBackwardResults = 8;
+
+// Calls `formula`. Tensors are handles that stay the caller's, null for None; results are the
+// caller's from then on. False where it raised: `error` is then "<exception>: <message>".
+using CallFormula = bool (*)(const Backward&, const AtenTensorHandle* tensors,
+                             const uint64_t* numbers, AtenTensorHandle* results,
+                             std::string* error);
+
+// Functions of the library of nodes.
+//
+// Sets it up: dispatch keys of plain tensors.
+using SetUpNodes = void (*)(uint64_t keys, uint64_t other_keys, CallFormula);
+// Puts a node behind the first outputs of an operation that has run. Inputs and outputs are handles
+// that stay the caller's, null for None. False where it cannot: nothing has been done then.
+using RecordNode = bool (*)(const Backward&, const AtenTensorHandle* inputs,
+                            const uint64_t* numbers, const AtenTensorHandle* outputs);
+
+}  // namespace nnarch
