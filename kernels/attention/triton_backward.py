@@ -25,12 +25,14 @@ from .triton_backward_kernels import (
     _attention_bwd_q_kernel,
 )
 from .triton_call import Call, padded
-from .triton_tiles import attention_table
+from .triton_tiles import TileRow, attention_table, narrowed
 
-KEY_VALUE = attention_table(
-    "attention_key_value",
-    lambda m, n, stages: 2 * (n + stages * m),
-    64,
+
+def _key_value_shared(m: int, n: int, stages: int) -> int:
+    return 2 * (n + stages * m)
+
+
+_KEY_VALUE_ROWS: dict[str, list[TileRow]] = dict(
     half=[
         (64, 64, 4, 3, 0, (0, 64), 0, 1.33),
         (64, 64, 4, 2, 0, (64, 128), 0, 1.42),
@@ -62,10 +64,31 @@ KEY_VALUE = attention_table(
         (16, 16, 8, 1, 256, 256, 256),
     ],
 )
-QUERY = attention_table(
-    "attention_query",
-    lambda m, n, stages: 2 * (m + stages * n),
+KEY_VALUE = attention_table("attention_key_value", _key_value_shared, 64, **_KEY_VALUE_ROWS)
+KEY_VALUE_MASKED = attention_table(
+    "attention_key_value_masked",
+    _key_value_shared,
     64,
+    **narrowed(
+        _KEY_VALUE_ROWS,
+        half={
+            (64, 64, 4, 3): (0, 0, 0),
+            (64, 64, 4, 2): (0, 0, 0),
+            (32, 64, 4, 2): (0, 0, 0),
+            (32, 64, 8, 2): (0, 64, 0),
+            (32, 64, 8, 1): (64, 64, 64),
+            (16, 64, 8, 1): (64, 64, 256),
+        },
+        tf32x3={(16, 64, 8, 1): (0, 0, 0)},
+    ),
+)
+
+
+def _query_shared(m: int, n: int, stages: int) -> int:
+    return 2 * (m + stages * n)
+
+
+_QUERY_ROWS: dict[str, list[TileRow]] = dict(
     half=[
         (64, 64, 4, 3, 0, 64, 0, 1.30),
         (64, 32, 4, 2, 0, 64, 0, 1.35),
@@ -89,6 +112,13 @@ QUERY = attention_table(
         (32, 16, 8, 1, 256, 256, 0),
     ],
     ieee=[(32, 32, 8, 1, 256, 256, 128), (16, 16, 8, 1, 256, 256, 256)],
+)
+QUERY = attention_table("attention_query", _query_shared, 64, **_QUERY_ROWS)
+QUERY_MASKED = attention_table(
+    "attention_query_masked",
+    _query_shared,
+    64,
+    **narrowed(_QUERY_ROWS, half={(64, 64, 4, 3): (0, 0, 0), (64, 64, 4, 2): (0, 0, 0)}),
 )
 
 
@@ -150,7 +180,7 @@ def key_value_gradients(work: Backward, value: Tensor) -> tuple[Tensor, Tensor]:
         programs = cdiv(call.keys, tile["BLOCK_N"]) * call.batch * call.groups
         launch(_attention_bwd_kv_kernel, flat_grid(programs), arguments, tile)
 
-    run(pick(KEY_VALUE, work.problem, run))
+    run(pick(KEY_VALUE_MASKED if call.masked else KEY_VALUE, work.problem, run))
     return dk, dv
 
 
@@ -169,7 +199,7 @@ def query_gradient(work: Backward) -> Tensor:
         programs = cdiv(call.length, tile["BLOCK_M"]) * call.batch * call.heads
         launch(_attention_bwd_q_kernel, flat_grid(programs), arguments, tile)
 
-    run(pick(QUERY, work.problem, run))
+    run(pick(QUERY_MASKED if call.masked else QUERY, work.problem, run))
     return dq
 
 
@@ -190,7 +220,7 @@ def mask_gradient(work: Backward, mask: Tensor) -> Tensor:
         programs = mask_batch * mask_heads * tiles_m * tiles_n
         launch(_attention_bwd_mask_kernel, flat_grid(programs), arguments, tile)
 
-    run(pick(QUERY, work.problem, run))
+    run(pick(QUERY_MASKED if call.masked else QUERY, work.problem, run))
     return d_mask
 
 

@@ -51,6 +51,11 @@ class Call:
     def keys(self) -> int:
         return self.key.shape[2]
 
+    @property
+    def masked(self) -> bool:
+        """Whether a mask or dropout takes registers beside the products: tiles of their own."""
+        return self.mask is not None or self.seed is not None
+
     def arguments(self, *others: Tensor) -> dict[str, object]:
         """By name: pointers, strides, sizes and the band. `others` are further tensors that
         kernels address by 32 bits where their size allows it."""

@@ -24,9 +24,11 @@ from .triton_call import Call, padded
 from .triton_tiles import (
     LN2,
     LOG2E,
+    TileRow,
     attention_table,
     key_tiles,
     load_rows,
+    narrowed,
     restrict,
     row_products,
     sequence_keys,
@@ -243,10 +245,7 @@ def _shared(m: int, n: int, stages: int) -> int:
     return m + 2 * stages * n
 
 
-FORWARD = attention_table(
-    "attention",
-    _shared,
-    128,
+_FORWARD_ROWS: dict[str, list[TileRow]] = dict(
     half=[
         (64, 128, 4, 3, 0, 64, 0, 1.30),
         (64, 32, 4, 3, 0, 64, 0, 1.44),
@@ -271,6 +270,21 @@ FORWARD = attention_table(
         (64, 16, 8, 1, 256, 256, 0),
     ],
     ieee=[(64, 32, 8, 1, 256, 256, 256), (32, 32, 4, 1, 256, 256, 256)],
+)
+FORWARD = attention_table("attention", _shared, 128, **_FORWARD_ROWS)
+FORWARD_MASKED = attention_table(
+    "attention_masked",
+    _shared,
+    128,
+    **narrowed(
+        _FORWARD_ROWS,
+        half={
+            (64, 128, 4, 3): (0, 0, 0),
+            (64, 64, 4, 3): (0, 64, 0),
+            (128, 64, 8, 3): (0, 64, 0),
+        },
+        tf32x3={(64, 64, 4, 2): (0, 0, 0), (64, 32, 8, 1): (0, 0, 0)},
+    ),
 )
 DECODE = attention_table(
     "attention_decode",
@@ -325,7 +339,8 @@ def forward(call: Call, value: Tensor) -> tuple[Tensor, Tensor]:
         programs = cdiv(length * stack, tile["BLOCK_M"]) * batch * (heads // stack)
         launch(_attention_fwd_kernel, (*flat_grid(programs), parts), arguments, tile)
 
-    run(pick(DECODE if few else FORWARD, problem, run))
+    table = DECODE if few else FORWARD_MASKED if call.masked else FORWARD
+    run(pick(table, problem, run))
     if parts > 1:
         _combine(into, into_lse, out, lse, parts)
     return out, lse

@@ -13,7 +13,7 @@ from nnarch.kernels.gpu.launch import cdiv, flat_grid, launch, named_strides
 from nnarch.kernels.gpu.tiles import Tile, pick
 
 from . import reference
-from .triton_backward import KEY_VALUE, QUERY
+from .triton_backward import KEY_VALUE, KEY_VALUE_MASKED, QUERY, QUERY_MASKED
 from .triton_call import Call
 from .triton_tiles import attention_table
 from .triton_weights_kernels import (
@@ -109,7 +109,7 @@ def query_gradient(call: Call, grad: Tensor, lse: Tensor, averaged: bool) -> tup
         programs = cdiv(call.length, tile["BLOCK_M"]) * call.batch * call.heads
         launch(_attention_weights_bwd_q_kernel, flat_grid(programs), arguments, tile)
 
-    run(pick(QUERY, problem, run))
+    run(pick(QUERY_MASKED if call.masked else QUERY, problem, run))
     return dq, d_lse
 
 
@@ -129,7 +129,7 @@ def key_gradient(call: Call, grad: Tensor, lse: Tensor, averaged: bool) -> Tenso
         programs = cdiv(call.keys, tile["BLOCK_N"]) * call.batch * call.groups
         launch(_attention_weights_bwd_k_kernel, flat_grid(programs), arguments, tile)
 
-    run(pick(KEY_VALUE, problem, run))
+    run(pick(KEY_VALUE_MASKED if call.masked else KEY_VALUE, problem, run))
     return dk
 
 
