@@ -118,7 +118,14 @@ QUERY_MASKED = attention_table(
     "attention_query_masked",
     _query_shared,
     64,
-    **narrowed(_QUERY_ROWS, half={(64, 64, 4, 3): (0, 0, 0), (64, 64, 4, 2): (0, 0, 0)}),
+    **narrowed(
+        _QUERY_ROWS,
+        half={
+            (64, 64, 4, 3): (0, 0, 0),
+            (64, 64, 4, 2): (0, 0, 0),
+            (128, 64, 8, 2): (64, 64, 0),
+        },
+    ),
 )
 
 
