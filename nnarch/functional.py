@@ -3,6 +3,7 @@
 from nnarch.kernels.activation.gated import gated_activation
 from nnarch.kernels.activation.op import activation
 from nnarch.kernels.attention.op import scaled_dot_product_attention
+from nnarch.kernels.attention.weights import attention_weights
 from nnarch.kernels.capsule_routing.op import capsule_routing, pack_capsule_weight, squash
 from nnarch.kernels.capsule_routing.windows import conv_capsule_routing2d
 from nnarch.kernels.conv1d.op import conv1d, conv_transpose1d
@@ -42,6 +43,7 @@ __all__ = [
     "adaptive_avg_pool2d",
     "adaptive_max_pool2d",
     "attention",
+    "attention_weights",
     "avg_pool2d",
     "batch_norm",
     "capsule_routing",

@@ -65,6 +65,7 @@ class KeyBlocks {
     for (int64_t key = first; key < seen; key += kTileKeys)
       block(key, seen - key < kTileKeys ? seen - key : kTileKeys);
     for (int64_t key = seen; key < end; ++key) zero_gradients(key);
+    if (a_.d_lse) write_lse_gradient();
   }
 
  private:
@@ -84,6 +85,11 @@ class KeyBlocks {
         s_.delta[at] = delta;
         clear(dq_row(head, i), depth_);
       }
+  }
+  NNARCH_NOINLINE void write_lse_gradient() {
+    const int64_t heads = (chunk_ * f_.batch + batch_) * f_.heads + first_head();
+    for (int64_t i = 0; i < f_.heads_each() * f_.queries; ++i)
+      a_.d_lse[heads * f_.queries + i] = s_.delta[i];
   }
   T* dq_row(int64_t head, int64_t i) const {
     return a_.dq_sum.at(batch_, head, i) + chunk_ * a_.dq_chunk;
@@ -192,10 +198,14 @@ class KeyBlocks {
     multiply_all<T>({s_.kept, 1, kTileKeys, grad.data, grad.step, dv_, value_depth_, Finish::add},
                     band.columns, value_depth_, fetch_, by_keys);
     const bool mask_gradient = a_.d_mask.data != nullptr;
-    over_keys({grad.data, grad.step, 1, s_.values_t, kTileKeys, s_.weights, kTileKeys,
-               f_.drops ? Finish::dropped_scores_gradient : Finish::scores_gradient, s_.delta + at,
-               s_.kept, mask_gradient ? T(1) : f_.scale},
-              values_, f_.value_depth);
+    const T scale = mask_gradient ? T(1) : f_.scale;
+    if (a_.weights_grad.data)
+      given_gradient(a_, p, s_.kept, scale, s_.weights, s_.delta + at);
+    else
+      over_keys({grad.data, grad.step, 1, s_.values_t, kTileKeys, s_.weights, kTileKeys,
+                 f_.drops ? Finish::dropped_scores_gradient : Finish::scores_gradient,
+                 s_.delta + at, s_.kept, scale},
+                values_, f_.value_depth);
     if (mask_gradient) add_mask_gradient(a_, p, s_.weights);
     multiply_all<T>({s_.weights, 1, kTileKeys, q.data, q.step, dk_, depth_, Finish::add},
                     band.columns, depth_, fetch_, by_keys);

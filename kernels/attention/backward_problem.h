@@ -37,6 +37,12 @@ struct AttentionBackward {
   int64_t chunks, dq_chunk;
   bool dq_in_place;
   Sums<T> d_mask;  // data is null where it is not asked for
+  // Instead of the output's gradient that of the weights themselves, times `weights_factor`; then
+  // the values are 0 wide, and what a log-sum-exp gets goes to d_lse [chunks, batch, heads,
+  // queries]. `data` is null where it is not so.
+  Operand weights_grad;
+  T weights_factor;
+  T* d_lse;
 };
 
 // Keys [first, end) of one sequence and key head, and what comes after them.

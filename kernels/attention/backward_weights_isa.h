@@ -152,6 +152,28 @@ NNARCH_NOINLINE void tile_weights(const Attention<T>& a, const TilePlace& p, See
   }
 }
 
+// Weights (after dropout) to the gradients of their scores, where that of the weights is given:
+// `less` loses their sums, row by row.
+template <class T>
+NNARCH_NOINLINE void given_gradient(const AttentionBackward<T>& a, const TilePlace& p,
+                                    const T* kept, T scale, T* to, T* less) {
+  constexpr int w = kLanes<T>;
+  const Operand& g = a.weights_grad;
+  const T factor = a.weights_factor;
+  for (int64_t r = 0; r < p.band.rows; ++r) {
+    const char* from = g.at(p.batch, p.head, p.query + r) + p.key * g.column;
+    Vec<T> sum{};
+    for (int64_t c = 0; c < p.width; c += w) {
+      const int64_t at = r * kTileKeys + c;
+      const Vec<T> given = load_as<T>(g.storage, from + c * g.column, g.column, p.band.columns - c);
+      const Vec<T> d = load(kept + at) * (given * factor);
+      sum += d;
+      store(to + at, d * scale);
+    }
+    less[r] -= horizontal_sum<T>(sum);
+  }
+}
+
 // The mask's gradient is the sum of the scores'; these are multiplied by the scale afterwards.
 template <class T>
 NNARCH_NOINLINE void add_mask_gradient(const AttentionBackward<T>& a, const TilePlace& p, T* d) {

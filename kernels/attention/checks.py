@@ -66,16 +66,46 @@ def check_attention_backward(
         _expect(op, name, tensor, size)
     for name, row in (("lse", lse), ("grad_lse", grad_lse)):
         if row is not None:
-            check_tensor(op, name, row)
-            check_device(op, name, row, query, "query")
-            if row.dtype != lse_dtype(query):
-                raise TypeError(f"{op}: {name} must be {lse_dtype(query)}, got {row.dtype}")
-            _expect(op, name, row, tuple(query.shape[:3]))
+            _check_row(op, name, row, query)
+
+
+def check_attention_weights(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    key_lengths: Tensor | None,
+    seed: Tensor | None,
+    lse: Tensor,
+    dropout_p: float,
+    *_: Any,
+    op: str = "attention_weights",
+) -> None:
+    """The same of the weights, which need no values."""
+    check_attention(query, key, key, mask, key_lengths, seed, dropout_p, op=op)
+    _check_row(op, "lse", lse, query)
+
+
+def check_attention_weights_backward(grad: Tensor, *rest: Any) -> None:
+    """The same of their backward."""
+    op, query, key, averaged = "attention_weights_backward", rest[0], rest[1], rest[-2]
+    check_attention_weights(*rest, op=op)
+    check_tensor(op, "grad", grad)
+    check_same(op, "grad", grad, query, "query")
+    batch, heads, length, _ = query.shape
+    _expect(op, "grad", grad, (batch, 1 if averaged else heads, length, key.shape[2]))
 
 
 def lse_dtype(query: Tensor) -> torch.dtype:
     """The dtype of log-sum-exps: float64 beside float64, else float32."""
     return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def _check_row(op: str, name: str, row: Tensor, query: Tensor) -> None:
+    check_tensor(op, name, row)
+    check_device(op, name, row, query, "query")
+    if row.dtype != lse_dtype(query):
+        raise TypeError(f"{op}: {name} must be {lse_dtype(query)}, got {row.dtype}")
+    _expect(op, name, row, tuple(query.shape[:3]))
 
 
 def _expect(op: str, name: str, tensor: Tensor, size: tuple[int, ...]) -> None:

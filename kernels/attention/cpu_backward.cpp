@@ -192,10 +192,66 @@ Four attention_backward(const Tensor& grad, const OptTensor& grad_lse, const Ten
   return {dq, dk, dv, d_mask ? to_type(*d_mask, type) : new_contiguous({0}, type)};
 }
 
+// One in place of the parts of several chunks, in their order.
+template <class T>
+void add_parts(T* sums, int64_t parts, int64_t count) {
+  parallel_tasks(ceil_div(count, kRowsOfFinish), [&](int64_t task) {
+    const int64_t end = std::min((task + 1) * kRowsOfFinish, count);
+    for (int64_t i = task * kRowsOfFinish; i < end; ++i)
+      for (int64_t part = 1; part < parts; ++part) sums[i] += sums[part * count + i];
+  });
+}
+
+Four attention_weights_backward(const Tensor& grad, const Tensor& query, const Tensor& key,
+                                const OptTensor& mask, const OptTensor& key_lengths,
+                                const OptTensor& seed, const Tensor& lse, double dropout_p,
+                                double scale, int64_t low, int64_t high, bool averaged,
+                                bool mask_gradient) {
+  constexpr const char* message = "attention_weights_backward: tensors do not fit together";
+  const AttentionInputs inputs{query, key,       key,   mask, key_lengths,
+                               seed,  dropout_p, scale, low,  high};
+  inputs.check(message);
+  const ScalarType type = query.scalar_type();
+  check_weights(inputs, grad, lse, averaged, message);
+  require(grad.scalar_type() == type, message);
+  const Tensor dq = new_attention_output(query, query.size(3));
+  const Tensor dk = new_attention_output(key, key.size(3));
+  Tensor d_lse = new_contiguous(sizes_of(lse), lse.scalar_type());
+  OptTensor d_mask;
+  if (mask && mask_gradient)
+    zero(d_mask.emplace(new_contiguous(sizes_of(*mask), lse.scalar_type())));
+  set_algorithm("attention_weights_backward");
+  if (lse.numel() == 0 || key.size(2) == 0) {
+    zero(dq), zero(dk), zero(d_lse);
+  } else {
+    with_scalar_type(type, "attention_weights_backward", [&](auto scalar) {
+      using T = decltype(scalar);
+      AttentionBackward<T> a{};
+      a.forward = inputs.problem<T>();
+      a.forward.value_depth = 0, a.forward.v = Operand{};
+      a.dq = operand_of(dq), a.dk = operand_of(dk);
+      a.lse = rows_of<T>(lse);
+      a.weights_grad = operand_of(grad);
+      if (grad.size(3) == 1) a.weights_grad.column = 0;
+      a.weights_factor = averaged ? T(1) / static_cast<T>(query.size(1)) : T(1);
+      const BackwardCut cut(a.forward, NNARCH_SELECT(attention_backward_table<T>()).keys, d_mask);
+      const Tensor parts =
+          cut.chunks == 1 ? d_lse : new_contiguous({cut.chunks, lse.numel()}, lse.scalar_type());
+      a.d_lse = mutable_data<T>(parts);
+      run(a, dq, d_mask);
+      if (cut.chunks == 1) return;
+      add_parts(a.d_lse, cut.chunks, lse.numel());
+      std::memcpy(d_lse.data_ptr(), a.d_lse, static_cast<size_t>(lse.numel()) * sizeof(T));
+    });
+  }
+  return {dq, dk, d_lse, d_mask ? to_type(*d_mask, type) : new_contiguous({0}, type)};
+}
+
 }  // namespace
 
 NNARCH_OPS(attention_backward, ops) {
   ops.impl("attention_backward", TORCH_BOX(&attention_backward));
+  ops.impl("attention_weights_backward", TORCH_BOX(&attention_weights_backward));
 }
 
 }  // namespace nnarch

@@ -87,6 +87,19 @@ struct AttentionInputs {
   }
 };
 
+// The weights [B, H or 1, L, S] of a call, and its log-sum-exps.
+inline void check_weights(const AttentionInputs& inputs, const Tensor& weights, const Tensor& lse,
+                          bool averaged, const char* message) {
+  const Tensor& q = inputs.q;
+  const ScalarType type = q.scalar_type();
+  require(lse.dim() == 3 && lse.scalar_type() == (is_half(type) ? ScalarType::Float : type),
+          message);
+  for (int d = 0; d < 3; ++d) require(lse.size(d) == q.size(d), message);
+  require(weights.dim() == 4 && weights.size(0) == q.size(0), message);
+  require(weights.size(1) == (averaged ? 1 : q.size(1)), message);
+  require(weights.size(2) == q.size(2) && weights.size(3) == inputs.k.size(2), message);
+}
+
 // As kernels/attention/reference.py's new_output: heads and positions in the order of `query`'s.
 inline Tensor new_attention_output(const Tensor& query, int64_t value_depth) {
   const int64_t b = query.size(0), h = query.size(1), n = query.size(2);

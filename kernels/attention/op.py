@@ -155,9 +155,9 @@ def scaled_dot_product_attention(
     if window is None:
         low, high = -UNBOUNDED, query_offset if is_causal else UNBOUNDED
     else:
-        low, high = _window(is_causal, window, query_offset)
+        low, high = band(is_causal, window, query_offset)
     if key_lengths is not None and key_lengths.dtype != torch.int64:
-        key_lengths = _whole(key_lengths)
+        key_lengths = whole_lengths(key_lengths)
     sizes, key_sizes, lead = query.shape, key.shape, None
     if len(sizes) != 4 or len(key_sizes) != 4 or (attn_mask is not None and attn_mask.dim() != 4):
         query, key, value, attn_mask, lead = _four_dimensions(query, key, value, attn_mask)
@@ -183,15 +183,17 @@ def scaled_dot_product_attention(
     return out, lse
 
 
-def _window(is_causal: bool, window: int | tuple[int, int], offset: int) -> tuple[int, int]:
+def band(is_causal: bool, window: int | tuple[int, int] | None, offset: int) -> tuple[int, int]:
     """The least and the greatest j - i at which query i sees key j."""
+    if window is None:
+        return -UNBOUNDED, offset if is_causal else UNBOUNDED
     left, right = (window - 1, 0) if isinstance(window, int) else window
     if left < 0 or right < 0:
         raise ValueError(f"attention: window must be at least (0, 0) or 1, got {window}")
     return offset - left, offset + (0 if is_causal else right)
 
 
-def _whole(key_lengths: Tensor) -> Tensor:
+def whole_lengths(key_lengths: Tensor) -> Tensor:
     if key_lengths.is_floating_point() or key_lengths.dtype == torch.bool:
         raise TypeError(f"attention: key_lengths must be whole numbers, got {key_lengths.dtype}")
     return key_lengths.long()

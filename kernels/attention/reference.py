@@ -74,6 +74,60 @@ def attention_backward(
     return dq, dk, dv, d_mask
 
 
+def attention_weights(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    key_lengths: Tensor | None,
+    seed: Tensor | None,
+    lse: Tensor,
+    dropout_p: float,
+    scale: float,
+    low: int,
+    high: int,
+    averaged: bool,
+) -> Tensor:
+    """exp(scale·q·kᵀ + mask - lse) after dropout: [B, H, L, S], or its mean [B, 1, L, S]."""
+    weights = _weights(_scores(query, key, mask, key_lengths, scale, low, high), lse)
+    if seed is not None:
+        weights = weights * _factors(weights, seed, dropout_p)
+    if averaged:
+        weights = weights.sum(1, keepdim=True) / max(1, weights.shape[1])
+    return weights.to(query.dtype)
+
+
+def attention_weights_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    key_lengths: Tensor | None,
+    seed: Tensor | None,
+    lse: Tensor,
+    dropout_p: float,
+    scale: float,
+    low: int,
+    high: int,
+    averaged: bool,
+    mask_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of query, key, log-sum-exp, and of an additive mask where it is asked for."""
+    d_scores = _weights(_scores(query, key, mask, key_lengths, scale, low, high), lse)
+    if seed is not None:
+        d_scores = d_scores * _factors(d_scores, seed, dropout_p)
+    d_scores = d_scores * _wide(grad)
+    if averaged:
+        d_scores = d_scores / max(1, query.shape[1])
+    dq = scale * d_scores @ _per_head(_wide(key), query)
+    dk = _per_group(scale * d_scores.mT @ _wide(query), key)
+    if mask is not None and mask_gradient:
+        d_mask = d_scores.sum_to_size(mask.shape).to(mask.dtype)
+    else:
+        d_mask = query.new_empty(0)
+    dq, dk = new_output(query, query).copy_(dq), new_output(key, key).copy_(dk)
+    return dq, dk, -d_scores.sum(-1), d_mask
+
+
 def visible(query: Tensor, key: Tensor, key_lengths: Tensor | None, low: int, high: int) -> Tensor:
     """[B or 1, 1, L, S]: whether query i sees key j, by low <= j - i <= high and j < length."""
     i = torch.arange(query.shape[2], device=query.device)[:, None]

@@ -14,7 +14,6 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from nnarch.kernels.dropout.reference import survivor_scale, threshold
 from nnarch.kernels.gpu.launch import cdiv, flat_grid, launch, named_strides
 from nnarch.kernels.gpu.tiles import Problem, Tile, pick
 
@@ -25,18 +24,15 @@ from .triton_backward_kernels import (
     _attention_bwd_kv_kernel,
     _attention_bwd_q_kernel,
 )
-from .triton_forward import (
-    band_arguments,
-    mask_arguments,
-    padded,
-    product_arguments,
-)
-from .triton_tiles import attention_table
+from .triton_call import Call, padded
+from .triton_tiles import TileRow, attention_table, narrowed
 
-KEY_VALUE = attention_table(
-    "attention_key_value",
-    lambda m, n, stages: 2 * (n + stages * m),
-    64,
+
+def _key_value_shared(m: int, n: int, stages: int) -> int:
+    return 2 * (n + stages * m)
+
+
+_KEY_VALUE_ROWS: dict[str, list[TileRow]] = dict(
     half=[
         (64, 64, 4, 3, 0, (0, 64), 0, 1.33),
         (64, 64, 4, 2, 0, (64, 128), 0, 1.42),
@@ -68,10 +64,31 @@ KEY_VALUE = attention_table(
         (16, 16, 8, 1, 256, 256, 256),
     ],
 )
-QUERY = attention_table(
-    "attention_query",
-    lambda m, n, stages: 2 * (m + stages * n),
+KEY_VALUE = attention_table("attention_key_value", _key_value_shared, 64, **_KEY_VALUE_ROWS)
+KEY_VALUE_MASKED = attention_table(
+    "attention_key_value_masked",
+    _key_value_shared,
     64,
+    **narrowed(
+        _KEY_VALUE_ROWS,
+        half={
+            (64, 64, 4, 3): (0, 0, 0),
+            (64, 64, 4, 2): (0, 0, 0),
+            (32, 64, 4, 2): (0, 0, 0),
+            (32, 64, 8, 2): (0, 64, 0),
+            (32, 64, 8, 1): (64, 64, 64),
+            (16, 64, 8, 1): (64, 64, 256),
+        },
+        tf32x3={(16, 64, 8, 1): (0, 0, 0), (16, 32, 8, 1): (128, 128, 0)},
+    ),
+)
+
+
+def _query_shared(m: int, n: int, stages: int) -> int:
+    return 2 * (m + stages * n)
+
+
+_QUERY_ROWS: dict[str, list[TileRow]] = dict(
     half=[
         (64, 64, 4, 3, 0, 64, 0, 1.30),
         (64, 32, 4, 2, 0, 64, 0, 1.35),
@@ -96,66 +113,49 @@ QUERY = attention_table(
     ],
     ieee=[(32, 32, 8, 1, 256, 256, 128), (16, 16, 8, 1, 256, 256, 256)],
 )
+QUERY = attention_table("attention_query", _query_shared, 64, **_QUERY_ROWS)
+QUERY_MASKED = attention_table(
+    "attention_query_masked",
+    _query_shared,
+    64,
+    **narrowed(
+        _QUERY_ROWS,
+        half={
+            (64, 64, 4, 3): (0, 0, 0),
+            (64, 64, 4, 2): (0, 0, 0),
+            (128, 64, 8, 2): (0, 64, 0),
+            (64, 32, 8, 2): (64, 256, 256),
+        },
+        tf32x3={(64, 16, 8, 1): (128, 128, 0)},
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Backward:
-    """What the kernels of one call share.
+    """What the kernels of one backward share.
 
     Attributes:
-        arguments: of all of them.
-        left: whether the band keeps queries from seeing keys far before them.
+        call: the forward's inputs.
+        arguments: of all of the kernels.
         problem: what their tiles are chosen for.
-        batch, heads, groups, length, keys: sizes.
     """
 
+    call: Call
     arguments: dict[str, object]
-    left: bool
     problem: Problem
-    batch: int
-    heads: int
-    groups: int
-    length: int
-    keys: int
 
 
-def prepare(
-    grad: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    key_lengths: Tensor | None,
-    seed: Tensor | None,
-    lse: Tensor,
-    delta: Tensor,
-    dropout_p: float,
-    scale: float,
-    low: int,
-    high: int,
-    int64: bool,
-) -> Backward:
-    """The arguments that all kernels have in common."""
-    (batch, heads, length, depth), (_, groups, keys, _) = query.shape, key.shape
-    products, problem = product_arguments(query, value, widest=64)
-    band = band_arguments(query, key, low, high)
-    left = band.pop("LEFT")
+def prepare(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) -> Backward:
+    """The arguments that all kernels have in common; `lse` and `delta` are contiguous."""
+    products, problem = call.products(widest=64)
     arguments = {
-        **{"q_ptr": query, "k_ptr": key, "v_ptr": value, "grad_ptr": grad},
-        **{"lengths_ptr": key_lengths, "seed_ptr": seed, "lse_ptr": lse, "delta_ptr": delta},
-        **{"scale": float(scale), "threshold": threshold(dropout_p)},
-        **{"survivor": survivor_scale(dropout_p), "H": heads, "L": length, "S": keys},
-        **{"SHARE": heads // groups, "D": depth, "DV": value.shape[3]},
-        **mask_arguments(mask),
-        **band,
-        **named_strides("q", "bhmd", query),
-        **named_strides("k", "bhnd", key),
-        **named_strides("v", "bhnd", value),
+        **call.arguments(grad),
+        **{"grad_ptr": grad, "lse_ptr": lse, "delta_ptr": delta},
         **named_strides("g", "bhmd", grad),
-        **{"INT64": int64, **products},
+        **products,
     }
-    problem = dataclasses.replace(problem, m=length, n=keys)
-    return Backward(arguments, left, problem, batch, heads, groups, length, keys)
+    return Backward(call, arguments, problem)
 
 
 def row_sums(grad: Tensor, out: Tensor, grad_lse: Tensor | None) -> Tensor:
@@ -174,11 +174,12 @@ def row_sums(grad: Tensor, out: Tensor, grad_lse: Tensor | None) -> Tensor:
     return delta
 
 
-def key_value_gradients(call: Backward, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """dK and dV."""
+def key_value_gradients(work: Backward, value: Tensor) -> tuple[Tensor, Tensor]:
+    """dK and dV; `value` is the call's."""
+    call, key = work.call, work.call.key
     dk, dv = reference.new_output(key, key), reference.new_output(value, value)
     arguments = {
-        **call.arguments,
+        **work.arguments,
         **{"dk_ptr": dk, "dv_ptr": dv},
         **named_strides("dk", "bhnd", dk),
         **named_strides("dv", "bhnd", dv),
@@ -188,15 +189,16 @@ def key_value_gradients(call: Backward, key: Tensor, value: Tensor) -> tuple[Ten
         programs = cdiv(call.keys, tile["BLOCK_N"]) * call.batch * call.groups
         launch(_attention_bwd_kv_kernel, flat_grid(programs), arguments, tile)
 
-    run(pick(KEY_VALUE, call.problem, run))
+    run(pick(KEY_VALUE_MASKED if call.masked else KEY_VALUE, work.problem, run))
     return dk, dv
 
 
-def query_gradient(call: Backward, query: Tensor) -> Tensor:
+def query_gradient(work: Backward) -> Tensor:
     """dQ."""
-    dq = reference.new_output(query, query)
+    call = work.call
+    dq = reference.new_output(call.query, call.query)
     arguments = {
-        **call.arguments,
+        **work.arguments,
         "dq_ptr": dq,
         "LEFT": call.left,
         **named_strides("dq", "bhmd", dq),
@@ -206,16 +208,17 @@ def query_gradient(call: Backward, query: Tensor) -> Tensor:
         programs = cdiv(call.length, tile["BLOCK_M"]) * call.batch * call.heads
         launch(_attention_bwd_q_kernel, flat_grid(programs), arguments, tile)
 
-    run(pick(QUERY, call.problem, run))
+    run(pick(QUERY_MASKED if call.masked else QUERY, work.problem, run))
     return dq
 
 
-def mask_gradient(call: Backward, mask: Tensor) -> Tensor:
+def mask_gradient(work: Backward, mask: Tensor) -> Tensor:
     """dS, added over the dimensions in which the mask has one value."""
+    call = work.call
     d_mask = torch.empty(mask.shape, dtype=mask.dtype, device=mask.device)
     mask_batch, mask_heads, mask_rows, mask_columns = mask.shape
     arguments = {
-        **call.arguments,
+        **work.arguments,
         **{"d_mask_ptr": d_mask, "B": call.batch, "MASK_B": mask_batch, "MASK_H": mask_heads},
         **{"ONE_ROW": mask_rows == 1, "ONE_COLUMN": mask_columns == 1},
     }
@@ -226,35 +229,24 @@ def mask_gradient(call: Backward, mask: Tensor) -> Tensor:
         programs = mask_batch * mask_heads * tiles_m * tiles_n
         launch(_attention_bwd_mask_kernel, flat_grid(programs), arguments, tile)
 
-    run(pick(QUERY, call.problem, run))
+    run(pick(QUERY_MASKED if call.masked else QUERY, work.problem, run))
     return d_mask
 
 
 def backward(
+    call: Call,
+    value: Tensor,
     grad: Tensor,
     grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    key_lengths: Tensor | None,
-    seed: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    dropout_p: float,
-    scale: float,
-    low: int,
-    high: int,
     wants_mask: bool,
-    int64: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch the backward; nothing is empty."""
+    """Launch the backward; nothing is empty. `value` is the call's."""
     delta = row_sums(grad, out, grad_lse)
-    call = prepare(
-        grad, query, key, value, mask, key_lengths, seed, lse.contiguous(), delta, dropout_p, scale,
-        low, high, int64,
-    )  # fmt: skip
-    dk, dv = key_value_gradients(call, key, value)
-    dq = query_gradient(call, query)
-    d_mask = mask_gradient(call, mask) if wants_mask and mask is not None else query.new_empty(0)
+    work = prepare(call, grad, lse.contiguous(), delta)
+    dk, dv = key_value_gradients(work, value)
+    dq = query_gradient(work)
+    mask = call.mask if wants_mask else None
+    d_mask = call.query.new_empty(0) if mask is None else mask_gradient(work, mask)
     return dq, dk, dv, d_mask

@@ -14,24 +14,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nnarch.kernels.dropout.reference import survivor_scale, threshold
 from nnarch.kernels.gpu.dropout import keep_tile
-from nnarch.kernels.gpu.launch import cdiv, dot_precision, flat_grid, launch, named_strides
-from nnarch.kernels.gpu.matmul import precision_of
+from nnarch.kernels.gpu.launch import cdiv, flat_grid, launch, named_strides
 from nnarch.kernels.gpu.targets import current_target
-from nnarch.kernels.gpu.tiles import Problem, Tile, pick
+from nnarch.kernels.gpu.tiles import Tile, pick
 
 from . import reference
+from .triton_call import Call, padded
 from .triton_tiles import (
-    ADDED_MASK,
-    BOOL_MASK,
     LN2,
     LOG2E,
-    NO_MASK,
+    TileRow,
     attention_table,
     key_tiles,
     load_rows,
-    reads_chunks,
+    narrowed,
     restrict,
     row_products,
     sequence_keys,
@@ -248,10 +245,7 @@ def _shared(m: int, n: int, stages: int) -> int:
     return m + 2 * stages * n
 
 
-FORWARD = attention_table(
-    "attention",
-    _shared,
-    128,
+_FORWARD_ROWS: dict[str, list[TileRow]] = dict(
     half=[
         (64, 128, 4, 3, 0, 64, 0, 1.30),
         (64, 32, 4, 3, 0, 64, 0, 1.44),
@@ -277,6 +271,23 @@ FORWARD = attention_table(
     ],
     ieee=[(64, 32, 8, 1, 256, 256, 256), (32, 32, 4, 1, 256, 256, 256)],
 )
+FORWARD = attention_table("attention", _shared, 128, **_FORWARD_ROWS)
+FORWARD_MASKED = attention_table(
+    "attention_masked",
+    _shared,
+    128,
+    **narrowed(
+        _FORWARD_ROWS,
+        half={
+            (64, 128, 4, 3): (0, 0, 0),
+            (64, 64, 4, 3): (0, 64, 0),
+            (128, 64, 8, 3): (0, 64, 0),
+            (128, 64, 8, 2): (64, 128, 0),
+            (64, 64, 8, 2): (256, 128, 128),
+        },
+        tf32x3={(64, 64, 4, 2): (0, 0, 0), (64, 32, 8, 1): (0, 0, 0)},
+    ),
+)
 DECODE = attention_table(
     "attention_decode",
     _shared,
@@ -299,62 +310,13 @@ FEW_ROWS = 16
 """Rows up to which the keys may be split, and the heads of a group stacked."""
 
 
-def padded(depth: int) -> int:
-    """A head's width as the tiles hold it: a power of two, no less than a matrix instruction's."""
-    return max(16, triton.next_power_of_2(depth))
-
-
-def mask_arguments(mask: Tensor | None) -> dict[str, object]:
-    """Pointer, strides and kind of a mask; a dimension of one value has stride 0."""
-    if mask is None:
-        kind, strides = NO_MASK, (0,) * 4
-    else:
-        kind = BOOL_MASK if mask.dtype == torch.bool else ADDED_MASK
-        strides = tuple(0 if n == 1 else s for n, s in zip(mask.shape, mask.stride(), strict=True))
-    named = {f"stride_m{dim}": s for dim, s in zip("bhmn", strides, strict=True)}
-    view = mask.view(torch.uint8) if kind == BOOL_MASK else mask
-    return {"mask_ptr": view, **named, "MASK": kind}
-
-
-def band_arguments(query: Tensor, key: Tensor, low: int, high: int) -> dict[str, object]:
-    """The band, no wider than positions can be apart, in 32 bits."""
-    length, keys = query.shape[2], key.shape[2]
-    low, high = (min(max(side, -length), keys) for side in (low, high))
-    return {"low": low, "high": high, "LEFT": low > 1 - length}
-
-
-def product_arguments(
-    query: Tensor, value: Tensor, widest: int
-) -> tuple[dict[str, object], Problem]:
-    """Widths of heads and how products are computed; a problem without its rows and columns.
-
-    `widest` is that of :func:`reads_chunks`.
-    """
-    precision = dot_precision("matmul")
-    widths = {"DEPTH": padded(query.shape[3]), "VALUE_DEPTH": padded(value.shape[3])}
-    problem = Problem(0, 0, max(widths.values()), precision_of(query.dtype, precision))
-    return {**widths, "PRECISION": precision, "CHUNKS": reads_chunks(problem, widest)}, problem
-
-
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    key_lengths: Tensor | None,
-    seed: Tensor | None,
-    dropout_p: float,
-    scale: float,
-    low: int,
-    high: int,
-    int64: bool,
-) -> tuple[Tensor, Tensor]:
-    """Launch the forward; nothing is empty."""
-    batch, heads, length, depth = query.shape
-    keys, share = key.shape[2], heads // key.shape[1]
+def forward(call: Call, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Launch the forward; nothing is empty. `value` is the call's."""
+    query, batch, heads, length, keys = call.query, call.batch, call.heads, call.length, call.keys
+    share = heads // call.groups
     out = reference.new_output(query, value)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
-    stack = share if length * share <= FEW_ROWS and seed is None else 1
+    stack = share if length * share <= FEW_ROWS and call.seed is None else 1
     few = length * stack <= FEW_ROWS
     parts = _parts(batch * heads // stack, keys) if few else 1
     part_keys = cdiv(cdiv(keys, parts), SPLIT_KEYS) * SPLIT_KEYS
@@ -363,22 +325,15 @@ def forward(
     if parts > 1:
         into = query.new_empty((parts, *out.shape), dtype=torch.float32)
         into_lse = lse.new_empty((parts, *lse.shape))
-    products, problem = product_arguments(query, value, widest=128)
-    problem = dataclasses.replace(problem, m=length * stack, n=keys)
+    products, problem = call.products(widest=128)
+    problem = dataclasses.replace(problem, m=length * stack)
     arguments = {
-        **{"q_ptr": query, "k_ptr": key, "v_ptr": value, "lengths_ptr": key_lengths},
-        **{"seed_ptr": seed, "out_ptr": into, "lse_ptr": into_lse, "scale": float(scale)},
-        **{"threshold": threshold(dropout_p), "survivor": survivor_scale(dropout_p)},
-        **{"B": batch, "H": heads, "L": length, "S": keys, "SHARE": share},
-        **{"part_keys": part_keys, "STACK": stack, "D": depth, "DV": value.shape[3]},
-        **mask_arguments(mask),
-        **band_arguments(query, key, low, high),
-        "LATE_SCALE": scale > 0 and (mask is None or mask.dtype == torch.bool),
-        **named_strides("q", "bhmd", query),
-        **named_strides("k", "bhnd", key),
-        **named_strides("v", "bhnd", value),
+        **call.arguments(),
+        **{"out_ptr": into, "lse_ptr": into_lse, "B": batch, "LEFT": call.left},
+        **{"part_keys": part_keys, "STACK": stack},
+        "LATE_SCALE": call.scale > 0 and (call.mask is None or call.mask.dtype == torch.bool),
         **named_strides("o", "bhmd", into if parts == 1 else into[0]),
-        **{"stride_op": into.stride(0) if parts > 1 else 0, "INT64": int64},
+        "stride_op": into.stride(0) if parts > 1 else 0,
         **products,
     }
 
@@ -386,7 +341,8 @@ def forward(
         programs = cdiv(length * stack, tile["BLOCK_M"]) * batch * (heads // stack)
         launch(_attention_fwd_kernel, (*flat_grid(programs), parts), arguments, tile)
 
-    run(pick(DECODE if few else FORWARD, problem, run))
+    table = DECODE if few else FORWARD_MASKED if call.masked else FORWARD
+    run(pick(table, problem, run))
     if parts > 1:
         _combine(into, into_lse, out, lse, parts)
     return out, lse

@@ -66,6 +66,28 @@ def attention_table(
     return TileTable(name, tiles, cost, fits)
 
 
+def narrowed(
+    rows: dict[str, list[TileRow]], **changes: dict[tuple[int, ...], TileRow]
+) -> dict[str, list[TileRow]]:
+    """Rows of a table for calls with a mask or dropout, which spill at narrower heads.
+
+    Args:
+        rows: of the table for calls without, by precision.
+        changes: by precision and (BLOCK_M, BLOCK_N, warps, stages), the three widest heads; (0, 0,
+            0) leaves the tile out.
+    """
+    made = {}
+    for precision, entries in rows.items():
+        found = changes.get(precision, {})
+        made[precision] = []
+        for row in entries:
+            key, depths = tuple(map(int, row[:4])), row[4:7]  # type: ignore[arg-type]
+            depths = found.get(key, depths)
+            if any(depths):
+                made[precision].append((*row[:4], *depths, *row[7:]))
+    return made
+
+
 def reads_chunks(problem: Problem, widest: int) -> bool:
     """Whether scores are multiplied chunk by chunk; problem.k is the padded width of a head, and
     `widest` what TF32 products take whole; half types take twice as much, and products of the two

@@ -135,9 +135,8 @@ def each_tile(cases: Iterable[StaticCase], targets: Iterable[Target]) -> Iterato
 
 def _code_path(launch: Launch) -> str:
     """A kernel with the constexpr arguments that make two kernels of it."""
-    switches = [
-        f"{k}={launch.arguments[k]}" for k in ("FLAT", "SWAP", "CELL") if k in launch.arguments
-    ]
+    names = ("FLAT", "SWAP", "CELL", "MASK")
+    switches = [f"{k}={launch.arguments[k]}" for k in names if k in launch.arguments]
     return " ".join([_kernel_name(launch), *switches])
 
 

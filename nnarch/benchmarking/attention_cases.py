@@ -20,6 +20,7 @@ ATTENTION_TARGETS: dict[str, Target] = {
     "attention causal": Target(1.9, 2.4),
     "attention decode": Target(1.6, 2.2),
     "attention fwd+bwd": Target(1.25, 1.6),
+    "attention weights": Target(1.0, 1.2),
 }
 
 
@@ -70,6 +71,20 @@ class _Decode(nn.Module):
         v: Any = self.v
         q = x[0]
         return self.attend(q, k[None], v[None], enable_gqa=q.shape[1] != k.shape[0])
+
+
+class _WithWeights(nn.Module):
+    """Self-attention that returns its weights too, averaged over heads or of each: their sum with
+    the output's is what is compared, and costs both sides the same."""
+
+    def __init__(self, namespace: Any, width: int, heads: int, averaged: bool) -> None:
+        super().__init__()
+        self.attend = namespace.MultiheadAttention(width, heads, batch_first=True)
+        self.averaged = averaged
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, weights = self.attend(x, x, x, average_attn_weights=self.averaged)
+        return torch.cat((y.flatten(), weights.flatten()))
 
 
 def _mask(kind: str, b: int, s: int) -> tuple[Tensor | None, Tensor | None]:
@@ -125,6 +140,21 @@ def decode(h: int, groups: int, keys: int, d: int, **options: Any) -> Case:
     )
 
 
+def with_weights(b: int, h: int, s: int, d: int, averaged: bool, **options: Any) -> Case:
+    """nn.MultiheadAttention with need_weights."""
+    kind, words = ("mean", "averaged") if averaged else ("each", "of each head")
+    products = 4 * 2 * b * s * (h * d) ** 2
+    return Case(
+        f"attention_weights_{kind}_b{b}_h{h}_s{s}_d{d}",
+        "attention weights",
+        lambda nn: _WithWeights(nn, h * d, h, averaged),
+        (b, s, h * d),
+        label=f"MultiheadAttention {b}×{h}×{s}×{d}, weights {words}",
+        flops=6 * b * h * s * s * d + products,
+        **options,
+    )
+
+
 def attentions() -> Iterable[Case]:
     """The shapes of PERFORMANCE.md's table, and their masks."""
     short, long = Target(1.25, 1.45), Target(1.1, 1.25)
@@ -141,5 +171,8 @@ def attentions() -> Iterable[Case]:
         goal = Target(1.4, 1.65) if keys == 8192 else None
         yield decode(12, 12, keys, 64, target=goal, quick=keys == 2048)
     yield decode(32, 8, 2048, 64)
+    yield with_weights(8, 12, 128, 64, averaged=True)
+    yield with_weights(4, 12, 512, 64, averaged=True)
+    yield with_weights(4, 12, 512, 64, averaged=False)
     yield attention(8, 12, 128, 64, backward=True, quick=True)
     yield attention(4, 12, 512, 64, causal=True, backward=True)

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from nnarch import functional as F
 from nnarch.kernels.attention.op import UNBOUNDED, attention_op
-from nnarch.kernels.attention.reference import visible
-from nnarch.kernels.dropout.reference import factors
+from nnarch.kernels.attention.weights import attention_weights_op
 from nnarch.kernels.dropout.seed import draw_seed
 from nnarch.nn.attention_masks import causal_mask, check_mask, merge_masks
 from nnarch.nn.cache import GrowingCache, MemoryCache
@@ -28,8 +27,8 @@ class MultiheadAttention(PackedWeightMixin, torch.nn.MultiheadAttention):
     """Attention of several heads with the constructor and state_dict of torch.nn's.
 
     Where key and value are the query, one product projects all three, and the kernel reads them
-    as they lie in it. Attention weights are computed only where they are asked for, by a product
-    of their own.
+    as they lie in it. Attention weights are computed only where they are asked for, by a kernel
+    of their own, which averages them over heads before they are in memory.
 
     Args:
         embed_dim: features of the query and of the output.
@@ -94,16 +93,15 @@ class MultiheadAttention(PackedWeightMixin, torch.nn.MultiheadAttention):
             query, key, value, key_padding_mask = _batch_of_one(query, key, value, key_padding_mask)
             y, weights = self._attend(
                 query, key, value, key_padding_mask, attn_mask, is_causal, cache,
-                need_weights=need_weights, batch_first=True,
+                need_weights=need_weights, averaged=average_attn_weights, batch_first=True,
             )  # fmt: skip
             y, weights = y.squeeze(0), None if weights is None else weights.squeeze(0)
         else:
             y, weights = self._attend(
                 query, key, value, key_padding_mask, attn_mask, is_causal, cache,
-                need_weights=need_weights, batch_first=self.batch_first,
+                need_weights=need_weights, averaged=average_attn_weights,
+                batch_first=self.batch_first,
             )  # fmt: skip
-        if weights is not None and average_attn_weights:
-            weights = weights.mean(-3)
         return y, weights
 
     def _attend(
@@ -118,9 +116,10 @@ class MultiheadAttention(PackedWeightMixin, torch.nn.MultiheadAttention):
         *,
         batch_first: bool,
         need_weights: bool = False,
+        averaged: bool = False,
         residual: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The output of a batch, plus `residual`; the weights of all heads where needed."""
+        """The output of a batch, plus `residual`; the weights, or their mean, where needed."""
         batch, length, keys = self._sizes(query, key, value, cache, batch_first)
         if key_padding_mask is not None:
             check_mask(_NAME, "key_padding_mask", key_padding_mask, (batch, keys))
@@ -145,7 +144,7 @@ class MultiheadAttention(PackedWeightMixin, torch.nn.MultiheadAttention):
             mask = merge_masks(attn_mask, key_padding_mask, batch, self.num_heads, extra, q.dtype)
         p = self.dropout if self.training else 0.0
         if need_weights:
-            y, weights = _attention_and_weights(q, k, v, mask, p, is_causal, offset)
+            y, weights = _attention_and_weights(q, k, v, mask, p, is_causal, offset, averaged)
         else:
             weights = None
             y = F.scaled_dot_product_attention(q, k, v, mask, p, is_causal, query_offset=offset)
@@ -296,7 +295,14 @@ def _batch_of_one(
 
 
 def _attention_and_weights(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float, is_causal: bool, offset: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    p: float,
+    is_causal: bool,
+    offset: int,
+    averaged: bool,
 ) -> tuple[Tensor, Tensor]:
     """Attention, and its weights after dropout as torch.nn's module returns them.
 
@@ -308,18 +314,5 @@ def _attention_and_weights(
     seed = draw_seed(q) if p > 0 else None
     low, high = -UNBOUNDED, offset if is_causal else UNBOUNDED
     y, lse = attention_op(q, k, v, mask, None, seed, p, scale, low, high)
-    wide = q.dtype if q.dtype == torch.float64 else torch.float32
-    scores = (scale * q.to(wide)) @ k.to(wide).mT
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    elif mask is not None:
-        scores = scores + mask
-    if is_causal:
-        scores = scores.masked_fill(~visible(q, k, None, low, high), -torch.inf)
-    sums = lse.masked_fill(lse == -torch.inf, 0.0)  # rows that see nothing
-    weights = torch.exp(scores - sums[..., None])
-    if seed is not None:
-        batch, heads, length, keys = weights.shape
-        kept = factors(seed, batch * heads, length, keys, p, weights)
-        weights = weights * kept.reshape(weights.shape)
-    return y, weights.to(q.dtype)
+    weights = attention_weights_op(q, k, mask, None, seed, lse, p, scale, low, high, averaged)
+    return y, weights.squeeze(1) if averaged else weights

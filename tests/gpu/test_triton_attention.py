@@ -137,9 +137,12 @@ _EVERY = [
     (table, precision, tile)
     for table in (
         triton_forward.FORWARD,
+        triton_forward.FORWARD_MASKED,
         triton_forward.DECODE,
         triton_backward.KEY_VALUE,
+        triton_backward.KEY_VALUE_MASKED,
         triton_backward.QUERY,
+        triton_backward.QUERY_MASKED,
     )
     for precision in ("half", "ieee")
     for tile in table.tiles[precision]
@@ -152,8 +155,13 @@ _EVERY = [
 def test_every_tile(table, precision, tile):
     dtype = torch.float16 if precision == "half" else torch.float32
     length = 9 if table is triton_forward.DECODE else 70
+    shape = (1, 2, 1, length, 150, 16, 16)
+    options = {}
+    if table.name.endswith("masked"):
+        seed = torch.tensor([2**45 + 3])
+        options = {"mask": _mask("added", shape, dtype), "seed": seed, "p": 0.4}
     with tiles.force(**{table.name: tile}):
-        check(_tensors((1, 2, 1, length, 150, 16, 16), dtype), band=(-60, 20))
+        check(_tensors(shape, dtype), band=(-60, 20), **options)
 
 
 def test_heads_too_deep_are_refused():

@@ -251,3 +251,26 @@ def test_memory_is_linear_in_the_length() -> None:
     """The scores of 32,768 positions would be 4 GB."""
     done = subprocess.run([sys.executable, "-c", _LONG], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 200_000  # KB
+
+
+_BOTH = """
+import resource, torch
+from nnarch import functional as F
+def step(n):
+    q, k, v, grad = (torch.randn(1, 1, n, 64) for _ in range(4))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    F.scaled_dot_product_attention(*leaves, is_causal=True).backward(grad)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak - before - sum(t.grad.nbytes for t in leaves) // 1024
+step(64)  # what is loaded with the first call
+print(step(32768))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+def test_forward_and_backward_of_32768_positions_take_less_than_a_gigabyte() -> None:
+    """Beyond inputs and gradients; the scores alone would be 4.3 GB."""
+    done = subprocess.run([sys.executable, "-c", _BOTH], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1_000_000, done.stdout  # KB
