@@ -63,6 +63,17 @@ class StemImage {
 
   int64_t line() const { return width_ * p_.c; }  // elements from one padded row to the next
 
+  // Of positions [first, first + count) of an image: the input rows under them that are inside it.
+  struct InputRows {
+    int64_t begin, end;
+  };
+  InputRows input_rows(int64_t first, int64_t count) const {
+    const int64_t top = first / p_.ow, bottom = (first + count - 1) / p_.ow;
+    const int64_t begin = top * p_.stride_h - p_.top;
+    return {std::clamp<int64_t>(begin, 0, p_.h),
+            std::clamp<int64_t>(begin + rows_of(bottom - top + 1), 0, p_.h)};
+  }
+
   // Calls f(pixel, i, run) for positions [first + i, first + i + run), of one output row each. The
   // kernel's first row at position i begins at `pixel`; both advance by stride_w pixels.
   template <class F>
@@ -144,6 +155,11 @@ class StemWindows {
   Scratch<const T*> pointers_;
 };
 
+// Whether an image is one dense piece of memory, row after row of pixels.
+inline bool has_dense_rows(const Tensor& x, const ConvShape& p) {
+  return x.stride(1) == 1 && x.stride(3) == p.c && x.stride(2) == p.w * p.c;
+}
+
 // y is channels_last, or planar: then blocks of outputs are transposed while they are in cache.
 // (64 channels of 224×224 written twice took as long as computing them.)
 template <class T>
@@ -153,6 +169,7 @@ void stem_forward(const Tensor& x, const T* packed, T* y, bool planar, const Con
   const int64_t block = std::min(plane, round_up(384, p.ow));
   const int64_t blocks = ceil_div(plane, block);
   const bool stream = !planar && outgrows_caches<T>(y, p.n * plane, p.k);
+  const bool dense = has_dense_rows(x, p);
   parallel_tasks(p.n * blocks, [&](int64_t task) {
     const int64_t image_index = task / blocks, inside = task % blocks * block;
     const int64_t first = image_index * plane + inside;
@@ -166,9 +183,21 @@ void stem_forward(const Tensor& x, const T* packed, T* y, bool planar, const Con
     });
     Scratch<int64_t> tap_offset(p.r);
     for (int64_t r = 0; r < p.r; ++r) tap_offset[r] = r * image.line();
+    // The next block's rows come from memory meanwhile.
+    const T* rows_after = nullptr;
+    int64_t rows_after_size = 0;
+    if (dense && task + 1 < p.n * blocks) {
+      const int64_t next_image = (task + 1) / blocks, next = (task + 1) % blocks * block;
+      auto [begin, end] = image.input_rows(next, std::min(block, plane - next));
+      if (next > 0) begin = std::max(begin, image.input_rows(inside, count).end);
+      rows_after = data<T>(x) + next_image * x.stride(0) + begin * x.stride(2);
+      rows_after_size = std::max<int64_t>(end - begin, 0) * x.stride(2);
+    }
     gemm<T>().run({.taps = p.r,
                    .depth = p.s * p.c,
                    .b = packed,
+                   .rows_after = rows_after,
+                   .rows_after_size = rows_after_size,
                    .c = planar ? staged.get() : y,
                    .n = p.k,
                    .epilogue = epilogue,

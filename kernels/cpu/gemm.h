@@ -37,6 +37,9 @@ struct GemmBlock {
   int64_t panel_step = 0;  // 0: taps * depth * nr
   // The panel that another block will read next, fetched ahead; or null.
   const T* b_after = nullptr;
+  // Or what else it will read next, fetched ahead with the last panel: a dense part of its rows.
+  const T* rows_after = nullptr;
+  int64_t rows_after_size = 0;
   // Row m of the output starts at c + c_offset[m]; columns are dense.
   T* c = nullptr;
   const int64_t* c_offset = nullptr;

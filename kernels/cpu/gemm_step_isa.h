@@ -42,8 +42,9 @@ template <class T>
 struct Panel {
   const GemmBlock<T>& g;
   const Chunk& chunk;
-  const T* b;        // the chunk's part of the panel
-  const T* next;     // that part of the panel that comes next, or null
+  const T* b;     // the chunk's part of the panel
+  const T* next;  // what comes next, mostly that part of the next panel; or null
+  int64_t next_size;
   T* c;              // the panel's first column
   int64_t columns;   // of the panel: whole, or fewer at the end
   bool add, stream;  // C is added to; C is written past the caches
@@ -59,6 +60,7 @@ struct Panel {
         b(block.b + column / kColumns<T> * step_of(block) +
           (part.first_tap * block.depth + part.from) * kColumns<T>),
         next(nullptr),
+        next_size((part.last_tap - part.first_tap) * part.count * kColumns<T>),
         c(block.c + column),
         columns(block.n - column),
         add(!part.first || block.accumulate),
@@ -77,6 +79,8 @@ struct Panel {
     if (!last_panel) next = b + panel;
     if (last_panel && block.b_after)
       next = block.b_after + (b - block.b - column / kColumns<T> * panel);
+    if (last_panel && part.last && block.rows_after)
+      next = block.rows_after, next_size = block.rows_after_size;
   }
 
   static int64_t step_of(const GemmBlock<T>& g) {

@@ -3,7 +3,8 @@
 //
 // The cost of a tile beside its multiplications is what decides with few channels: 1800 cycles of
 // FMAs at depth 64. It was 150 cycles: fetching C's lines in one burst, a pointer for every row, a
-// call for every tile, all bounds before all stores. Without these it is 75.
+// call for every tile, all bounds before all stores. Without these it was 75, of it
+// 48 for stores one after the other (kLastSteps).
 #pragma once
 
 #include "cpu/gemm_step_isa.h"
@@ -22,9 +23,8 @@ struct Ahead {
   // The next panel's part of a chunk, during the first tiles of a panel: at batch 1 a network reads
   // its weights from memory (1 % of a ResNet-50's time).
   static NNARCH_INLINE Ahead next_panel(const Panel<T>& p) {
-    const int64_t rows = (p.chunk.last_tap - p.chunk.first_tap) * p.chunk.count;
-    return {p.next, kLanes<T>, kColumns<T>, kFetchSteps * kColumns<T>,
-            p.next ? (rows + kFetchSteps - 1) / kFetchSteps : 0};
+    constexpr int64_t turn = kFetchSteps * kColumns<T>;
+    return {p.next, kLanes<T>, kColumns<T>, turn, p.next ? (p.next_size + turn - 1) / turn : 0};
   }
   // The rows of the next tile: a matrix product meets each row of A first in its first panel, and
   // straight from memory.
@@ -38,21 +38,47 @@ struct Ahead {
   }
 };
 
-// The products of a tile of even rows. While its first steps run, the lines of C that it will
-// write come into cache, then those of the residual, then what is `ahead`.
-template <class T, Used Use, int... I>
-NNARCH_INLINE void add_products(Indices<I...> each, const EvenPanel<T>& p, Ahead<T>& rows_ahead,
-                                Ahead<T>& panel_ahead, const T* a, const T* c, const T* residual,
-                                Vec<T>* left, Vec<T>* right) {
+// The last steps of a tile whose rows are stored by halves: 28 stores in a row delay the next
+// tile's products by 48 cycles, two times 14 with some products in between by none.
+#if defined(NNARCH_ISA_avx512)
+constexpr int kLastSteps = 4;
+#else
+constexpr int kLastSteps = 0;  // half a tile has too few sums for the latency of a product
+#endif
+template <bool Plain, Used Use, int Rows>
+constexpr int kStaggered = Plain && Use == kBothVectors && Rows >= 6 ? kLastSteps : 0;
+
+// Where a tile's products stand before its last steps.
+template <class T>
+struct LastSteps {
+  EvenRows<T> rows;
+  const T* b;
+  EvenLines<T> line;
+  int64_t second;
+  bool some;  // whether there are any
+};
+
+// The products of a tile of even rows, but for the last steps where its rows are stored by halves.
+// While its first steps run, the lines of C that it will write come into cache, then those of the
+// residual, then what is `ahead`.
+template <class T, bool Plain, Used Use, int... I>
+NNARCH_INLINE LastSteps<T> add_products(Indices<I...> each, const EvenPanel<T>& p,
+                                        Ahead<T>& rows_ahead, Ahead<T>& panel_ahead, const T* a,
+                                        const T* c, const T* residual, Vec<T>* left,
+                                        Vec<T>* right) {
+  constexpr int64_t staggered = kStaggered<Plain, Use, sizeof...(I)>;
   const T* b = p.b;
   const T* lines = p.stream ? residual : c;
   const int64_t* tap = p.first_tap;
-  do {
+  while (true) {
     EvenRows<T> rows(a + *tap, p.a_step);
-    for (int64_t k = p.count; k > 0; k -= kFetchSteps) {
-      const int64_t steps = k < kFetchSteps ? k : kFetchSteps;
-      EvenLines<T> line{b, 0};  // in cache anyway
-      int64_t second = 0;
+    const bool last_tap = ++tap == p.last_tap;
+    const int64_t kept = last_tap && p.count >= staggered ? staggered : 0;
+    EvenLines<T> line{b, 0};  // in cache anyway
+    int64_t second = 0;
+    for (int64_t k = p.count; k > kept; k -= kFetchSteps) {
+      const int64_t steps = k - kept < kFetchSteps ? k - kept : kFetchSteps;
+      line = {b, 0}, second = 0;
       if (lines) {
         line = {lines, p.c_step}, second = kColumns<T> - 1;
         lines = lines == residual ? nullptr : residual;
@@ -62,8 +88,10 @@ NNARCH_INLINE void add_products(Indices<I...> each, const EvenPanel<T>& p, Ahead
         line = panel_ahead.turn(), second = panel_ahead.second;
       }
       multiply<T, Use>(each, rows, 0, steps, b, line, second, left, right);
+      if constexpr (staggered > 0) line.at += steps * line.stride;
     }
-  } while (++tap != p.last_tap);
+    if (last_tap) return {rows, b, line, second, kept > 0};
+  }
 }
 
 // Whether all rows of a tile lie in the padding.
@@ -157,16 +185,55 @@ NNARCH_INLINE void store_row(T* c, Vec<T> low, Vec<T> left, Vec<T> right) {
   }
 }
 
-template <class T, int... I>
-NNARCH_INLINE void finish_plain(Indices<I...>, const EvenPanel<T>& p, T* c, Vec<T>* left,
-                                Vec<T>* right) {
+template <class T, int First, int... I>
+NNARCH_INLINE void store_rows(Indices<I...>, const EvenRows<T>& to, bool past_caches, Vec<T> low,
+                              Vec<T>* left, Vec<T>* right) {
+  if (past_caches)
+    (store_row<T, true>(to.template row<First + I>(), low, left[First + I], right[First + I]), ...);
+  else
+    (store_row<T, false>(to.template row<First + I>(), low, left[First + I], right[First + I]),
+     ...);
+}
+
+// The last steps of rows from First on. What the first half of the rows leaves in cache, the second
+// one reads again.
+template <class T, int First, int... I>
+NNARCH_INLINE void multiply_last(Indices<I...>, LastSteps<T>& last, Vec<T>* left, Vec<T>* right) {
+  constexpr int w = kLanes<T>;
+  // Not before what the other half has stored.
+  ((keep_order(last.b, left[First + I], right[First + I])), ...);
+#pragma GCC unroll 4
+  for (int k = 0; k < kLastSteps; ++k) {
+    if constexpr (First == 0) {
+      const T* fetched = last.line.next();
+      __builtin_prefetch(fetched);
+      __builtin_prefetch(fetched + last.second);
+    }
+    Vec<T> b0 = load(last.b + k * 2 * w), b1 = load(last.b + k * 2 * w + w), x;
+    keep_in_register(b0), keep_in_register(b1);
+    ((x = broadcast(last.rows.template row<First + I>()[k]), left[First + I] += x * b0,
+      right[First + I] += x * b1),
+     ...);
+  }
+}
+
+template <class T, Used Use, int... I>
+NNARCH_INLINE void finish_plain(Indices<I...> each, const EvenPanel<T>& p, LastSteps<T>& last, T* c,
+                                Vec<T>* left, Vec<T>* right) {
   EvenRows<T> to(c, p.c_step);
   to.pin();
   const Vec<T> low = broadcast(p.low);
-  if (p.stream)
-    (store_row<T, true>(to.template row<I>(), low, left[I], right[I]), ...);
-  else
-    (store_row<T, false>(to.template row<I>(), low, left[I], right[I]), ...);
+  constexpr int rows = sizeof...(I), half = (rows + 1) / 2;
+  if constexpr (kStaggered<true, Use, rows> > 0) {
+    constexpr MakeIndices<half> first;
+    constexpr MakeIndices<rows - half> second;
+    if (last.some) multiply_last<T, 0>(first, last, left, right);
+    store_rows<T, 0>(first, to, p.stream, low, left, right);
+    if (last.some) multiply_last<T, half>(second, last, left, right);
+    store_rows<T, half>(second, to, p.stream, low, left, right);
+  } else {
+    store_rows<T, 0>(each, to, p.stream, low, left, right);
+  }
 }
 
 // `tiles` tiles of MR rows from row `first` of a strip on. Every access to an accumulator has a
@@ -195,11 +262,12 @@ NNARCH_INLINE void even_tiles(Indices<I...> each, const Panel<T>& panel, Ahead<T
     if (meets_rows) next_rows = Ahead<T>::next_rows(p.count, p.a_step, a + sizeof...(I) * p.a_step);
     T* c = panel.c + at;
     if constexpr (Plain) {
-      add_products<T, Use>(each, p, next_rows, next_panel, a, c, nullptr, left, right);
-      finish_plain<T>(each, p, c, left, right);
+      LastSteps<T> last =
+          add_products<T, true, Use>(each, p, next_rows, next_panel, a, c, nullptr, left, right);
+      finish_plain<T, Use>(each, p, last, c, left, right);
     } else {
       const T* residual = panel.epilogue.residual ? panel.epilogue.residual + at : nullptr;
-      add_products<T, Use>(each, p, next_rows, next_panel, a, c, residual, left, right);
+      add_products<T, false, Use>(each, p, next_rows, next_panel, a, c, residual, left, right);
       const int64_t offset[sizeof...(I)] = {(at + I * p.c_step)...};
       finish<T>(each, panel, offset, left, right);
     }
