@@ -46,7 +46,7 @@ constexpr int kLastSteps = 4;
 constexpr int kLastSteps = 0;  // half a tile has too few sums for the latency of a product
 #endif
 template <bool Plain, Used Use, int Rows>
-constexpr int kStaggered = Plain && Use == kBothVectors && Rows >= 6 ? kLastSteps : 0;
+constexpr int kStaggered = Plain && Use == kBothVectors && Rows > 8 ? kLastSteps : 0;
 
 // Where a tile's products stand before its last steps.
 template <class T>
