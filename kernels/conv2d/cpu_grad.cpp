@@ -146,17 +146,10 @@ void strided_weight_grad(const Tensor& grad, const Tensor& x_in, const ConvShape
   const bool planar = is_planar(x_in) && StridedWinograd::serves_planar(p);
   const Tensor x = planar ? x_in : as_channels_last(x_in);
   const int64_t taps = p.taps(), depth = p.group_c();
-  for (int64_t g = 0; g < p.groups; ++g) {
-    float* const group = dw + g * p.group_k() * taps * depth;
-    const auto put = [&](int64_t k, int64_t c, int64_t channels, const float* from, int64_t step) {
-      float* const row = group + k * taps * depth;
-      if (!channels_last)
-        return transpose_fn<float>()(from, step, row + c * taps, taps, taps, channels);
-      for (int64_t t = 0; t < taps; ++t)
-        std::copy_n(from + t * step, channels, row + t * depth + c);
-    };
-    StridedWinograd(p, g, planar).weight_grad(data<float>(x), data<float>(grad), put);
-  }
+  for (int64_t g = 0; g < p.groups; ++g)
+    StridedWinograd(p, g, planar)
+        .weight_grad(data<float>(x), data<float>(grad), channels_last,
+                     dw + g * p.group_k() * taps * depth);
 }
 
 template <class T>

@@ -57,6 +57,21 @@ class StridedPlanes {
   int64_t unit_, gap_;
 };
 
+// The cache lines of a part of a weight in channels_last, in which it has runs of 16 to 32 values;
+// how many.
+inline int64_t weight_lines(const WeightView<float>& part, const float** lines) {
+  const bool columns = part.column_stride == 1;
+  if (!columns && part.depth_stride != 1) return 0;
+  const int64_t run = columns ? part.columns : part.depth;
+  const int64_t rows = columns ? part.depth : part.columns;
+  const int64_t step = columns ? part.depth_stride : part.column_stride;
+  int64_t count = 0;
+  for (const int64_t tap : part.tap_offset)
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < run; j += 16) lines[count++] = part.data + tap + i * step + j;
+  return count;
+}
+
 // Memory that is fetched during a product: the next product's.
 struct Ahead {
   const float* first;
@@ -71,24 +86,35 @@ inline Ahead share(const float* memory, int64_t count, int64_t part, int64_t par
   return {memory + from, count * (part + 1) / parts - from};
 }
 
-// The product by tiles of rows, whose sums then stay in L1 from chain to chain. Between them the
-// memory would wait: they fetch the rows of sums that come next, and what is ahead.
+// The product by blocks of the depth, whose part of the panel stays in L1 for all tiles of rows.
+// Between these the memory would wait: they fetch the rows of sums that come next, and what is
+// ahead.
 inline void multiply(PanelProduct product, const Ahead& ahead) {
+  constexpr int64_t most = 128;
+  const PanelProduct whole = product;
   const int64_t rows = product.rows, tiles = ceil_div(rows, winograd().mr);
-  const float* const a = product.a;
-  float* const c = product.c;
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t from = rows * t / tiles, to = rows * (t + 1) / tiles;
-    const int64_t next = t + 1 < tiles ? rows * (t + 2) / tiles : to;
-    for (int64_t row = to; row < next; ++row)
-      prefetch_line<true>(c + row * product.c_step, winograd().nr);
-    ahead.fetch(t, tiles);
-    product.a = a + from * product.a_step, product.c = c + from * product.c_step;
-    product.rows = to - from;
-    winograd().panel_product(product);
+  const int64_t blocks = ceil_div(product.depth, most);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t first = whole.depth * block / blocks;
+    product.depth = whole.depth * (block + 1) / blocks - first;
+    product.b = whole.b + first * winograd().nr;
+    product.add = whole.add || block > 0;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t from = rows * t / tiles, to = rows * (t + 1) / tiles;
+      const int64_t next = block > 0 ? to : t + 1 < tiles ? rows * (t + 2) / tiles : to;
+      for (int64_t row = to; row < next; ++row)
+        prefetch_line<true>(whole.c + row * product.c_step, winograd().nr);
+      ahead.fetch(block * tiles + t, blocks * tiles);
+      product.a = whole.a + from * product.a_step + first;
+      product.c = whole.c + from * product.c_step;
+      product.rows = to - from;
+      product.fetch_next = t == 0;
+      winograd().panel_product(product);
+    }
   }
 }
 
+// By tiles of rows, whose sums stay in L1 or in registers from chain to chain.
 inline void multiply_outer(OuterProduct product, const Ahead& first, const Ahead& second) {
   const int64_t rows = product.rows, tiles = ceil_div(rows, winograd().mr);
   const float* const a = product.a;

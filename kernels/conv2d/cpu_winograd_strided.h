@@ -16,6 +16,7 @@
 #include "cpu/layout.h"
 #include "cpu/machine.h"
 #include "cpu/parallel.h"
+#include "cpu/streaming.h"
 
 namespace nnarch {
 
@@ -116,10 +117,8 @@ class StridedWinograd {
     }
   }
 
-  // put(k, c, channels, taps, step): dw of output channel k and input channels [c, c + channels)
-  // of the group, `step` elements from tap to tap.
-  template <class Put>
-  void weight_grad(const float* x, const float* grad, const Put& put) const {
+  // dw of the group, [k][c][tap] or, channels_last, [k][tap][c].
+  void weight_grad(const float* x, const float* grad, bool channels_last, float* dw) const {
     const int64_t unit = chunk(), k = p_.group_k();
     const StridedPlanes v(tile_, block_, unit, kGap), s(tile_, k, unit, kGap);
     const int64_t plane = even_plane();
@@ -153,13 +152,18 @@ class StridedWinograd {
                                  last ? 0 : v.begin(xi + 2) - v.begin(xi + 1), panel, panels));
         });
       }
-      const int64_t channels = channels_from(c);
+      const int64_t channels = channels_from(c), taps = p_.taps(), depth = p_.group_c();
+      const bool past_caches = outgrows_caches(dw, k * taps, depth) && channels % 16 == 0;
       parallel_tasks(k, [&](int64_t row) {
         Scratch<int64_t> at(tile_.values()), next(tile_.values());
         s.locate(row, at.get()), s.locate(std::min(row + 1, k - 1), next.get());
-        Scratch<float> taps(p_.taps() * unit);
-        transforms_.weight_grad(sums.get(), at.get(), next.get(), channels, taps.get(), unit);
-        put(row, c, channels, taps.get(), unit);
+        float* const to = dw + row * taps * depth + (channels_last ? c : c * taps);
+        if (channels_last)
+          return transforms_.weight_grad(sums.get(), at.get(), next.get(), channels, to, depth,
+                                         past_caches);
+        Scratch<float> own(taps * unit);
+        transforms_.weight_grad(sums.get(), at.get(), next.get(), channels, own.get(), unit, false);
+        transpose_fn<float>()(own.get(), unit, to, taps, taps, channels);
       });
     }
   }
@@ -304,40 +308,53 @@ class StridedWinograd {
   void pack(const WeightView<float>& weight, int64_t c, const StridedPlanes& u,
             float* weights) const {
     const int64_t parts = ceil_div(chunk(), kPacked), end = p_.group_c();
-    parallel_tasks(ceil_div(p_.group_k(), nr()) * parts, [&](int64_t task) {
+    const int64_t tasks = ceil_div(p_.group_k(), nr()) * parts;
+    const auto part_of = [&](int64_t task) {
       const int64_t panel = task / parts, d = task % parts * kPacked;
       WeightView<float> part = weight;
       part.data += panel * nr() * part.column_stride + (c + d) * part.depth_stride;
       part.columns = std::min(nr(), p_.group_k() - panel * nr());
       part.depth = std::clamp<int64_t>(end - c - d, 0, std::min(kPacked, chunk() - d));
-      pack_part(part, std::min(kPacked, chunk() - d), panel, d * nr(), u, weights);
+      return part;
+    };
+    parallel_tasks(tasks, [&](int64_t task) {
+      const int64_t panel = task / parts, d = task % parts * kPacked;
+      pack_part(part_of(task), part_of(std::min(task + 1, tasks - 1)),
+                std::min(kPacked, chunk() - d), panel, d * nr(), u, weights);
     });
   }
 
   // The same for the gradient of the input: [slot][panel of c][k][nr] in a plane.
   void pack_transposed(const WeightView<float>& weight, int64_t c, const StridedPlanes& u,
                        float* weights) const {
-    const int64_t k = p_.group_k(), parts = ceil_div(k, kPacked);
-    parallel_tasks(chunk() / nr() * parts, [&](int64_t task) {
-      const int64_t panel = task / parts, d = task % parts * kPacked, from = c + panel * nr();
+    const int64_t k = p_.group_k(), parts = ceil_div(k, kPacked), tasks = chunk() / nr() * parts;
+    const auto part_of = [&](int64_t task) {
+      const int64_t d = task % parts * kPacked, from = c + task / parts * nr();
       WeightView<float> part = weight;
       std::swap(part.column_stride, part.depth_stride);
       part.data += from * part.column_stride + d * part.depth_stride;
       part.columns = std::clamp<int64_t>(p_.group_c() - from, 0, nr());
-      const int64_t depth = std::min(kPacked, k - d);
-      part.depth = part.columns > 0 ? depth : 0;
-      pack_part(part, depth, 0, (panel * k + d) * nr(), u, weights);
+      part.depth = part.columns > 0 ? std::min(kPacked, k - d) : 0;
+      return part;
+    };
+    parallel_tasks(tasks, [&](int64_t task) {
+      const int64_t panel = task / parts, d = task % parts * kPacked;
+      pack_part(part_of(task), part_of(std::min(task + 1, tasks - 1)), std::min(kPacked, k - d), 0,
+                (panel * k + d) * nr(), u, weights);
     });
   }
 
-  // A panel of at most kPacked rows, `depth` with those that do not exist.
-  void pack_part(const WeightView<float>& part, int64_t depth, int64_t row, int64_t offset,
-                 const StridedPlanes& u, float* weights) const {
+  // A panel of at most kPacked rows, `depth` with those that do not exist. The next one's part of
+  // the weight comes into cache during the transform: its lines are KBs apart in channels_last.
+  void pack_part(const WeightView<float>& part, const WeightView<float>& after, int64_t depth,
+                 int64_t row, int64_t offset, const StridedPlanes& u, float* weights) const {
     Scratch<int64_t> at(tile_.values());
     u.locate(row, at.get());
     Scratch<float> direct(p_.taps() * kPacked * nr());
+    Scratch<const float*> ahead(p_.taps() * std::max(kPacked, nr()));
     if (part.depth > 0) pack_weight(part, direct.get());
-    transforms_.weight(direct.get(), part.depth, weights + offset, at.get());
+    transforms_.weight(direct.get(), part.depth, weights + offset, at.get(), ahead.get(),
+                       weight_lines(after, ahead.get()));
     for (int64_t i = 0; i < tile_.values(); ++i)
       std::fill_n(weights + offset + at[i] + part.depth * nr(), (depth - part.depth) * nr(), 0.0f);
   }

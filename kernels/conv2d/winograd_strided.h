@@ -53,11 +53,14 @@ struct StridedTransforms {
   void (*grad)(const float* const* pixels, int64_t channels, float* planes, int64_t plane);
   void (*output)(const float* planes, int64_t plane, int64_t channels,
                  const Epilogue<float>& epilogue, const OutputTile& tile, float* y, bool stream);
-  // From a packed panel [tap][count][nr] to values [count][nr], and from the values of summed
-  // products to taps, `tap` elements apart.
-  void (*weight)(const float* packed, int64_t count, float* values, const int64_t* at);
+  // From a packed panel [tap][count][nr] to values [count][nr]; meanwhile the lines at `ahead` come
+  // into cache.
+  void (*weight)(const float* packed, int64_t count, float* values, const int64_t* at,
+                 const float* const* ahead, int64_t lines);
+  // From the values of summed products to taps, `tap` elements apart; past the caches where that is
+  // asked for, whose lines are then written whole and aligned.
   void (*weight_grad)(const float* values, const int64_t* at, const int64_t* next, int64_t channels,
-                      float* dw, int64_t tap);
+                      float* dw, int64_t tap, bool past_caches);
 };
 
 NNARCH_PER_ISA(const StridedTransforms& strided_nine_taps();)

@@ -95,9 +95,12 @@ void phases_input_grad(const float* values, const int64_t* at, const int64_t* ne
 
 // In double, as winograd_transforms_isa.h's.
 template <int M, int R>
-void phases_weight(const float* packed, int64_t count, float* values, const int64_t* at) {
+void phases_weight(const float* packed, int64_t count, float* values, const int64_t* at,
+                   const float* const* ahead, int64_t lines) {
   const int64_t tap = count * 2 * kWidth;
-  for (int64_t w = 0; w < tap; w += kWidth)
+  for (int64_t w = 0; w < tap; w += kWidth) {
+    for (int64_t i = lines * w / tap; i < lines * (w + kWidth) / tap; ++i)
+      __builtin_prefetch(ahead[i], 0, 2);
     for_phases<M, R>([&](auto phase) NNARCH_INLINE_LAMBDA {
       using P = decltype(phase);
       using Rows = WeightMatrix<M, P::taps_y>;
@@ -117,11 +120,13 @@ void phases_weight(const float* packed, int64_t count, float* values, const int6
             store(to, rounded(low[i][j], v));
           });
     });
+  }
 }
 
 template <int M, int R>
 void phases_weight_grad(const float* values, const int64_t* at, const int64_t* next,
-                        int64_t channels, float* dw, int64_t tap) {
+                        int64_t channels, float* dw, int64_t tap, bool past_caches) {
+  const bool stream_out = past_caches && kVectorBytes == 64;
   for (int64_t c = 0; c < channels; c += kWidth)
     for_phases<M, R>([&](auto phase) NNARCH_INLINE_LAMBDA {
       using P = decltype(phase);
@@ -131,9 +136,15 @@ void phases_weight_grad(const float* values, const int64_t* at, const int64_t* n
             __builtin_prefetch(values + next[P::value(i, j)] + c, 0, 2);
             return load(values + at[P::value(i, j)] + c);
           },
-          [&](int i, int j, V v)
-              NNARCH_INLINE_LAMBDA { store_n(dw + P::tap(i, j) * tap + c, v, channels - c); });
+          [&](int i, int j, V v) NNARCH_INLINE_LAMBDA {
+            float* const to = dw + P::tap(i, j) * tap + c;
+            if (stream_out)
+              stream(to, v);
+            else
+              store_n(to, v, channels - c);
+          });
     });
+  if (stream_out) finish_streaming();
 }
 
 template <int M, int R>
