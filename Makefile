@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-CPP := $(wildcard kernels/*/*.cpp kernels/*/*.h)
+CPP := $(wildcard kernels/*/*.cpp kernels/*/*.h kernels/*/*/*.cpp)
 NATIVE := CMakeLists.txt pyproject.toml $(CPP)
 JOBS := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2)
 
