@@ -21,7 +21,7 @@ _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 def cheap_call(
     op: Op, run_on_a_gpu: _GpuCall, backward: Any, setup_context: Any
 ) -> Callable[..., Any]:
-    """The callable that runs an operation, by what the call needs (ADR 2, 8, 10 and 11).
+    """The callable that runs an operation, by what the call needs (ADR 2, 8, 10 and 12).
 
     Plain tensors, no gradient wanted: straight to the kernel; not so plain: below autograd. A
     gradient wanted: the kernel and a node in C++, where the operation has one; else an
