@@ -75,7 +75,7 @@ CALLS = {
         (ROWS, MATRIX),
     ),
     "attention": (F.attention, HEADS),
-    "attention_weights": (F.attention_weights, (*HEADS[:2], HEADS[0][:3])),
+    "attention_weights": (F.attention_weights, (*HEADS[:2], array(2, 3, 5))),
     "scaled_dot_product_attention": (
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
         HEADS,
