@@ -11,6 +11,9 @@ from nnarch.benchmarking.results import Row
 
 # A row at these fractions of its limit has nothing left to win: it is met where no peer is faster.
 ENOUGH = {"compute": 0.93, "memory": 0.85}
+# Above the peak by more than its own error, an algorithm (Winograd) multiplies less than is counted,
+# and its share tells nothing.
+BEYOND_PEAK = 1.03
 
 
 def score(rows: Sequence[Row], case: Case, roof: Roof, target: Target) -> None:
@@ -57,6 +60,7 @@ def _verdict(row: Row) -> tuple[bool, str]:
     if row.ratio >= row.must:
         return True, f"{row.ratio:.2f} ≥ {row.must:g}"
     limit = "FMA peak" if row.bound == "compute" else "bandwidth"
-    if row.ratio >= 1 and row.roof >= ENOUGH[row.bound]:
+    tells = row.bound == "memory" or row.roof <= BEYOND_PEAK
+    if row.ratio >= 1 and tells and row.roof >= ENOUGH[row.bound]:
         return True, f"{row.roof:.0%} of {limit}, no peer faster"
     return False, f"{row.ratio:.2f} < {row.must:g}, {row.roof:.0%} of {limit}"

@@ -146,6 +146,12 @@ def test_at_93_percent_of_the_peak_nothing_more_is_asked():
     assert not nnarch_row(COMPUTE, 1.6, nnarch=1.09, eager=1.10).met
 
 
+def test_a_share_beyond_the_peak_tells_nothing():
+    """Winograd multiplies less than a direct product, whose products are counted."""
+    row = nnarch_row(COMPUTE, 1.6, nnarch=0.8, eager=1.0)
+    assert not row.met and row.why == "1.25 < 1.6, 125% of FMA peak"
+
+
 def test_the_peak_is_no_excuse_where_a_peer_is_faster():
     assert not nnarch_row(COMPUTE, 1.6, nnarch=1.07, eager=1.06).met
 
