@@ -11,8 +11,8 @@ from nnarch.benchmarking.results import Row
 
 # A row at these fractions of its limit has nothing left to win: it is met where no peer is faster.
 ENOUGH = {"compute": 0.93, "memory": 0.85}
-# Above the peak by more than its own error, an algorithm (Winograd) multiplies less than is counted,
-# and its share tells nothing.
+# Above the peak by more than its own error, an algorithm (Winograd) multiplies less than is
+# counted, and its share tells nothing.
 BEYOND_PEAK = 1.03
 
 
