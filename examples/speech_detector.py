@@ -102,6 +102,7 @@ def streamed(model: SpeechDetector, chunks: Tensor, what: str) -> tuple[Tensor, 
     """Probabilities chunk after chunk, and milliseconds a chunk."""
     state = (torch.zeros(1, 128), torch.zeros(1, 128))
     found = []
+    model(chunks[:1], state)  # what happens once: weights are packed
     begin = time.perf_counter()
     for chunk in track(chunks, what, console=console, transient=True):
         probability, state = model(chunk[None], state)
