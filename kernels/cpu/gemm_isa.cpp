@@ -1,6 +1,7 @@
 // The matrix product: chunks of the sum, panels of columns, tiles of rows.
 #include "cpu/gemm.h"
 
+#include "cpu/few_rows_isa.h"
 #include "cpu/gemm_tile_isa.h"
 #include "cpu/layout.h"
 #include "cpu/simd.h"
@@ -162,55 +163,10 @@ void pack_rows(const T* const* rows, int64_t offset, int64_t depth, int64_t n, T
   }
 }
 
-// y[r] = Σ_k x[r][k]·w[k] for a few rows r, each in `Chains` independent sums.
-template <class T, int Chains, int... I>
-NNARCH_INLINE void dot_rows(Indices<I...>, const T* x, int64_t x_stride, const T* w, int64_t depth,
-                            T* y, int64_t y_stride) {
-  constexpr int64_t lanes = kLanes<T>, step = lanes * Chains, rows = sizeof...(I) / Chains;
-  const T* at[sizeof...(I)] = {(x + I / Chains * x_stride + I % Chains * lanes)...};
-  Vec<T> sum[sizeof...(I)] = {(static_cast<void>(I), Vec<T>{})...};
-  int64_t k = 0;
-  for (; k + step <= depth; k += step)
-    ((sum[I] += load(at[I] + k) * load(w + k + I % Chains * lanes)), ...);
-  for (; k < depth; k += lanes) {
-    const int64_t left = depth - k < lanes ? depth - k : lanes;
-    for (int64_t r = 0; r < rows; ++r)
-      sum[r * Chains] += load_n(at[r * Chains] + k, left) * load_n(w + k, left);
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    Vec<T> total = sum[r * Chains];
-    for (int i = 1; i < Chains; ++i) total += sum[r * Chains + i];
-    y[r * y_stride] = horizontal_sum<T>(total);
-  }
-}
-
-// One row of weights after the other: a single stream is what the hardware's prefetchers follow
-// best. Four rows at a time reached half of the memory's bandwidth.
-template <class T, int Rows, int Chains>
-NNARCH_NOINLINE void rows_by_weights(const T* x, int64_t x_stride, const T* w, int64_t w_stride,
-                                     int64_t depth, int64_t n, T* y, int64_t y_stride) {
-  for (int64_t j = 0; j < n; ++j)
-    dot_rows<T, Chains>(MakeIndices<Rows * Chains>{}, x, x_stride, w + j * w_stride, depth, y + j,
-                        y_stride);
-}
-
-template <class T>
-void few_rows(const T* x, int64_t x_stride, int64_t m, const T* w, int64_t w_stride, int64_t depth,
-              int64_t n, T* y, int64_t y_stride, const Epilogue<T>& epilogue) {
-  for (int64_t r = 0; r < m; r += 4) {
-    constexpr decltype(&rows_by_weights<T, 1, 8>) of[] = {
-        rows_by_weights<T, 1, 8>, rows_by_weights<T, 2, 4>, rows_by_weights<T, 3, 2>,
-        rows_by_weights<T, 4, 2>};
-    const int64_t count = m - r < 4 ? m - r : 4;
-    of[count - 1](x + r * x_stride, x_stride, w, w_stride, depth, n, y + r * y_stride, y_stride);
-  }
-  for (int64_t r = 0; r < m; ++r) finish_row<T>(epilogue, r * y_stride, n, y + r * y_stride);
-}
-
 template <class T>
 const GemmTable<T>& table() {
   static constexpr GemmTable<T> entries = {kRows,         kColumns<T>,  run<T>,
-                                           pack_panel<T>, pack_rows<T>, few_rows<T>};
+                                           pack_panel<T>, pack_rows<T>, few_rows_of<T, T>};
   return entries;
 }
 
