@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .triton_backward_kernels import score_gradient
-from .triton_tiles import load_rows, sequence_keys
+from .triton_tiles import load_rows, sequence_keys, store_shared
 
 
 @triton.jit
@@ -102,16 +102,6 @@ def _attention_bwd_mask_kernel(
                         VALUE_DEPTH, MASK, True, INT64, PRECISION, CHUNKS, BLOCK_M, BLOCK_N,
                     )  # fmt: skip
                     acc += tl.where((i < L)[:, None], ds, 0.0)
-    i, j = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_count, column_count = (1 if ONE_ROW else L), (1 if ONE_COLUMN else S)
-    out = d_mask_ptr + slot.to(tl.int64) * row_count * column_count
-    if ONE_ROW and ONE_COLUMN:
-        tl.store(out, tl.sum(tl.sum(acc, 1), 0).to(out.dtype.element_ty))
-    elif ONE_ROW:
-        tl.store(out + j, tl.sum(acc, 0).to(out.dtype.element_ty), mask=j < S)
-    elif ONE_COLUMN:
-        tl.store(out + i, tl.sum(acc, 1).to(out.dtype.element_ty), mask=i < L)
-    else:
-        at = out + i[:, None].to(tl.int64) * S + j[None, :]
-        inside = (i < L)[:, None] & (j < S)[None, :]
-        tl.store(at, acc.to(out.dtype.element_ty), mask=inside)
+    store_shared(
+        d_mask_ptr, slot, acc, tile_m, tile_n, L, S, ONE_ROW, ONE_COLUMN, BLOCK_M, BLOCK_N
+    )  # fmt: skip

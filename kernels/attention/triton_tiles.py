@@ -144,6 +144,28 @@ def store_rows(
 
 
 @triton.jit
+def store_shared(
+    ptr, slot, tile, tile_m, tile_n, L, S, ONE_ROW: tl.constexpr, ONE_COLUMN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """A tile of the contiguous [slots, L or 1, S or 1], summed over the rows or columns that all
+    share."""
+    i, j = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_count, column_count = (1 if ONE_ROW else L), (1 if ONE_COLUMN else S)
+    out = ptr + slot.to(tl.int64) * row_count * column_count
+    if ONE_ROW and ONE_COLUMN:
+        tl.store(out, tl.sum(tl.sum(tile, 1), 0).to(out.dtype.element_ty))
+    elif ONE_ROW:
+        tl.store(out + j, tl.sum(tile, 0).to(out.dtype.element_ty), mask=j < S)
+    elif ONE_COLUMN:
+        tl.store(out + i, tl.sum(tile, 1).to(out.dtype.element_ty), mask=i < L)
+    else:
+        at = out + i[:, None].to(tl.int64) * S + j[None, :]
+        inside = (i < L)[:, None] & (j < S)[None, :]
+        tl.store(at, tile.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def row_products(
     a_rows,  # pointers to the rows of one operand, [M]
     a_inside,

@@ -22,6 +22,7 @@ from .triton_tiles import (
     row_products,
     sequence_keys,
     store_rows,
+    store_shared,
 )
 
 
@@ -152,19 +153,9 @@ def _attention_weights_kernel(
                     acc += tl.where((i < L)[:, None], p, 0.0)
     if grad_ptr is None:
         acc *= factor
-    i, j = tile_m * BLOCK_M + tl.arange(0, BLOCK_M), tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_count, column_count = (1 if ONE_ROW else L), (1 if ONE_COLUMN else S)
-    out = out_ptr + slot.to(tl.int64) * row_count * column_count
-    if ONE_ROW and ONE_COLUMN:
-        tl.store(out, tl.sum(tl.sum(acc, 1), 0).to(out.dtype.element_ty))
-    elif ONE_ROW:
-        tl.store(out + j, tl.sum(acc, 0).to(out.dtype.element_ty), mask=j < S)
-    elif ONE_COLUMN:
-        tl.store(out + i, tl.sum(acc, 1).to(out.dtype.element_ty), mask=i < L)
-    else:
-        at = out + i[:, None].to(tl.int64) * S + j[None, :]
-        inside = (i < L)[:, None] & (j < S)[None, :]
-        tl.store(at, acc.to(out.dtype.element_ty), mask=inside)
+    store_shared(
+        out_ptr, slot, acc, tile_m, tile_n, L, S, ONE_ROW, ONE_COLUMN, BLOCK_M, BLOCK_N
+    )  # fmt: skip
 
 
 @triton.jit
