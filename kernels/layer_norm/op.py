@@ -14,120 +14,29 @@ from nnarch.kernels.dropout.seed import draw_seed
 from nnarch.nodes import Backward
 
 from . import checks, reference
+from .derivatives import (
+    BIAS,
+    GPU,
+    HALF,
+    SUM,
+    WEIGHT,
+    layer_norm_backward,
+    like,
+    row_count,
+    row_dropout,
+    wide,
+)
 
-_GPU = "nnarch.kernels.layer_norm.triton_kernel"
-_HALF = (torch.float16, torch.bfloat16)
-
-# What a backward is asked for.
-_SUM, _WEIGHT, _BIAS = 1, 2, 4
 _NO_GRADIENTS = (None,) * 5  # of the arguments after the residual
 
-
-def _like(x: Tensor) -> Tensor:
-    """An output: contiguous, whatever the strides of x, as torch's."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _wide(x: Tensor, *size: Any) -> Tensor:
-    """A tensor in the dtype that statistics and the parameters' gradients have."""
-    return x.new_empty(size, dtype=torch.float32 if x.dtype in _HALF else x.dtype)
-
-
-def _rows(x: Tensor, columns: int) -> Any:
-    return x.numel() // columns if columns else 0
-
-
-# ----------------------------------------------------------------------------- second derivatives
-
-
-def _fake_backward_backward(*args: Any) -> tuple[Tensor, ...]:
-    s, columns = args[4], args[7]
-    return _like(s), _like(s), _wide(s, columns)
-
-
-layer_norm_backward_backward = library.declare(
-    "layer_norm_backward_backward(Tensor gg_ds, Tensor? gg_weight, Tensor? gg_bias, Tensor grad, "
-    "Tensor s, Tensor? weight, Tensor stats, int columns) "
-    "-> (Tensor d_grad, Tensor d_s, Tensor d_weight)",
-    reference=reference.layer_norm_backward_backward,
-    fake=_fake_backward_backward,
-    check=checks.layer_norm_backward_backward,
-    gpu=f"{_GPU}:layer_norm_backward_backward",
-)
-
-# ---------------------------------------------------------------------------- first derivatives
-
-
-def _fake_backward(*args: Any) -> tuple[Tensor, ...]:
-    s, columns, wanted = args[2], args[5], args[6]
-    ds = _like(s) if wanted & _SUM else s.new_empty(0)
-    return ds, *(_wide(s, columns if wanted & (_WEIGHT | _BIAS) else 0) for _ in range(2))
-
-
-def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad, grad_sum, s, weight, stats, ctx.columns, ctx.wanted = inputs
-    ctx.adds = grad_sum is not None
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(grad, s, weight, stats)
-
-
-def _backward_backward(
-    ctx: Any, gg_ds: Tensor | None, gg_weight: Tensor | None, gg_bias: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    grad, s, weight, stats = ctx.saved_tensors
-    grad_sum = gg_ds if ctx.adds else None
-    if gg_ds is None and gg_weight is None and gg_bias is None:
-        return (None,) * 7
-    if gg_ds is None or not ctx.wanted & _SUM:
-        gg_ds = torch.zeros_like(s)
-    if not ctx.wanted & (_WEIGHT | _BIAS):
-        gg_weight = gg_bias = None
-    d_grad, d_s, d_weight = layer_norm_backward_backward(
-        gg_ds, gg_weight, gg_bias, grad, s, weight, stats, ctx.columns
-    )
-    # d_s holds the way through the statistics, which are functions of s.
-    return d_grad, grad_sum, d_s, d_weight if weight is not None else None, None, None, None
-
-
-layer_norm_backward = library.declare(
-    "layer_norm_backward(Tensor grad, Tensor? grad_sum, Tensor s, Tensor? weight, Tensor stats, "
-    "int columns, int wanted) -> (Tensor ds, Tensor dweight, Tensor dbias)",
-    reference=reference.layer_norm_backward,
-    fake=_fake_backward,
-    check=checks.layer_norm_backward,
-    gpu=f"{_GPU}:layer_norm_backward",
-    setup_context=_setup_backward,
-    backward=_backward_backward,
-)
-
-
-def _setup_dropout(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, seed, ctx.columns, ctx.dropout_p = inputs
-    ctx.save_for_backward(seed)
-
-
-def _dropout_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (seed,) = ctx.saved_tensors
-    return row_dropout(grad, seed, ctx.columns, ctx.dropout_p), None, None, None
-
-
-row_dropout = library.declare(
-    "row_dropout(Tensor x, Tensor seed, int columns, float dropout_p) -> Tensor",
-    reference=reference.row_dropout,
-    fake=lambda x, *_: _like(x),
-    check=checks.row_dropout,
-    gpu=f"{_GPU}:row_dropout",
-    setup_context=_setup_dropout,
-    backward=_dropout_backward,
-)
 
 # -------------------------------------------------------------------------------------- forward
 
 
 def _fake_train(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, residual, seed, columns, rms = args[0], args[3], args[4], args[5], args[8]
-    total = x.new_empty(0) if residual is None and seed is None else _like(x)
-    return _like(x), total, _wide(x, 1 if rms else 2, _rows(x, columns))
+    total = x.new_empty(0) if residual is None and seed is None else like(x)
+    return like(x), total, wide(x, 1 if rms else 2, row_count(x, columns))
 
 
 def _setup_train(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> int:
@@ -150,7 +59,7 @@ def _train_backward(
     need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
     ds, dweight, dbias = grad_sum, None, None
     if grad is not None:
-        wanted = _SUM * (need_x or need_residual) + _WEIGHT * need_weight + _BIAS * need_bias
+        wanted = SUM * (need_x or need_residual) + WEIGHT * need_weight + BIAS * need_bias
         ds, dweight, dbias = layer_norm_backward(
             grad, grad_sum, s, weight, stats, ctx.columns, wanted
         )
@@ -179,7 +88,7 @@ def _node(s: str, seen: int, residual: bool) -> Backward:
         arguments=f"grad 0, grad 1, {s}, weight, output 2, columns, wanted",
         gradients=(("x", "residual"), ("weight",), ("bias",)),
         formula=_gradients,
-        bits={"x": _SUM, "residual": _SUM, "weight": _WEIGHT, "bias": _BIAS},
+        bits={"x": SUM, "residual": SUM, "weight": WEIGHT, "bias": BIAS},
         seen=seen,
         given={"residual": residual, "seed": False},
     )
@@ -191,7 +100,7 @@ layer_norm_train = library.declare(
     reference=reference.layer_norm_train,
     fake=_fake_train,
     check=checks.layer_norm_train,
-    gpu=f"{_GPU}:layer_norm_train",
+    gpu=f"{GPU}:layer_norm_train",
     setup_context=_setup_train,
     backward=_train_backward,
     nodes=(_node("x", 1, residual=False), _node("output 1", 2, residual=True)),
@@ -212,7 +121,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     columns, eps, rms = ctx.numbers
     _, total, stats = layer_norm_train(x, weight, None, residual, None, columns, eps, 0.0, rms)
     need_x, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
-    wanted = _SUM * (need_x or need_residual) + _WEIGHT * need_weight + _BIAS * need_bias
+    wanted = SUM * (need_x or need_residual) + WEIGHT * need_weight + BIAS * need_bias
     ds, dweight, dbias = layer_norm_backward(
         grad, None, x if residual is None else total, weight, stats, columns, wanted
     )
@@ -229,9 +138,9 @@ layer_norm_op = library.declare(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, int columns, float eps, "
     "bool rms) -> Tensor",
     reference=reference.layer_norm,
-    fake=lambda x, *_: _like(x),
+    fake=lambda x, *_: like(x),
     check=checks.layer_norm,
-    gpu=f"{_GPU}:layer_norm",
+    gpu=f"{GPU}:layer_norm",
     setup_context=_setup,
     backward=_backward,
 )
@@ -314,7 +223,7 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
 
 def _autocast(*tensors: Tensor | None) -> Any:
     """In float32, as torch.autocast gives them to torch's function on CUDA (not on the CPU)."""
-    return tuple(t.float() if t is not None and t.dtype in _HALF else t for t in tensors)
+    return tuple(t.float() if t is not None and t.dtype in HALF else t for t in tensors)
 
 
 def _promoted(op: str, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:

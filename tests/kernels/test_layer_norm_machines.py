@@ -15,6 +15,7 @@ from torch.nn import functional as TF
 
 import nnarch
 from nnarch import functional as F
+from nnarch.kernels.layer_norm import derivatives
 from nnarch.kernels.layer_norm import op as ops
 
 
@@ -71,7 +72,7 @@ def test_reads_no_uninitialised_memory(dtype):
     def everything():
         y, s, stats = ops.layer_norm_train(x, weight, weight, other, seed, 67, EPS, 0.3, False)
         first = ops.layer_norm_backward(grad, other, s, weight, stats, 67, 7)
-        second = ops.layer_norm_backward_backward(
+        second = derivatives.layer_norm_backward_backward(
             other, weight.to(stats.dtype) if dtype == torch.float64 else weight, weight,
             grad, s, weight, stats, 67,
         )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_recurrent import KINDS, LSTM, arguments, define
+from recurrent_cases import KINDS, LSTM, arguments, define
 
 from nnarch import functional as F
 from nnarch.kernels.recurrent.op import pack_recurrent_weights, scan

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_cases import DTYPES, check_under_isa, name_of, on_fresh_memory
-from test_recurrent import GRU, KINDS, LSTM, arguments, pack
+from recurrent_cases import GRU, KINDS, LSTM, arguments, pack
 from test_recurrent_bad_input import B16, H0, W_HH, W_IH
 from tolerances import assert_as_accurate
 from torch import Tensor
