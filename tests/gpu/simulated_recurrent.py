@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recurrent_cases import arguments, check_forward
+from gpu_recurrent_cases import arguments, check_forward
 
 from nnarch.kernels.gpu.numba_support import simulating
 from nnarch.kernels.recurrent import gpu_kernel, kinds, numba_scan

@@ -7,7 +7,7 @@ import torch
 from tolerances import assert_as_accurate
 
 launch = pytest.importorskip("nnarch.kernels.gpu.launch", reason="needs triton")
-from recurrent_cases import arguments, check, check_backward, check_forward  # noqa: E402
+from gpu_recurrent_cases import arguments, check, check_backward, check_forward  # noqa: E402
 from triton_cases import VIEWS  # noqa: E402
 
 import nnarch  # noqa: E402
