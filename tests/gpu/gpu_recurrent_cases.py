@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tolerances import assert_as_accurate
+from tolerances import ULPS, assert_as_accurate
 from torch import Tensor
 from triton_cases import poisoned_memory
 
@@ -14,6 +14,9 @@ GRADIENTS = (
     *("weight_hr", "peephole", "norm"),
 )
 OUTPUTS = ("y", "h", "c", "reserve")
+# A normalization's gradient is a difference of numbers that are nearly equal: of so few units one
+# sample's error is several times another's, in torch as here.
+NORM_ULPS = 16.0
 
 
 def arguments(
@@ -92,5 +95,6 @@ def check_backward(grads, tensors, outputs, kind, reverse=False, wanted=1023):
         actual = gpu_kernel.recurrent_scan_backward(*inputs, *rest)
     same = reference.recurrent_scan_backward(*inputs, *rest)
     truth = reference.recurrent_scan_backward(*_wide(inputs), *rest)
+    ulps = NORM_ULPS if tensors[GRADIENTS.index("norm")] is not None else ULPS
     for name, *three in zip(GRADIENTS, actual, same, truth, strict=True):
-        assert_as_accurate(*three, what=f"gradient of {name}")
+        assert_as_accurate(*three, ulps=ulps, what=f"gradient of {name}")
