@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-_GRAD, _INPUT, _OUTPUT, _NUMBER, _WANTED, _KEEPS_GRAPH, _NONE = range(7)
+_GRAD, _INPUT, _OUTPUT, _NUMBER, _INTS, _SIZES, _WANTED, _KEEPS_GRAPH, _NONE = range(9)
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Backward:
     Args:
         op: its name.
         arguments: what it takes, in its order, between commas: "grad 0" is the gradient of the
-            first output, "output 0" that output, "wanted" the bits of the gradients that are
-            wanted, "keeps graph" whether a second backward may come, "none" None; else an
-            argument's name.
+            first output, "output 0" that output, "sizes x" those of the argument x, which is not
+            kept for them, "wanted" the bits of the gradients that are wanted, "keeps graph" whether
+            a second backward may come, "none" None; else an argument's name.
         gradients: what its results are the gradients of: arguments' names by result.
         bits: of the arguments in the number "wanted".
         formula: the Python function of the same arguments that runs where these are not plain, or
@@ -85,10 +85,10 @@ def give(
         kinds: a letter an argument of the backward's operation (nnarch/direct.py).
     """
     names = [a.name for a in schema.arguments]
-    tensors = {a.name for a in schema.arguments if "Tensor" in str(a.type)}
+    types = [str(a.type) for a in schema.arguments]
     arguments: list[int] = []
     for argument, kind in zip(backward.arguments.split(", "), kinds, strict=True):
-        arguments += (*_source(argument, names, tensors), ord(kind))
+        arguments += (*_source(argument, names, types), ord(kind))
     edges: list[int] = []
     for result, of in enumerate(backward.gradients):
         for name in of:
@@ -110,20 +110,20 @@ def give(
     )  # fmt: skip
 
 
-def _source(argument: str, names: list[str], tensors: set[str]) -> tuple[int, int]:
+def _source(argument: str, names: list[str], types: list[str]) -> tuple[int, int]:
     """What the native code takes an argument of a backward from, and which one of these."""
-    kind, _, index = argument.partition(" ")
-    if kind == "grad" and index:
-        return _GRAD, int(index)
-    if kind == "output" and index:
-        return _OUTPUT, int(index)
-    if argument == "wanted":
-        return _WANTED, 0
-    if argument == "keeps graph":
-        return _KEEPS_GRAPH, 0
-    if argument == "none":
-        return _NONE, 0
-    return _INPUT if argument in tensors else _NUMBER, names.index(argument)
+    word, _, of = argument.partition(" ")
+    if of and word in ("grad", "output"):
+        return (_GRAD if word == "grad" else _OUTPUT), int(of)
+    if of and word == "sizes":
+        return _SIZES, names.index(of)
+    for one, source in (("wanted", _WANTED), ("keeps graph", _KEEPS_GRAPH), ("none", _NONE)):
+        if argument == one:
+            return source, 0
+    index = names.index(argument)
+    if "Tensor" in types[index]:
+        return _INPUT, index
+    return (_INTS if "List" in types[index] else _NUMBER), index
 
 
 def _array(numbers: list[int]) -> Any:

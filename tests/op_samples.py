@@ -70,7 +70,7 @@ def _depthwise(name: str) -> list[tuple[Any, ...]]:
         ],
         "depthwise_conv2d_input_grad": [(y, weight, list(x.shape), *GEOMETRY)],
         "depthwise_conv2d_weight_grad": [(y, x, list(weight.shape), *GEOMETRY)],
-        "depthwise_conv2d_backward": [(y, x, weight, *GEOMETRY, bias) for bias in (False, True)],
+        "depthwise_conv2d_backward": [(y, x, weight, *GEOMETRY, some) for some in (3, 5, 7)],
         "depthwise_conv2d_pack": [(weight,)],
     }[name]
 

@@ -40,6 +40,34 @@ def _batch_norm(x, w, b):
     return F.batch_norm(x, None, None, w, b, training=True)
 
 
+def _conv(x, w, b):
+    return F.conv2d(x, w, b, stride=(1, 2), padding=(1, 0), groups=2)
+
+
+def _depthwise(x, w, b):
+    return F.conv2d(x, w, b, padding=1, groups=3)
+
+
+def _max_pool(x):
+    return F.max_pool2d(x, 2, (2, 1))
+
+
+def _max_pool_indices(x):
+    return F.max_pool2d(x, 2, 1, return_indices=True)[0]
+
+
+def _adaptive_max_pool(x):
+    return F.adaptive_max_pool2d(x, (2, 3), return_indices=True)[0]
+
+
+def _avg_pool(x):
+    return F.avg_pool2d(x, (2, 3), 1, (1, 1), count_include_pad=False)
+
+
+def _upsample(x):
+    return F.interpolate(x, (7, 3), mode="bilinear")
+
+
 # name: (function, shapes of its tensors, whether it has a second derivative)
 CASES = {
     "linear": (F.linear, [(3, 5), (4, 5), (4,)], True),
@@ -47,6 +75,14 @@ CASES = {
     "linear 1-D": (F.linear, [(5,), (4, 5), (4,)], True),
     "linear empty": (F.linear, [(0, 5), (4, 5), (4,)], False),
     "linear no depth": (F.linear, [(3, 0), (4, 0), (4,)], False),
+    "conv2d": (_conv, [(2, 4, 5, 6), (6, 2, 3, 2), (6,)], True),
+    "conv2d of nothing": (_conv, [(0, 4, 5, 6), (6, 2, 3, 2), (6,)], False),
+    "depthwise": (_depthwise, [(2, 3, 4, 5), (6, 1, 3, 3), (6,)], True),
+    "max_pool2d": (_max_pool, [(2, 3, 5, 4)], True),
+    "max_pool2d with indices": (_max_pool_indices, [(2, 3, 5, 4)], True),
+    "adaptive_max_pool2d": (_adaptive_max_pool, [(2, 3, 5, 4)], True),
+    "avg_pool2d": (_avg_pool, [(2, 3, 5, 4)], True),
+    "upsample": (_upsample, [(2, 3, 5, 4)], True),
     "layer_norm": (_norm, [(3, 5), (5,), (5,)], True),
     "layer_norm of a sum": (_norm_of_sum, [(3, 5), (5,), (5,), (3, 5)], True),
     "batch_norm": (_batch_norm, [(2, 3, 4, 2), (3,), (3,)], True),
@@ -54,6 +90,7 @@ CASES = {
     "cross_entropy": (_cross_entropy, [(3, 5)], False),
 }
 NAMES = list(CASES)
+KEEPING = [name for name in NAMES if name not in ("avg_pool2d", "upsample")]  # tensors, that is
 
 
 def _make(name, dtype=torch.float32, seed=0):
@@ -137,7 +174,7 @@ def test_no_second_derivative_is_an_error(name):
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KEEPING)
 def test_backward_twice(name):
     function, tensors = _make(name)
     outputs = _outputs(function(*tensors))
@@ -169,7 +206,7 @@ def test_an_output_changed_in_place():
         output.sum().backward()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", KEEPING)
 def test_hooks_on_saved_tensors(name):
     function, tensors = _make(name)
     expected = torch.autograd.grad(
@@ -230,7 +267,9 @@ def test_checkpointing():
             output.sum().backward()
 
 
-@pytest.mark.parametrize("name", ["linear", "layer_norm", "batch_norm", "attention"])
+@pytest.mark.parametrize(
+    "name", ["linear", "conv2d", "depthwise", "max_pool2d", "layer_norm", "batch_norm", "attention"]
+)
 def test_batched_gradients(name):
     function, tensors = _make(name)
     output = _outputs(function(*tensors))[0]
@@ -364,3 +403,21 @@ def test_a_tensor_subclass_goes_the_long_way():
     output = function(tensors[0].as_subclass(Mine), *tensors[1:])
     output.sum().backward()
     assert all(t.grad is not None for t in tensors)
+
+
+def test_the_weight_gradient_of_channels_last_is_channels_last():
+    x = torch.randn(2, 4, 5, 6).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(6, 4, 3, 3).contiguous(memory_format=torch.channels_last).requires_grad_()
+    output = F.conv2d(x, w)
+    assert _is_node(output)
+    (gradient,) = torch.autograd.grad(output, [w], torch.ones_like(output))
+    assert gradient.stride() == w.stride()
+
+
+def test_a_pooled_input_is_not_kept():
+    x = torch.randn(1, 2, 4, 4, requires_grad=True) * 1
+    output, gone = F.max_pool2d(x, 2), weakref.ref(x)
+    assert _is_node(output)
+    del x
+    assert gone() is None
+    output.sum().backward()

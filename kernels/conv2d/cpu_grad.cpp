@@ -1,5 +1,6 @@
 // conv2d's gradients on the CPU.
 #include <algorithm>
+#include <tuple>
 #include <type_traits>
 
 #include "conv2d/cpu_grouped_grad.h"
@@ -14,6 +15,7 @@
 #include "conv_transpose2d/cpu_transposed.h"
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
+#include "normalization/cpu_sum.h"
 
 namespace nnarch {
 namespace {
@@ -231,10 +233,27 @@ Tensor conv2d_weight_grad(const Tensor& grad, const Tensor& x, const IntList& we
   });
 }
 
+// The gradients of x, weight and bias where there is no more of an epilogue; those that `wanted`
+// (bits 1, 2 and 4) leaves out are empty.
+std::tuple<Tensor, Tensor, Tensor> conv2d_backward(const Tensor& grad, const Tensor& x,
+                                                   const Tensor& weight, const IntList& stride,
+                                                   const IntList& padding, const IntList& dilation,
+                                                   int64_t groups, int64_t wanted) {
+  const auto empty = [&] { return new_contiguous({0}, grad.scalar_type()); };
+  return std::make_tuple(
+      wanted & 1 ? conv2d_input_grad(grad, weight, sizes_of(x), stride, padding, dilation, groups)
+                 : empty(),
+      wanted & 2 ? conv2d_weight_grad(grad, x, sizes_of(weight), stride, padding, dilation, groups,
+                                      follows_channels_last(weight))
+                 : empty(),
+      wanted & 4 ? channel_sum(grad) : empty());
+}
+
 }  // namespace
 }  // namespace nnarch
 
 NNARCH_OPS(conv2d_grad, ops) {
+  ops.impl("conv2d_backward", TORCH_BOX(&nnarch::conv2d_backward));
   ops.impl("conv2d_input_grad", TORCH_BOX(&nnarch::conv2d_input_grad));
   ops.impl("conv2d_weight_grad", TORCH_BOX(&nnarch::conv2d_weight_grad));
 }

@@ -24,11 +24,13 @@ from nnarch.kernels.epilogue import (
     refuse_gradient,
 )
 from nnarch.kernels.normalization.op import affine, channel_sum
+from nnarch.nodes import Backward
 
 _EPILOGUE = "Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual"
 _GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation, int groups"
 _TILES = (0, 2, 4, 5, 6)  # 0: as it is; else Winograd's output tile
 _GPU = "nnarch.kernels.conv2d.triton_kernel"
+_X, _WEIGHT, _BIAS = 1, 2, 4  # what a backward is asked for
 
 # --------------------------------------------------------------------------------- the operation
 
@@ -74,10 +76,24 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad, db, d_shift, d_residual = g
     elif need_bias:
         db = channel_sum(grad)
-    dx = input_grad(grad, weight, tuple(x.shape), *ctx.geometry) if need_x else None
-    dw = weight_grad_of(grad, x, weight, ctx.geometry) if need_weight else None
+    dx, dw, _ = _gradients(grad, x, weight, *ctx.geometry, _X * need_x + _WEIGHT * need_weight)
     return dx, dw, db, None, d_shift, d_residual, *[None] * 7
 
+
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, *geometry_and_wanted: Any
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What the native conv2d_backward computes, of operations that have gradients themselves."""
+    *geometry, wanted = geometry_and_wanted
+    dx = input_grad(grad, weight, tuple(x.shape), *geometry) if wanted & _X else None
+    dw = weight_grad_of(grad, x, weight, geometry) if wanted & _WEIGHT else None
+    return dx, dw, channel_sum(grad) if wanted & _BIAS else None
+
+
+library.define_native(
+    f"conv2d_backward(Tensor grad, Tensor x, Tensor weight, {_GEOMETRY}, int wanted) "
+    "-> (Tensor, Tensor, Tensor)"
+)
 
 conv2d_op = library.declare(
     f"conv2d(Tensor x, Tensor weight, {_EPILOGUE}, Tensor? packed, {_GEOMETRY}, "
@@ -88,6 +104,16 @@ conv2d_op = library.declare(
     gpu=f"{_GPU}:conv2d",
     setup_context=_setup,
     backward=_backward,
+    nodes=(
+        Backward(
+            op="conv2d_backward",
+            arguments="grad 0, x, weight, stride, padding, dilation, groups, wanted",
+            gradients=(("x",), ("weight",), ("bias",)),
+            formula=_gradients,
+            bits={"x": _X, "weight": _WEIGHT, "bias": _BIAS},
+            given=dict.fromkeys(("scale", "shift", "residual", "activation"), False),
+        ),
+    ),
 )
 
 # ------------------------------------------------ its gradients: bilinear maps, closed under theirs

@@ -16,8 +16,6 @@ constexpr double kLeastRowTile = 4.5;  // of a step of the register tile, howeve
 constexpr double kTransform = 8;       // of a value transformed
 constexpr double kPackDirect = 2, kPackTransformed = 9;  // of a vector of packed weights
 constexpr double kCall = 25000, kStages = 3000;          // of a call, and of its parts in Winograd
-// Bytes of weights that come from the last-level cache, and from memory, during an FMA of one lane.
-constexpr double kCacheRate = 1, kMemoryRate = 0.4;
 
 // Of the weight gradient: an FMA of either product, a vector of sums put in order, transformed
 // back.
@@ -29,14 +27,6 @@ double direct_cost(const ConvWork& w) {
   const double positions = double(w.n) * double(w.grid_h) * double(w.grid_w);
   const double weights = double(w.taps * w.taps) * double(w.depth) * vectors(w.columns);
   return positions * weights * kDirect + (w.packed ? 0 : weights * kPackDirect) + kCall;
-}
-
-// Of reading transformed weights once, which goes on beside the products.
-double read_cost(double bytes) {
-  const double lanes = double(winograd().nr / 2);
-  if (bytes < double(l2_bytes()) * 0.4) return 0;
-  const double cached = double(l3_bytes()) * 0.75, rest = std::max(0.0, bytes - cached);
-  return (bytes - rest) / (lanes * kCacheRate) + rest / (lanes * kMemoryRate);
 }
 
 GridImage<float> image_of(const ConvWork& w) {
@@ -55,8 +45,8 @@ double winograd_cost(const ConvWork& w, int64_t m) {
   const double step = std::max(1.0, kLeastRowTile / (2 * rows));
   const double products = count * weights * kProduct * step;
   const double values = count * planes * (vectors(w.depth) + vectors(w.columns));
-  const double bytes = weights * double(winograd().nr / 2) * sizeof(float);
-  return std::max(products, w.packed ? read_cost(bytes) : 0) + values * kTransform +
+  const double lanes = double(winograd().nr / 2), bytes = weights * lanes * sizeof(float);
+  return std::max(products, w.packed ? read_cost(bytes, lanes) : 0) + values * kTransform +
          (w.packed ? 0 : weights * kPackTransformed) + kCall + kStages;
 }
 

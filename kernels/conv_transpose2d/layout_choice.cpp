@@ -16,18 +16,10 @@ constexpr double kLeastRowTile = 4.5;
 constexpr double kTransform = 8;
 constexpr double kPackDirect = 5, kPackTransformed = 9;  // of a vector, beside reading it
 constexpr double kStages = 3000;
-constexpr double kCacheRate = 1, kMemoryRate = 0.4;
 constexpr int64_t kMostWeights = int64_t{64} << 20;  // transformed values: memory has an end
 
 double lanes() { return double(winograd().nr / 2); }
 double vectors(int64_t channels) { return double(ceil_div(channels, winograd().nr / 2)); }
-
-// Of reading packed weights once, which goes on beside the products.
-double read_cost(double bytes) {
-  if (bytes < double(l2_bytes()) * 0.4) return 0;
-  const double cached = double(l3_bytes()) * 0.75, rest = std::max(0.0, bytes - cached);
-  return (bytes - rest) / (lanes() * kCacheRate) + rest / (lanes() * kMemoryRate);
-}
 
 // Products of one axis of a phase: pairs of a position and a tap that lies inside the image.
 double pairs_inside(const TransposedPhase& phase, int64_t image) {
@@ -77,7 +69,7 @@ double phases_cost(const TransposedShape& p, int64_t layout, bool packed) {
           tile ? winograd_cost(p, rows, columns, tile) : direct_cost(p, rows, columns);
       sum.products += cost.products, sum.rest += cost.rest, sum.bytes += cost.bytes;
     }
-  const double read = read_cost(sum.bytes);
+  const double read = read_cost(sum.bytes, lanes());
   return packed ? std::max(sum.products, read) : sum.products + sum.rest + read;
 }
 

@@ -10,36 +10,49 @@ namespace {
 SetUpNodes set_up_nodes = nullptr;
 RecordNode record_node = nullptr;
 
-constexpr int kMostArguments = 24;
+constexpr int kMostArguments = 24, kMostInts = 64;
 
 // Whether an argument is given, and is not 0.
 bool is_given(const Value& value) {
   return value.kind != Value::kNone && (value.kind != Value::kNumber || value.number != 0);
 }
 
+PyObject* constant(PyObject* object) {
+  Py_IncRef(object);
+  return object;
+}
+
+PyObject* list_of(const int64_t* ints, int64_t size) {
+  PyObject* tuple = PyTuple_New(size);
+  for (int64_t i = 0; tuple != nullptr && i < size; ++i) {
+    PyObject* item = PyLong_FromLongLong(ints[i]);
+    if (item != nullptr && PyTuple_SetItem(tuple, i, item) == 0) continue;
+    Py_DecRef(tuple);
+    return nullptr;
+  }
+  return tuple;
+}
+
 // What Python has for an argument of a backward.
-PyObject* argument(char kind, AtenTensorHandle tensor, uint64_t number) {
+PyObject* argument(const Backward::Argument& of, const Given& value) {
   using torch::stable::detail::to;
-  PyObject* constant = nullptr;
-  switch (kind | 0x20) {
+  if (of.source == Backward::kNone) return constant(python.none);
+  switch (of.kind | 0x20) {
     case 't': {
-      if (tensor == nullptr) {
-        constant = python.none;
-        break;
-      }
+      if (value.tensor == nullptr) return constant(python.none);
       AtenTensorHandle own;
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(tensor, &own));
+      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(value.tensor, &own));
       return adopted(reinterpret_cast<StableIValue>(own));
     }
     case 'i':
-      return PyLong_FromLongLong(to<int64_t>(number));
+      return PyLong_FromLongLong(to<int64_t>(value.number));
     case 'f':
-      return PyFloat_FromDouble(to<double>(number));
+      return PyFloat_FromDouble(to<double>(value.number));
+    case 'l':
+      return list_of(value.ints, value.size);
     default:
-      constant = number != 0 ? python.yes : python.no;
+      return constant(value.number != 0 ? python.yes : python.no);
   }
-  Py_IncRef(constant);
-  return constant;
 }
 
 // A handle of its own of what a formula returned; null for None, false for anything else.
@@ -70,13 +83,12 @@ std::string raised() {
   return error;
 }
 
-bool call_formula_with_lock(const Backward& backward, const AtenTensorHandle* tensors,
-                            const uint64_t* numbers, AtenTensorHandle* results) {
+bool call_formula_with_lock(const Backward& backward, const Given* given,
+                            AtenTensorHandle* results) {
   const auto size = static_cast<std::ptrdiff_t>(backward.arguments.size());
   PyObject* arguments = PyTuple_New(size);
   for (std::ptrdiff_t a = 0; a < size; ++a) {
-    const char kind = backward.arguments[static_cast<size_t>(a)].kind;
-    PyObject* value = argument(kind, tensors[a], numbers[a]);
+    PyObject* value = argument(backward.arguments[static_cast<size_t>(a)], given[a]);
     if (value == nullptr || PyTuple_SetItem(arguments, a, value) != 0) {
       Py_DecRef(arguments);
       return false;
@@ -91,12 +103,12 @@ bool call_formula_with_lock(const Backward& backward, const AtenTensorHandle* te
   return done;
 }
 
-bool call_formula(const Backward& backward, const AtenTensorHandle* tensors,
-                  const uint64_t* numbers, AtenTensorHandle* results, std::string* error) {
+bool call_formula(const Backward& backward, const Given* arguments, AtenTensorHandle* results,
+                  std::string* error) {
   const int lock = PyGILState_Ensure();
   bool done = false;
   try {
-    done = call_formula_with_lock(backward, tensors, numbers, results);
+    done = call_formula_with_lock(backward, arguments, results);
     if (!done) *error = raised();
   } catch (const std::exception& e) {
     *error = e.what();
@@ -119,16 +131,26 @@ const Backward* backward_of(const Operation& op, const Value* values) {
 
 bool record(const Operation& op, const Backward& backward, const Value* values,
             const StableIValue* outputs) {
-  AtenTensorHandle inputs[kMostArguments], results[kMostArguments];
-  uint64_t numbers[kMostArguments];
+  Given arguments[kMostArguments];
+  AtenTensorHandle results[kMostArguments];
+  IntList ints;  // of all lists
+  ints.reserve(kMostInts);
   for (size_t i = 0; i < op.kinds.size(); ++i) {
-    inputs[i] = values[i].kind == Value::kTensor ? values[i].tensor : nullptr;
-    numbers[i] = values[i].kind == Value::kNumber ? values[i].number : 0;
+    const Value& value = values[i];
+    Given& to = arguments[i];
+    if (value.kind == Value::kTensor) to.tensor = value.tensor;
+    if (value.kind == Value::kNumber) to.number = value.number;
+    if (value.kind != Value::kInts) continue;
+    const size_t first = ints.size();
+    read_integers(value.ints, &ints);
+    if (ints.size() > kMostInts) return false;
+    to.ints = ints.data() + first;
+    to.size = static_cast<int64_t>(ints.size() - first);
   }
   for (uint64_t o = 0; o < op.outputs; ++o)
     results[o] = reinterpret_cast<AtenTensorHandle>(outputs[o]);
   try {
-    return record_node(backward, inputs, numbers, results);
+    return record_node(backward, arguments, results);
   } catch (...) {  // where a hook on saved tensors raised, Python's error is set
     return false;
   }

@@ -68,9 +68,9 @@ bool read_integer(PyObject* object, int64_t& value) {
   return false;
 }
 
-// The items of a list of ints; false where it is none.
-template <class Item>
-bool each_integer(PyObject* object, const Item& item) {
+}  // namespace
+
+bool read_integers(PyObject* object, IntList* to) {
   const bool is_list = is_instance(object, python.list);
   if (!is_list && !is_instance(object, python.tuple) && !is_instance(object, python.size))
     return false;
@@ -79,10 +79,12 @@ bool each_integer(PyObject* object, const Item& item) {
     int64_t value;
     if (!read_integer(is_list ? PyList_GetItem(object, i) : PyTuple_GetItem(object, i), value))
       return false;
-    item(value);
+    if (to) to->push_back(value);
   }
   return true;
 }
+
+namespace {
 
 // Reads one argument as its kind says, of which a capital letter takes None too: a tensor (t), an
 // int (i), a float (f), a bool (b) or a list of ints (l).
@@ -116,7 +118,7 @@ bool read(char kind, PyObject* object, Value& value) {
     default:
       value.kind = Value::kInts;
       value.ints = object;
-      return each_integer(object, [](int64_t) {});
+      return read_integers(object, nullptr);
   }
 }
 
@@ -142,7 +144,7 @@ StableIValue hand_over(char kind, const Value& value) {
     result = reinterpret_cast<StableIValue>(own);
   } else if (value.kind == Value::kInts) {
     IntList ints;
-    each_integer(value.ints, [&](int64_t i) { ints.push_back(i); });
+    read_integers(value.ints, &ints);
     result = from(ints);
   }
   return kind < 'a' ? from(new StableIValue(result)) : result;

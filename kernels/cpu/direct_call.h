@@ -49,6 +49,8 @@ struct Value {
   };
 };
 
+// Appends the items of a list of ints, where there is somewhere; false where it is none.
+bool read_integers(PyObject* list, IntList* to);
 // The new tensor of a handle, which is the tensor's from then on.
 PyObject* adopted(StableIValue value);
 

@@ -1,5 +1,6 @@
 #include "cpu/machine.h"
 
+#include <algorithm>
 #include <atomic>
 #include <fstream>
 #include <string>
@@ -29,6 +30,24 @@ int64_t l2_bytes() {
 int64_t l3_bytes() {
   static const int64_t bytes = reported_or(3, int64_t{8} << 20);
   return bytes;
+}
+
+bool far_l3() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const bool far = __builtin_cpu_is("intel");
+  return far;
+#else
+  return false;
+#endif
+}
+
+double read_cost(double bytes, double lanes) {
+  // Bytes that come during an FMA of one lane: from the last-level cache, far or not, and memory.
+  constexpr double near = 1, far = 0.25, memory = 0.4;
+  if (bytes < double(l2_bytes()) * 0.4) return 0;
+  if (far_l3()) return bytes / (lanes * far);
+  const double cached = double(l3_bytes()) * 0.75, rest = std::max(0.0, bytes - cached);
+  return (bytes - rest) / (lanes * near) + rest / (lanes * memory);
 }
 
 Precision precision() { return chosen_precision.load(std::memory_order_relaxed); }

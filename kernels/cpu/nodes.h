@@ -13,10 +13,20 @@ namespace nnarch {
 // An operation's backward that is one native operation: where that takes its arguments from, and
 // whose gradients it gives. nnarch/nodes.py has the same in words.
 struct Backward {
-  enum Source : int64_t { kGrad, kInput, kOutput, kNumber, kWanted, kKeepsGraph, kNone };
+  enum Source : int64_t {
+    kGrad,
+    kInput,
+    kOutput,
+    kNumber,
+    kInts,   // a list of ints
+    kSizes,  // of an input, which is not kept
+    kWanted,
+    kKeepsGraph,
+    kNone
+  };
   struct Argument {
     Source source;
-    int64_t index;  // of the gradient, input, output or number
+    int64_t index;  // of the gradient, or of the operation's argument or output
     char kind;      // as in direct_call.cpp, a capital letter where None is taken too
   };
   struct Edge {
@@ -38,19 +48,27 @@ struct Backward {
 
 constexpr int kMostBackwardArguments = 24, kMostBackwardResults = 8;
 
-// Calls `formula`. Tensors are handles that stay the caller's, null for None; results are the
-// caller's from then on. False where it raised: `error` is then "<exception>: <message>".
-using CallFormula = bool (*)(const Backward&, const AtenTensorHandle* tensors,
-                             const uint64_t* numbers, AtenTensorHandle* results,
+// One argument's value, of which its kind says what counts. Handles and lists stay their owner's;
+// None has a null handle.
+struct Given {
+  AtenTensorHandle tensor = nullptr;
+  uint64_t number = 0;
+  const int64_t* ints = nullptr;
+  int64_t size = 0;
+};
+
+// Calls `formula`; results are the caller's. False where it raised: `error` is then
+// "<exception>: <message>".
+using CallFormula = bool (*)(const Backward&, const Given* arguments, AtenTensorHandle* results,
                              std::string* error);
 
 // Functions of the library of nodes.
 //
 // Sets it up: dispatch keys of plain tensors.
 using SetUpNodes = void (*)(uint64_t keys, uint64_t other_keys, CallFormula);
-// Puts a node behind the first outputs of an operation that has run. Inputs and outputs are handles
-// that stay the caller's, null for None. False where it cannot: nothing has been done then.
-using RecordNode = bool (*)(const Backward&, const AtenTensorHandle* inputs,
-                            const uint64_t* numbers, const AtenTensorHandle* outputs);
+// Puts a node behind the first outputs of an operation that has run; they stay the caller's. False
+// where it cannot: nothing has been done then.
+using RecordNode = bool (*)(const Backward&, const Given* arguments,
+                            const AtenTensorHandle* outputs);
 
 }  // namespace nnarch

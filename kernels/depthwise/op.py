@@ -6,6 +6,7 @@ a group of its own.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,10 +24,12 @@ from nnarch.kernels.epilogue import (
     epilogue_backward,
     refuse_gradient,
 )
+from nnarch.nodes import Backward
 
 _EPILOGUE = "Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual"
 _GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation"
 _GPU = "nnarch.kernels.depthwise.triton_kernel"
+_BITS = _X, _WEIGHT, _BIAS = 1, 2, 4  # what a backward is asked for
 
 # --------------------------------------------------------------------------------- the operation
 
@@ -85,34 +88,26 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, scale, y = ctx.saved_tensors
     need_x, need_weight, need_bias, need_scale, need_shift, need_residual = ctx.needs_input_grad[:6]
     refuse_gradient("depthwise_conv2d", scale_wanted=need_scale)
-    # One call for all gradients where that of the bias is the sum of what it reads anyway.
-    all_at_once = need_x and need_weight and not need_shift
-    bias = all_at_once and need_bias
-    needs = (need_bias and not bias, need_shift, need_residual)
-    if ctx.activation or scale is not None or any(needs):
+    d_shift = d_residual = None
+    if ctx.activation or scale is not None or need_shift or need_residual:
+        needs = (False, need_shift, need_residual)
         g = epilogue_backward(grad, y, scale, ctx.activation, ctx.alpha, needs)
-        grad, db, d_shift, d_residual = g
-    else:
-        db = d_shift = d_residual = None
-    if all_at_once:
-        dx, dw, sums = backward_op(grad, x, weight, *ctx.geometry, bias)
-        db = sums if bias else db
-    else:
-        dx = input_grad(grad, weight, tuple(x.shape), *ctx.geometry) if need_x else None
-        dw = weight_grad(grad, x, tuple(weight.shape), *ctx.geometry) if need_weight else None
+        grad, _, d_shift, d_residual = g
+    wanted = _X * need_x + _WEIGHT * need_weight + _BIAS * need_bias
+    dx, dw, db = _gradients(grad, x, weight, *ctx.geometry, wanted)
     return dx, dw, db, None, d_shift, d_residual, *[None] * 6
 
 
-depthwise_op = library.declare(
-    f"depthwise_conv2d(Tensor x, Tensor weight, {_EPILOGUE}, Tensor? packed, {_GEOMETRY}, "
-    "int activation, float alpha) -> Tensor",
-    reference=reference.depthwise_conv2d,
-    fake=_fake,
-    check=_check,
-    gpu=f"{_GPU}:depthwise_conv2d",
-    setup_context=_setup,
-    backward=_backward,
-)
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, *geometry_and_wanted: Any
+) -> tuple[Tensor | None, ...]:
+    """The gradients that are wanted, else None."""
+    wanted = geometry_and_wanted[-1]
+    if not wanted:
+        return None, None, None
+    results = backward_op(grad, x, weight, *geometry_and_wanted)
+    return tuple(g if wanted & bit else None for g, bit in zip(results, _BITS, strict=True))
+
 
 # ------------------------------------------------ its gradients: bilinear maps, closed under theirs
 
@@ -188,7 +183,7 @@ weight_grad = library.declare(
 )
 
 
-def _check_backward(grad, x, weight, stride, padding, dilation, bias) -> None:
+def _check_backward(grad, x, weight, stride, padding, dilation, wanted) -> None:
     op = "depthwise_conv2d_backward"
     check_tensor(op, "grad", grad)
     check_tensor(op, "x", x)
@@ -196,32 +191,37 @@ def _check_backward(grad, x, weight, stride, padding, dilation, bias) -> None:
     check_same(op, "grad", grad, x)
 
 
-def _fake_backward(grad, x, weight, stride, padding, dilation, bias):
-    db = grad.new_empty(weight.shape[0] if bias else 0)
-    return library.new_output(grad, x.shape), grad.new_empty(weight.shape), db
+def _fake_backward(grad, x, weight, stride, padding, dilation, wanted):
+    empty = (0,)
+    dx = library.new_output(grad, x.shape) if wanted & _X else grad.new_empty(empty)
+    dw = grad.new_empty(weight.shape if wanted & _WEIGHT else empty)
+    return dx, dw, grad.new_empty(weight.shape[0] if wanted & _BIAS else empty)
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.stride, ctx.padding, ctx.dilation, ctx.bias = inputs
-    ctx.save_for_backward(*tensors)
+    grad, x, weight, *ctx.geometry, ctx.wanted = inputs
+    ctx.save_for_backward(grad, x, weight)
 
 
 def _backward_backward(ctx: Any, ggx: Tensor, ggw: Tensor, ggb: Tensor) -> tuple[Any, ...]:
     grad, x, weight = ctx.saved_tensors
-    geometry = ctx.stride, ctx.padding, ctx.dilation
+    geometry, of_x, of_weight = ctx.geometry, ctx.wanted & _X, ctx.wanted & _WEIGHT
     need_grad, need_x, need_weight = ctx.needs_input_grad[:3]
-    d_grad = None
+    d_grad = d_x = d_weight = None
     if need_grad:
-        d_grad = _plain(ggx, weight, geometry) + _plain(x, ggw, geometry)
-        if ctx.bias:
-            d_grad = d_grad + ggb.view(1, -1, 1, 1)
-    d_x = input_grad(grad, ggw, tuple(x.shape), *geometry) if need_x else None
-    d_weight = weight_grad(grad, ggx, tuple(weight.shape), *geometry) if need_weight else None
+        terms = [_plain(ggx, weight, geometry)] if of_x else []
+        terms += [_plain(x, ggw, geometry)] if of_weight else []
+        terms += [ggb.view(1, -1, 1, 1).expand(grad.shape)] if ctx.wanted & _BIAS else []
+        d_grad = functools.reduce(torch.add, terms)
+    if need_x and of_weight:
+        d_x = input_grad(grad, ggw, tuple(x.shape), *geometry)
+    if need_weight and of_x:
+        d_weight = weight_grad(grad, ggx, tuple(weight.shape), *geometry)
     return d_grad, d_x, d_weight, *[None] * 4
 
 
 backward_op = library.declare(
-    f"depthwise_conv2d_backward(Tensor grad, Tensor x, Tensor weight, {_GEOMETRY}, bool bias) "
+    f"depthwise_conv2d_backward(Tensor grad, Tensor x, Tensor weight, {_GEOMETRY}, int wanted) "
     "-> (Tensor, Tensor, Tensor)",
     reference=reference.depthwise_conv2d_backward,
     fake=_fake_backward,
@@ -229,6 +229,29 @@ backward_op = library.declare(
     gpu=f"{_GPU}:depthwise_conv2d_backward",
     setup_context=_setup_backward,
     backward=_backward_backward,
+)
+
+
+# The operation itself: its node calls the operation above.
+depthwise_op = library.declare(
+    f"depthwise_conv2d(Tensor x, Tensor weight, {_EPILOGUE}, Tensor? packed, {_GEOMETRY}, "
+    "int activation, float alpha) -> Tensor",
+    reference=reference.depthwise_conv2d,
+    fake=_fake,
+    check=_check,
+    gpu=f"{_GPU}:depthwise_conv2d",
+    setup_context=_setup,
+    backward=_backward,
+    nodes=(
+        Backward(
+            op="depthwise_conv2d_backward",
+            arguments="grad 0, x, weight, stride, padding, dilation, wanted",
+            gradients=(("x",), ("weight",), ("bias",)),
+            formula=_gradients,
+            bits={"x": _X, "weight": _WEIGHT, "bias": _BIAS},
+            given=dict.fromkeys(("scale", "shift", "residual", "activation"), False),
+        ),
+    ),
 )
 
 

@@ -72,14 +72,14 @@ def depthwise_conv2d_backward(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    bias: bool,
+    wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and, where `bias` says so, of a bias; else the third is empty."""
-    geometry = stride, padding, dilation
+    """The gradients of x (bit 1), weight (2) and a bias (4); those not wanted are empty."""
+    geometry, empty = (stride, padding, dilation), grad.new_empty(0)
     return (
-        depthwise_conv2d_input_grad(grad, weight, x.shape, *geometry),
-        depthwise_conv2d_weight_grad(grad, x, weight.shape, *geometry),
-        grad.sum((0, 2, 3)) if bias else grad.new_empty(0),
+        depthwise_conv2d_input_grad(grad, weight, x.shape, *geometry) if wanted & 1 else empty,
+        depthwise_conv2d_weight_grad(grad, x, weight.shape, *geometry) if wanted & 2 else empty,
+        grad.sum((0, 2, 3)) if wanted & 4 else empty,
     )
 
 

@@ -37,14 +37,16 @@ def depthwise_conv2d_backward(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-    bias: bool,
+    wanted: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``nnarch::depthwise_conv2d_backward``: one kernel after the other."""
     check_dtype("depthwise_conv2d_backward", grad, x, weight)
-    geometry = stride, padding, dilation
-    dx = depthwise_conv2d_input_grad(grad, weight, x.shape, *geometry)
-    dw = depthwise_conv2d_weight_grad(grad, x, weight.shape, *geometry)
-    return dx, dw, channel_sum(grad) if bias else grad.new_empty(0)
+    geometry, empty = (stride, padding, dilation), grad.new_empty(0)
+    return (
+        depthwise_conv2d_input_grad(grad, weight, x.shape, *geometry) if wanted & 1 else empty,
+        depthwise_conv2d_weight_grad(grad, x, weight.shape, *geometry) if wanted & 2 else empty,
+        channel_sum(grad) if wanted & 4 else empty,
+    )
 
 
 def _case(

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from nnarch import library
+from nnarch.nodes import Backward
 
 from . import checks, reference
 from .checks import Pair
@@ -52,17 +53,6 @@ def _adaptive_avg_grad_backward(ctx: Any, gradgrad: Tensor) -> tuple[Tensor | No
     return adaptive_avg_pool2d_op(gradgrad, ctx.output_size), None
 
 
-avg_pool2d_op = library.declare(
-    "avg_pool2d(Tensor x, int[2] kernel, int[2] stride, int[2] padding, bool ceil_mode, "
-    "bool count_include_pad, int? divisor_override) -> Tensor",
-    reference=reference.avg_pool2d,
-    fake=_fake_avg,
-    check=checks.avg_pool2d,
-    gpu=f"{_GPU}:avg_pool2d",
-    setup_context=_setup_avg,
-    backward=_avg_backward,
-)
-
 avg_pool2d_input_grad = library.declare(
     "avg_pool2d_input_grad(Tensor grad, int[] input_size, int[2] kernel, int[2] stride, "
     "int[2] padding, bool ceil_mode, bool count_include_pad, int? divisor_override) -> Tensor",
@@ -72,6 +62,27 @@ avg_pool2d_input_grad = library.declare(
     gpu=f"{_GPU}:avg_pool2d_input_grad",
     setup_context=_setup_avg_grad,
     backward=_avg_grad_backward,
+)
+
+avg_pool2d_op = library.declare(
+    "avg_pool2d(Tensor x, int[2] kernel, int[2] stride, int[2] padding, bool ceil_mode, "
+    "bool count_include_pad, int? divisor_override) -> Tensor",
+    reference=reference.avg_pool2d,
+    fake=_fake_avg,
+    check=checks.avg_pool2d,
+    gpu=f"{_GPU}:avg_pool2d",
+    setup_context=_setup_avg,
+    backward=_avg_backward,
+    nodes=(
+        Backward(
+            op="avg_pool2d_input_grad",
+            arguments="grad 0, sizes x, kernel, stride, padding, ceil_mode, count_include_pad, "
+            "none",
+            gradients=(("x",),),
+            formula=lambda *arguments: (avg_pool2d_input_grad(*arguments),),
+            given={"divisor_override": False},
+        ),
+    ),
 )
 
 adaptive_avg_pool2d_op = library.declare(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nnarch import library
+from nnarch.nodes import Backward
 
 from . import checks, reference
 from .checks import Pair
@@ -119,28 +120,6 @@ def _taps_grad_backward(ctx: Any, gradgrad: Tensor) -> tuple[Tensor | None, ...]
     return max_pool2d_gather(gradgrad, positions), *[None] * 7
 
 
-max_pool2d_op = library.declare(
-    "max_pool2d(Tensor x, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
-    "bool ceil_mode, bool return_indices) -> (Tensor y, Tensor indices)",
-    reference=reference.max_pool2d,
-    fake=_fake_max,
-    check=checks.max_pool2d,
-    gpu=f"{_GPU}:max_pool2d",
-    setup_context=_setup_max,
-    backward=_max_backward(lambda: max_pool2d_op),
-)
-
-max_pool2d_taps_op = library.declare(
-    "max_pool2d_taps(Tensor x, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
-    "bool ceil_mode) -> (Tensor y, Tensor taps)",
-    reference=reference.max_pool2d_taps,
-    fake=_fake_taps,
-    check=checks.max_pool2d_taps,
-    gpu=f"{_GPU}:max_pool2d_taps",
-    setup_context=_setup_taps,
-    backward=_taps_backward,
-)
-
 max_pool2d_taps_grad = library.declare(
     "max_pool2d_taps_grad(Tensor grad, Tensor taps, int[] input_size, int[2] kernel, "
     "int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode) -> Tensor",
@@ -150,17 +129,6 @@ max_pool2d_taps_grad = library.declare(
     gpu=f"{_GPU}:max_pool2d_taps_grad",
     setup_context=_setup_taps_grad,
     backward=_taps_grad_backward,
-)
-
-adaptive_max_pool2d_op = library.declare(
-    "adaptive_max_pool2d(Tensor x, int[2] output_size, bool return_indices) "
-    "-> (Tensor y, Tensor indices)",
-    reference=reference.adaptive_max_pool2d,
-    fake=_fake_adaptive_max,
-    check=checks.adaptive_max_pool2d,
-    gpu=f"{_GPU}:adaptive_max_pool2d",
-    setup_context=_setup_max,
-    backward=_max_backward(lambda: adaptive_max_pool2d_op),
 )
 
 max_pool2d_input_grad = library.declare(
@@ -181,4 +149,56 @@ max_pool2d_gather = library.declare(
     gpu=f"{_GPU}:max_pool2d_gather",
     setup_context=_setup_gather,
     backward=_gather_backward,
+)
+
+_INDICES_NODE = Backward(
+    op="max_pool2d_input_grad",
+    arguments="grad 0, output 1, sizes x",
+    gradients=(("x",),),
+    formula=lambda *arguments: (max_pool2d_input_grad(*arguments),),
+    shown=2,
+    given={"return_indices": True},
+)
+
+max_pool2d_op = library.declare(
+    "max_pool2d(Tensor x, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
+    "bool ceil_mode, bool return_indices) -> (Tensor y, Tensor indices)",
+    reference=reference.max_pool2d,
+    fake=_fake_max,
+    check=checks.max_pool2d,
+    gpu=f"{_GPU}:max_pool2d",
+    setup_context=_setup_max,
+    backward=_max_backward(lambda: max_pool2d_op),
+    nodes=(_INDICES_NODE,),
+)
+
+max_pool2d_taps_op = library.declare(
+    "max_pool2d_taps(Tensor x, int[2] kernel, int[2] stride, int[2] padding, int[2] dilation, "
+    "bool ceil_mode) -> (Tensor y, Tensor taps)",
+    reference=reference.max_pool2d_taps,
+    fake=_fake_taps,
+    check=checks.max_pool2d_taps,
+    gpu=f"{_GPU}:max_pool2d_taps",
+    setup_context=_setup_taps,
+    backward=_taps_backward,
+    nodes=(
+        Backward(
+            op="max_pool2d_taps_grad",
+            arguments="grad 0, output 1, sizes x, kernel, stride, padding, dilation, ceil_mode",
+            gradients=(("x",),),
+            formula=lambda *arguments: (max_pool2d_taps_grad(*arguments),),
+        ),
+    ),
+)
+
+adaptive_max_pool2d_op = library.declare(
+    "adaptive_max_pool2d(Tensor x, int[2] output_size, bool return_indices) "
+    "-> (Tensor y, Tensor indices)",
+    reference=reference.adaptive_max_pool2d,
+    fake=_fake_adaptive_max,
+    check=checks.adaptive_max_pool2d,
+    gpu=f"{_GPU}:adaptive_max_pool2d",
+    setup_context=_setup_max,
+    backward=_max_backward(lambda: adaptive_max_pool2d_op),
+    nodes=(_INDICES_NODE,),
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnarch import arrays
+from nnarch import arrays, library
 
 from . import checks
 from .average import adaptive_avg_pool2d_op, avg_pool2d_op
@@ -16,6 +16,8 @@ from .checks import Pair
 from .maximum import adaptive_max_pool2d_op, max_pool2d_op, max_pool2d_taps_op
 
 IntOrPair = int | Sequence[int]
+
+_maxima = library.first_output(max_pool2d_taps_op)
 
 
 @arrays.public
@@ -61,7 +63,7 @@ def max_pool2d(
         x = _batched(op, input)
         if x.requires_grad and torch.is_grad_enabled():
             # A byte for every maximum where an index takes eight.
-            y = max_pool2d_taps_op(x, *arguments)[0]
+            y = _maxima(x, *arguments)
             return y if x is input else y.squeeze(0)
     return _maximum(op, max_pool2d_op, input, arguments, return_indices)
 

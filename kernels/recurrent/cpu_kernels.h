@@ -48,6 +48,7 @@ struct StepProduct {
   T* c;
   int64_t c_step;
   StepLines<T> ahead[4];  // fetched meanwhile
+  bool fetches_weights;   // of the next panel, too
 };
 
 // What one block of units does with its products in some rows. Column g·width + u of gx and gh is

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/arena.h"
+#include "cpu/machine.h"
 #include "recurrent/cpu_problem.h"
 #include "recurrent/cpu_weights.h"
 
@@ -69,8 +70,8 @@ struct StepChunk {
 // below 8. Weights that come from memory in every step need more rows.
 template <class T>
 bool multiplies_at_once(const RecurrentLayer<T>& layer, int64_t rows) {
-  constexpr int64_t least_rows = 12, many_rows = 48, cached = int64_t{16} << 20;
-  const int64_t weights = layer.weight_bytes();
+  constexpr int64_t least_rows = 12, many_rows = 48;
+  const int64_t weights = layer.weight_bytes(), cached = far_l3() ? l2_bytes() : int64_t{16} << 20;
   if (layer.input_norm || (weights > cached && !layer.sums_products())) return false;
   return rows >= (weights > cached ? many_rows : least_rows);
 }

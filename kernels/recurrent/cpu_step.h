@@ -160,7 +160,8 @@ void run_summed_blocks(const RecurrentLayer<T>& l, const StepRows<T>& s, const C
                             soon<T>(s.x_soon, l.size.in, begin / at_once * parts.count + part,
                                     ceil_div(order.blocks(), at_once) * parts.count),
                             soon<T>(passes ? s.c : nullptr, l.size.hidden, u, row, rows, units),
-                            soon<T>(passes ? out.h : nullptr, out.h_step, u, row, rows, units)}});
+                            soon<T>(passes ? out.h : nullptr, out.h_step, u, row, rows, units)},
+                           passes && far_l3()});
       for (int64_t b = begin; b < end; ++b)
         run_cell<T>(l, s, out, b, row, rows,
                     {nullptr, 0, products.get() + order.start(b) - column, wide});

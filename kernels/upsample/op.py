@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from nnarch import arrays, library
+from nnarch.nodes import Backward
 
 from . import reference
 
@@ -96,17 +97,6 @@ def _fake(x: Tensor, output_size: Sequence[int], *_: Any) -> Tensor:
 
 
 # A scale of 0 is none: the distance of sources then follows from the sizes.
-upsample2d_op = library.declare(
-    "upsample2d(Tensor x, SymInt[2] output_size, bool bilinear, bool align_corners, "
-    "float scale_h, float scale_w) -> Tensor",
-    reference=reference.upsample2d,
-    fake=_fake,
-    check=_check,
-    gpu=f"{_GPU}:upsample2d",
-    setup_context=_setup,
-    backward=_backward,
-)
-
 upsample2d_input_grad = library.declare(
     "upsample2d_input_grad(Tensor grad, SymInt[] input_size, bool bilinear, bool align_corners, "
     "float scale_h, float scale_w) -> Tensor",
@@ -116,6 +106,25 @@ upsample2d_input_grad = library.declare(
     gpu=f"{_GPU}:upsample2d_input_grad",
     setup_context=_setup_grad,
     backward=_grad_backward,
+)
+
+upsample2d_op = library.declare(
+    "upsample2d(Tensor x, SymInt[2] output_size, bool bilinear, bool align_corners, "
+    "float scale_h, float scale_w) -> Tensor",
+    reference=reference.upsample2d,
+    fake=_fake,
+    check=_check,
+    gpu=f"{_GPU}:upsample2d",
+    setup_context=_setup,
+    backward=_backward,
+    nodes=(
+        Backward(
+            op="upsample2d_input_grad",
+            arguments="grad 0, sizes x, bilinear, align_corners, scale_h, scale_w",
+            gradients=(("x",),),
+            formula=lambda *arguments: (upsample2d_input_grad(*arguments),),
+        ),
+    ),
 )
 
 # ----------------------------------------------------------------------------- public functions

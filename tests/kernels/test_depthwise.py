@@ -108,10 +108,16 @@ def test_forward_and_gradients_are_as_accurate_as_torch(name, dtype, layout):
         y = op.depthwise_op(x, weight, *[None] * 5, *geometry, 0, 0.0)
         dx = op.input_grad(grad, weight, x.shape, *geometry)
         dw = op.weight_grad(grad, x, weight.shape, *geometry)
-        dx2, dw2, db = op.backward_op(grad, x, weight, *geometry, True)
+        dx2, dw2, db = op.backward_op(grad, x, weight, *geometry, 7)
     assert torch.equal(dx2, dx) and torch.equal(dw2, dw)
     assert_as_accurate(db, grad.sum((0, 2, 3)), grad64.sum((0, 2, 3)), what="db")
-    assert op.backward_op(grad, x, weight, *geometry, False)[2].numel() == 0
+    for wanted in range(7):
+        some = op.backward_op(grad, x, weight, *geometry, wanted)
+        for bit, (one, of_all) in enumerate(zip(some, (dx, dw, db), strict=True)):
+            if wanted >> bit & 1:
+                torch.testing.assert_close(one, of_all, rtol=1e-4, atol=1e-4)  # other orders
+            else:
+                assert one.numel() == 0
     assert {entry.backend for entry in trace} == {"cpu"}
     assert all(entry.algorithm.startswith("depthwise_") for entry in trace)
     none = [None] * 5
@@ -245,7 +251,7 @@ def test_opcheck(stride):
         (ops.depthwise_conv2d, (x, weight, torch.randn(16), *[None] * 4, *geometry, 1, 0.0)),
         (ops.depthwise_conv2d_input_grad, (grad, weight, [1, 8, 6, 6], *geometry)),
         (ops.depthwise_conv2d_weight_grad, (grad, x, [16, 1, 3, 3], *geometry)),
-        (ops.depthwise_conv2d_backward, (grad, x, weight, *geometry, True)),
+        (ops.depthwise_conv2d_backward, (grad, x, weight, *geometry, 7)),
         (ops.depthwise_conv2d_pack, (weight.detach(),)),
     ):
         torch.library.opcheck(overload.default, arguments)
@@ -302,9 +308,9 @@ def test_gradients_refuse_bad_input():
     with pytest.raises(TypeError, match="grad must be"):
         op.weight_grad(torch.randn(1, 4, 5, 5).double(), _X, _W.shape, *geometry)
     with pytest.raises(ValueError, match="grad must have the shape"):
-        op.backward_op(torch.randn(1, 4, 5, 6), _X, _W, *geometry, True)
+        op.backward_op(torch.randn(1, 4, 5, 6), _X, _W, *geometry, 7)
     with pytest.raises(TypeError, match="weight"):
-        op.backward_op(_X, _X, _W.double(), *geometry, True)
+        op.backward_op(_X, _X, _W.double(), *geometry, 7)
     with pytest.raises(ValueError, match="weight must be"):
         op.pack(torch.randn(4, 2, 3, 3))
 
@@ -326,7 +332,7 @@ def _quick_check() -> None:
             dw = op.weight_grad(grad, x, weight.shape, *geometry)
             truth = reference.depthwise_conv2d_weight_grad(grad64, x64, weight.shape, *geometry)
             torch.testing.assert_close(dw.double(), truth, rtol=1e-4, atol=1e-3)
-            db = op.backward_op(grad, x, weight, *geometry, True)[2].double()
+            db = op.backward_op(grad, x, weight, *geometry, 7)[2].double()
             torch.testing.assert_close(db, grad64.sum((0, 2, 3)), rtol=1e-4, atol=1e-4)
 
 

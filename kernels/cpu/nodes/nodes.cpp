@@ -10,6 +10,7 @@
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/saved_variable.h>
+#include <torch/csrc/stable/library.h>
 
 #include <array>
 #include <mutex>
@@ -59,19 +60,26 @@ bool nobody_watches() {
          !c10::impl::tls_local_dispatch_key_set().included_.has_any(watchers);
 }
 
-// Arguments of a backward operation, while it is called.
+// Arguments of a backward operation, while it is called. Lists are the node's.
 struct Arguments {
+  struct Ints {
+    const int64_t* data = nullptr;
+    int64_t size = 0;
+  };
   std::array<Tensor, kMostBackwardArguments> tensors;
   std::array<uint64_t, kMostBackwardArguments> numbers{};
+  std::array<Ints, kMostBackwardArguments> lists;
 };
 
 bool is_tensor(char kind) { return (kind | 0x20) == 't'; }
+bool is_list(char kind) { return kind == 'l'; }
 bool is_optional(char kind) { return kind < 'a'; }
 
 struct OpNode : torch::autograd::Node {
   const Backward& backward;
   std::vector<SavedVariable> saved;  // in the order of the arguments
   std::vector<uint64_t> numbers;
+  std::vector<int64_t> lists;  // each behind its length
 
   OpNode(const Backward& backward, torch::autograd::edge_list&& edges)
       : Node(std::move(edges)), backward(backward) {}
@@ -112,7 +120,7 @@ struct OpNode : torch::autograd::Node {
   }
 
   void gather(const variable_list& grads, Arguments& to) {
-    size_t next_saved = 0, next_number = 0;
+    size_t next_saved = 0, next_number = 0, next_list = 0;
     for (size_t a = 0; a < backward.arguments.size(); ++a) {
       const auto& [source, index, kind] = backward.arguments[a];
       switch (source) {
@@ -129,6 +137,11 @@ struct OpNode : torch::autograd::Node {
         case Backward::kNumber:
           to.numbers[a] = numbers[next_number++];
           break;
+        case Backward::kInts:
+        case Backward::kSizes:
+          to.lists[a] = {&lists[next_list + 1], lists[next_list]};
+          next_list += 1 + static_cast<size_t>(lists[next_list]);
+          break;
         case Backward::kWanted:
           to.numbers[a] = wanted();
           break;
@@ -138,6 +151,10 @@ struct OpNode : torch::autograd::Node {
         case Backward::kNone:;
       }
     }
+  }
+
+  static uint64_t boxed(const Arguments::Ints& list) {
+    return torch::stable::detail::from(std::vector<int64_t>(list.data, list.data + list.size));
   }
 
   // False where the kernel may not, or does not, take the arguments.
@@ -153,6 +170,7 @@ struct OpNode : torch::autograd::Node {
     for (size_t a = 0; a < size; ++a) {
       const char kind = backward.arguments[a].kind;
       stack[a] = from.numbers[a];
+      if (is_list(kind)) stack[a] = boxed(from.lists[a]);
       if (!is_tensor(kind)) continue;
       stack[a] = 0;
       if (!from.tensors[a].defined()) continue;
@@ -171,11 +189,13 @@ struct OpNode : torch::autograd::Node {
   }
 
   void run_formula(const Arguments& from, std::array<Tensor, kMostBackwardResults>& results) const {
-    AtenTensorHandle handles[kMostBackwardArguments], owned[kMostBackwardResults] = {};
+    Given given[kMostBackwardArguments];
+    AtenTensorHandle owned[kMostBackwardResults] = {};
     for (size_t a = 0; a < backward.arguments.size(); ++a)
-      handles[a] = from.tensors[a].defined() ? handle_of(from.tensors[a]) : nullptr;
+      given[a] = {from.tensors[a].defined() ? handle_of(from.tensors[a]) : nullptr, from.numbers[a],
+                  from.lists[a].data, from.lists[a].size};
     std::string error;
-    if (!setup.call_formula(backward, handles, from.numbers.data(), owned, &error)) {
+    if (!setup.call_formula(backward, given, owned, &error)) {
       const auto is = [&](const char* kind) { return error.rfind(kind, 0) == 0; };
       const std::string message = error.substr(std::min(error.size(), error.find(": ") + 2));
       TORCH_CHECK_NOT_IMPLEMENTED(!is("NotImplementedError"), message);
@@ -187,33 +207,48 @@ struct OpNode : torch::autograd::Node {
   }
 };
 
-bool record(const Backward& backward, const AtenTensorHandle* inputs, const uint64_t* numbers,
-            const AtenTensorHandle* outputs) {
+template <class Ints>
+void append(std::vector<int64_t>& lists, const Ints& first, int64_t size) {
+  lists.push_back(size);
+  lists.insert(lists.end(), first, first + size);
+}
+
+// Keeps what the backward takes of the operation's arguments and outputs.
+void keep(OpNode& node, const Given* arguments, const AtenTensorHandle* outputs) {
+  node.saved.reserve(node.backward.arguments.size());
+  for (const auto& [source, index, kind] : node.backward.arguments) {
+    if (source == Backward::kNumber) node.numbers.push_back(arguments[index].number);
+    if (source == Backward::kInts) append(node.lists, arguments[index].ints, arguments[index].size);
+    if (source == Backward::kSizes) {
+      const auto sizes = tensor_of(arguments[index].tensor).sizes();
+      append(node.lists, sizes.begin(), static_cast<int64_t>(sizes.size()));
+    }
+    if (source != Backward::kInput && source != Backward::kOutput) continue;
+    const bool is_output = source == Backward::kOutput;
+    const AtenTensorHandle handle = is_output ? outputs[index] : arguments[index].tensor;
+    if (handle == nullptr)
+      node.saved.emplace_back();
+    else
+      node.saved.emplace_back(tensor_of(handle), is_output);
+  }
+}
+
+bool record(const Backward& backward, const Given* arguments, const AtenTensorHandle* outputs) {
   torch::autograd::edge_list edges;
   edges.reserve(backward.edges.size());
   for (const Backward::Edge& e : backward.edges) {
-    if (inputs[e.input] == nullptr) {
+    if (arguments[e.input].tensor == nullptr) {
       edges.emplace_back();
       continue;
     }
-    const Tensor& t = tensor_of(inputs[e.input]);
+    const Tensor& t = tensor_of(arguments[e.input].tensor);
     if (torch::autograd::isFwGradDefined(t)) return false;
     edges.push_back(torch::autograd::impl::gradient_edge(t));
   }
   const auto node = c10::make_intrusive<OpNode>(backward, std::move(edges));
-  node->saved.reserve(backward.arguments.size());
   for (int64_t o = 0; o < backward.seen; ++o)
     torch::autograd::set_history(tensor_of(outputs[o]), node);
-  for (const auto& [source, index, kind] : backward.arguments) {
-    if (source == Backward::kNumber) node->numbers.push_back(numbers[index]);
-    if (source != Backward::kInput && source != Backward::kOutput) continue;
-    const bool is_output = source == Backward::kOutput;
-    const AtenTensorHandle handle = (is_output ? outputs : inputs)[index];
-    if (handle == nullptr)
-      node->saved.emplace_back();
-    else
-      node->saved.emplace_back(tensor_of(handle), is_output);
-  }
+  keep(*node, arguments, outputs);
   return true;
 }
 
@@ -229,7 +264,7 @@ NNARCH_EXPORT void nnarch_nodes_setup(uint64_t keys, uint64_t other_keys,
   nnarch::setup = {{keys, other_keys}, call_formula};
 }
 NNARCH_EXPORT bool nnarch_nodes_record(const nnarch::Backward& backward,
-                                       const AtenTensorHandle* inputs, const uint64_t* numbers,
+                                       const nnarch::Given* arguments,
                                        const AtenTensorHandle* outputs) {
-  return nnarch::record(backward, inputs, numbers, outputs);
+  return nnarch::record(backward, arguments, outputs);
 }
