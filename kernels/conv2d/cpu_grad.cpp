@@ -9,12 +9,12 @@
 #include "conv2d/cpu_shape.h"
 #include "conv2d/cpu_stem.h"
 #include "conv2d/cpu_views.h"
-#include "conv2d/cpu_weight_grad.h"
 #include "conv2d/cpu_winograd_grad.h"
 #include "conv2d/cpu_winograd_strided.h"
 #include "conv_transpose2d/cpu_transposed.h"
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
+#include "cpu/weight_grad.h"
 #include "normalization/cpu_sum.h"
 
 namespace nnarch {
@@ -130,14 +130,14 @@ void weight_grad_group(const Tensor& grad, const Tensor& x, const ConvShape& p, 
                          planar ? plane : 0};
   if (stem_serves(p) && tile == 0)
     return weight_grad<T>(
-        view, 1, p.r * p.s * p.c, [&] { return StemWindows<T>(x, p, WeightGradPlan::positions); },
+        view, 1, p.r * p.s * p.c, [&] { return StemWindows<T>(x, p, WeightGradPlan::positions()); },
         sums);
   const GridImage<T> image = forward_image<T>(data<T>(x), p, group);
   if constexpr (std::is_same_v<T, float>)
     if (tile > 0)
       return WinogradWeightGrad(image, grad_image(data<T>(grad), p, group), tile).run(sums);
   weight_grad<T>(
-      view, p.taps(), p.group_c(), [&] { return TapRows<T>(image, WeightGradPlan::positions); },
+      view, p.taps(), p.group_c(), [&] { return TapRows<T>(image, WeightGradPlan::positions()); },
       sums);
 }
 

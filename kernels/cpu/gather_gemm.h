@@ -7,6 +7,7 @@
 
 #include "cpu/gemm.h"
 #include "cpu/grid_image.h"
+#include "cpu/machine.h"
 #include "cpu/padding_classes.h"
 #include "cpu/parallel.h"
 #include "cpu/tensor.h"
@@ -105,6 +106,18 @@ class BlockStrips {
   int64_t a_step_, count_ = 0;
 };
 
+// Whether blocks of positions follow each other past one block of columns, which stays in the
+// second-level cache then: where reading the image once for each of those is less than reading the
+// weights once for each of these.
+template <class T>
+bool rows_follow(const GridImage<T>& image, int64_t columns, const Blocking& block) {
+  const int64_t positions = image.positions();
+  const int64_t depth = static_cast<int64_t>(image.taps.size()) * image.depth;
+  if (block.columns * depth * int64_t{sizeof(T)} > l2_bytes() / 2) return false;
+  return ceil_div(columns, block.columns) * positions * image.depth <
+         ceil_div(positions, block.rows) * columns * depth;
+}
+
 // c[position][column] = epilogue(Σ_tap image[position at tap] · b). The epilogue's vectors are
 // padded to whole panels.
 template <class T>
@@ -116,18 +129,23 @@ void gather_gemm(const GridImage<T>& image, const T* b, int64_t columns, T* c,
   if (positions == 0 || columns == 0) return;
   const Blocking block = choose_blocking<T>(image, columns);
   const int64_t column_blocks = ceil_div(columns, block.columns);
-  const int64_t tasks = ceil_div(positions, block.rows) * column_blocks;
+  const int64_t row_blocks = ceil_div(positions, block.rows);
+  const bool rows_inside = rows_follow<T>(image, columns, block);
   const PaddingClasses classes(image);
   const bool stream = outgrows_caches<T>(c, positions, out);
   const bool evenly = reads_evenly(image);
-  parallel_tasks(tasks, [&](int64_t task) {
-    const int64_t first = task / column_blocks * block.rows;
-    const int64_t column = task % column_blocks * block.columns;
+  parallel_tasks(row_blocks * column_blocks, [&](int64_t task) {
+    const int64_t row_block = rows_inside ? task % row_blocks : task / column_blocks;
+    const int64_t column_block = rows_inside ? task / row_blocks : task % column_blocks;
+    const int64_t after = rows_inside ? (task + 1) / row_blocks : column_block + 1;
+    const int64_t first = row_block * block.rows, column = column_block * block.columns;
     const int64_t count = std::min(block.rows, positions - first);
     GemmBlock<T> g{.taps = taps,
                    .depth = image.depth,
                    .b = b + column * taps * image.depth,
-                   .b_after = b + (task + 1) % column_blocks * block.columns * taps * image.depth,
+                   .b_after = after == column_block
+                                  ? nullptr
+                                  : b + after % column_blocks * block.columns * taps * image.depth,
                    .c = c + column,
                    .n = std::min(block.columns, columns - column),
                    .epilogue = epilogue.from_channel(column),
@@ -136,6 +154,9 @@ void gather_gemm(const GridImage<T>& image, const T* b, int64_t columns, T* c,
       const BlockStrips<T> strips(image, out, first, count);
       g.strips = strips.get(), g.strip_count = strips.count();
       g.a_step = strips.a_step(), g.c_step = out.column_step;
+      const bool copies = g.strip_count == 1 && copies_rows<T>(g.a_step, g.n, g.depth);
+      Scratch<T> room(copies ? room_for<T>(count, g.depth) : 0);
+      if (copies) g.room = room.get();
       return table.run(g);
     }
     TapRows<T> rows(image, block.rows);

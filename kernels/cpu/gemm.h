@@ -59,7 +59,31 @@ struct GemmBlock {
   int64_t strip_count = 0;
   int64_t a_step = 0, c_step = 0;
   const int64_t* tap_offset = nullptr;  // of every tap from the strip's a; null: one tap, at a
+  // Room for a copy of a single strip's rows, of room_for(rows, depth) elements, or null: where
+  // rows would share one set of the first-level cache, and there are columns enough.
+  T* room = nullptr;
 };
+
+// Rows of A that lie a multiple of 4 KB apart share one set of the first-level cache, of 8 or 12
+// lines: taller register tiles evict their own rows at every step (a quarter slower).
+template <class T>
+bool shares_a_set(int64_t a_step) {
+  return a_step * int64_t{sizeof(T)} % 4096 == 0;
+}
+// Whether products with so many columns are worth a copy of such rows.
+template <class T>
+bool copies_rows(int64_t a_step, int64_t columns, int64_t depth) {
+  constexpr int64_t least_columns = 128;
+  return shares_a_set<T>(a_step) && columns >= least_columns && depth > 0;
+}
+// The depth that the longest part of a sum has, and elements of room for rows of one.
+template <class T>
+constexpr int64_t kPartDepth = 4096 / static_cast<int64_t>(sizeof(T));
+template <class T>
+int64_t room_for(int64_t rows, int64_t depth) {
+  const int64_t longest = kPartDepth<T> * 3 / 2, line = 64 / int64_t{sizeof(T)};
+  return rows * ((depth < longest ? depth : longest) + 2 * line);
+}
 
 template <class T>
 struct GemmTable {

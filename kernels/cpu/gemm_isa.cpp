@@ -13,7 +13,7 @@ namespace {
 // FMAs, and a longer sum saves loads and stores of C. Measured: 1024 floats beat what fits L1 by
 // 3-8 %, and half of it by 20 % under AVX-512.
 template <class T>
-constexpr int64_t kPanelDepth = 4096 / static_cast<int64_t>(sizeof(T));
+constexpr int64_t kPanelDepth = kPartDepth<T>;
 
 template <class T>
 using EvenTiles = void (*)(const Panel<T>&, Ahead<T>&, const Strip<T>&, int64_t, int64_t);
@@ -40,8 +40,7 @@ NNARCH_INLINE AnyTiles<T> any_tiles_of(Indices<I...>, const Panel<T>& p, int64_t
   return used_vectors<T>(p.columns) == kOneVector ? one[rows - 1] : both[rows - 1];
 }
 
-// The height of register tiles. Rows of A that lie a multiple of 4 KB apart share one set of the L1
-// cache, of 8 lines as a rule: 14 such rows evict each other at every step (a quarter slower).
+// The height of register tiles: see shares_a_set.
 NNARCH_INLINE int64_t most_rows(uint64_t bytes_apart) {
   return kRows > 8 && bytes_apart % 4096 == 0 ? kRows / 2 : kRows;
 }
@@ -86,7 +85,7 @@ void run_rows(const Panel<T>& p) {
 
 // All tiles of a block for one chunk of the sum: a panel of B stays in cache while the rows pass.
 template <class T>
-void run_chunk(const GemmBlock<T>& g, const Chunk& chunk) {
+void run_panels(const GemmBlock<T>& g, const Chunk& chunk) {
   for (int64_t column = 0; column < g.n; column += kColumns<T>) {
     const Panel<T> panel(g, chunk, column);
     if (g.strips)
@@ -94,6 +93,33 @@ void run_chunk(const GemmBlock<T>& g, const Chunk& chunk) {
     else
       run_rows(panel);
   }
+}
+
+// The same with the strip's part of the chunk in the block's room, an odd number of lines apart.
+template <class T>
+void run_copy(const GemmBlock<T>& g, const Chunk& chunk) {
+  constexpr int64_t w = kLanes<T>, line = kLine<T>;
+  const int64_t step = ((chunk.count + line - 1) / line | 1) * line, whole = chunk.count / w * w;
+  for (int64_t r = 0; r < g.strips->rows; ++r) {
+    const T* from = g.strips->a + r * g.a_step + chunk.from;
+    T* to = g.room + r * step;
+    for (int64_t k = 0; k < whole; k += w) {
+      __builtin_prefetch(from + g.a_step + k);  // of the next row, a page of its own
+      store(to + k, load(from + k));
+    }
+    if (whole < chunk.count)
+      store_n(to + whole, load_n(from + whole, chunk.count - whole), chunk.count - whole);
+  }
+  const Strip<T> strip{g.room - chunk.from, g.strips->c, g.strips->rows};
+  GemmBlock<T> copy = g;
+  copy.strips = &strip, copy.a_step = step;
+  run_panels(copy, chunk);
+}
+
+template <class T>
+void run_chunk(const GemmBlock<T>& g, const Chunk& chunk) {
+  if (g.room && g.strip_count == 1 && g.taps == 1) return run_copy(g, chunk);
+  run_panels(g, chunk);
 }
 
 // Cuts the sum into chunks whose panel of B fits the cache: several taps of a small depth, or

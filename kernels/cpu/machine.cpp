@@ -9,6 +9,10 @@ namespace nnarch {
 namespace {
 
 std::atomic<Precision> chosen_precision = Precision::high;
+// What tests ask for in place of this machine; 0: nothing.
+std::atomic<int64_t> pretended_l2 = 0;
+enum Distance : int64_t { kReal, kNear, kFar };
+std::atomic<int64_t> pretended_l3 = kReal;
 
 // What Linux says of the first core's cache; sysconf(3) adds up the caches of several cores on some
 // machines.
@@ -24,7 +28,8 @@ int64_t reported_or(int index, int64_t usual) {
 
 int64_t l2_bytes() {
   static const int64_t bytes = reported_or(2, int64_t{512} << 10);
-  return bytes;
+  const int64_t pretended = pretended_l2.load(std::memory_order_relaxed);
+  return pretended > 0 ? pretended : bytes;
 }
 
 int64_t l3_bytes() {
@@ -33,6 +38,8 @@ int64_t l3_bytes() {
 }
 
 bool far_l3() {
+  const int64_t pretended = pretended_l3.load(std::memory_order_relaxed);
+  if (pretended != kReal) return pretended == kFar;
 #if defined(__x86_64__) && defined(__GNUC__)
   static const bool far = __builtin_cpu_is("intel");
   return far;
@@ -56,4 +63,11 @@ Precision precision() { return chosen_precision.load(std::memory_order_relaxed);
 
 extern "C" __attribute__((visibility("default"))) void nnarch_set_precision(int64_t level) {
   nnarch::chosen_precision.store(static_cast<nnarch::Precision>(level), std::memory_order_relaxed);
+}
+// For tests: choices as on a machine with this second-level cache, whose last level is near (1) or
+// far (2); 0 is what this machine has.
+extern "C" __attribute__((visibility("default"))) void nnarch_pretend_machine(int64_t l2,
+                                                                              int64_t l3_distance) {
+  nnarch::pretended_l2.store(l2, std::memory_order_relaxed);
+  nnarch::pretended_l3.store(l3_distance, std::memory_order_relaxed);
 }

@@ -5,9 +5,11 @@
 
 #include "cpu/epilogue_fold.h"
 #include "cpu/gather_gemm.h"
+#include "cpu/machine.h"
 #include "cpu/pack_weight.h"
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
+#include "cpu/weight_grad.h"
 #include "linear/cpu_combine.h"
 #include "linear/cpu_half.h"
 #include "linear/cpu_rows.h"
@@ -70,33 +72,100 @@ void packed_gemm(const Rows& x, const T* packed, int64_t n, T* y, const Epilogue
   gather_gemm<T>(row_image<T>(x), packed, n, y, {0, 0, n}, epilogue);
 }
 
-// Unpacked weights, used for too few rows to pay for a packed copy in memory: each task packs a few
-// panels into cache and takes all rows past them.
+// How a task packs unpacked weights for itself: so many columns of so deep a part of the sum stay
+// in cache, and so many rows go past them at a time. A large second-level cache holds enough for
+// any number of rows; with a small one many rows are worth a packed copy in memory.
+struct PackedInCache {
+  int64_t columns, rows, parts;
+
+  static bool serves(int64_t m) { return m <= kManyRows || roomy(); }
+
+  PackedInCache(int64_t depth, int64_t nr, int64_t mr, int64_t element) {
+    const int64_t longest = 4096 / element;
+    parts = roomy() && depth > longest * 3 / 2 ? ceil_div(depth, longest) : 1;
+    const int64_t row_bytes = std::max<int64_t>(1, ceil_div(depth, parts) * element);
+    const int64_t panels = (roomy() ? kRoomyBytes : kBytes) / (row_bytes * nr);
+    columns = nr * std::clamp<int64_t>(panels, 1, 8);
+    rows = std::max(round_up(kBytes / row_bytes, mr), 4 * mr);
+  }
+
+ private:
+  static constexpr int64_t kBytes = int64_t{192} << 10, kRoomyBytes = int64_t{1} << 20;
+  static bool roomy() { return l2_bytes() >= int64_t{2} << 20; }
+};
+
+// Columns [first, first + n) of the product, all rows past `packed`, which has a part of their sum.
+template <class T>
+struct PackedColumns {
+  const T* packed;
+  int64_t first, n, from, depth;
+  bool begins, ends;  // the sum
+};
+
+template <class T>
+void multiply_columns(const Rows& x, const PackedColumns<T>& b, int64_t block_rows, T* y,
+                      int64_t y_step, const Epilogue<T>& epilogue, bool stream) {
+  const bool copies = copies_rows<T>(x.stride, b.n, b.depth);
+  Scratch<T> room(copies ? room_for<T>(std::min(block_rows, x.m), b.depth) : 0);
+  for (int64_t row = 0; row < x.m; row += block_rows) {
+    const Strip<T> rows{data<T>(x.tensor) + row * x.stride + b.from, row * y_step,
+                        std::min(block_rows, x.m - row)};
+    gemm<T>().run({.depth = b.depth,
+                   .b = b.packed,
+                   .c = y + b.first,
+                   .n = b.n,
+                   .accumulate = !b.begins,
+                   .epilogue = b.ends ? epilogue.from_channel(b.first) : Epilogue<T>{},
+                   .stream = stream && b.begins && b.ends,
+                   .strips = &rows,
+                   .strip_count = 1,
+                   .a_step = x.stride,
+                   .c_step = y_step,
+                   .room = copies ? room.get() : nullptr});
+  }
+}
+
+// Unpacked weights: each task packs a few panels into cache and takes all rows past them.
 template <class T>
 void pack_and_multiply(const Rows& x, const Tensor& w, T* y, const Epilogue<T>& epilogue) {
   set_algorithm("gemm");
   const GemmTable<T>& table = gemm<T>();
-  const WeightView<T> view = weight_view<T>(w);
-  constexpr int64_t cache = int64_t{192} << 10;
-  const int64_t panel_bytes = std::max<int64_t>(1, view.depth * table.nr * int64_t{sizeof(T)});
-  const int64_t columns = table.nr * std::clamp<int64_t>(cache / panel_bytes, 1, 8);
-  const bool stream = outgrows_caches<T>(y, x.m, view.columns);
-  parallel_tasks(ceil_div(view.columns, columns), [&](int64_t task) {
-    const int64_t first = task * columns, n = std::min(columns, view.columns - first);
-    Scratch<T> packed(packed_size<T>(n, 1, view.depth));
-    pack_columns<T>(view, first, n, packed.get());
-    const Strip<T> rows{data<T>(x.tensor), 0, x.m};
-    table.run({.depth = view.depth,
-               .b = packed.get(),
-               .c = y + first,
-               .n = n,
-               .epilogue = epilogue.from_channel(first),
-               .stream = stream,
-               .strips = &rows,
-               .strip_count = 1,
-               .a_step = x.stride,
-               .c_step = view.columns});
+  const WeightView<T> whole = weight_view<T>(w);
+  const PackedInCache block(whole.depth, table.nr, table.mr, sizeof(T));
+  const bool stream = outgrows_caches<T>(y, x.m, whole.columns);
+  parallel_tasks(ceil_div(whole.columns, block.columns), [&](int64_t task) {
+    const int64_t first = task * block.columns, n = std::min(block.columns, whole.columns - first);
+    Scratch<T> packed(packed_size<T>(n, 1, ceil_div(whole.depth, block.parts)));
+    for (int64_t part = 0; part < block.parts; ++part) {
+      WeightView<T> view = whole;
+      const int64_t from = whole.depth * part / block.parts;
+      view.data += from * view.depth_stride;
+      view.depth = whole.depth * (part + 1) / block.parts - from;
+      pack_columns<T>(view, first, n, packed.get());
+      multiply_columns<T>(
+          x, {packed.get(), first, n, from, view.depth, part == 0, part + 1 == block.parts},
+          block.rows, y, whole.columns, epilogue, stream);
+    }
   });
+}
+
+// Whether rows of a matrix lie across memory: the transposed view of a dense one.
+bool is_transposed(const Tensor& t) {
+  return t.dim() == 2 && t.stride(0) == 1 && t.stride(1) >= t.size(0) && t.size(0) > kFewRows &&
+         t.size(1) > kFewRows;
+}
+
+// The product of two transposed matrices: what a weight's gradient is, x being the gradient of the
+// output. A transposed copy of x in memory took a seventh of the time.
+template <class T>
+void weight_grad_of(const Tensor& x, const Tensor& w, T* y) {
+  set_algorithm("weight_grad");
+  const int64_t positions = x.size(1), depth = w.size(0);
+  const GridImage<T> image{data<T>(w), 1, positions, w.stride(1), 1,    1,
+                           positions,  0, 1,         {{0, 0}},    depth};
+  weight_grad<T>(
+      GradView<T>{data<T>(x), x.stride(1), positions, x.size(0)}, 1, depth,
+      [&] { return TapRows<T>(image, WeightGradPlan::positions()); }, y);
 }
 
 // A half-type weight, packed in parallel panels as `pack(view, column, columns, to)` does.
@@ -157,8 +226,8 @@ void run_linear(const Rows& x, const Tensor& weight, const OptTensor& packed, T*
     require_packed<T>(*packed, n, x.depth);
     return packed_gemm<T>(x, data<T>(*packed), n, y, epilogue);
   }
-  if (x.m > kManyRows) return packed_gemm<T>(x, data<T>(linear_pack(weight)), n, y, epilogue);
-  pack_and_multiply<T>(x, weight, y, epilogue);
+  if (PackedInCache::serves(x.m)) return pack_and_multiply<T>(x, weight, y, epilogue);
+  packed_gemm<T>(x, data<T>(linear_pack(weight)), n, y, epilogue);
 }
 
 void run_half_linear(const HalfProduct& p, const Tensor& weight, const OptTensor& packed) {
@@ -191,6 +260,16 @@ Tensor linear(const Tensor& x_in, const Tensor& weight, const OptTensor& bias,
     require(sizes_of(*residual) == out && residual->scalar_type() == type,
             "linear: residual must have the shape and dtype of the output");
   check_epilogue({bias, scale, shift, residual, activation, alpha}, n, type);
+  const bool both_transposed = is_transposed(x_in) && is_transposed(weight);
+  if (both_transposed && !is_half(type) && !packed && !bias && !scale && !shift && !residual &&
+      activation == kNone) {
+    const Tensor y = new_contiguous(out, type);
+    with_scalar_type(type, "linear", [&](auto scalar) {
+      using T = decltype(scalar);
+      weight_grad_of<T>(x_in, weight, mutable_data<T>(y));
+    });
+    return y;
+  }
   const Rows x = as_rows(x_in);
   const OptTensor b = to_compute_type(bias), sc = to_compute_type(scale),
                   sh = to_compute_type(shift);

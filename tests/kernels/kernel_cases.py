@@ -19,6 +19,8 @@ from tolerances import assert_as_accurate
 from torch import Tensor
 from torch.nn import functional as TF
 
+from nnarch import library
+
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 FORMATS = (torch.contiguous_format, torch.channels_last)
 BACKENDS = ("cpu", "reference")
@@ -34,6 +36,18 @@ short |= {torch.contiguous_format: "nchw", torch.channels_last: "nhwc"}
 def name_of(value: Any) -> str | None:
     """pytest's id of a dtype or memory format."""
     return short.get(value)
+
+
+@contextlib.contextmanager
+def machine_with(l2_kib: int = 0, far_l3: bool | None = None) -> Iterator[None]:
+    """Native algorithms chosen as on a machine with these caches; 0 and None are this one's."""
+    pretend = library.native.nnarch_pretend_machine
+    pretend.argtypes = [ctypes.c_int64, ctypes.c_int64]
+    pretend(l2_kib << 10, 0 if far_l3 is None else 1 + far_l3)
+    try:
+        yield
+    finally:
+        pretend(0, 0)
 
 
 # ------------------------------------------------------------------------------- views of tensors

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import check_under_isa
+from kernel_cases import check_under_isa, machine_with
 from tolerances import assert_as_accurate
 from torch import Tensor
 
@@ -58,6 +60,13 @@ def _one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _one_megabyte() -> Iterator[None]:
+    """What is fused depends on the second-level cache."""
+    with machine_with(l2_kib=1024):
+        yield
 
 
 FUSED, STAGES = "fused_depthwise_project", "stages"
@@ -360,6 +369,11 @@ def test_agrees_with_two_convolutions():
 
 def _quick_check() -> None:
     """What the subprocess of the next test runs."""
+    with machine_with(l2_kib=1024):
+        _check_quickly()
+
+
+def _check_quickly() -> None:
     for name in CASES:
         for layout in ("channels_last", "contiguous"):
             arguments = _arguments(name, torch.float32, layout, kinds.SILU, kinds.RELU6)

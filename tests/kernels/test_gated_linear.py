@@ -90,7 +90,7 @@ def test_forward_and_gradients(size, dtype):
     ulps = ulps_of_sum(max(size), dtype)
     compare(ours, theirs, named, ulps=ulps)
     compare(lambda **t: ours(packed=packed, **t), theirs, named, ulps=ulps)
-    compare(ours, theirs, named, grad, ulps=ulps)
+    compare(ours, theirs, named, grad, ulps=ulps and 2 * ulps)  # the gates' add up
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)

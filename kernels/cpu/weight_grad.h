@@ -1,6 +1,6 @@
 // The weight gradient: dw[k][tap][c] = Σ_p grad[p][k] · image[p at tap][c], a matrix product over
-// the output positions p. Blocks of positions are transposed (grad) and gathered (image) into
-// packed form in cache; the product is the one of cpu/gemm.h.
+// the positions p, of a convolution's output or of a batch. Blocks of positions are transposed
+// (grad) and gathered (image) into packed form in cache; the product is the one of cpu/gemm.h.
 #pragma once
 
 #include <algorithm>
@@ -10,20 +10,27 @@
 #include "cpu/arena.h"
 #include "cpu/gemm.h"
 #include "cpu/layout.h"
+#include "cpu/machine.h"
 #include "cpu/parallel.h"
 #include "cpu/tensor.h"
 
 namespace nnarch {
 
 // How the work is cut. Output channels go to different tasks; where they are few, so do ranges of
-// positions, each with a partial sum of its own that is added in a fixed order afterwards.
+// positions, each with a partial sum of its own that is added in a fixed order afterwards, unless
+// these sums are large.
 struct WeightGradPlan {
-  static constexpr int64_t positions = 256;  // of one block: the depth of its product
   int64_t k_block, splits;
 
+  // Of one block: the depth of its product. A transposed block has to stay in the second-level
+  // cache, beside panels of the image; with deeper ones sums are loaded and stored less often.
+  static int64_t positions() { return l2_bytes() >= int64_t{1} << 20 ? 512 : 256; }
+
   WeightGradPlan(int64_t k, int64_t weights_per_k, int64_t position_blocks) {
-    constexpr int64_t wanted_tasks = 8, partial_limit = int64_t{4} << 20;  // elements
-    k_block = ceil_div(k, ceil_div(k, 192));
+    constexpr int64_t wanted_tasks = 8, partial_limit = int64_t{1} << 19;  // elements
+    // The image is packed again for every block of channels.
+    const int64_t most = l2_bytes() >= int64_t{2} << 20 ? 384 : 192;
+    k_block = ceil_div(k, ceil_div(k, most));
     splits = std::clamp<int64_t>(wanted_tasks / ceil_div(k, k_block), 1, position_blocks);
     splits =
         std::clamp<int64_t>(partial_limit / std::max<int64_t>(1, k * weights_per_k), 1, splits);
@@ -42,12 +49,12 @@ struct GradView {
     int64_t first, count;
   };
   // Blocks of positions; of a planar gradient they lie within an image.
-  int64_t blocks_of(int64_t all) const { return ceil_div(all, WeightGradPlan::positions); }
+  int64_t blocks_of(int64_t all) const { return ceil_div(all, WeightGradPlan::positions()); }
   int64_t blocks() const {
     return plane > 0 ? positions / plane * blocks_of(plane) : blocks_of(positions);
   }
   Block block(int64_t b) const {
-    constexpr int64_t most = WeightGradPlan::positions;
+    const int64_t most = WeightGradPlan::positions();
     if (plane == 0) return {b * most, std::min(most, positions - b * most)};
     const int64_t each = blocks_of(plane), image = b / each, i = b % each;
     const int64_t from = plane * i / each;
@@ -73,7 +80,7 @@ void position_block(const GradView<T>& grad, Rows& rows, int64_t taps, int64_t d
   const GemmTable<T>& table = gemm<T>();
   // Not a power of two apart: rows of grad would share few sets of the cache.
   const bool planar = grad.plane > 0;
-  const int64_t lda = planar ? grad.plane : WeightGradPlan::positions + 16, nr = table.nr;
+  const int64_t lda = planar ? grad.plane : WeightGradPlan::positions() + 16, nr = table.nr;
   Scratch<T> grad_t(planar ? 0 : grad.k * lda);
   if (!planar)
     transpose_fn<T>()(grad.data + first * grad.stride, grad.stride, grad_t.get(), lda, count,

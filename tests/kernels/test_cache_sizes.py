@@ -1,0 +1,87 @@
+"""Products that are cut by the machine's caches, as on machines with others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import DTYPES, machine_with, name_of
+from tolerances import assert_as_accurate
+from torch.nn import functional as TF
+
+import nnarch
+from nnarch import functional as F
+from nnarch.kernels.conv2d.op import conv2d_tile, weight_grad
+
+MACHINES = {"small": (512, False), "medium": (1024, False), "large, far": (2048, True)}
+
+
+@pytest.fixture(params=MACHINES.values(), ids=MACHINES)
+def machine(request):
+    with machine_with(*request.param):
+        yield request.param
+
+
+# rows, depth, columns: several parts of a sum; rows 4 KB apart; blocks that end early
+SIZES = [(600, 1031, 70), (530, 1536, 290), (130, 2048, 300), (70, 3072, 129), (57, 4160, 140)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("packs", [False, True], ids=["unpacked", "packed"])
+def test_linear(size, packs, dtype, machine):
+    m, k, n = size
+    x, w = torch.randn(m, k).to(dtype), (torch.randn(n, k) / k**0.5).to(dtype)
+    b, r = torch.randn(n).to(dtype), torch.randn(m, n).to(dtype)
+    packed = F.pack_linear_weight(w) if packs else None
+    y = F.linear(x, w, b, residual=r, activation="relu", packed=packed)
+    same = torch.relu(TF.linear(x, w, b) + r)
+    truth = torch.relu(TF.linear(x.double(), w.double(), b.double()) + r.double())
+    assert_as_accurate(y, same, truth, ulps=16.0 if dtype == torch.float32 else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+@pytest.mark.parametrize(
+    "size", [(5, 5, 5), (257, 33, 70), (513, 140, 400), (1100, 70, 385), (40, 900, 20)], ids=str
+)
+def test_the_product_of_two_transposed_matrices(size, dtype, machine):
+    positions, n, m = size
+    g, x = torch.randn(positions, m, dtype=dtype), torch.randn(positions, n + 3, dtype=dtype)[:, :n]
+    with nnarch.trace() as trace:
+        y = F.linear(g.t(), x.t())
+    assert [call.algorithm for call in trace] == ["weight_grad"]
+    truth = g.double().t() @ x.double()
+    assert_as_accurate(y, g.t() @ x, truth, ulps=16.0 if dtype == torch.float32 else None)
+
+
+@pytest.mark.parametrize("channels, k", [(1024, 144), (64, 420), (2048, 130)])
+def test_pointwise_convolution_and_its_weight_gradient(channels, k, machine):
+    x = torch.randn(3, channels, 14, 13).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(k, channels, 1, 1) / channels**0.5
+    y = F.conv2d(x, w, activation="relu")
+    truth = torch.relu(TF.conv2d(x.double(), w.double()))
+    assert_as_accurate(y, torch.relu(TF.conv2d(x, w)), truth, ulps=16.0)
+    g = torch.randn_like(y)
+    rest = (tuple(w.shape), (1, 1), (0, 0, 0, 0), (1, 1), 1)
+    rows = [t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]) for t in (g, x)]
+    truth = (rows[0].double().t() @ rows[1].double()).view_as(w)
+    same = (rows[0].t() @ rows[1]).view_as(w)
+    assert_as_accurate(weight_grad(g, x, *rest), same, truth, ulps=16.0)
+
+
+def test_a_recurrent_layer_whose_weights_leave_the_cache(machine):
+    lstm = nnarch.nn.LSTM(320, 320)
+    plain = torch.nn.LSTM(320, 320)
+    plain.load_state_dict(lstm.state_dict())
+    for batch in (3, 16, 50):
+        x = torch.randn(4, batch, 320)
+        same, truth = plain(x)[0], torch.nn.LSTM(320, 320).double()
+        truth.load_state_dict(lstm.state_dict())
+        assert_as_accurate(lstm(x)[0], same, truth(x.double())[0], ulps=16.0)
+
+
+def test_winograds_tile_is_smaller_where_weights_come_from_afar():
+    w, size = torch.empty(512, 512, 3, 3), (1, 512, 7, 7)
+    with machine_with(1024, far_l3=False):
+        near = conv2d_tile(w, size, padding=1)
+    with machine_with(2048, far_l3=True):
+        assert conv2d_tile(w, size, padding=1) < near
