@@ -40,14 +40,18 @@ struct LaneRouting {
   void run(int64_t begin, int64_t end) const {
     const int64_t count = end - begin;
     const Scratch<T> memory(2 * count * state()), x_block(r.x_block * lanes()),
-        scratch((r.outputs + r.shape.out) * lanes());
+        scratch(table.lane_capsules * (r.outputs + r.shape.out) * lanes());
     T *const all_sums = memory.get(), *const outputs = all_sums + count * state();
     std::fill_n(outputs, count * state(), T{0});
     for (int64_t n = 0; n < iterations; ++n) {
       std::fill_n(all_sums, count * state(), T{0});
       for (int64_t i = 0; i < r.shape.blocks; ++i)
         for (int64_t g = 0; g < count; ++g) {
-          const LaneCapsules<T> c = capsules(begin + g, i, x_block.get());
+          LaneCapsules<T> c = capsules(begin + g, i, x_block.get());
+          const int64_t next = i + 1 < r.shape.blocks ? i + 1 : 0;
+          c.next_weight =
+              weight_region(next, r.shape.out * g / count, r.shape.out * (g + 1) / count);
+          c.next_x = g + 1 < count ? x_region(begin + g + 1, i) : x_region(begin, next);
           T* const mine = all_sums + g * state();
           if (n == 0)
             table.lane_sums(r.shape, c, mine);
@@ -59,13 +63,34 @@ struct LaneRouting {
     }
   }
 
+  // The weight of block i for output capsules [first, last).
+  Region weight_region(int64_t i, int64_t first, int64_t last) const {
+    const int64_t capsule = r.shape.dim * r.shape.in;
+    return {
+        reinterpret_cast<const char*>(weight + (first * r.inputs + i * kCapsuleBlock<T>)*capsule),
+        r.inputs * capsule * bytes(1), last - first, bytes(r.inside(i) * capsule)};
+  }
+
+  // Block i of a group's samples.
+  Region x_region(int64_t group, int64_t i) const {
+    const int64_t in = r.shape.in;
+    const T* const first = x + (group * lanes() * r.inputs + i * kCapsuleBlock<T>)*in;
+    return {reinterpret_cast<const char*>(first), bytes(r.inputs * in), samples_of(group),
+            bytes(r.inside(i) * in)};
+  }
+
+  static int64_t bytes(int64_t count) { return count * static_cast<int64_t>(sizeof(T)); }
+
   LaneCapsules<T> capsules(int64_t group, int64_t i, T* to) const {
     const int64_t in = r.shape.in, inside = r.inside(i), rows = samples_of(group);
-    if (rows < lanes()) std::fill_n(to, inside * in * lanes(), T{0});
-    table.transpose(x + (group * lanes() * r.inputs + i * kCapsuleBlock<T>)*in, r.inputs * in, to,
-                    lanes(), rows, inside * in);
-    return {weight + i * kCapsuleBlock<T> * r.shape.dim * in, r.inputs * r.shape.dim * in, to,
-            inside};
+    table.to_lanes(x + (group * lanes() * r.inputs + i * kCapsuleBlock<T>)*in, r.inputs * in, rows,
+                   inside * in, to);
+    return {weight + i * kCapsuleBlock<T> * r.shape.dim * in,
+            r.inputs * r.shape.dim * in,
+            to,
+            inside,
+            {},
+            {}};
   }
 
   // The end of iteration n: its sums, and after the last one the outputs, to every sample.
