@@ -51,12 +51,6 @@ struct GradBlock {
   T* weight_grad;                   // as `weight`, added to
 };
 
-// Rows of memory that will be read next, in bytes.
-struct Region {
-  const char* row;
-  int64_t step, rows, bytes;
-};
-
 // Some input capsules of a group of samples that lie side by side, one in each lane of a vector.
 template <class T>
 struct LaneCapsules {
@@ -64,7 +58,6 @@ struct LaneCapsules {
   int64_t weight_step;  // between two output capsules
   const T* x;           // [count][D_in][lanes]
   int64_t count;
-  Region next_weight, next_x;  // fetched into the second cache meanwhile
 };
 
 template <class T>

@@ -10,7 +10,8 @@
 namespace nnarch {
 
 // Whether computing votes in every iteration costs less than storing them once and reading them
-// back in all others. Counted in multiply-adds of vectors for each vector of votes.
+// back in all others. Counted in multiply-adds of vectors for each vector of votes; those of a
+// group of samples must be too many for the second cache, and sums and outputs few enough for it.
 template <class T>
 bool votes_in_lanes(const Routing<T>& r, int64_t iterations, int64_t lanes) {
   const double vector_floats = static_cast<double>(lanes) * sizeof(T) / 4;
@@ -19,6 +20,7 @@ bool votes_in_lanes(const Routing<T>& r, int64_t iterations, int64_t lanes) {
   const auto in = static_cast<double>(r.shape.in), n = static_cast<double>(iterations);
   // Beside the products: dots, weighted sums, and the votes' way to the first cache.
   const double again = n * in + (n - 1) * 3, stored = in + n * read;
+  if (4 * r.outputs * lanes * int64_t{sizeof(T)} > l2_bytes() / 2) return false;
   const int64_t padded_samples = ceil_div(r.samples, lanes) * lanes;
   return again * static_cast<double>(padded_samples) < stored * static_cast<double>(r.samples);
 }
@@ -47,11 +49,7 @@ struct LaneRouting {
       std::fill_n(all_sums, count * state(), T{0});
       for (int64_t i = 0; i < r.shape.blocks; ++i)
         for (int64_t g = 0; g < count; ++g) {
-          LaneCapsules<T> c = capsules(begin + g, i, x_block.get());
-          const int64_t next = i + 1 < r.shape.blocks ? i + 1 : 0;
-          c.next_weight =
-              weight_region(next, r.shape.out * g / count, r.shape.out * (g + 1) / count);
-          c.next_x = g + 1 < count ? x_region(begin + g + 1, i) : x_region(begin, next);
+          const LaneCapsules<T> c = capsules(begin + g, i, x_block.get());
           T* const mine = all_sums + g * state();
           if (n == 0)
             table.lane_sums(r.shape, c, mine);
@@ -63,34 +61,13 @@ struct LaneRouting {
     }
   }
 
-  // The weight of block i for output capsules [first, last).
-  Region weight_region(int64_t i, int64_t first, int64_t last) const {
-    const int64_t capsule = r.shape.dim * r.shape.in;
-    return {
-        reinterpret_cast<const char*>(weight + (first * r.inputs + i * kCapsuleBlock<T>)*capsule),
-        r.inputs * capsule * bytes(1), last - first, bytes(r.inside(i) * capsule)};
-  }
-
-  // Block i of a group's samples.
-  Region x_region(int64_t group, int64_t i) const {
-    const int64_t in = r.shape.in;
-    const T* const first = x + (group * lanes() * r.inputs + i * kCapsuleBlock<T>)*in;
-    return {reinterpret_cast<const char*>(first), bytes(r.inputs * in), samples_of(group),
-            bytes(r.inside(i) * in)};
-  }
-
-  static int64_t bytes(int64_t count) { return count * static_cast<int64_t>(sizeof(T)); }
-
+  // Block i of the input capsules for a group's samples.
   LaneCapsules<T> capsules(int64_t group, int64_t i, T* to) const {
     const int64_t in = r.shape.in, inside = r.inside(i), rows = samples_of(group);
     table.to_lanes(x + (group * lanes() * r.inputs + i * kCapsuleBlock<T>)*in, r.inputs * in, rows,
                    inside * in, to);
-    return {weight + i * kCapsuleBlock<T> * r.shape.dim * in,
-            r.inputs * r.shape.dim * in,
-            to,
-            inside,
-            {},
-            {}};
+    return {weight + i * kCapsuleBlock<T> * r.shape.dim * in, r.inputs * r.shape.dim * in, to,
+            inside};
   }
 
   // The end of iteration n: its sums, and after the last one the outputs, to every sample.
@@ -107,7 +84,8 @@ struct LaneRouting {
   }
 };
 
-// Threads take runs of groups. No sample's arithmetic depends on which others run beside it.
+// Threads take runs of groups. Groups do not depend on the threads, nor their arithmetic on which
+// groups share a run.
 template <class T>
 void route_in_lanes(const LaneRouting<T>& routing) {
   const int64_t state_bytes = 2 * routing.state() * static_cast<int64_t>(sizeof(T));

@@ -47,37 +47,6 @@ void to_lanes(const T* from, int64_t step, int64_t samples, int64_t values, T* t
     for (int64_t i = 0; i < lanes; ++i) to[i] = i < samples ? from[i * step + k] : T(0);
 }
 
-// Fetches what will be read next, some lines beside each product of `steps`: with the products
-// alone, the hardware leaves the way to memory idle for most of the time.
-class Fetcher {
- public:
-  NNARCH_INLINE Fetcher(const Region& first, const Region& second, int64_t steps)
-      : region_(first), second_(second) {
-    const int64_t lines = lines_of(first) + lines_of(second);
-    lines_ = steps > 0 ? (lines + steps - 1) / steps : 0;
-  }
-
-  NNARCH_INLINE void step() {
-    for (int64_t n = lines_; n > 0; --n) {
-      if (region_.rows == 0) {
-        region_ = second_;
-        second_.rows = 0;
-        if (region_.rows == 0) return;
-      }
-      __builtin_prefetch(region_.row + at_, 0, 2);
-      if ((at_ += kLine) < region_.bytes) continue;
-      at_ = 0, --region_.rows, region_.row += region_.step;
-    }
-  }
-
- private:
-  static constexpr int64_t kLine = 64;
-  static int64_t lines_of(const Region& r) { return r.rows * ((r.bytes + kLine - 1) / kLine); }
-
-  Region region_, second_;
-  int64_t at_ = 0, lines_;
-};
-
 // sum[d] += Σ_k weight[d][k] · x[k]; IN is D_in where it is known, or 0.
 template <class T, int N, int IN>
 NNARCH_INLINE void add_votes(const T* weight, int64_t in, const T* x, Vec<T> (&sum)[N]) {
@@ -93,7 +62,6 @@ NNARCH_INLINE void add_votes(const T* weight, int64_t in, const T* x, Vec<T> (&s
 template <class T, int IN>
 NNARCH_INLINE void lane_sums_of(const CapsuleShape& s, const LaneCapsules<T>& c, T* sums) {
   const int64_t in = IN > 0 ? IN : s.in;
-  Fetcher next(c.next_weight, c.next_x, s.out * c.count);
   for (int64_t o = 0; o < s.out; ++o)
     over_rows<kLaneRows>(s.dim, [&](auto rows, int64_t d) NNARCH_INLINE_LAMBDA {
       constexpr int n = decltype(rows)::count;
@@ -102,10 +70,8 @@ NNARCH_INLINE void lane_sums_of(const CapsuleShape& s, const LaneCapsules<T>& c,
       const T* x = c.x;
       Vec<T> sum[n];
       for (int j = 0; j < n; ++j) sum[j] = load(to + j * kLanes<T>);
-      for (int64_t i = 0; i < c.count; ++i, weight += s.dim * in, x += in * kLanes<T>) {
-        if (d == 0) next.step();
+      for (int64_t i = 0; i < c.count; ++i, weight += s.dim * in, x += in * kLanes<T>)
         add_votes<T, n, IN>(weight, in, x, sum);
-      }
       for (int j = 0; j < n; ++j) store(to + j * kLanes<T>, sum[j]);
     });
 }
@@ -130,9 +96,7 @@ NNARCH_INLINE Vec<T> lane_logit(const CapsuleShape& s, const T* weight, const T*
   return logit;
 }
 
-// The softmax of one capsule's votes without its denominator, from logits without their maximum:
-// what `softmax_scale` found no loss-free sum for. A NaN or an infinity among the logits makes all
-// of them NaN, as in torch.
+// What `careful_softmax` is to a block of one sample's capsules, for one capsule of some samples.
 template <class T>
 NNARCH_NOINLINE Vec<T> careful_lane_softmax(const CapsuleShape& s, const T* votes, const T* outputs,
                                             T* exponentials) {
@@ -165,18 +129,17 @@ NNARCH_INLINE void add_lane_votes(const T* votes, int64_t step, const Vec<T> (&c
   }
 }
 
-// Votes, their softmax's exponentials and one over the sum of those, for one capsule.
+// Votes, their softmax's exponentials and one over the sum of those, for one capsule. The maximum
+// is left out where nothing is lost by it: it would be a chain of as many steps as there are output
+// capsules.
 template <class T, int IN>
 NNARCH_INLINE Vec<T> lane_votes(const CapsuleShape& s, const T* weight, int64_t weight_step,
-                                const T* x, const T* outputs, T* votes, T* exponentials,
-                                Fetcher& next) {
+                                const T* x, const T* outputs, T* votes, T* exponentials) {
   constexpr int64_t lanes = kLanes<T>;
   const int64_t output = s.dim * lanes;
-  for (int64_t o = 0; o < s.out; ++o) {
-    next.step();
+  for (int64_t o = 0; o < s.out; ++o)
     store(exponentials + o * lanes, lane_logit<T, IN>(s, weight + o * weight_step, x,
                                                       outputs + o * output, votes + o * output));
-  }
   Vec<T> sum{};
   for (int64_t o = 0; o < s.out; ++o) {
     const Vec<T> e = exp<T>(load(exponentials + o * lanes));
@@ -192,8 +155,7 @@ NNARCH_INLINE Vec<T> lane_votes(const CapsuleShape& s, const T* weight, int64_t 
 // N capsules: their sums share a pass over what is added to.
 template <class T, int IN, int N>
 NNARCH_INLINE void lane_iteration_of(const CapsuleShape& s, const T* weight, int64_t weight_step,
-                                     const T* x, const T* outputs, T* scratch, T* sums,
-                                     Fetcher& next) {
+                                     const T* x, const T* outputs, T* scratch, T* sums) {
   constexpr int64_t lanes = kLanes<T>;
   const int64_t in = IN > 0 ? IN : s.in, output = s.dim * lanes, logits = s.out * lanes,
                 step = s.out * output;
@@ -201,7 +163,7 @@ NNARCH_INLINE void lane_iteration_of(const CapsuleShape& s, const T* weight, int
   Vec<T> scale[N];
   for (int n = 0; n < N; ++n)
     scale[n] = lane_votes<T, IN>(s, weight + n * s.dim * in, weight_step, x + n * in * lanes,
-                                 outputs, votes + n * step, exponentials + n * logits, next);
+                                 outputs, votes + n * step, exponentials + n * logits);
   for (int64_t o = 0; o < s.out; ++o) {
     Vec<T> c[N];
     for (int n = 0; n < N; ++n) c[n] = load(exponentials + n * logits + o * lanes) * scale[n];
@@ -237,15 +199,13 @@ void lane_iteration(const CapsuleShape& s, const LaneCapsules<T>& c, const T* ou
   with_values(s.in, [&](auto values) NNARCH_INLINE_LAMBDA {
     constexpr int in = decltype(values)::count;
     const T *weight = c.weight, *x = c.x;
-    Fetcher next(c.next_weight, c.next_x, s.out * c.count);
     int64_t i = 0;
     for (; i + kLaneCapsules <= c.count; i += kLaneCapsules) {
-      lane_iteration_of<T, in, kLaneCapsules>(s, weight, c.weight_step, x, outputs, scratch, sums,
-                                              next);
+      lane_iteration_of<T, in, kLaneCapsules>(s, weight, c.weight_step, x, outputs, scratch, sums);
       weight += kLaneCapsules * s.dim * s.in, x += kLaneCapsules * s.in * kLanes<T>;
     }
     for (; i < c.count; ++i, weight += s.dim * s.in, x += s.in * kLanes<T>)
-      lane_iteration_of<T, in, 1>(s, weight, c.weight_step, x, outputs, scratch, sums, next);
+      lane_iteration_of<T, in, 1>(s, weight, c.weight_step, x, outputs, scratch, sums);
   });
 }
 
