@@ -1,6 +1,7 @@
 // Capsule routing on the CPU: all iterations of a group of samples while their votes are in cache.
 #include <tuple>
 
+#include "capsule_routing/cpu_lanes.h"
 #include "capsule_routing/cpu_routing.h"
 #include "cpu/registry.h"
 
@@ -83,10 +84,17 @@ std::tuple<Tensor, Tensor> capsule_routing(const Tensor& x, const Tensor& weight
     with_scalar_type(from.scalar_type(), "capsule_routing", [&](auto scalar) {
       using T = decltype(scalar);
       const Routing<T> r(from, w);
-      const PackedWeight<T> order(r, w, packed);
       const auto& table = NNARCH_SELECT(routing_table<T>());
       const T *x_ptr = data<T>(from), *bias_ptr = b ? data<T>(*b) : nullptr;
       T *sums_ptr = mutable_data<T>(sums), *v_ptr = mutable_data<T>(v);
+      if (votes_in_lanes(r, iterations, table.lanes)) {
+        set_algorithm("votes in lanes");
+        check_packed(r, w, packed);
+        const Tensor natural = as_contiguous(w);
+        return route_in_lanes<T>(
+            {r, table, x_ptr, data<T>(natural), bias_ptr, iterations, sums_ptr, v_ptr});
+      }
+      const PackedWeight<T> order(r, w, packed);
       parallel_tasks(ceil_div(samples, r.group), [&](int64_t task) {
         Group<T> group(r, table, task * r.group);
         group.vote(x_ptr, order.get());

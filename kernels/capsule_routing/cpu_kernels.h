@@ -51,9 +51,18 @@ struct GradBlock {
   T* weight_grad;                   // as `weight`, added to
 };
 
+// Some input capsules of a group of samples that lie side by side, one in each lane of a vector.
+template <class T>
+struct LaneCapsules {
+  const T* weight;      // [O][.][D_out][D_in], from the first of these capsules
+  int64_t weight_step;  // between two output capsules
+  const T* x;           // [count][D_in][lanes]
+  int64_t count;
+};
+
 template <class T>
 struct RoutingTable {
-  int64_t lanes;
+  int64_t lanes, lane_capsules;
   // to[j][i] = from[i][j] for i < rows, j < columns.
   void (*transpose)(const T* from, int64_t from_step, T* to, int64_t to_step, int64_t rows,
                     int64_t columns);
@@ -76,6 +85,16 @@ struct RoutingTable {
   // The softmax alone, as the only coefficient.
   void (*softmax)(const CapsuleShape& s, const T* votes, const T* outputs, T* coefficients);
   void (*grad)(const CapsuleShape& s, const GradBlock<T>& g);
+  // Samples in lanes: to[value][lanes] from `samples` samples' values, `step` apart.
+  void (*to_lanes)(const T* from, int64_t step, int64_t samples, int64_t values, T* to);
+  // The sum of the capsules' votes, added to sums [O][D_out][lanes].
+  void (*lane_sums)(const CapsuleShape& s, const LaneCapsules<T>& c, T* sums);
+  // The same weighted with the softmax of ⟨votes, outputs [O][D_out][lanes]⟩.
+  // scratch: lane_capsules * (O * D_out + O) * lanes.
+  void (*lane_iteration)(const CapsuleShape& s, const LaneCapsules<T>& c, const T* outputs,
+                         T* scratch, T* sums);
+  // sums = scale·sums + bias [O][D_out] (or null), v = squash(sums), outputs += v.
+  void (*lane_outputs)(const CapsuleShape& s, T scale, const T* bias, T* sums, T* v, T* outputs);
 };
 
 NNARCH_PER_ISA(template <class T> const RoutingTable<T>& routing_table();)

@@ -124,16 +124,21 @@ inline Tensor in_either_order(const Tensor& weight) {
   return is_channels_last(weight) ? weight : as_contiguous(weight);
 }
 
+template <class T>
+void check_packed(const Routing<T>& r, const Tensor& weight, const OptTensor& packed) {
+  require(!packed || (packed->is_contiguous() && packed->numel() == r.packed_size() &&
+                      packed->scalar_type() == weight.scalar_type()),
+          "capsule_routing: packed is not what this weight was packed to");
+}
+
 // The weight in the order of the kernels: the caller's packed copy, or one in scratch memory.
 template <class T>
 class PackedWeight {
  public:
   PackedWeight(const Routing<T>& r, const Tensor& weight, const OptTensor& packed)
       : scratch_(packed ? 0 : r.packed_size()) {
+    check_packed(r, weight, packed);
     if (packed) {
-      require(packed->is_contiguous() && packed->numel() == r.packed_size() &&
-                  packed->scalar_type() == weight.scalar_type(),
-              "capsule_routing: packed is not what this weight was packed to");
       get_ = data<T>(*packed);
     } else {
       const Tensor w = in_either_order(weight);

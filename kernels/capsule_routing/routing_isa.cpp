@@ -1,6 +1,7 @@
 // The table of capsule routing.
 #include "capsule_routing/gradient_isa.h"
 #include "capsule_routing/iteration_isa.h"
+#include "capsule_routing/lanes_isa.h"
 #include "capsule_routing/order_isa.h"
 #include "cpu/transpose_isa.h"
 
@@ -9,8 +10,9 @@ namespace {
 
 template <class T>
 constexpr RoutingTable<T> kTable = {
-    kLanes<T>,    transpose_matrix<T>, copy_rows<T>, votes_of_block<T>, total<T>,
-    iteration<T>, iteration_grad<T>,   softmax<T>,   grad_of_block<T>};
+    kLanes<T>,   kLaneCapsules, transpose_matrix<T>, copy_rows<T>,   votes_of_block<T>,
+    total<T>,    iteration<T>,  iteration_grad<T>,   softmax<T>,     grad_of_block<T>,
+    to_lanes<T>, lane_sums<T>,  lane_iteration<T>,   lane_outputs<T>};
 
 }  // namespace
 

@@ -103,6 +103,72 @@ def test_forward_and_backward(iterations, dtype):
         )  # fmt: skip
 
 
+# Votes too many for a second cache of 2 MB. On machines with a near last-level cache only products
+# of few values are worth computing again; samples are as many as there are lanes, one less, and
+# more; values of an output in runs of 16, 8, 4, 2 and 1.
+LANES = [
+    (16, 360, 1, 10, 16),
+    (15, 359, 2, 7, 23),
+    (47, 333, 3, 11, 15),
+    (32, 370, 4, 10, 16),
+    (30, 359, 5, 7, 23),
+    (16, 375, 8, 10, 16),
+    (31, 371, 16, 9, 17),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=name_of)
+@pytest.mark.parametrize("shape", LANES, ids=str)
+def test_samples_in_lanes(shape, dtype):
+    """Votes that would leave the second cache are computed in every iteration instead."""
+    x, weight, bias = (t.to(dtype) for t in _capsules(*shape))
+    for iterations, detach in ((1, False), (3, True), (3, False)):
+        compare(
+            _ours(iterations=iterations, detach_routing=detach),
+            lambda i=iterations, d=detach, **t: _plain(**t, iterations=i, detach=d),
+            {"x": x, "weight": weight, "bias": bias if detach else None},
+            torch.randn(shape[0], *shape[3:]).to(dtype),
+            ulps=256 if dtype == torch.float64 else 64,
+        )
+
+
+def _lane_capsules() -> tuple[Tensor, Tensor, Tensor]:
+    return _capsules(16, 750, 1, 10, 16)
+
+
+def test_the_choice_of_lanes():
+    x, weight, _ = _lane_capsules()
+    with nnarch.trace() as trace:
+        F.capsule_routing(x, weight)
+        F.capsule_routing(x[:1], weight)
+        F.capsule_routing(x[:, :20], weight[:, :20])
+    algorithms = [entry.algorithm for entry in trace if entry.op == "capsule_routing"]
+    assert algorithms == ["votes in lanes", "votes in cache", "votes in cache"]
+
+
+def test_lanes_take_any_weight():
+    """Packed, in either order of memory: the same bits."""
+    x, weight, bias = _lane_capsules()
+    expected = F.capsule_routing(x, weight, bias=bias)
+    for w in (weight, weight.contiguous(memory_format=torch.channels_last)):
+        packed = F.pack_capsule_weight(w)
+        assert torch.equal(F.capsule_routing(x, w, bias=bias, packed=packed), expected)
+        assert torch.equal(F.capsule_routing(x, w, bias=bias), expected)
+    with pytest.raises(ValueError, match="packed is not what this weight"):
+        F.capsule_routing(x, weight, packed=packed[1:])
+
+
+def test_lanes_with_nan_and_large_logits():
+    """Of one sample: no other sees them."""
+    x, weight, _ = _lane_capsules()
+    for value, count in ((float("nan"), 1), (float("inf"), 1), (300.0, 100)):
+        changed = x.clone()
+        changed[5, :count] *= value
+        v = F.capsule_routing(changed, weight)
+        expected = _plain(changed.double(), weight.double()).float()
+        torch.testing.assert_close(v, expected, equal_nan=True, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("shape", EMPTY, ids=str)
 def test_nothing_to_route(shape):
     x, weight, bias = _capsules(*shape)
@@ -269,7 +335,8 @@ def test_reads_no_uninitialised_memory():
 
 def _everything(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     results = []
-    for shape, detach in itertools.product(((19, 100, 8, 10, 16), (3, 45, 7, 3, 5)), (False, True)):
+    shapes = (19, 100, 8, 10, 16), (3, 45, 7, 3, 5), (33, 360, 2, 10, 16)
+    for shape, detach in itertools.product(shapes, (False, True)):
         torch.manual_seed(3)
         x, weight, bias = (t.to(dtype).requires_grad_() for t in _capsules(*shape))
         v = F.capsule_routing(F.squash(x), weight, bias=bias, detach_routing=detach)
@@ -297,6 +364,9 @@ def _against_reference() -> None:
     test_gradcheck(3)
     test_nan_and_infinities()
     test_large_logits_do_not_overflow()
+    test_samples_in_lanes(LANES[2], torch.float32)
+    test_samples_in_lanes(LANES[5], torch.float64)
+    test_lanes_with_nan_and_large_logits()
     test_gradient_of_a_large_weight()
 
 
