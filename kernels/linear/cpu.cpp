@@ -157,15 +157,19 @@ bool is_transposed(const Tensor& t) {
 
 // The product of two transposed matrices: what a weight's gradient is, x being the gradient of the
 // output. A transposed copy of x in memory took a seventh of the time.
-template <class T>
-void weight_grad_of(const Tensor& x, const Tensor& w, T* y) {
+Tensor transposed_product(const Tensor& x, const Tensor& w) {
   set_algorithm("weight_grad");
   const int64_t positions = x.size(1), depth = w.size(0);
-  const GridImage<T> image{data<T>(w), 1, positions, w.stride(1), 1,    1,
-                           positions,  0, 1,         {{0, 0}},    depth};
-  weight_grad<T>(
-      GradView<T>{data<T>(x), x.stride(1), positions, x.size(0)}, 1, depth,
-      [&] { return TapRows<T>(image, WeightGradPlan::positions()); }, y);
+  const Tensor y = new_contiguous({x.size(0), depth}, x.scalar_type());
+  with_scalar_type(x.scalar_type(), "linear", [&](auto scalar) {
+    using T = decltype(scalar);
+    const GridImage<T> image{data<T>(w), 1, positions, w.stride(1), 1,    1,
+                             positions,  0, 1,         {{0, 0}},    depth};
+    weight_grad<T>(
+        GradView<T>{data<T>(x), x.stride(1), positions, x.size(0)}, 1, depth,
+        [&] { return TapRows<T>(image, WeightGradPlan::positions()); }, mutable_data<T>(y));
+  });
+  return y;
 }
 
 // A half-type weight, packed in parallel panels as `pack(view, column, columns, to)` does.
@@ -260,16 +264,9 @@ Tensor linear(const Tensor& x_in, const Tensor& weight, const OptTensor& bias,
     require(sizes_of(*residual) == out && residual->scalar_type() == type,
             "linear: residual must have the shape and dtype of the output");
   check_epilogue({bias, scale, shift, residual, activation, alpha}, n, type);
-  const bool both_transposed = is_transposed(x_in) && is_transposed(weight);
-  if (both_transposed && !is_half(type) && !packed && !bias && !scale && !shift && !residual &&
-      activation == kNone) {
-    const Tensor y = new_contiguous(out, type);
-    with_scalar_type(type, "linear", [&](auto scalar) {
-      using T = decltype(scalar);
-      weight_grad_of<T>(x_in, weight, mutable_data<T>(y));
-    });
-    return y;
-  }
+  const bool plain = !packed && !bias && !scale && !shift && !residual && activation == kNone;
+  if (plain && !is_half(type) && is_transposed(x_in) && is_transposed(weight))
+    return transposed_product(x_in, weight);
   const Rows x = as_rows(x_in);
   const OptTensor b = to_compute_type(bias), sc = to_compute_type(scale),
                   sh = to_compute_type(shift);
