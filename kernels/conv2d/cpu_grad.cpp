@@ -130,14 +130,14 @@ void weight_grad_group(const Tensor& grad, const Tensor& x, const ConvShape& p, 
                          planar ? plane : 0};
   if (stem_serves(p) && tile == 0)
     return weight_grad<T>(
-        view, 1, p.r * p.s * p.c, [&] { return StemWindows<T>(x, p, WeightGradPlan::positions()); },
+        view, 1, p.r * p.s * p.c, [&] { return StemWindows<T>(x, p, WeightGradPlan::positions); },
         sums);
   const GridImage<T> image = forward_image<T>(data<T>(x), p, group);
   if constexpr (std::is_same_v<T, float>)
     if (tile > 0)
       return WinogradWeightGrad(image, grad_image(data<T>(grad), p, group), tile).run(sums);
   weight_grad<T>(
-      view, p.taps(), p.group_c(), [&] { return TapRows<T>(image, WeightGradPlan::positions()); },
+      view, p.taps(), p.group_c(), [&] { return TapRows<T>(image, WeightGradPlan::positions); },
       sums);
 }
 

@@ -22,9 +22,8 @@ namespace nnarch {
 struct WeightGradPlan {
   int64_t k_block, splits;
 
-  // Of one block: the depth of its product. A transposed block has to stay in the second-level
-  // cache, beside panels of the image; with deeper ones sums are loaded and stored less often.
-  static int64_t positions() { return l2_bytes() >= int64_t{1} << 20 ? 512 : 256; }
+  // Of one block: the depth of its product. Twice as many gain nothing, and round more.
+  static constexpr int64_t positions = 256;
 
   WeightGradPlan(int64_t k, int64_t weights_per_k, int64_t position_blocks) {
     constexpr int64_t wanted_tasks = 8, partial_limit = int64_t{1} << 19;  // elements
@@ -49,12 +48,12 @@ struct GradView {
     int64_t first, count;
   };
   // Blocks of positions; of a planar gradient they lie within an image.
-  int64_t blocks_of(int64_t all) const { return ceil_div(all, WeightGradPlan::positions()); }
+  int64_t blocks_of(int64_t all) const { return ceil_div(all, WeightGradPlan::positions); }
   int64_t blocks() const {
     return plane > 0 ? positions / plane * blocks_of(plane) : blocks_of(positions);
   }
   Block block(int64_t b) const {
-    const int64_t most = WeightGradPlan::positions();
+    const int64_t most = WeightGradPlan::positions;
     if (plane == 0) return {b * most, std::min(most, positions - b * most)};
     const int64_t each = blocks_of(plane), image = b / each, i = b % each;
     const int64_t from = plane * i / each;
@@ -80,7 +79,7 @@ void position_block(const GradView<T>& grad, Rows& rows, int64_t taps, int64_t d
   const GemmTable<T>& table = gemm<T>();
   // Not a power of two apart: rows of grad would share few sets of the cache.
   const bool planar = grad.plane > 0;
-  const int64_t lda = planar ? grad.plane : WeightGradPlan::positions() + 16, nr = table.nr;
+  const int64_t lda = planar ? grad.plane : WeightGradPlan::positions + 16, nr = table.nr;
   Scratch<T> grad_t(planar ? 0 : grad.k * lda);
   if (!planar)
     transpose_fn<T>()(grad.data + first * grad.stride, grad.stride, grad_t.get(), lda, count,

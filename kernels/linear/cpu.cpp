@@ -167,7 +167,7 @@ Tensor transposed_product(const Tensor& x, const Tensor& w) {
                              positions,  0, 1,         {{0, 0}},    depth};
     weight_grad<T>(
         GradView<T>{data<T>(x), x.stride(1), positions, x.size(0)}, 1, depth,
-        [&] { return TapRows<T>(image, WeightGradPlan::positions()); }, mutable_data<T>(y));
+        [&] { return TapRows<T>(image, WeightGradPlan::positions); }, mutable_data<T>(y));
   });
   return y;
 }

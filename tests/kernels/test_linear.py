@@ -15,6 +15,7 @@ from kernel_cases import (
     compare,
     equal_to_torch,
     exact_product,
+    machine_with,
     name_of,
     needs_long_double,
     needs_poison,
@@ -253,7 +254,7 @@ def test_packed_weight(size, dtype):
 def test_algorithm(rows, packed, algorithm):
     t = tensors(rows, 12, 10, torch.float32)
     weights = F.pack_linear_weight(t["weight"]) if packed else None
-    with nnarch.trace() as trace:
+    with machine_with(l2_kib=1024), nnarch.trace() as trace:
         ours(**t, packed=weights)
     (entry,) = trace
     assert (entry.op, entry.backend, entry.algorithm) == ("linear", "cpu", algorithm)
