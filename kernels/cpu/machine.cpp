@@ -64,6 +64,7 @@ Precision precision() { return chosen_precision.load(std::memory_order_relaxed);
 extern "C" __attribute__((visibility("default"))) void nnarch_set_precision(int64_t level) {
   nnarch::chosen_precision.store(static_cast<nnarch::Precision>(level), std::memory_order_relaxed);
 }
+
 // For tests: choices as on a machine with this second-level cache, whose last level is near (1) or
 // far (2); 0 is what this machine has.
 extern "C" __attribute__((visibility("default"))) void nnarch_pretend_machine(int64_t l2,
