@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor> capsule_routing(const Tensor& x, const Tensor& weight
       const auto& table = NNARCH_SELECT(routing_table<T>());
       const T *x_ptr = data<T>(from), *bias_ptr = b ? data<T>(*b) : nullptr;
       T *sums_ptr = mutable_data<T>(sums), *v_ptr = mutable_data<T>(v);
-      if (votes_in_lanes(r, iterations, table.lanes)) {
+      if (votes_in_lanes(r, table.lanes, forward_passes(iterations))) {
         set_algorithm("votes in lanes");
         check_packed(r, w, packed);
         const Tensor natural = as_contiguous(w);

@@ -7,7 +7,7 @@
 #include <iterator>
 #include <tuple>
 
-#include "capsule_routing/cpu_routing.h"
+#include "capsule_routing/cpu_walk.h"
 #include "cpu/dense.h"
 #include "cpu/registry.h"
 
@@ -15,24 +15,13 @@ namespace nnarch {
 namespace {
 
 // Bytes of coefficients that a chunk of samples may leave: they are read from the last-level cache.
-constexpr int64_t kChunkBytes = int64_t{8} << 20;
+// Where that is far, they come from there in any case, and every chunk reads and writes the weight's
+// gradient once more.
+int64_t chunk_bytes() { return int64_t{far_l3() ? 32 : 8} << 20; }
 
 // A gradient of the weight above this goes past the caches: nothing reads it before they are full
 // of something else.
 constexpr int64_t kStreamedBytes = int64_t{2} << 20;
-
-// The rank-1 terms of a sample's votes' gradients. Full: for every iteration r past the first c_r
-// with ds_r, and db_r with the outputs so far; without logits, c_0 is 1/O. Detached: the last c.
-struct Terms {
-  int64_t iterations, count;
-  bool detached, constant;
-
-  Terms(int64_t iterations_, bool detach)
-      : iterations(iterations_),
-        count(iterations_ == 1 ? 0 : (detach ? 1 : 2 * (iterations_ - 1))),
-        detached(detach),
-        constant(!detach || iterations_ == 1) {}
-};
 
 // One block of the weight's gradient, to where the weight has it.
 template <class T>
@@ -52,159 +41,44 @@ void unpack_weight_block(const Routing<T>& r, int64_t i, const T* packed, bool c
 
 template <class T>
 struct Backward {
-  const Routing<T>& r;
-  const RoutingTable<T>& table;
-  const Terms terms;
-  const T *x, *grad, *sums, *weight;  // weight packed
+  WalkBack<T>& walk;
   T *dx, *dw;
-  bool channels_last;       // dw
-  T* bias_grads = nullptr;  // [B][O·D_out]
-  T* packed_dw = nullptr;   // grows from chunk to chunk; null where there is but one
-
-  // Of a chunk.
-  int64_t chunk = 1;
-  T *packed_x = nullptr, *coefficients = nullptr, *constants = nullptr, *factors = nullptr;
-
-  int64_t coefficient_block() const { return terms.count * r.shape.out * kCapsuleBlock<T>; }
-  int64_t coefficient_step() const { return padded<T>(r.shape.blocks * coefficient_block()); }
-  int64_t factor_step() const { return terms.count * r.outputs; }
-
-  static void clear(T* p, int64_t count) {
-    std::memset(p, 0, static_cast<size_t>(count) * sizeof(T));
-  }
-
-  // What a sample's walk needs, and the sums of its present iteration.
-  struct Walk {
-    T* before;   // outputs' running sums, which an iteration's logits agree with: [iterations + 1]
-    T* dv;       // gradients of the outputs: [iterations]
-    T* ds;       // of the present iteration's sums
-    T* partial;  // Σ db·votes, a vector wide
-  };
-  int64_t walk_size() const { return r.outputs * (2 * terms.iterations + 2 + table.lanes); }
-  Walk walk_at(T* memory) const {
-    const int64_t size = r.outputs, n = terms.iterations;
-    return {memory, memory + (n + 1) * size, memory + (2 * n + 1) * size,
-            memory + (2 * n + 2) * size};
-  }
-
-  // Samples [first, first + count) of the chunk that begins at sample `base`. The last iteration's
-  // gradient is known beforehand: a block's votes go through it while they are in the second cache.
-  void walk_group(int64_t base, int64_t first, int64_t count) const {
-    const int64_t last = terms.iterations - 1, block = r.outputs * kCapsuleBlock<T>;
-    const Scratch<T> memory(count * walk_size());
-    const Scratch<T> scratch(std::max(r.shape.out * kCapsuleBlock<T>, r.outputs));
-    const auto walk = [&](int64_t n) { return walk_at(memory.get() + n * walk_size()); };
-    for (int64_t n = 0; n < count; ++n) {
-      pack_sample(r, x + (base + first + n) * r.inputs * r.shape.in,
-                  packed_x + (first + n) * r.x_sample);
-      begin_walk(base + first + n, walk(n));
-      begin_iteration(base + first + n, first + n, last, walk(n));
-    }
-    if (last == 0) return;
-    const LargeScratch<T> votes(count * r.votes_step);
-    CapsuleShape one = r.shape;
-    one.blocks = 1;
-    for (int64_t i = 0; i < r.shape.blocks; ++i) {
-      table.votes(r.shape, weight + i * r.weight_block,
-                  {packed_x + first * r.x_sample + i * r.x_block, r.x_sample}, count,
-                  {votes.get() + i * block, r.votes_step}, {nullptr, 0});
-      for (int64_t n = 0; n < count; ++n)
-        walk_iteration(one, first + n, last, votes.get() + n * r.votes_step + i * block, i, walk(n),
-                       scratch.get());
-    }
-    for (int64_t n = 0; n < count && !terms.detached; ++n)
-      walk_rest(base + first + n, first + n, votes.get() + n * r.votes_step, walk(n),
-                scratch.get());
-  }
-
-  void begin_walk(int64_t sample, const Walk& w) const {
-    const int64_t size = r.outputs, last = terms.iterations - 1;
-    const T* s = sums + sample * terms.iterations * size;
-    clear(w.before, size);
-    for (int64_t n = 0; n < last; ++n) {
-      T* next = w.before + (n + 1) * size;
-      squash_capsules(r.shape, s + n * size, next);
-      for (int64_t j = 0; j < size; ++j) next[j] += next[j - size];
-    }
-    clear(w.dv, last * size);
-    std::memcpy(w.dv + last * size, grad + sample * size, static_cast<size_t>(size) * sizeof(T));
-    clear(bias_grads + sample * size, size);
-  }
-
-  // The gradient of iteration n's sums, and what it is a factor of.
-  void begin_iteration(int64_t sample, int64_t b, int64_t n, const Walk& w) const {
-    const int64_t size = r.outputs;
-    const auto bytes = static_cast<size_t>(size) * sizeof(T);
-    squash_capsules_grad(r.shape, w.dv + n * size, sums + (sample * terms.iterations + n) * size,
-                         w.ds);
-    T* const bias_grad = bias_grads + sample * size;
-    for (int64_t j = 0; j < size; ++j) bias_grad[j] += w.ds[j];
-    if (n == 0) {
-      for (int64_t j = 0; j < size; ++j)
-        constants[b * size + j] = w.ds[j] / static_cast<T>(r.shape.out);
-      return;
-    }
-    T* const factor = factors + b * factor_step() + (terms.detached ? 0 : 2 * (n - 1) * size);
-    std::memcpy(factor, w.ds, bytes);
-    if (!terms.detached) std::memcpy(factor + size, w.before + n * size, bytes);
-    clear(w.partial, size * table.lanes);
-  }
-
-  // Iteration n > 0 over the blocks of `shape`, of which i is the first: its two terms.
-  void walk_iteration(const CapsuleShape& shape, int64_t b, int64_t n, const T* votes, int64_t i,
-                      const Walk& w, T* scratch) const {
-    T* const mine = coefficients + b * coefficient_step() + i * coefficient_block();
-    const T* const agreed = w.before + n * r.outputs;
-    if (terms.detached) return table.softmax(shape, votes, agreed, mine);
-    table.iteration_grad(shape, votes, agreed, w.ds, 2 * (n - 1), terms.count, mine, scratch,
-                         w.partial);
-  }
-
-  // What comes after the last iteration: it adds to the gradients of the outputs before it.
-  void walk_rest(int64_t sample, int64_t b, const T* votes, const Walk& w, T* scratch) const {
-    const int64_t size = r.outputs;
-    for (int64_t n = terms.iterations - 1;; --n) {
-      table.total(w.partial, size, T{1}, scratch);
-      for (int64_t m = 0; m < n; ++m)
-        for (int64_t j = 0; j < size; ++j) w.dv[m * size + j] += scratch[j];
-      begin_iteration(sample, b, n - 1, w);
-      if (n == 1) return;
-      walk_iteration(r.shape, b, n - 1, votes, 0, w, scratch);
-    }
-  }
+  bool channels_last;  // dw
+  int64_t chunk;       // samples
+  T* packed_dw;        // grows from chunk to chunk; null where there is but one
 
   // Block i of the input capsules, for a chunk of samples.
-  void finish_block(int64_t i, int64_t base, int64_t count) const {
-    const int64_t block = kCapsuleBlock<T>, in = r.shape.in;
+  void finish_block(int64_t i) const {
+    const Routing<T>& r = walk.r;
+    const int64_t block = kCapsuleBlock<T>, in = r.shape.in, count = walk.count;
     const Scratch<T> scratch(kGradSamples * r.shape.dim * block), grads(count * r.x_block);
     const Scratch<T> weight_grad(packed_dw ? 0 : r.weight_block);
     GradBlock<T> g;
     g.samples = count;
-    g.terms = terms.count;
-    g.constant = {terms.constant ? constants : nullptr, r.outputs};
-    g.coefficients = {coefficients + i * coefficient_block(), coefficient_step()};
-    g.factors = {factors, factor_step()};
-    g.x = {packed_x + i * r.x_block, r.x_sample};
-    g.weight = weight + i * r.weight_block;
-    g.first = base == 0;
+    g.terms = walk.terms.count;
+    g.constant = {walk.terms.constant ? walk.constants : nullptr, r.outputs};
+    g.coefficients = {walk.coefficients + i * walk.coefficient_block(), walk.coefficient_step()};
+    g.factors = {walk.factors, walk.factor_step()};
+    g.x = {walk.packed_x + i * r.x_block, r.x_sample};
+    g.weight = walk.packed + i * r.weight_block;
+    g.first = walk.base == 0;
     g.scratch = scratch.get();
     g.x_grad = {grads.get(), r.x_block};
     g.weight_grad = packed_dw ? packed_dw + i * r.weight_block : weight_grad.get();
-    table.grad(r.shape, g);
-    if (base + count == r.samples) unpack_weight_block(r, i, g.weight_grad, channels_last, dw);
+    walk.table.grad(r.shape, g);
+    if (walk.base + count == r.samples)
+      unpack_weight_block(r, i, g.weight_grad, channels_last, dw);
     for (int64_t b = 0; b < count; ++b)
       transpose_fn<T>()(grads.get() + b * r.x_block, block,
-                        dx + ((base + b) * r.inputs + i * block) * in, in, in, r.inside(i));
+                        dx + ((walk.base + b) * r.inputs + i * block) * in, in, in, r.inside(i));
   }
 
   void run() const {
-    for (int64_t base = 0; base < r.samples; base += chunk) {
-      const int64_t count = std::min(chunk, r.samples - base);
-      parallel_tasks(ceil_div(count, r.group), [&](int64_t task) {
-        const int64_t first = task * r.group;
-        walk_group(base, first, std::min(r.group, count - first));
-      });
-      parallel_tasks(r.shape.blocks, [&](int64_t i) { finish_block(i, base, count); });
+    const int64_t samples = walk.r.samples;
+    for (walk.base = 0; walk.base < samples; walk.base += chunk) {
+      walk.count = std::min(chunk, samples - walk.base);
+      walk.run();
+      parallel_tasks(walk.r.shape.blocks, [&](int64_t i) { finish_block(i); });
     }
   }
 };
@@ -215,29 +89,31 @@ void capsule_routing_grad_of(const Tensor& grad, const Tensor& x, const Tensor& 
                              const Tensor& dx, const Tensor& dw, const Tensor& db) {
   const Routing<T> r(x, weight);
   const Terms terms(sums.size(1), detach);
+  const auto& table = NNARCH_SELECT(routing_table<T>());
+  const bool lanes = !detach && votes_in_lanes(r, table.lanes, backward_passes(terms.iterations));
+  if (lanes) set_algorithm("votes in lanes");
+  const Tensor natural = lanes ? as_contiguous(weight) : weight;
   const PackedWeight<T> order(r, weight, packed);
-  Backward<T> b{r,
-                NNARCH_SELECT(routing_table<T>()),
-                terms,
-                data<T>(x),
-                data<T>(grad),
-                data<T>(sums),
-                order.get(),
-                mutable_data<T>(dx),
-                mutable_data<T>(dw),
-                !dw.is_contiguous()};
-  const int64_t per_sample = (b.coefficient_step() + r.x_sample) * int64_t{sizeof(T)};
-  const int64_t groups = kChunkBytes / std::max<int64_t>(1, per_sample * r.group);
-  b.chunk = std::min(r.samples, std::max<int64_t>(1, groups) * r.group);
-  const bool one_chunk = b.chunk == r.samples;
+  WalkBack<T> walk{r,
+                   table,
+                   terms,
+                   data<T>(x),
+                   data<T>(grad),
+                   data<T>(sums),
+                   order.get(),
+                   lanes ? data<T>(natural) : nullptr};
+  const int64_t per_sample = (walk.coefficient_step() + r.x_sample) * int64_t{sizeof(T)};
+  const int64_t groups = chunk_bytes() / std::max<int64_t>(1, per_sample * walk.together());
+  const int64_t chunk = std::min(r.samples, std::max<int64_t>(1, groups) * walk.together());
+  const bool one_chunk = chunk == r.samples;
   // One buffer, so that the votes lie where the forward had its own, which are still in cache: two
   // of 6 MB more cost 1 ms where rivals have cleared the caches in between.
   const int64_t sizes[] = {one_chunk ? 0 : r.packed_size(),
                            r.samples * r.outputs,
-                           b.chunk * r.x_sample,
-                           b.chunk * r.outputs,
-                           b.chunk * b.coefficient_step(),
-                           b.chunk * b.factor_step()};
+                           chunk * r.x_sample,
+                           chunk * r.outputs,
+                           chunk * walk.coefficient_step(),
+                           chunk * walk.factor_step()};
   int64_t total = 0;
   for (const int64_t size : sizes) total = checked_sum(total, padded<T>(size));
   const LargeScratch<T> memory(total);
@@ -245,12 +121,18 @@ void capsule_routing_grad_of(const Tensor& grad, const Tensor& x, const Tensor& 
   T* next = memory.get();
   for (size_t n = 0; n < std::size(sizes); next += round_up(sizes[n++], kCapsuleBlock<T>))
     parts[n] = next;
-  b.packed_dw = one_chunk ? nullptr : parts[0], b.bias_grads = parts[1], b.packed_x = parts[2];
-  b.constants = parts[3], b.coefficients = parts[4], b.factors = parts[5];
-  b.run();
+  walk.bias_grads = parts[1], walk.packed_x = parts[2], walk.constants = parts[3];
+  walk.coefficients = parts[4], walk.factors = parts[5];
+  Backward<T>{walk,
+              mutable_data<T>(dx),
+              mutable_data<T>(dw),
+              !dw.is_contiguous(),
+              chunk,
+              one_chunk ? nullptr : parts[0]}
+      .run();
   T* const bias_grad = mutable_data<T>(db);
   for (int64_t n = 0; n < r.samples; ++n)
-    for (int64_t j = 0; j < r.outputs; ++j) bias_grad[j] += b.bias_grads[n * r.outputs + j];
+    for (int64_t j = 0; j < r.outputs; ++j) bias_grad[j] += walk.bias_grads[n * r.outputs + j];
 }
 
 // A fresh contiguous tensor of zeros.

@@ -93,6 +93,11 @@ struct RoutingTable {
   // scratch: lane_capsules * (O * D_out + O) * lanes.
   void (*lane_iteration)(const CapsuleShape& s, const LaneCapsules<T>& c, const T* outputs,
                          T* scratch, T* sums);
+  // The same backwards: with dc = ⟨votes, sum_grad⟩, the softmax c and its gradient db as
+  // coefficients [count][2][O][lanes], and Σ db·votes added to `sums`.
+  // scratch: lane_capsules * O * D_out * lanes.
+  void (*lane_iteration_grad)(const CapsuleShape& s, const LaneCapsules<T>& c, const T* outputs,
+                              const T* sum_grad, T* coefficients, T* scratch, T* sums);
   // sums = scale·sums + bias [O][D_out] (or null), v = squash(sums), outputs += v.
   void (*lane_outputs)(const CapsuleShape& s, T scale, const T* bias, T* sums, T* v, T* outputs);
 };

@@ -76,24 +76,28 @@ NNARCH_INLINE void lane_sums_of(const CapsuleShape& s, const LaneCapsules<T>& c,
     });
 }
 
-// One capsule's votes for one output capsule, and their products with its output so far.
-template <class T, int IN>
-NNARCH_INLINE Vec<T> lane_logit(const CapsuleShape& s, const T* weight, const T* x,
-                                const T* outputs, T* votes) {
+// One capsule's votes for one output capsule, and their products with each of some vectors: the
+// output so far, and its gradient.
+template <class T, int IN, int FACTORS>
+NNARCH_INLINE void lane_dots(const CapsuleShape& s, const T* weight, const T* x,
+                             const T* const (&factors)[FACTORS], int64_t at, T* votes,
+                             Vec<T> (&dots)[FACTORS]) {
   const int64_t in = IN > 0 ? IN : s.in;
-  Vec<T> logit{};
+  for (int f = 0; f < FACTORS; ++f) dots[f] = Vec<T>{};
   over_rows<kLaneRows>(s.dim, [&](auto rows, int64_t d) NNARCH_INLINE_LAMBDA {
     constexpr int n = decltype(rows)::count, chains = n < 4 ? n : 4;
-    Vec<T> v[n]{}, dot[chains]{};
+    Vec<T> v[n]{}, dot[FACTORS][chains]{};
     add_votes<T, n, IN>(weight + d * in, in, x, v);
+#pragma GCC unroll 16
     for (int j = 0; j < n; ++j) {
-      const int64_t at = (d + j) * kLanes<T>;
-      store(votes + at, v[j]);
-      dot[j % chains] += v[j] * load(outputs + at);
+      store(votes + (d + j) * kLanes<T>, v[j]);
+#pragma GCC unroll 2
+      for (int f = 0; f < FACTORS; ++f)
+        dot[f][j % chains] += v[j] * load(factors[f] + at + (d + j) * kLanes<T>);
     }
-    for (int j = 0; j < chains; ++j) logit += dot[j];
+    for (int f = 0; f < FACTORS; ++f)
+      for (int j = 0; j < chains; ++j) dots[f] += dot[f][j];
   });
-  return logit;
 }
 
 // What `careful_softmax` is to a block of one sample's capsules, for one capsule of some samples.
@@ -129,45 +133,87 @@ NNARCH_INLINE void add_lane_votes(const T* votes, int64_t step, const Vec<T> (&c
   }
 }
 
-// Votes, their softmax's exponentials and one over the sum of those, for one capsule. The maximum
-// is left out where nothing is lost by it: it would be a chain of as many steps as there are output
-// capsules.
-template <class T, int IN>
+// Votes of one capsule, their products with the factors, `rows[f]` [O][lanes], of which the first
+// become their softmax's exponentials, and one over the sum of those. The maximum is left out where
+// nothing is lost by it: it would be a chain of as many steps as there are output capsules.
+template <class T, int IN, int FACTORS>
 NNARCH_INLINE Vec<T> lane_votes(const CapsuleShape& s, const T* weight, int64_t weight_step,
-                                const T* x, const T* outputs, T* votes, T* exponentials) {
+                                const T* x, const T* const (&factors)[FACTORS], T* votes,
+                                T* const (&rows)[FACTORS]) {
   constexpr int64_t lanes = kLanes<T>;
   const int64_t output = s.dim * lanes;
-  for (int64_t o = 0; o < s.out; ++o)
-    store(exponentials + o * lanes, lane_logit<T, IN>(s, weight + o * weight_step, x,
-                                                      outputs + o * output, votes + o * output));
+  for (int64_t o = 0; o < s.out; ++o) {
+    Vec<T> dots[FACTORS];
+    lane_dots<T, IN, FACTORS>(s, weight + o * weight_step, x, factors, o * output,
+                              votes + o * output, dots);
+    for (int f = 0; f < FACTORS; ++f) store(rows[f] + o * lanes, dots[f]);
+  }
   Vec<T> sum{};
   for (int64_t o = 0; o < s.out; ++o) {
-    const Vec<T> e = exp<T>(load(exponentials + o * lanes));
-    store(exponentials + o * lanes, e);
+    const Vec<T> e = exp<T>(load(rows[0] + o * lanes));
+    store(rows[0] + o * lanes, e);
     sum += e;
   }
   const Vec<T> scale = T(1) / sum;
   if (!(horizontal_sum<T>(sum + scale) < T(1e18))) [[unlikely]]
-    return careful_lane_softmax(s, votes, outputs, exponentials);
+    return careful_lane_softmax(s, votes, factors[0], rows[0]);
   return scale;
 }
 
 // N capsules: their sums share a pass over what is added to.
 template <class T, int IN, int N>
-NNARCH_INLINE void lane_iteration_of(const CapsuleShape& s, const T* weight, int64_t weight_step,
-                                     const T* x, const T* outputs, T* scratch, T* sums) {
+NNARCH_INLINE void lane_iteration_of(const CapsuleShape& s, const LaneCapsules<T>& c, int64_t i,
+                                     const T* outputs, T* scratch, T* sums) {
   constexpr int64_t lanes = kLanes<T>;
   const int64_t in = IN > 0 ? IN : s.in, output = s.dim * lanes, logits = s.out * lanes,
                 step = s.out * output;
   T *const exponentials = scratch, *const votes = scratch + N * logits;
   Vec<T> scale[N];
   for (int n = 0; n < N; ++n)
-    scale[n] = lane_votes<T, IN>(s, weight + n * s.dim * in, weight_step, x + n * in * lanes,
-                                 outputs, votes + n * step, exponentials + n * logits);
+    scale[n] = lane_votes<T, IN, 1>(s, c.weight + (i + n) * s.dim * in, c.weight_step,
+                                    c.x + (i + n) * in * lanes, {outputs}, votes + n * step,
+                                    {exponentials + n * logits});
   for (int64_t o = 0; o < s.out; ++o) {
-    Vec<T> c[N];
-    for (int n = 0; n < N; ++n) c[n] = load(exponentials + n * logits + o * lanes) * scale[n];
-    add_lane_votes<T, N>(votes + o * output, step, c, s.dim, sums + o * output);
+    Vec<T> weights[N];
+    for (int n = 0; n < N; ++n)
+      weights[n] = load(exponentials + n * logits + o * lanes) * scale[n];
+    add_lane_votes<T, N>(votes + o * output, step, weights, s.dim, sums + o * output);
+  }
+}
+
+// The softmax c from its exponentials, and its gradient db = c·(dc - Σ c·dc) in the place of dc.
+template <class T>
+NNARCH_INLINE void lane_softmax_grad(int64_t out, Vec<T> scale, T* c, T* db) {
+  constexpr int64_t lanes = kLanes<T>;
+  Vec<T> mean{};
+  for (int64_t o = 0; o < out; ++o) {
+    const Vec<T> value = load(c + o * lanes) * scale;
+    store(c + o * lanes, value);
+    mean += value * load(db + o * lanes);
+  }
+  for (int64_t o = 0; o < out; ++o)
+    store(db + o * lanes, load(c + o * lanes) * (load(db + o * lanes) - mean));
+}
+
+template <class T, int IN, int N>
+NNARCH_INLINE void lane_iteration_grad_of(const CapsuleShape& s, const LaneCapsules<T>& c,
+                                          int64_t i, const T* outputs, const T* sum_grad,
+                                          T* coefficients, T* votes, T* sums) {
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t in = IN > 0 ? IN : s.in, output = s.dim * lanes, logits = s.out * lanes,
+                step = s.out * output;
+  coefficients += 2 * i * logits;
+  for (int n = 0; n < N; ++n) {
+    T *const softmax = coefficients + 2 * n * logits, *const db = softmax + logits;
+    const Vec<T> scale = lane_votes<T, IN, 2>(
+        s, c.weight + (i + n) * s.dim * in, c.weight_step, c.x + (i + n) * in * lanes,
+        {outputs, sum_grad}, votes + n * step, {softmax, db});
+    lane_softmax_grad(s.out, scale, softmax, db);
+  }
+  for (int64_t o = 0; o < s.out; ++o) {
+    Vec<T> db[N];
+    for (int n = 0; n < N; ++n) db[n] = load(coefficients + (2 * n + 1) * logits + o * lanes);
+    add_lane_votes<T, N>(votes + o * output, step, db, s.dim, sums + o * output);
   }
 }
 
@@ -193,19 +239,37 @@ void lane_sums(const CapsuleShape& s, const LaneCapsules<T>& c, T* sums) {
   });
 }
 
+// Calls f(Values<D_in>{}, Values<n>{}, i) for runs of n capsules that cover them all.
+template <class F>
+NNARCH_INLINE void over_lane_capsules_one(int64_t in, int64_t count, const F& f) {
+  with_values(in, [&](auto values) NNARCH_INLINE_LAMBDA {
+    for (int64_t i = 0; i < count; ++i) f(values, Values<1>{}, i);
+  });
+}
+template <class F>
+NNARCH_INLINE void over_lane_capsules(int64_t in, int64_t count, const F& f) {
+  with_values(in, [&](auto values) NNARCH_INLINE_LAMBDA {
+    int64_t i = 0;
+    for (; i + kLaneCapsules <= count; i += kLaneCapsules) f(values, Values<kLaneCapsules>{}, i);
+    for (; i < count; ++i) f(values, Values<1>{}, i);
+  });
+}
+
 template <class T>
 void lane_iteration(const CapsuleShape& s, const LaneCapsules<T>& c, const T* outputs, T* scratch,
                     T* sums) {
-  with_values(s.in, [&](auto values) NNARCH_INLINE_LAMBDA {
-    constexpr int in = decltype(values)::count;
-    const T *weight = c.weight, *x = c.x;
-    int64_t i = 0;
-    for (; i + kLaneCapsules <= c.count; i += kLaneCapsules) {
-      lane_iteration_of<T, in, kLaneCapsules>(s, weight, c.weight_step, x, outputs, scratch, sums);
-      weight += kLaneCapsules * s.dim * s.in, x += kLaneCapsules * s.in * kLanes<T>;
-    }
-    for (; i < c.count; ++i, weight += s.dim * s.in, x += s.in * kLanes<T>)
-      lane_iteration_of<T, in, 1>(s, weight, c.weight_step, x, outputs, scratch, sums);
+  over_lane_capsules(s.in, c.count, [&](auto in, auto run, int64_t i) NNARCH_INLINE_LAMBDA {
+    lane_iteration_of<T, decltype(in)::count, decltype(run)::count>(s, c, i, outputs, scratch,
+                                                                    sums);
+  });
+}
+
+template <class T>
+void lane_iteration_grad(const CapsuleShape& s, const LaneCapsules<T>& c, const T* outputs,
+                         const T* sum_grad, T* coefficients, T* scratch, T* sums) {
+  over_lane_capsules(s.in, c.count, [&](auto in, auto run, int64_t i) NNARCH_INLINE_LAMBDA {
+    lane_iteration_grad_of<T, decltype(in)::count, decltype(run)::count>(
+        s, c, i, outputs, sum_grad, coefficients, scratch, sums);
   });
 }
 

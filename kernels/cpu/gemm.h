@@ -76,9 +76,12 @@ bool copies_rows(int64_t a_step, int64_t columns, int64_t depth) {
   constexpr int64_t least_columns = 128;
   return shares_a_set<T>(a_step) && columns >= least_columns && depth > 0;
 }
-// The depth that the longest part of a sum has, and elements of room for rows of one.
+// The depth of a part of a sum. A panel of so many B rows is read from L2 again for every tile of
+// rows; that keeps up with the FMAs, and a longer sum saves loads and stores of C. Measured: 1024
+// floats beat what fits L1 by 3-8 %, and half of it by 20 % under AVX-512.
 template <class T>
 constexpr int64_t kPartDepth = 4096 / static_cast<int64_t>(sizeof(T));
+// Elements of room for rows of the longest part.
 template <class T>
 int64_t room_for(int64_t rows, int64_t depth) {
   const int64_t longest = kPartDepth<T> * 3 / 2, line = 64 / int64_t{sizeof(T)};

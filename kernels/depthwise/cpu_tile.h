@@ -128,6 +128,12 @@ class Tile {
     next_ = larger(next_, last);
   }
 
+  // Rows [first, last) of those that come from memory.
+  void touch(int64_t first, int64_t last) const {
+    if (!plan_.far) return;
+    for (int64_t i = larger(first, 0); i < smaller(last, c_.h); ++i) touch_row(i);
+  }
+
   // Input row iy, the r-th that the kernel reads.
   const T* row(int64_t iy, int64_t r) {
     if (plan_.direct) return c_.x + iy * c_.x_row + task_.channel;

@@ -81,7 +81,7 @@ class Runner {
     const DepthwisePass<T>& pass = *c_.passes;
     const int64_t iy = oy * c_.stride_h + pass.row;
     const int64_t reach = (code.rows - 1) * c_.stride_h + pass.r;
-    tile.load(oy), tile.load(oy + code.rows - 1);
+    if (oy == task_.first) tile.touch(iy, iy + reach);
     for (int64_t r = 0; r < reach; ++r)
       work_.rows[r] = iy + r < 0 || iy + r >= c_.h ? nullptr : tile.row(iy + r, r);
     Strip<T> a{};
@@ -100,6 +100,8 @@ class Runner {
     a.residual_row = c_.y_channel == 1 ? c_.y_row : plan_.columns * pitch();
     const T* residual = epilogue_.residual ? residual_rows(offset, n, code.rows) : nullptr;
     a.stream = plan_.stream;
+    // Past the last row of an image lies the next one's first, if anything: fetching cannot fail.
+    if (plan_.far) a.ahead = tile.row(iy + reach, 0), a.ahead_row = c_.x_row;
     bool all = true;
     for (int64_t x = 0; x < n; x += a.strips * code.pixels)
       all &=

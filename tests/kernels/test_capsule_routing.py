@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from capsule_cases import capsules, our_routing, plain_routing
 from kernel_cases import (
     DTYPES,
     VIEWS,
@@ -28,25 +29,16 @@ from nnarch.kernels.capsule_routing.op import (
 )
 
 
-def _capsules(b: int, i: int, k: int, o: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x, weight and bias; votes of about length one, so that the routing has something to do."""
-    return (
-        torch.randn(b, i, k),
-        torch.randn(o, i, d, k) * max(1, k) ** -0.5,
-        torch.randn(o, d) * 0.3,
-    )
-
-
 def _grad_sample(b: int, i: int, k: int, o: int, d: int, iterations: int, detach: bool):
-    x, weight, _ = _capsules(b, i, k, o, d)
+    x, weight, _ = capsules(b, i, k, o, d)
     v, sums = capsule_routing_op(x, weight, None, iterations, detach, None)
     return torch.randn_like(v), x, weight, sums, detach, None
 
 
 SAMPLES = {
     "capsule_routing": lambda: [
-        (*_capsules(3, 37, 8, 5, 6), 3, False, None),
-        (*_capsules(2, 9, 5, 4, 3)[:2], None, 2, True, None),
+        (*capsules(3, 37, 8, 5, 6), 3, False, None),
+        (*capsules(2, 9, 5, 4, 3)[:2], None, 2, True, None),
     ],
     "capsule_routing_grad": lambda: [
         _grad_sample(3, 37, 8, 5, 6, 3, False),
@@ -67,35 +59,16 @@ SHAPES = [
 EMPTY = [(0, 7, 3, 4, 5), (2, 0, 3, 4, 5), (2, 7, 0, 4, 5), (2, 7, 3, 0, 5), (2, 7, 3, 4, 0)]
 
 
-def _plain(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, iterations=3, detach=False):
-    """Routing as people write it: votes by einsum, a loop over the iterations."""
-    votes = torch.einsum("oidk,bik->boid", weight, x)
-    fixed = votes.detach() if detach else votes
-    logits = votes.new_zeros(votes.shape[:3])
-    v = votes.new_zeros(())
-    for n in range(iterations):
-        c = logits.softmax(1).unsqueeze(-1)
-        c = c.detach() if detach else c
-        s = (c * (votes if n == iterations - 1 else fixed)).sum(2)
-        v = plain_squash(s if bias is None else s + bias)
-        logits = logits + (fixed * v.unsqueeze(2)).sum(-1)
-    return v
-
-
-def _ours(**options):
-    return lambda x, weight, bias=None: F.capsule_routing(x, weight, bias=bias, **options)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("iterations", [1, 2, 3, 5])
 def test_forward_and_backward(iterations, dtype):
     for shape, detach, with_bias in itertools.product(SHAPES, (False, True), (False, True)):
-        x, weight, bias = (t.to(dtype) for t in _capsules(*shape))
+        x, weight, bias = (t.to(dtype) for t in capsules(*shape))
         tensors = {"x": x, "weight": weight, "bias": bias if with_bias else None}
         b, _, _, o, d = shape
         compare(
-            _ours(iterations=iterations, detach_routing=detach),
-            lambda detach=detach, **t: _plain(**t, iterations=iterations, detach=detach),
+            our_routing(iterations=iterations, detach_routing=detach),
+            lambda detach=detach, **t: plain_routing(**t, iterations=iterations, detach=detach),
             tensors,
             torch.randn(b, o, d).to(dtype),
             # Five iterations pass rounding errors on; in float64 the truth has them too.
@@ -103,75 +76,9 @@ def test_forward_and_backward(iterations, dtype):
         )  # fmt: skip
 
 
-# Votes too many for a second cache of 2 MB. On machines with a near last-level cache only products
-# of few values are worth computing again; samples are as many as there are lanes, one less, and
-# more; values of an output in runs of 16, 8, 4, 2 and 1.
-LANES = [
-    (16, 360, 1, 10, 16),
-    (15, 359, 2, 7, 23),
-    (47, 333, 3, 11, 15),
-    (32, 370, 4, 10, 16),
-    (30, 359, 5, 7, 23),
-    (16, 375, 8, 10, 16),
-    (31, 371, 16, 9, 17),
-]
-
-
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=name_of)
-@pytest.mark.parametrize("shape", LANES, ids=str)
-def test_samples_in_lanes(shape, dtype):
-    """Votes that would leave the second cache are computed in every iteration instead."""
-    x, weight, bias = (t.to(dtype) for t in _capsules(*shape))
-    for iterations, detach in ((1, False), (3, True), (3, False)):
-        compare(
-            _ours(iterations=iterations, detach_routing=detach),
-            lambda i=iterations, d=detach, **t: _plain(**t, iterations=i, detach=d),
-            {"x": x, "weight": weight, "bias": bias if detach else None},
-            torch.randn(shape[0], *shape[3:]).to(dtype),
-            ulps=256 if dtype == torch.float64 else 64,
-        )
-
-
-def _lane_capsules() -> tuple[Tensor, Tensor, Tensor]:
-    return _capsules(16, 750, 1, 10, 16)
-
-
-def test_the_choice_of_lanes():
-    x, weight, _ = _lane_capsules()
-    with nnarch.trace() as trace:
-        F.capsule_routing(x, weight)
-        F.capsule_routing(x[:1], weight)
-        F.capsule_routing(x[:, :20], weight[:, :20])
-    algorithms = [entry.algorithm for entry in trace if entry.op == "capsule_routing"]
-    assert algorithms == ["votes in lanes", "votes in cache", "votes in cache"]
-
-
-def test_lanes_take_any_weight():
-    """Packed, in either order of memory: the same bits."""
-    x, weight, bias = _lane_capsules()
-    expected = F.capsule_routing(x, weight, bias=bias)
-    for w in (weight, weight.contiguous(memory_format=torch.channels_last)):
-        packed = F.pack_capsule_weight(w)
-        assert torch.equal(F.capsule_routing(x, w, bias=bias, packed=packed), expected)
-        assert torch.equal(F.capsule_routing(x, w, bias=bias), expected)
-    with pytest.raises(ValueError, match="packed is not what this weight"):
-        F.capsule_routing(x, weight, packed=packed[1:])
-
-
-def test_lanes_with_nan_and_large_logits():
-    """Of one sample: no other sees them."""
-    x, weight, _ = _lane_capsules()
-    for value, count in ((float("nan"), 1), (float("inf"), 1), (300.0, 100)):
-        changed = x.clone()
-        changed[5, :count] *= value
-        v = F.capsule_routing(changed, weight)
-        expected = _plain(changed.double(), weight.double()).float()
-        torch.testing.assert_close(v, expected, equal_nan=True, rtol=1e-3, atol=1e-4)
-
-
 @pytest.mark.parametrize("shape", EMPTY, ids=str)
 def test_nothing_to_route(shape):
-    x, weight, bias = _capsules(*shape)
+    x, weight, bias = capsules(*shape)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     b, _, _, o, d = shape
     for detach in (False, True):
@@ -186,15 +93,15 @@ def test_nothing_to_route(shape):
 @pytest.mark.parametrize("view", VIEWS)
 def test_views(view):
     """Inputs and gradient with strides that are not the usual ones, stride 0 among them."""
-    x, weight, bias = (VIEWS[view](t) for t in _capsules(3, 21, 8, 4, 6))
+    x, weight, bias = (VIEWS[view](t) for t in capsules(3, 21, 8, 4, 6))
     grad = VIEWS[view](torch.randn(3, 4, 6))
-    compare(_ours(), _plain, {"x": x, "weight": weight, "bias": bias}, grad, ulps=64)
+    compare(our_routing(), plain_routing, {"x": x, "weight": weight, "bias": bias}, grad, ulps=64)
 
 
 @pytest.mark.parametrize("detach", [False, True])
 def test_input_capsules_have_no_order(detach):
     """With their weights they may come in any order; the sums are rounded differently, no more."""
-    x, weight, _ = (t.double() for t in _capsules(4, 75, 8, 5, 6))
+    x, weight, _ = (t.double() for t in capsules(4, 75, 8, 5, 6))
     order = torch.randperm(75)
     v = F.capsule_routing(x, weight, detach_routing=detach)
     other = F.capsule_routing(x[:, order], weight[:, order], detach_routing=detach)
@@ -202,7 +109,7 @@ def test_input_capsules_have_no_order(detach):
 
 
 def test_detached_routing_has_another_gradient_and_the_same_output():
-    x, weight, _ = _capsules(2, 40, 8, 5, 6)
+    x, weight, _ = capsules(2, 40, 8, 5, 6)
     x.requires_grad_()
     outputs = [F.capsule_routing(x, weight, detach_routing=detach) for detach in (False, True)]
     assert torch.equal(*outputs)
@@ -212,15 +119,15 @@ def test_detached_routing_has_another_gradient_and_the_same_output():
 
 @pytest.mark.parametrize("iterations", [1, 2, 3])
 def test_gradcheck(iterations):
-    x, weight, bias = (t.double().requires_grad_() for t in _capsules(2, 6, 3, 3, 4))
+    x, weight, bias = (t.double().requires_grad_() for t in capsules(2, 6, 3, 3, 4))
     with nnarch.trace() as trace:
         # The detached gradient is that of no function: test_forward_and_backward has it.
-        assert gradcheck(_ours(iterations=iterations), (x, weight, bias))
+        assert gradcheck(our_routing(iterations=iterations), (x, weight, bias))
     assert {entry.backend for entry in trace} == {"cpu"}
 
 
 def test_packed_weight():
-    x, weight, bias = _capsules(3, 37, 8, 5, 6)
+    x, weight, bias = capsules(3, 37, 8, 5, 6)
     packed = F.pack_capsule_weight(weight)
     assert torch.equal(
         F.capsule_routing(x, weight, bias=bias, packed=packed),
@@ -234,10 +141,10 @@ def test_packed_weight():
 def test_nan_and_infinities():
     """One reaches everything that its sample routes, as in torch, and no other sample."""
     for value in (float("nan"), float("inf"), 3e38):
-        x, weight, _ = _capsules(3, 40, 8, 5, 6)
+        x, weight, _ = capsules(3, 40, 8, 5, 6)
         x[1, 3, 2] = value
         v = F.capsule_routing(x, weight)
-        torch.testing.assert_close(v, _plain(x, weight), equal_nan=True)
+        torch.testing.assert_close(v, plain_routing(x, weight), equal_nan=True)
         assert bool(v[1].isnan().any())
         assert bool(v[[0, 2]].isfinite().all())
 
@@ -247,14 +154,14 @@ def test_large_logits_do_not_overflow():
     another path, here beside blocks that do not. Such a softmax multiplies rounding errors."""
     for dtype, tolerance in ((torch.float32, 1e-3), (torch.float64, 1e-11)):
         for factor, detach in itertools.product((30, 300), (False, True)):
-            x, weight, _ = (t.to(dtype) for t in _capsules(2, 72, 8, 5, 6))
+            x, weight, _ = (t.to(dtype) for t in capsules(2, 72, 8, 5, 6))
             x[:, 40:] *= factor
             grad = torch.randn(2, 5, 6, dtype=dtype)
             ours, plain = (
                 torch.cat([t.flatten() for t in _with_gradients(function, x, weight, grad)])
                 for function in (
-                    _ours(detach_routing=detach),
-                    lambda x, w, detach=detach: _plain(x.double(), w.double(), detach=detach),
+                    our_routing(detach_routing=detach),
+                    lambda x, w, detach=detach: plain_routing(x.double(), w.double(), detach=detach),
                 )
             )
             assert (ours - plain).norm() <= tolerance * plain.norm()
@@ -268,11 +175,11 @@ def _with_gradients(function, x, weight, grad) -> tuple[Tensor, ...]:
 
 def test_gradient_of_a_large_weight():
     """It goes past the caches, in either order of the weight's memory."""
-    x, weight, _ = _capsules(3, 290, 16, 8, 16)
+    x, weight, _ = capsules(3, 290, 16, 8, 16)
     for format in (torch.contiguous_format, torch.channels_last):
         compare(
-            _ours(),
-            _plain,
+            our_routing(),
+            plain_routing,
             {"x": x, "weight": weight.to(memory_format=format)},
             torch.randn(3, 8, 16),
             ulps=64,
@@ -280,7 +187,7 @@ def test_gradient_of_a_large_weight():
 
 
 def test_no_second_derivative_is_an_error():
-    x, weight, _ = _capsules(2, 9, 5, 4, 3)
+    x, weight, _ = capsules(2, 9, 5, 4, 3)
     x.requires_grad_()
     for function in (lambda: F.capsule_routing(x, weight), lambda: F.squash(x)):
         (dx,) = torch.autograd.grad(function().sum(), x, create_graph=True)
@@ -291,7 +198,7 @@ def test_no_second_derivative_is_an_error():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile(dynamic):
     torch._dynamo.reset()
-    _, weight, bias = _capsules(1, 9, 5, 4, 3)
+    _, weight, bias = capsules(1, 9, 5, 4, 3)
     weight.requires_grad_()
 
     def net(x: Tensor) -> Tensor:
@@ -309,7 +216,7 @@ def test_compile(dynamic):
 def test_channels_last_weight(shape, dtype):
     """What ``module.to(memory_format=torch.channels_last)`` makes of it: the same bits, and a
     gradient in that format, which autograd takes without a copy."""
-    x, weight, _ = (t.to(dtype) for t in _capsules(*shape))
+    x, weight, _ = (t.to(dtype) for t in capsules(*shape))
     results = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
         leaf = weight.clone().contiguous(memory_format=memory_format).requires_grad_()
@@ -338,7 +245,7 @@ def _everything(dtype: torch.dtype = torch.float32) -> list[Tensor]:
     shapes = (19, 100, 8, 10, 16), (3, 45, 7, 3, 5), (33, 360, 2, 10, 16)
     for shape, detach in itertools.product(shapes, (False, True)):
         torch.manual_seed(3)
-        x, weight, bias = (t.to(dtype).requires_grad_() for t in _capsules(*shape))
+        x, weight, bias = (t.to(dtype).requires_grad_() for t in capsules(*shape))
         v = F.capsule_routing(F.squash(x), weight, bias=bias, detach_routing=detach)
         results += [v.detach(), *torch.autograd.grad(v.square().sum(), (x, weight, bias))]
     return results
@@ -364,9 +271,6 @@ def _against_reference() -> None:
     test_gradcheck(3)
     test_nan_and_infinities()
     test_large_logits_do_not_overflow()
-    test_samples_in_lanes(LANES[2], torch.float32)
-    test_samples_in_lanes(LANES[5], torch.float64)
-    test_lanes_with_nan_and_large_logits()
     test_gradient_of_a_large_weight()
 
 
