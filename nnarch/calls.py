@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.autograd import forward_ad
 
-from nnarch.direct import DECLINED, WANTS_GRADIENT, watched
+from nnarch.direct import DECLINED, NO_DUAL_LEVEL, WANTS_GRADIENT, dual_level, watched
 
 if TYPE_CHECKING:
     from nnarch.library import Op
@@ -41,21 +42,23 @@ def cheap_call(
     kinds = [str(argument.type) for argument in overload._schema.arguments]
     tensors = 1 + max((i for i, kind in enumerate(kinds) if "Tensor" in kind), default=-1)
     family = f"{op.name}: "
-    apply = transformed = overload
+    apply = overload
     if setup_context:
         function = _autograd_function(op, on_a_gpu, backward, setup_context)
         apply = _cheap_apply(function, len(overload._schema.returns))
-        transformed = _functorch_function(op, backward, setup_context).apply
+    transformed = _functorch_function(op, backward, setup_context or _keep_nothing).apply
 
     def call(*args: Any) -> Any:
         try:
             if is_compiling():
                 return overload(*args)
             result = direct(*args)
+            if result is not DECLINED and result is not WANTS_GRADIENT:
+                return result
+            if dual_level() != NO_DUAL_LEVEL:
+                _refuse_tangents(op.name, args[:tensors])
             if result is WANTS_GRADIENT:
                 return transformed(*args) if in_functorch() else apply(*args)
-            if result is not DECLINED:
-                return result
             if is_inference_mode():  # is below autograd already
                 result = on_a_gpu(args)
                 return run(*args) if result is DECLINED else result
@@ -81,6 +84,20 @@ def cheap_call(
     call.__name__ = op.name
     call.overload = overload  # type: ignore[attr-defined]
     return call
+
+
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """The `setup_context` of a backward that raises."""
+
+
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """Below autograd, derivatives in forward mode would be lost without a word."""
+    for a in args:
+        if isinstance(a, torch.Tensor) and forward_ad.unpack_dual(a).tangent is not None:
+            raise NotImplementedError(
+                f"nnarch::{name} has no derivatives in forward mode (jvp, jacfwd, dual tensors); "
+                "vjp, jacrev and backward work"
+            )
 
 
 def first_output(call: Callable[..., Any], direct: Callable[..., Any]) -> Callable[..., Any]:

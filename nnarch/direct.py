@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from nnarch import nodes
 
@@ -24,6 +25,10 @@ DECLINED = object()
 """What a direct function returns where the call has to go the long way."""
 WANTS_GRADIENT = object()
 """What it returns where tensors and numbers are plain, and a tensor requires a gradient."""
+
+NO_DUAL_LEVEL = -1
+dual_level: Callable[[], int] = functools.partial(vars(forward_ad).__getitem__, "_current_level")
+"""How deep forward-mode differentiation is nested. All in C: 30 ns of every call."""
 
 _WORD = 8
 _KINDS = {"Tensor": "t", "int": "i", "float": "f", "bool": "b", "List[int]": "l"}
@@ -130,6 +135,7 @@ def watched() -> tuple[tuple[Callable[[], Any], Any], ...]:
         (torch._C._are_functorch_transforms_active, False),
         (torch._C._is_tracing, False),  # _get_tracing_state takes 0.1 µs
         (torch.autograd._profiler_enabled, False),  # type: ignore[attr-defined]
+        (dual_level, NO_DUAL_LEVEL),
     )
 
 

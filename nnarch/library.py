@@ -220,6 +220,7 @@ def declare(
         A callable with the operation's positional arguments.
     """
     name = schema.split("(", 1)[0]
+    backward = backward or _no_backward(name)
     _definitions.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(torch.ops.nnarch, name).default
     op = OPS[name] = Op(name, overload, reference, check, gpu, gpu_backend)
@@ -230,7 +231,7 @@ def declare(
     torch.library.register_fake(qualified, op.checked(fake), lib=_definitions)
     torch.library.register_autograd(
         qualified,
-        backward or _no_backward(name),
+        backward,
         setup_context=setup_context,
         lib=_definitions,
     )

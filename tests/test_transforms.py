@@ -9,6 +9,7 @@ import pytest
 import torch
 from tolerances import assert_as_accurate
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from nnarch import functional as F
 from nnarch import nn
@@ -130,6 +131,70 @@ class TestFunctorch:
             truth = torch.autograd.grad(net(x[i : i + 1]).square().sum(), list(net.parameters()))
             for name, expected in zip(parameters, truth, strict=True):
                 torch.testing.assert_close(mine[name][i], expected)
+
+
+def _layer(make, *shapes):
+    return lambda: (make(), [torch.randn(s) for s in shapes])
+
+
+LAYERS = {
+    "GRU": _layer(lambda: nn.GRU(3, 4, batch_first=True), (2, 5, 3)),
+    "LSTM": _layer(lambda: nn.LSTM(3, 4, 2, batch_first=True), (2, 5, 3)),
+    "GRUCell": _layer(lambda: nn.GRUCell(3, 4), (2, 3)),
+    "DenseCapsules": _layer(lambda: nn.DenseCapsules(6, 4, 3, 5), (2, 6, 4)),
+    "PrimaryCapsules": _layer(lambda: nn.PrimaryCapsules(2, 8, 4, 3), (2, 2, 6, 6)),
+    "LocalResponseNorm": _layer(lambda: nn.LocalResponseNorm(3), (2, 4, 5, 5)),
+    "MultiheadAttention": _layer(lambda: nn.MultiheadAttention(8, 2), *[(5, 2, 8)] * 3),
+    "TransformerEncoderLayer": _layer(
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True), (2, 5, 8)
+    ),
+    "TransformerDecoderLayer": _layer(
+        lambda: nn.TransformerDecoderLayer(8, 2, 16, 0.0), (4, 2, 8), (5, 2, 8)
+    ),
+    "Reservoir": _layer(lambda: nn.Reservoir(3, 20), (2, 5, 3)),
+    "Linear": _layer(lambda: nn.Linear(4, 3), (2, 4)),
+    "GELU": _layer(nn.GELU, (2, 4)),
+    "LayerNorm": _layer(lambda: nn.LayerNorm(4), (2, 4)),
+    "MaxPool2d": _layer(lambda: nn.MaxPool2d(2), (1, 2, 4, 4)),
+    "Conv2d": _layer(lambda: nn.Conv2d(2, 3, 3), (1, 2, 4, 4)),
+}
+
+
+def _first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "Reservoir"])
+def test_functional_gradients_of_layers(name):
+    """torch.func.grad gives what autograd gives, though most backwards have no second derivative."""
+    layer, inputs = LAYERS[name]()
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return _first(torch.func.functional_call(layer, parameters, (x, *inputs[1:]))).sin().sum()
+
+    mine = torch.func.grad(loss, (0, 1))(parameters, inputs[0])
+    x = inputs[0].requires_grad_()
+    truth = torch.autograd.grad(loss(parameters, x), [*parameters.values(), x])
+    torch.testing.assert_close([*mine[0].values(), mine[1]], list(truth))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_forward_mode_is_refused(name):
+    """Not lost without a word where nothing requires a gradient."""
+    layer, inputs = LAYERS[name]()
+    layer.requires_grad_(False)
+
+    def function(x: Tensor) -> Tensor:
+        return _first(layer(x, *inputs[1:]))
+
+    tangent = torch.ones_like(inputs[0])
+    with pytest.raises(NotImplementedError, match="forward mode"):
+        torch.func.jvp(function, (inputs[0],), (tangent,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
+        function(forward_ad.make_dual(inputs[0], tangent))
+    with forward_ad.dual_level():
+        torch.testing.assert_close(function(inputs[0]), function(inputs[0].clone()))
 
 
 # --------------------------------------------------------------------------------------- autocast

@@ -112,8 +112,11 @@ void average_into(const Tensor& y, const Tensor& input, bool channels_last, cons
                   const Windows& columns) {
   const Axis h = rows.axis(), w = columns.axis();
   const int64_t images = y.size(0), channels = y.size(1);
-  const bool global = h.outputs == 1 && w.outputs == 1 && h.count[0] == h.inputs &&
-                      w.count[0] == w.inputs && h.step == 1;
+  // One window, which is the whole plane; a count is what its sum is divided by.
+  const auto whole = [](const Axis& a) {
+    return a.outputs == 1 && a.start[0] == 0 && a.end[0] == a.inputs && a.count[0] == a.inputs;
+  };
+  const bool global = whole(h) && whole(w) && h.step == 1;
   with_scalar_type(input.scalar_type(), "avg_pool2d", [&](auto scalar) {
     using T = decltype(scalar);
     const Stored from(input), to(y);

@@ -189,7 +189,9 @@ NNARCH_NOINLINE bool pool_planes(const T* x, int64_t planes, const Axis& h, cons
   // Windows that cover all of a row without overlapping: rows are one long row.
   const bool flat = stride == kernel && kernel > 1 && pitch == w.outputs * stride &&
                     w.inputs == pitch && buffer.same_scale;
-  const bool narrow = w.inputs < kLanes<T> && w.padding == 0;
+  // Whole vectors write beyond a narrow row, over the next one, which comes after it; not where
+  // windows reach beyond the row and find nothing there.
+  const bool narrow = w.inputs < kLanes<T> && pitch == w.inputs;
   // A buffer holds some rows of a plane, or all rows of some planes.
   const int64_t rows = to - from, width = w.outputs;
   const int64_t together = buffer.rows >= rows ? buffer.rows / rows : 1;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
@@ -23,6 +24,7 @@ from pooling_cases import (
     each_pool,
     image,
 )
+from tolerances import assert_as_accurate
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as TF
 
@@ -45,6 +47,33 @@ def test_max(window, dtype, memory_format):
         assert_same(actual, expected)
         assert_same([on_fresh_memory(partial(F.max_pool2d, x, *window))], expected[:1])
         assert actual[0].is_contiguous(memory_format=nnarch.library.output_format(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("width", range(1, 18))
+def test_narrow_planes(width, dtype):
+    """Rows shorter than a vector, one plane right behind the other; a NaN would take another way."""
+    x = image((2, 5, width + 1, width), dtype)
+    for kernel, stride, padding, ceil in itertools.product((2, 3, 5), (1, 2, 3), (0, 1), (0, 1)):
+        if width + 2 * padding < kernel:
+            continue
+        window = kernel, stride, padding
+        for wants_gradient in (False, True):
+            t = x.clone().requires_grad_(wants_gradient)
+            y = F.max_pool2d(t, *window, ceil_mode=bool(ceil))
+            assert torch.equal(y, TF.max_pool2d(t, *window, ceil_mode=bool(ceil)))
+            y = F.avg_pool2d(t, *window, bool(ceil))
+            truth = TF.avg_pool2d(t.double(), *window, bool(ceil))
+            assert_as_accurate(y, truth.to(dtype), truth)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
+def test_one_average_that_is_not_the_mean_of_a_plane(memory_format):
+    """A window of which padding is a part; a divisor that is a plane's number of pixels by chance."""
+    for size, arguments in (((1, 2, 3, 3), (3, 3, 1)), ((1, 4, 3, 1), (1, 3, 0, False, True, 3))):
+        x = image(size, memory_format=memory_format)
+        truth = TF.avg_pool2d(x.double(), *arguments)
+        torch.testing.assert_close(F.avg_pool2d(x, *arguments).double(), truth)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
