@@ -49,7 +49,11 @@ library.define_native("cross_entropy_ready(Tensor grad, Tensor ready, bool keep)
 
 
 def scaled(
-    op: str, grad: Tensor, ready: Sequence[Tensor | None], likes: Sequence[Tensor | None]
+    op: str,
+    grad: Tensor,
+    ready: Sequence[Tensor | None],
+    likes: Sequence[Tensor | None],
+    anchors: Sequence[Tensor | None] = (),
 ) -> tuple[Tensor | None, ...]:
     """Gradients that are ready for a gradient 1 of the loss, times `grad`.
 
@@ -58,13 +62,16 @@ def scaled(
         grad: of the loss, a scalar.
         ready: the gradients; None where there is none.
         likes: what they belong to, under functorch; else None.
+        anchors: where they lead to (:func:`anchor`), by which a second derivative finds its error.
+            A node in C++ knows by itself.
     """
     if torch._C._are_functorch_transforms_active():
         return _each(lambda r, like: _scaled(grad, r, like), ready, likes)
     if type(grad) is not Tensor:  # traced by torch.compile, which fuses it with what follows
         return _each(lambda r, _: (r * grad).to(r.dtype), ready, likes)
     if torch.is_grad_enabled():
-        return _not_twice(op, _each(lambda r, _: _scaled(grad, r, None), ready, likes))
+        gradients = _each(lambda r, _: _scaled(grad, r, None), ready, likes)
+        return _not_twice(op, gradients, [a for a in anchors if a is not None])
     if grad.is_cpu and library.native is not None and not _graph_is_kept():
         factor = grad.item()
         if factor != 1.0:
@@ -77,6 +84,14 @@ def scaled(
     if grad.is_cuda and not _graph_is_kept():
         return _each(lambda r, _: _times_on_gpu(grad, r), ready, likes)
     return _each(lambda r, _: _scaled(grad, r, None), ready, likes)
+
+
+def anchor(t: Tensor | None) -> Tensor | None:
+    """Nothing that is made of `t`: a way to it in autograd's graph that keeps no memory."""
+    if t is None or not t.requires_grad or torch._C._are_functorch_transforms_active():
+        return None
+    with torch.enable_grad():
+        return t.flatten()[:0].clone()
 
 
 def if_functorch(t: Tensor | None) -> Tensor | None:
@@ -117,12 +132,18 @@ def _graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
 
 
-def _not_twice(op: str, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """What torch.autograd.function.once_differentiable does, with a message that names `op`."""
+def _not_twice(
+    op: str, gradients: tuple[Tensor | None, ...], anchors: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """What torch.autograd.function.once_differentiable does, with a message that names `op`, and
+    also where only what lies behind the operation is differentiated: autograd passes over an error
+    that leads to nothing."""
     message = f"nnarch::{op} has no second derivative (once_differentiable)"
 
     def marked(g: Tensor) -> Tensor:
-        leaf = g.detach().requires_grad_()
-        return torch._C._functions.DelayedError(message, 1)(leaf)  # type: ignore[attr-defined]
+        inputs = g.detach().requires_grad_(), *anchors
+        delayed = torch._C._functions.DelayedError(message, len(inputs))  # type: ignore[attr-defined]
+        marked = delayed(*inputs)
+        return marked[0] if isinstance(marked, tuple) else marked
 
     return tuple(None if g is None else marked(g) for g in gradients)

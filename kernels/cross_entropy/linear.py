@@ -16,7 +16,7 @@ from nnarch.kernels.linear.op import linear
 
 from . import reference
 from .arguments import autocast_dtype, cast, checked_class_weight, checked_numbers, reduction_code
-from .autograd import if_functorch, not_differentiable, scaled
+from .autograd import anchor, if_functorch, not_differentiable, scaled
 from .checks import check_integers, check_linear_backward, check_linear_forward
 from .op import NUMBERS, cross_entropy
 from .reference import NONE, WANT_BIAS, WANT_WEIGHT, WANT_X, compute_dtype
@@ -32,6 +32,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> int
     lse, *gradients = rest
     if ctx.wanted:
         ctx.save_for_backward(*gradients, *map(if_functorch, (x, weight, bias)))
+        ctx.anchors = [anchor(t) for t in (x, weight, bias)]
     else:
         ctx.save_for_backward(x, weight, bias, target, class_weight, lse)
     return 1
@@ -50,7 +51,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
             )
         saved = ctx.saved_tensors
         ready = [g if n else None for g, n in zip(saved[:3], need, strict=True)]
-        return scaled("linear_cross_entropy", grad, ready, saved[3:]) + none[3:]
+        return scaled("linear_cross_entropy", grad, ready, saved[3:], ctx.anchors) + none[3:]
     x, weight, bias, target, class_weight, lse = ctx.saved_tensors
     gradients = linear_cross_entropy_backward(
         grad, x, weight, bias, target, class_weight, lse, *ctx.numbers, wanted

@@ -24,7 +24,7 @@ from .arguments import (
     reduction_code,
     target_sizes,
 )
-from .autograd import if_functorch, not_differentiable, scaled
+from .autograd import anchor, if_functorch, not_differentiable, scaled
 from .checks import check_backward, check_forward
 from .reference import MEAN, NONE, WANT_LOGITS, WANT_TARGET, empty_like_logits
 
@@ -40,6 +40,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> int
     lse, dx = rest
     if ctx.wanted:
         ctx.save_for_backward(dx, if_functorch(x))
+        ctx.anchor = anchor(x)
     else:
         ctx.save_for_backward(x, target, class_weight, lse)
     return 1
@@ -54,7 +55,7 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
         if need_target:
             raise NotImplementedError("nnarch::cross_entropy: target's gradient was not prepared")
         dx, x = ctx.saved_tensors
-        return scaled("cross_entropy", grad, (dx,), (x,)) + none[1:]
+        return scaled("cross_entropy", grad, (dx,), (x,), [ctx.anchor]) + none[1:]
     x, target, class_weight, lse = ctx.saved_tensors
     wanted = need_x * WANT_LOGITS + need_target * WANT_TARGET
     dx, dq = cross_entropy_backward(grad, x, target, class_weight, lse, *ctx.numbers, wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 from torch.nn import functional as TF
 
+import nnarch
 from nnarch import functional as F
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -269,6 +271,25 @@ def test_no_second_derivative():
             (RuntimeError, NotImplementedError), match=r"cross_entropy.*\(once_differ"
         ):
             dx.square().sum().backward()
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_second_derivative_behind_it(reduction, traced):
+    """Not a part of one without a word, where other terms have one; with nodes and without."""
+    x, weight = torch.randn(4, 5, requires_grad=True), torch.randn(6, 5, requires_grad=True)
+    target = torch.tensor([0, 1, 2, 3])
+    losses = (
+        lambda h: F.cross_entropy(F.linear(h, weight), target, reduction=reduction),
+        lambda h: F.linear_cross_entropy(h, weight, target, reduction=reduction),
+    )
+    for loss, wanted in itertools.product(losses, ([x], [weight])):
+        h = x * 2
+        with nnarch.trace() if traced else contextlib.nullcontext():  # a watcher: no nodes
+            total = loss(h).sum() + h.square().sum()
+            (dx,) = torch.autograd.grad(total, x, create_graph=True)
+        with pytest.raises((RuntimeError, NotImplementedError), match=r"cross_entropy.*once_diff"):
+            torch.autograd.grad(dx.square().sum(), wanted)
 
 
 def test_backward_twice():

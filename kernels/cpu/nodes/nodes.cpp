@@ -7,6 +7,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/saved_variable.h>
@@ -106,12 +107,22 @@ struct OpNode : torch::autograd::Node {
     }
     const auto& edges = backward.edges;
     for (size_t e = 0; e < edges.size(); ++e)
-      if (task_should_compute_output(e))
+      if (task_should_compute_output(e)) {
         gradients[e] = results[static_cast<size_t>(edges[e].result)];
+        lead_error_on(gradients[e]);
+      }
     return gradients;
   }
 
  private:
+  // A formula without a second derivative marks its results with an error. It must lie on the way
+  // to what lies behind this operation: autograd passes over one that leads to nothing.
+  void lead_error_on(const Tensor& gradient) const {
+    if (!gradient.defined() || !gradient.grad_fn()) return;
+    auto* const error = dynamic_cast<torch::autograd::Error*>(gradient.grad_fn().get());
+    if (error) error->set_next_edges(torch::autograd::edge_list(next_edges()));
+  }
+
   uint64_t wanted() const {
     int64_t bits = 0;
     for (size_t e = 0; e < backward.edges.size(); ++e)
