@@ -166,7 +166,7 @@ def _first(output):
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "Reservoir"])
 def test_functional_gradients_of_layers(name):
-    """torch.func.grad gives what autograd gives, though most backwards have no second derivative."""
+    """torch.func.grad gives what autograd gives, where backwards have no derivative, too."""
     layer, inputs = LAYERS[name]()
     parameters = dict(layer.named_parameters())
 

@@ -165,8 +165,9 @@ def _scores(
 
 
 def _weights(scores: Tensor, lse: Tensor) -> Tensor:
-    nothing = lse == -torch.inf
-    return torch.exp(scores - lse.masked_fill(nothing, 0.0)[..., None])
+    """The softmax; zero where there is nothing. Not exp(scores - lse): of a row that a mask of -1e9
+    covers, rounding leaves its number of keys out of the log-sum-exp."""
+    return scores.softmax(-1).masked_fill((lse == -torch.inf)[..., None], 0.0)
 
 
 def _factors(weights: Tensor, seed: Tensor, p: float) -> Tensor:

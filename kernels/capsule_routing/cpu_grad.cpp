@@ -15,8 +15,8 @@ namespace nnarch {
 namespace {
 
 // Bytes of coefficients that a chunk of samples may leave: they are read from the last-level cache.
-// Where that is far, they come from there in any case, and every chunk reads and writes the weight's
-// gradient once more.
+// Where that is far, they come from there in any case, and every chunk reads and writes the
+// weight's gradient once more.
 int64_t chunk_bytes() { return int64_t{far_l3() ? 32 : 8} << 20; }
 
 // A gradient of the weight above this goes past the caches: nothing reads it before they are full
@@ -66,8 +66,7 @@ struct Backward {
     g.x_grad = {grads.get(), r.x_block};
     g.weight_grad = packed_dw ? packed_dw + i * r.weight_block : weight_grad.get();
     walk.table.grad(r.shape, g);
-    if (walk.base + count == r.samples)
-      unpack_weight_block(r, i, g.weight_grad, channels_last, dw);
+    if (walk.base + count == r.samples) unpack_weight_block(r, i, g.weight_grad, channels_last, dw);
     for (int64_t b = 0; b < count; ++b)
       transpose_fn<T>()(grads.get() + b * r.x_block, block,
                         dx + ((walk.base + b) * r.inputs + i * block) * in, in, in, r.inside(i));
@@ -123,12 +122,8 @@ void capsule_routing_grad_of(const Tensor& grad, const Tensor& x, const Tensor& 
     parts[n] = next;
   walk.bias_grads = parts[1], walk.packed_x = parts[2], walk.constants = parts[3];
   walk.coefficients = parts[4], walk.factors = parts[5];
-  Backward<T>{walk,
-              mutable_data<T>(dx),
-              mutable_data<T>(dw),
-              !dw.is_contiguous(),
-              chunk,
-              one_chunk ? nullptr : parts[0]}
+  Backward<T>{walk,  mutable_data<T>(dx),           mutable_data<T>(dw), !dw.is_contiguous(),
+              chunk, one_chunk ? nullptr : parts[0]}
       .run();
   T* const bias_grad = mutable_data<T>(db);
   for (int64_t n = 0; n < r.samples; ++n)

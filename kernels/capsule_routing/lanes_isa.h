@@ -175,8 +175,7 @@ NNARCH_INLINE void lane_iteration_of(const CapsuleShape& s, const LaneCapsules<T
                                     {exponentials + n * logits});
   for (int64_t o = 0; o < s.out; ++o) {
     Vec<T> weights[N];
-    for (int n = 0; n < N; ++n)
-      weights[n] = load(exponentials + n * logits + o * lanes) * scale[n];
+    for (int n = 0; n < N; ++n) weights[n] = load(exponentials + n * logits + o * lanes) * scale[n];
     add_lane_votes<T, N>(votes + o * output, step, weights, s.dim, sums + o * output);
   }
 }
@@ -205,9 +204,9 @@ NNARCH_INLINE void lane_iteration_grad_of(const CapsuleShape& s, const LaneCapsu
   coefficients += 2 * i * logits;
   for (int n = 0; n < N; ++n) {
     T *const softmax = coefficients + 2 * n * logits, *const db = softmax + logits;
-    const Vec<T> scale = lane_votes<T, IN, 2>(
-        s, c.weight + (i + n) * s.dim * in, c.weight_step, c.x + (i + n) * in * lanes,
-        {outputs, sum_grad}, votes + n * step, {softmax, db});
+    const Vec<T> scale = lane_votes<T, IN, 2>(s, c.weight + (i + n) * s.dim * in, c.weight_step,
+                                              c.x + (i + n) * in * lanes, {outputs, sum_grad},
+                                              votes + n * step, {softmax, db});
     lane_softmax_grad(s.out, scale, softmax, db);
   }
   for (int64_t o = 0; o < s.out; ++o) {

@@ -10,20 +10,13 @@ namespace {
 
 template <class T>
 constexpr RoutingTable<T> kTable = {
-    kLanes<T>,
-    kLaneCapsules,
-    transpose_matrix<T>,
-    copy_rows<T>,
-    votes_of_block<T>,
-    total<T>,
-    iteration<T>,
-    iteration_grad<T>,
-    softmax<T>,
-    grad_of_block<T>,
-    to_lanes<T>,
-    lane_sums<T>,
-    lane_iteration<T>,
-    lane_iteration_grad<T>,
+    kLanes<T>,           kLaneCapsules,
+    transpose_matrix<T>, copy_rows<T>,
+    votes_of_block<T>,   total<T>,
+    iteration<T>,        iteration_grad<T>,
+    softmax<T>,          grad_of_block<T>,
+    to_lanes<T>,         lane_sums<T>,
+    lane_iteration<T>,   lane_iteration_grad<T>,
     lane_outputs<T>,
 };
 

@@ -66,6 +66,7 @@ def beam_search(
     tokens = start.repeat_interleave(beams, 0)
     written = start.new_zeros((batch, beams, 0))
     best = start.new_full((batch, limit), filler)
+    best_length = start.new_zeros(batch)
     best_score = torch.full((batch,), -math.inf, device=start.device)
     first = torch.arange(batch, device=start.device)[:, None] * beams
     for length in range(1, limit + 1):
@@ -81,6 +82,7 @@ def beam_search(
         candidate, which = (top / penalty).masked_fill(~final, -math.inf).max(1)
         better = candidate > best_score
         best_score = torch.where(better, candidate, best_score)
+        best_length = torch.where(better, length, best_length)
         found = written[torch.arange(batch, device=start.device), which]
         best[better] = torch.nn.functional.pad(found[better], (0, limit - length), value=filler)
         # The likeliest that go on. What can still come: a sum only falls, the penalty grows.
@@ -91,7 +93,7 @@ def beam_search(
         written = written.gather(1, _like(kept, written))
         tokens = token.gather(1, kept).view(-1, 1)
         step.reorder((first + beam.gather(1, kept)).flatten())
-    longest = int((best != filler).sum(1).max()) if batch and limit else 0
+    longest = int(best_length.max()) if batch and limit else 0
     return best[:, :longest]
 
 

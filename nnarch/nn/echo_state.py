@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nnarch import functional as F
+from nnarch.nn.echo_state_options import check_fit, check_network, per_input
 from nnarch.nn.linear import Linear
 from nnarch.nn.readout import Readout
 from nnarch.nn.reservoir import Scaling
@@ -78,8 +80,9 @@ class EchoStateNetwork(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = (units,) if isinstance(units, int) else tuple(units)
-        self._check(inputs, sizes, outputs, washout, feedback_scaling, bidirectional)
+        sizes = (int(units),) if isinstance(units, Integral) else tuple(map(int, units))  # type: ignore[arg-type]
+        check_network(inputs, sizes, outputs, washout, feedback_scaling, bidirectional)
+        check_fit(solver, ridge, noise)
         self.inputs, self.outputs, self.washout = inputs, outputs, washout
         self.solver, self.ridge, self.noise, self.seed = solver, ridge, noise, seed
         self.feedback = feedback_scaling != 0
@@ -90,7 +93,7 @@ class EchoStateNetwork(nn.Module):
             "bias_scaling": bias_scaling, "activation": activation, "device": device,
             "dtype": dtype,
         }  # fmt: skip
-        scaling = _per_input(input_scaling, inputs)
+        scaling = per_input(input_scaling, inputs)
         scaling += [feedback_scaling] * (width - inputs)
         # Seeds of layers: far apart for different networks, and different from each other.
         self.layers = make_stack(width, sizes, scaling, 1000 * seed, **options)
@@ -106,26 +109,16 @@ class EchoStateNetwork(nn.Module):
         self._output: Tensor | None = None
         self._unsaid = False  # whether generate begins with that output
 
-    @staticmethod
-    def _check(
-        inputs: int, sizes: tuple[int, ...], outputs: int, washout: int, feedback: float,
-        bidirectional: bool,
-    ) -> None:  # fmt: skip
-        name = "EchoStateNetwork"
-        if inputs < 0 or (inputs == 0 and not feedback):
-            raise ValueError(
-                f"{name}: inputs must be at least 1, or 0 with feedback_scaling; got {inputs}"
-            )
-        if not sizes or min(sizes) < 1:
-            raise ValueError(f"{name}: units must be positive, got {sizes}")
-        if outputs < 1:
-            raise ValueError(f"{name}: outputs must be at least 1, got {outputs}")
-        if washout < 0:
-            raise ValueError(f"{name}: washout must be at least 0, got {washout}")
-        if feedback and bidirectional:
-            raise ValueError(f"{name}: a bidirectional network cannot feed back its output")
-
     # --------------------------------------------------------------------------------- sequences
+
+    def _apply(self, fn: Any, recurse: bool = True) -> EchoStateNetwork:
+        """What `.to()`, `.float()` and others do, also to where the last call stopped."""
+        super()._apply(fn, recurse)
+        if self._states is not None:
+            self._states = [fn(s) for s in self._states]
+        if self._output is not None:
+            self._output = fn(self._output)
+        return self
 
     @property
     def _kind(self) -> dict[str, Any]:
@@ -188,7 +181,7 @@ class EchoStateNetwork(nn.Module):
         Raises:
             ValueError: shapes that do not fit; no more steps than the washout; NaN in `y`.
         """
-        x, target = self._inputs("fit", x, y)
+        x, target = self._inputs("fit", x, y, None if reset else self._output)
         steps = x.shape[0]
         if steps <= self.washout:
             raise ValueError(
@@ -211,9 +204,15 @@ class EchoStateNetwork(nn.Module):
         self._output, self._unsaid = target[-1], False
         return self
 
-    def _inputs(self, op: str, x: Array | None, y: Array | None) -> tuple[Tensor, Tensor]:
-        """What drives the reservoir, fed-back outputs included, and the target."""
-        assert y is not None
+    def _inputs(
+        self, op: str, x: Array | None, y: Array | None, before: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What drives the reservoir, fed-back outputs included, and the target.
+
+        `before` is the output of the step before the first, zero if None.
+        """
+        if y is None:
+            raise ValueError(f"EchoStateNetwork.{op}: y is missing")
         target = self._sequence(op, "y", y, self.outputs)
         if x is None:
             if self.inputs:
@@ -227,14 +226,22 @@ class EchoStateNetwork(nn.Module):
                 f"got {tuple(u.shape[:2])} and {tuple(target.shape[:2])}"
             )
         if self.feedback:  # the output of the step before
-            fed = torch.cat((torch.zeros_like(target[:1]), target[:-1]))
+            first = torch.zeros_like(target[:1]) if before is None else before[None]
+            if first.shape != target[:1].shape:
+                raise ValueError(
+                    f"EchoStateNetwork.{op}: the last call had a batch of {first.shape[1]}, this "
+                    f"one has {target.shape[1]}: it cannot go on from there"
+                )
+            fed = torch.cat((first, target[:-1]))
             u = torch.cat((u, fed), 2)
         return u, target
 
+    @torch.no_grad()
     def predict(self, x: Array, *, reset: bool = True) -> Any:
         """The output at every step of a sequence.
 
-        A network with output feedback feeds back what it says itself.
+        A network with output feedback feeds back what it says itself. Without gradients, in memory
+        that does not grow with the states; :meth:`forward` has them.
 
         Args:
             x: ``[T, B, I]``, ``[T, I]`` or ``[T]``.
@@ -248,8 +255,7 @@ class EchoStateNetwork(nn.Module):
         if self.feedback:
             if reset:
                 self._states = self._output = None
-            with torch.no_grad():
-                y = self._free_run(u)
+            y = self._free_run(u)
         else:
             y = self._read(u, None if reset else self._states)
         return self._like(y, x, np.ndim(x) == 1, np.ndim(x) == 3)
@@ -374,14 +380,3 @@ class EchoStateNetwork(nn.Module):
     def extra_repr(self) -> str:
         """What `print(module)` shows."""
         return f"feedback={self.feedback}, washout={self.washout}, solver={self.solver!r}"
-
-
-def _per_input(scaling: Scaling, inputs: int) -> list[float]:
-    if isinstance(scaling, (int, float)):
-        return [float(scaling)] * inputs
-    if len(scaling) != inputs:
-        raise ValueError(
-            f"EchoStateNetwork: input_scaling must be a number or {inputs} numbers, "
-            f"got {len(scaling)}"
-        )
-    return [float(s) for s in scaling]

@@ -51,10 +51,15 @@ def run(x: Tensor, norm_first: bool, *steps: tuple[Sublayer, Module, Module]) ->
     return _run_norm_first(x, steps) if norm_first else _run_norm_last(x, steps)
 
 
+def _narrows(x: Tensor) -> bool:
+    """Whether autocast would round a residual that a product adds."""
+    return x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
+
+
 def _run_norm_last(x: Tensor, steps: tuple[tuple[Sublayer, Module, Module], ...]) -> Tensor:
     for sublayer, dropout, norm in steps:
         p = _probability(dropout)
-        if p == 0:
+        if p == 0 and not _narrows(x):
             x = norm(sublayer(x, x))
         elif p is not None and _takes_residual(norm):
             x = norm.forward(sublayer(x, None), x, dropout_p=p)
@@ -72,7 +77,8 @@ def _run_norm_first(x: Tensor, steps: tuple[tuple[Sublayer, Module, Module], ...
             y = sublayer(normed, None)
             normed, x = following.forward(y, x, dropout_p=p, return_sum=True)
             continue
-        x = sublayer(normed, x) if p == 0 else x + dropout(sublayer(normed, None))
+        fuses = p == 0 and not _narrows(x)
+        x = sublayer(normed, x) if fuses else x + dropout(sublayer(normed, None))
         if following is not None:
             normed = following(x)
     return x

@@ -18,7 +18,9 @@ def capsules(b: int, i: int, k: int, o: int, d: int) -> tuple[Tensor, Tensor, Te
     )
 
 
-def plain_routing(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, iterations=3, detach=False):
+def plain_routing(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, iterations=3, detach=False
+):
     """Routing as people write it: votes by einsum, a loop over the iterations."""
     votes = torch.einsum("oidk,bik->boid", weight, x)
     fixed = votes.detach() if detach else votes

@@ -13,6 +13,8 @@ from kernel_cases import DTYPES, name_of, on_fresh_memory
 from tolerances import assert_as_accurate
 from torch import Tensor
 
+import nnarch
+from nnarch import functional as F
 from nnarch.kernels.attention import reference
 from nnarch.kernels.attention.op import UNBOUNDED, attention_backward
 
@@ -274,3 +276,25 @@ def test_forward_and_backward_of_32768_positions_take_less_than_a_gigabyte() -> 
     """Beyond inputs and gradients; the scores alone would be 4.3 GB."""
     done = subprocess.run([sys.executable, "-c", _BOTH], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 1_000_000, done.stdout  # KB
+
+
+@pytest.mark.parametrize("size", [30.0, 1e4, 1e9])
+def test_large_scores(size):
+    """Gradients stay finite and weights below one where rounding exceeds what exp can take."""
+    q, k, v = (torch.randn(1, 2, 37, 16) for _ in range(3))
+    q, k = (t.mul(size**0.5).requires_grad_() for t in (q, k))
+    v.requires_grad_()
+    out = F.scaled_dot_product_attention(q, k, v)
+    grads = torch.autograd.grad(out.sum(), (q, k, v))
+    assert all(torch.isfinite(g).all() for g in grads)
+    assert (grads[2].sum(2) <= 37 * 1.05).all()  # of weights that sum to at most one a query
+
+
+def test_the_reference_of_a_row_that_a_number_masks():
+    """A mask of -1e9 leaves the mean of the values, not their number times it."""
+    q, k, v = (torch.randn(1, 1, 30, 8) for _ in range(3))
+    mask = torch.full((30, 30), -1e9)
+    truth = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+    for backend in ("reference", "cpu"):
+        with nnarch.use_backend(backend):
+            torch.testing.assert_close(F.scaled_dot_product_attention(q, k, v, mask), truth)

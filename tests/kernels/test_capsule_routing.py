@@ -161,7 +161,9 @@ def test_large_logits_do_not_overflow():
                 torch.cat([t.flatten() for t in _with_gradients(function, x, weight, grad)])
                 for function in (
                     our_routing(detach_routing=detach),
-                    lambda x, w, detach=detach: plain_routing(x.double(), w.double(), detach=detach),
+                    lambda x, w, detach=detach: plain_routing(
+                        x.double(), w.double(), detach=detach
+                    ),
                 )
             )
             assert (ours - plain).norm() <= tolerance * plain.norm()

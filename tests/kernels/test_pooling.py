@@ -52,7 +52,7 @@ def test_max(window, dtype, memory_format):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @pytest.mark.parametrize("width", range(1, 18))
 def test_narrow_planes(width, dtype):
-    """Rows shorter than a vector, one plane right behind the other; a NaN would take another way."""
+    """Rows shorter than a vector, plane behind plane; a NaN would take another way."""
     x = image((2, 5, width + 1, width), dtype)
     for kernel, stride, padding, ceil in itertools.product((2, 3, 5), (1, 2, 3), (0, 1), (0, 1)):
         if width + 2 * padding < kernel:
@@ -69,7 +69,7 @@ def test_narrow_planes(width, dtype):
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
 def test_one_average_that_is_not_the_mean_of_a_plane(memory_format):
-    """A window of which padding is a part; a divisor that is a plane's number of pixels by chance."""
+    """A window with padding; a divisor that is a plane's number of pixels by chance."""
     for size, arguments in (((1, 2, 3, 3), (3, 3, 1)), ((1, 4, 3, 1), (1, 3, 0, False, True, 3))):
         x = image(size, memory_format=memory_format)
         truth = TF.avg_pool2d(x.double(), *arguments)

@@ -8,8 +8,10 @@ import itertools
 import pytest
 import torch
 from tolerances import assert_as_accurate
+from torch import Tensor
 
 import nnarch
+from nnarch.models.decoding import beam_search
 from nnarch.models.transformer import (
     TransformerConfig,
     TransformerModel,
@@ -148,6 +150,31 @@ def test_beams_that_keep_everything_find_the_best(alpha):
     best = max(every, key=lambda tokens: score(model, source, tokens, alpha))
     written = model.generate(source, 3, beams=27, length_penalty=alpha)[0].tolist()
     assert tuple(written[: len(best)]) == best and all(t == 2 for t in written[len(best) :])
+
+
+class _Says:
+    """A stepper that wants to say these tokens."""
+
+    def __init__(self, *tokens: int) -> None:
+        self.tokens, self.rows, self.at = tokens, 1, 0
+
+    def __call__(self, token: Tensor) -> Tensor:
+        likely = torch.full((self.rows, 5), -5.0)
+        likely[:, self.tokens[self.at]] = 5.0
+        self.at += 1
+        return likely
+
+    def repeat(self, times: int) -> None:
+        self.rows *= times
+
+    def reorder(self, rows: Tensor) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("filler", "tokens"), [(0, (4, 0, 3, 2)), (0, (0, 2)), (2, (3, 4, 2))])
+def test_beams_keep_fillers_within_a_sentence(filler, tokens):
+    found = beam_search(_Says(*tokens), torch.zeros(1, 1, dtype=torch.long), 4, 2, filler, 2, 0.6)
+    assert tuple(found[0].tolist()) == tokens
 
 
 @torch.no_grad()

@@ -360,3 +360,40 @@ def test_mackey_glass():
     for seed in range(4):
         net = m.build(seed).fit(inputs[: m.TRAIN - 1], inputs[1 : m.TRAIN])
         assert m.nrmse84(net, series) <= m.BOUND
+
+
+def test_fit_goes_on_with_the_output_that_was_fed_back():
+    """Two fits in a row leave the states of one over both parts."""
+    series = torch.sin(torch.arange(302.0) / 5)
+    options = {"feedback_scaling": 0.7, "washout": 0, "connectivity": 0.2}
+    whole = nn.EchoStateNetwork(0, 30, 1, **options).fit(None, series)
+    parts = nn.EchoStateNetwork(0, 30, 1, **options).fit(None, series[:300])
+    parts.fit(None, series[300:], reset=False)
+    torch.testing.assert_close(parts._states, whole._states)
+    with pytest.raises(ValueError, match="a batch of 1, this one has 2"):
+        parts.fit(None, torch.randn(5, 2, 1), reset=False)
+
+
+def test_states_follow_the_module():
+    x = torch.randn(120, 1, dtype=torch.float64)
+    network = nn.EchoStateNetwork(1, 20, 1, washout=10, dtype=torch.float64).fit(x[:-1], x[1:])
+    assert network.float().generate(5).dtype == np.float32
+    assert not network.predict(x.float()).requires_grad
+
+
+def test_options_are_checked_at_once():
+    for option, message in (
+        ({"solver": "foo"}, "solver must be"),
+        ({"ridge": -1.0}, "ridge must be at least 0"),
+        ({"noise": -0.1}, "noise must be at least 0"),
+        ({"noise": float("nan")}, "noise must be at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            nn.EchoStateNetwork(1, 20, 1, **option)
+    with pytest.raises(ValueError, match="fit: y is missing"):
+        nn.EchoStateNetwork(1, 20, 1).fit(torch.zeros(200), None)
+
+
+def test_numbers_of_numpy_are_numbers():
+    network = nn.EchoStateNetwork(1, np.int64(20), 1, input_scaling=np.float32(0.5))
+    assert network.readout.in_features == 20

@@ -323,11 +323,15 @@ def test_stacks_compile_with_a_mask():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_autocast(name):
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast(name, training):
+    """The residual stays in float32, as in torch."""
     ours, theirs = pair(name, dtype=torch.float32, batch_first=True)
+    ours.train(training), theirs.train(training)
     leaves = sequences(True, T, S, dtype=torch.float32)[: count(name)]
     with torch.autocast("cpu", torch.bfloat16):
         found, expected = ours(*leaves), theirs(*leaves)
+    assert found.dtype == expected.dtype
     torch.testing.assert_close(found.float(), expected.float(), rtol=0.1, atol=0.1)
     found.float().sum().backward()
     assert all(torch.isfinite(p.grad).all() for p in ours.parameters())
