@@ -35,7 +35,12 @@ def _public(function: Callable[..., Any], lower_precision: bool) -> Callable[...
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else kwargs.get(name)
+        if args:
+            x = args[0]
+        else:
+            if "input" in kwargs and name not in kwargs:  # torch's name for it
+                kwargs[name] = kwargs.pop("input")
+            x = kwargs.get(name)
         if isinstance(x, Tensor):
             if lower_precision and in_autocast():
                 args, kwargs = _autocast(x.device.type, args, kwargs)
@@ -68,6 +73,8 @@ def _autocast(device: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 
 def _on_arrays(function: Callable[..., Any], first: str, x: Any, args: tuple, kwargs: dict) -> Any:
     op = function.__name__
+    if not args and first not in kwargs:
+        raise TypeError(f"{op}: the argument {first} is missing")
     if not hasattr(x, "__dlpack__"):
         raise TypeError(
             f"{op}: {first} must be a tensor or an array with DLPack, got {type(x).__name__}"
@@ -76,9 +83,9 @@ def _on_arrays(function: Callable[..., Any], first: str, x: Any, args: tuple, kw
         arguments = inspect.signature(function).bind(*args, **kwargs).arguments
     except TypeError as error:
         raise TypeError(f"{op}: {error}") from None
+    back = _array_converter(op, x)
     with torch.no_grad():
         result = function(**{name: _to_tensor(op, name, a) for name, a in arguments.items()})
-    back = _array_converter(x)
     return tuple(map(back, result)) if isinstance(result, tuple) else back(result)
 
 
@@ -113,6 +120,14 @@ def is_read_only(tensor: torch.Tensor | None) -> bool:
     return getattr(tensor, _READ_ONLY, False)
 
 
-def _array_converter(like: Any) -> Callable[[torch.Tensor], Any]:
-    module = importlib.import_module(type(like).__module__.split(".", 1)[0])
-    return module.from_dlpack
+def _array_converter(op: str, like: Any) -> Callable[[torch.Tensor], Any]:
+    kind = type(like)
+    package = kind.__module__.split(".", 1)[0]
+    name = {"jaxlib": "jax.dlpack"}.get(package, package)
+    convert = getattr(importlib.import_module(name), "from_dlpack", None)
+    if convert is None:
+        raise TypeError(
+            f"{op}: {kind.__module__}.{kind.__qualname__} has DLPack, but {name} has no "
+            "from_dlpack to give the result back: pass torch.from_dlpack(array)"
+        )
+    return convert

@@ -272,7 +272,25 @@ def test_the_first_argument_decides(other_library):
     assert type(F.linear(ROWS, weight)) is np.ndarray
 
 
+def test_the_first_argument_by_torchs_name():
+    """torch calls it `input` in all functions; a network may name it."""
+    x, weight = torch.randn(5, 7), torch.randn(3, 7)
+    assert torch.equal(F.linear(input=x, weight=weight), F.linear(x, weight))
+    x, weight = torch.randn(1, 2, 6, 6), torch.randn(4, 2, 3, 3)
+    assert torch.equal(F.conv2d(input=x, weight=weight), F.conv2d(x=x, weight=weight))
+    assert type(F.linear(input=ROWS, weight=MATRIX)) is np.ndarray
+    with pytest.raises(TypeError, match="input"):
+        F.linear(ROWS, input=ROWS, weight=MATRIX)
+
+
 # ---------------------------------------------------------------------------------------- errors
+
+
+class Foreign:
+    """An array of a package that takes no DLPack back."""
+
+    def __dlpack__(self, **_: object) -> None:
+        raise AssertionError("asked for before it was clear that the result can go back")
 
 
 @pytest.mark.parametrize(
@@ -287,6 +305,8 @@ def test_the_first_argument_decides(other_library):
         (TypeError, "linear: x .*object_", lambda: F.linear(ROWS.astype(object), MATRIX)),
         (TypeError, "linear: weight .*mask", lambda: F.linear(ROWS, np.ma.array(MATRIX))),
         (TypeError, "linear: .*weight", lambda: F.linear(ROWS)),
+        (TypeError, "linear: the argument x is missing", lambda: F.linear(weight=MATRIX)),
+        (TypeError, "linear: .*Foreign has DLPack.*no from_dlpack", lambda: F.linear(Foreign(), W)),
         (TypeError, "linear: .*scales", lambda: F.linear(ROWS, MATRIX, scales=B)),
         (ValueError, r"linear: bias .*\(3,\).*\(4,\)", lambda: F.linear(ROWS, MATRIX, B)),
         (TypeError, "pack_linear_weight: .*ndarray", lambda: F.pack_linear_weight(MATRIX)),

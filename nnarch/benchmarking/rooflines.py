@@ -12,12 +12,14 @@ from nnarch.benchmarking import canvas
 from nnarch.benchmarking.canvas import GRID, INK, MUTED, PAPER
 from nnarch.benchmarking.machine import KIB, MIB
 from nnarch.benchmarking.results import Row
-from nnarch.benchmarking.tables import cases_of
 
 _COLOURS = (
     "#0f8b8d", "#d1495b", "#e09f3e", "#3d6fd9", "#8e5bb5", "#4c9f38", "#8c5a2b", "#d64f9c",
     "#3e4c59", "#a3a71f", "#35b5d6", "#7b1e2b", "#1b5e20", "#9aa5b1", "#f3722c",
 )  # fmt: skip
+
+# Families of cases in a column of the legend, and the inches that one takes.
+_LEGEND_ROWS, _LEGEND_WIDTH = 24, 1.7
 
 # A roof within this factor of the one above it would only thicken the line.
 _DISTINCT = 1.3
@@ -44,16 +46,26 @@ def roofline(rows: Sequence[Row], path: str | Path, title: str = "Roofline") -> 
     roofs = _distinct_roofs(ours)
     left = min(*(_intensity(row) for row in ours), peak / roofs[0][1]) / 1.8
     right = max(*(_intensity(row) for row in ours), 4 * peak / roofs[-1][1]) * 1.8
-    figure, axes = canvas.new(9.2, 5.6)
+    columns = math.ceil(len({_family(row.group) for row in ours}) / _LEGEND_ROWS)
+    figure, axes = canvas.new(7.5 + _LEGEND_WIDTH * columns, 5.6)
     _scales(axes)
     axes.set_xlim(left, right)
-    axes.set_ylim(min(row.gflops for row in ours) / 2.2, peak * 1.6)
-    _draw_points(axes, ours, rows)
+    peers = {(row.case, row.threads, row.provider): row for row in rows if row.timed}
+    pairs = [(row, peers.get((row.case, row.threads, row.best_peer))) for row in ours]
+    heights = [row.gflops for pair in pairs for row in pair if row is not None]
+    # Algorithms that multiply less lie above the peak.
+    axes.set_ylim(min(heights) / 1.5, max(peak * 1.6, max(heights) * 1.2))
+    _draw_points(axes, pairs, columns)
     canvas.write_titles(
         figure, title, canvas.conditions(rows) + "; filled: nnarch, hollow: best peer"
     )
     _draw_roofs(axes, peak, roofs, left, right)
     canvas.save(figure, path)
+
+
+def _family(group: str) -> str:
+    """A group of cases, with the one that times its backward, too."""
+    return group.removesuffix(" fwd+bwd")
 
 
 def _intensity(row: Row) -> float:
@@ -91,29 +103,28 @@ def _scales(axes: Any) -> None:
     axes.grid(True, which="major", color=GRID, linewidth=0.8)
 
 
-def _draw_points(axes: Any, ours: Sequence[Row], rows: Sequence[Row]) -> None:
-    peers = {(row.case, row.threads, row.provider): row for row in rows if row.timed}
-    for (group, cases), colour in zip(cases_of(ours), itertools.cycle(_COLOURS), strict=False):
-        points = list(itertools.chain.from_iterable(cases))
-        marker = "s" if points[0].case.endswith(("_fb", "_train")) else "o"
-        style = {"markersize": 6, "markeredgewidth": 0.7, "linestyle": "", "marker": marker}
-        for row in points:
-            peer = peers.get((row.case, row.threads, row.best_peer))
-            if peer is not None:
-                pair = [_intensity(row)] * 2, [peer.gflops, row.gflops]
-                axes.plot(*pair, color=colour, linewidth=1, alpha=0.55, zorder=2)
-                hollow = {**style, "markersize": 4.2, "markeredgewidth": 1.0}
-                axes.plot(pair[0][0], peer.gflops, color=PAPER, markeredgecolor=colour, **hollow)
-        axes.plot(
-            [_intensity(row) for row in points],
-            [row.gflops for row in points],
-            color=colour,
-            markeredgecolor=PAPER,
-            label=group,
-            zorder=4,
-            **style,
-        )
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
+def _draw_points(axes: Any, pairs: Sequence[tuple[Row, Row | None]], columns: int) -> None:
+    colours = itertools.cycle(_COLOURS)
+    families: dict[str, str] = {}
+    for row, peer in pairs:
+        family = _family(row.group)
+        known = family in families
+        colour = families.setdefault(family, "" if known else next(colours))
+        marker = "s" if row.case.endswith(("_fb", "_train")) else "o"
+        style = {"linestyle": "", "marker": marker}
+        x = _intensity(row)
+        if peer is not None:
+            ends = [x, x], [peer.gflops, row.gflops]
+            axes.plot(*ends, color=colour, linewidth=1, alpha=0.55, zorder=2)
+            hollow = {**style, "markersize": 4.2, "markeredgewidth": 1.0}
+            axes.plot(x, peer.gflops, color=PAPER, markeredgecolor=colour, **hollow)
+        filled = {**style, "markersize": 6, "markeredgewidth": 0.7, "markeredgecolor": PAPER}
+        label = None if known else family
+        axes.plot(x, row.gflops, color=colour, label=label, zorder=4, **filled)
+    axes.legend(
+        loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8, ncols=columns,
+        columnspacing=1.0,
+    )  # fmt: skip
 
 
 def _draw_roofs(
