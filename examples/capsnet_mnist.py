@@ -197,17 +197,18 @@ def robustness(nets: dict[str, Any], images: Tensor, labels: Tensor) -> Table:
 
 @torch.no_grad()
 def perturbed(net: Any, images: Tensor, labels: Tensor) -> np.ndarray:
-    """Rows of one digit each, rebuilt while a dimension of its capsule goes from -0.25 to 0.25.
-
-    Its first column is the digit itself.
+    """Two digits side by side, rebuilt while each of the 16 dimensions of their capsules, a row
+    each, goes from -0.25 to 0.25. Their first columns are the digits themselves.
     """
-    rows = []
-    for dimension in range(16):
-        digit = dimension % len(labels)
+
+    def row(digit: int, dimension: int) -> Tensor:
         capsules = net.capsules(images[digit : digit + 1]).repeat(11, 1, 1)
         capsules[:, :, dimension] += torch.linspace(-0.25, 0.25, 11)[:, None]
         rebuilt = net.decoder(capsules, labels[digit].repeat(11))
-        rows.append(torch.cat([images[digit], *rebuilt], -1)[0])
+        return torch.cat([images[digit], *rebuilt], -1)[0]
+
+    digits = (0, int((labels != labels[0]).nonzero()[0]))
+    rows = [torch.cat([row(digit, d) for digit in digits], -1) for d in range(16)]
     return torch.cat(rows).numpy()
 
 
@@ -255,7 +256,15 @@ def main() -> None:
     save_picture(options.folder / "dimensions.png", perturbed(caps, test_images, test_labels))
     pairs = nnarch.create_model("capsnet_x0_25", detach_routing=False)
     pairs.load_state_dict(caps.state_dict())
-    train("pairs", pairs, pair_objective, (images, labels), options.pair_epochs, options.folder)
+    # Of a CapsNet that has learned this long: another one's pairs would not go on from it.
+    train(
+        f"pairs_{options.epochs}",
+        pairs,
+        pair_objective,
+        (images, labels),
+        options.pair_epochs,
+        options.folder,
+    )
     picture, right = separated(pairs, test_images, test_labels)
     save_picture(options.folder / "pairs.png", picture)
     console.print(f"overlapping digits: both found in {right:.1f} % of the pairs")

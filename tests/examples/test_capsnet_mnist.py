@@ -54,7 +54,7 @@ def test_overlapping_digits_are_two_classes():
 
 def test_pictures_and_table(tmp_path):
     net, (images, labels) = _net().eval(), _data()
-    assert example.perturbed(net, images, labels).shape == (16 * 28, 12 * 28)
+    assert example.perturbed(net, images, labels).shape == (16 * 28, 2 * 12 * 28)
     picture, right = example.separated(net, images, labels)
     assert picture.shape == (5 * 28, 12 * 28)
     assert 0 <= right <= 100
