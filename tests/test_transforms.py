@@ -58,6 +58,18 @@ def test_compile(net, backend, training):
     torch.testing.assert_close(_step(compiled, net, x), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_compile_losses_with_symbols():
+    """Numbers become symbols with dynamic=True."""
+    torch._dynamo.reset()
+
+    def loss(x: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(x, target, label_smoothing=0.1, z_loss=0.2)
+
+    x, target = torch.randn(4, 6), torch.tensor([0, 1, 2, 3])
+    compiled = torch.compile(loss, dynamic=True, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, target), loss(x, target))
+
+
 def test_compile_with_dynamic_batch(net):
     net.eval()
     torch._dynamo.reset()

@@ -153,6 +153,8 @@ def embedding(
         raise ValueError("embedding: sparse gradients cannot be combined with scale_grad_by_freq")
     if max_norm is not None:
         _check(input, weight, row, sparse, scale_grad_by_freq)
+        if arrays.is_read_only(weight):
+            raise ValueError("embedding: max_norm scales rows of weight: it must not be read-only")
         with torch.no_grad():
             # Rarely used, and it visits only the rows that are read.
             torch.embedding_renorm_(weight.detach(), input.contiguous(), max_norm, norm_type)

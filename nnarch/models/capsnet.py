@@ -49,6 +49,20 @@ class PlainRouting:
                 input, self.weight, self.bias, self.iterations, self.detach_routing
             )
 
+    class ConvCapsules2d(nnarch.nn.ConvCapsules2d):
+        """Convolutional capsules: every window by itself."""
+
+        def forward(self, input: Tensor) -> Tensor:
+            """Capsules ``[N, C_out, D_out, H', W']`` of ``input [N, C, D_in, H, W]``."""
+            (kh, kw), (sh, sw), (ph, pw) = self.kernel_size, self.stride, self.padding
+            padded = torch.nn.functional.pad(input, (pw, pw, ph, ph))
+            windows = padded.unfold(3, kh, sh).unfold(4, kw, sw).permute(0, 3, 4, 1, 5, 6, 2)
+            v = plain_routing(
+                windows.flatten(3, 5).flatten(0, 2), self.weight.flatten(1, 3), self.bias,
+                self.iterations, self.detach_routing,
+            )  # fmt: skip
+            return v.unflatten(0, windows.shape[:3]).permute(0, 3, 4, 1, 2)
+
     class CapsuleDecoder(nnarch.nn.CapsuleDecoder):
         """The decoder on torch's layers."""
 
@@ -62,9 +76,9 @@ class PlainRouting:
     CapsuleLengths = nnarch.nn.CapsuleLengths
 
 
-def plain_squash(s: Tensor) -> Tensor:
+def plain_squash(s: Tensor, dim: int = -1) -> Tensor:
     """The squash in plain torch."""
-    energy = (s * s).sum(-1, keepdim=True)
+    energy = (s * s).sum(dim, keepdim=True)
     return s * (energy.sqrt() / (1 + energy))
 
 
@@ -181,32 +195,31 @@ class ConvCapsNet(Module):
         nn: ModuleType = nnarch.nn,
     ) -> None:
         super().__init__()
-        if not hasattr(nn, "ConvCapsules2d"):
-            raise ValueError("ConvCapsNet: this layer namespace has no convolutional capsules")
+        caps = capsule_layers(nn)
         options = {"iterations": iterations, "detach_routing": detach_routing}
         self.conv1 = nn.Conv2d(image_size[0], 64, 5, stride=2, padding=2)
         self.relu = nn.ReLU()
         self.primarycaps = nn.Conv2d(64, types[0] * dims[0], 1)
-        self.convcaps1 = nn.ConvCapsules2d(types[0], dims[0], types[1], dims[1], 3, 2, **options)
-        self.convcaps2 = nn.ConvCapsules2d(types[1], dims[1], types[2], dims[2], 3, 1, **options)
+        self.convcaps1 = caps.ConvCapsules2d(types[0], dims[0], types[1], dims[1], 3, 2, **options)
+        self.convcaps2 = caps.ConvCapsules2d(types[1], dims[1], types[2], dims[2], 3, 1, **options)
         size = [((n + 1) // 2 - 3) // 2 + 1 - 2 for n in image_size[1:]]
         if min(size) < 1:
             raise ValueError(f"ConvCapsNet: images of at least 13×13, got {image_size}")
-        self.digitcaps = nn.DenseCapsules(
+        self.digitcaps = caps.DenseCapsules(
             types[2] * size[0] * size[1], dims[2], num_classes, 16, **options
         )
         # Short capsules vanish, squash after squash: every layer starts with lengths about a half.
         nn.init.kaiming_normal_(self.conv1.weight, nonlinearity="relu")
         spread_capsules_(self.digitcaps.weight)
-        self.decoder = nn.CapsuleDecoder(num_classes, 16, image_size)
-        self.lengths = nn.CapsuleLengths()
+        self.decoder = caps.CapsuleDecoder(num_classes, 16, image_size)
+        self.lengths = caps.CapsuleLengths()
         self.first = (types[0], dims[0])
+        self.squash: Any = plain_squash if caps is PlainRouting else nnarch.functional.squash
 
     def capsules(self, x: Tensor) -> Tensor:
         """The class capsules ``[N, num_classes, 16]`` of images ``x [N, C, H, W]``."""
         features = self.primarycaps(self.relu(self.conv1(x)))
-        squash: Any = nnarch.functional.squash
-        x = squash(features.unflatten(1, self.first), 2)
+        x = self.squash(features.unflatten(1, self.first), 2)
         x = self.convcaps2(self.convcaps1(x))
         return self.digitcaps(x.permute(0, 3, 4, 1, 2).flatten(1, 3))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from kernel_cases import BACKENDS, DTYPES, compare, name_of, on_fresh_memory
@@ -142,6 +143,13 @@ def test_expanded_and_strided():
         torch.testing.assert_close(mine, truth)
     turned = weight.detach().t().contiguous().t()
     assert torch.equal(F.embedding(both, turned), turned[both])
+
+
+def test_max_norm_leaves_a_read_only_array():
+    table = np.random.rand(5, 3).astype(np.float32)
+    table.flags.writeable = False
+    with pytest.raises(ValueError, match="must not be read-only"):
+        F.embedding(np.array([1, 2]), table, max_norm=0.1)
 
 
 def test_max_norm():

@@ -134,8 +134,22 @@ def test_convolutional_capsules_learn():
     assert losses[-1] < 0.9 * losses[0]
 
 
+def test_convolutional_capsules_without_kernels():
+    """On torch.nn, with the same weights: the same lengths and gradients."""
+    ours = nnarch.create_model("conv_capsnet").double()
+    theirs = nnarch.create_model("conv_capsnet", nn=torch.nn).double()
+    theirs.load_state_dict(ours.state_dict())
+    with nnarch.trace() as trace:
+        truth = theirs(torch.rand(1, 1, 28, 28, dtype=torch.float64))
+    assert not list(trace)
+    x, y = torch.rand(3, 1, 28, 28, dtype=torch.float64), torch.tensor([1, 5, 9])
+    (mine, image), (truth, other) = ours.reconstruct(x, y), theirs.reconstruct(x, y)
+    torch.testing.assert_close([mine, image], [truth, other])
+    (mine.sin().sum() + image.sum()).backward(), (truth.sin().sum() + other.sum()).backward()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
 def test_bad_options():
     with pytest.raises(ValueError, match="images of at least 17×17"):
         CapsNet(image_size=(1, 16, 28))
-    with pytest.raises(ValueError, match="no convolutional capsules"):
-        nnarch.create_model("conv_capsnet", nn=torch.nn)
