@@ -36,6 +36,15 @@ def _import_torchvision() -> None:
 _import_torchvision()
 
 
+# Files whose tests are a test process each, some of them minutes long.
+_WHOLE_PROCESSES = {"test_interpreted.py", "test_simulated.py", "test_numba_recurrent.py"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those first: as the last ones they would run one by one while all other cores wait."""
+    items.sort(key=lambda item: item.path.name not in _WHOLE_PROCESSES)
+
+
 @pytest.fixture
 def highest_precision():
     """The direct kernels alone, which have to be as accurate as torch's."""
