@@ -27,7 +27,7 @@ def attention(
     """softmax(scale·q·kᵀ + mask)·v, and the log-sum-exp of the scores."""
     scores = _scores(query, key, mask, key_lengths, scale, low, high)
     lse = torch.logsumexp(scores, dim=-1)
-    weights = _weights(scores, lse)
+    weights = _softmax(scores, lse)
     if seed is not None:
         weights = weights * _factors(weights, seed, dropout_p)
     out = weights @ _per_head(_wide(value), query)
@@ -53,7 +53,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key, value, and of an additive mask where it is asked for."""
     g, q, k, v = (_wide(t) for t in (grad, query, key, value))
-    weights = _weights(_scores(query, key, mask, key_lengths, scale, low, high), lse)
+    weights = _softmax(_scores(query, key, mask, key_lengths, scale, low, high), lse)
     d_weights = g @ _per_head(v, query).mT
     kept = weights
     if seed is not None:
@@ -164,10 +164,16 @@ def _scores(
     return scores.masked_fill(~seen, -torch.inf)
 
 
-def _weights(scores: Tensor, lse: Tensor) -> Tensor:
-    """The softmax; zero where there is nothing. Not exp(scores - lse): of a row that a mask of -1e9
-    covers, rounding leaves its number of keys out of the log-sum-exp."""
+def _softmax(scores: Tensor, lse: Tensor) -> Tensor:
+    """Zero where there is nothing. Not :func:`_weights`: of a row that a mask of -1e9 covers,
+    rounding leaves its number of keys out of the log-sum-exp."""
     return scores.softmax(-1).masked_fill((lse == -torch.inf)[..., None], 0.0)
+
+
+def _weights(scores: Tensor, lse: Tensor) -> Tensor:
+    """By any log-sum-exp that is given; it has a gradient."""
+    nothing = lse == -torch.inf
+    return torch.exp(scores - lse.masked_fill(nothing, 0.0)[..., None])
 
 
 def _factors(weights: Tensor, seed: Tensor, p: float) -> Tensor:
