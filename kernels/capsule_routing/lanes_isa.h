@@ -240,12 +240,6 @@ void lane_sums(const CapsuleShape& s, const LaneCapsules<T>& c, T* sums) {
 
 // Calls f(Values<D_in>{}, Values<n>{}, i) for runs of n capsules that cover them all.
 template <class F>
-NNARCH_INLINE void over_lane_capsules_one(int64_t in, int64_t count, const F& f) {
-  with_values(in, [&](auto values) NNARCH_INLINE_LAMBDA {
-    for (int64_t i = 0; i < count; ++i) f(values, Values<1>{}, i);
-  });
-}
-template <class F>
 NNARCH_INLINE void over_lane_capsules(int64_t in, int64_t count, const F& f) {
   with_values(in, [&](auto values) NNARCH_INLINE_LAMBDA {
     int64_t i = 0;

@@ -109,8 +109,6 @@ class EchoStateNetwork(nn.Module):
         self._output: Tensor | None = None
         self._unsaid = False  # whether generate begins with that output
 
-    # --------------------------------------------------------------------------------- sequences
-
     def _apply(self, fn: Any, recurse: bool = True) -> EchoStateNetwork:
         """What `.to()`, `.float()` and others do, also to where the last call stopped."""
         super()._apply(fn, recurse)
@@ -119,6 +117,8 @@ class EchoStateNetwork(nn.Module):
         if self._output is not None:
             self._output = fn(self._output)
         return self
+
+    # --------------------------------------------------------------------------------- sequences
 
     @property
     def _kind(self) -> dict[str, Any]:
