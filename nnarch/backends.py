@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 
 from nnarch import library
 
@@ -89,50 +92,49 @@ class Trace:
         return [entry.op for entry in self.entries]
 
 
-class _State(threading.local):
-    def __init__(self) -> None:
-        self.forced: list[str] = []
-        self.traces: list[Trace] = []
-
-
-_state = _State()
-
-
 class _Interceptor(TorchDispatchMode):
-    """Sees every nnarch operation while a backend is forced or a trace is open."""
+    """Sees every nnarch operation while a backend is forced or a trace is open.
+
+    What was asked for lies in the mode itself: torch hands it on to the threads in which autograd
+    runs a GPU's backward, which see nothing of this thread's own.
+    """
+
+    def __init__(self, forced: str | None = None, record: Trace | None = None) -> None:
+        super().__init__()
+        modes = [m for m in _get_current_dispatch_mode_stack() if isinstance(m, _Interceptor)]
+        outer = modes[-1] if modes else None
+        self.forced = forced or (outer.forced if outer else None)
+        self.records = [*(outer.records if outer else ()), *([] if record is None else [record])]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace != library.NAMESPACE or func._opname not in library.OPS:
             return func(*args, **(kwargs or {}))  # torch's, or the machinery below operations
-        with _disable_current_modes():  # nested interceptors share one state: run each op once
-            return _run(func, args, kwargs or {})
+        with _disable_current_modes():  # the innermost stands for all: run each op once
+            return self._run(func, args, kwargs or {})
 
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        op = library.OPS[func._opname]
+        args = positional(func, args, kwargs)
+        library.ran.algorithm = ""
+        started = time.perf_counter()
+        with torch._C._AutoDispatchBelowAutograd():
+            backend, result = self._on_its_backend(op, func, args)
+        seconds = time.perf_counter() - started
+        algorithm = library.ran.algorithm
+        if backend == "cpu":
+            algorithm = library.native_string("nnarch_last_algorithm")
+        shapes = tuple(tuple(a.shape) for a in args if isinstance(a, torch.Tensor))
+        for record in self.records:
+            record.entries.append(TraceEntry(op.name, backend, algorithm, shapes, seconds))
+        return result
 
-def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    op = library.OPS[func._opname]
-    args = positional(func, args, kwargs)
-    library.ran.algorithm = ""
-    started = time.perf_counter()
-    with torch._C._AutoDispatchBelowAutograd():
-        backend, result = _on_its_backend(op, func, args)
-    seconds = time.perf_counter() - started
-    algorithm = library.ran.algorithm
-    if backend == "cpu":
-        algorithm = library.native_string("nnarch_last_algorithm")
-    shapes = tuple(tuple(a.shape) for a in args if isinstance(a, torch.Tensor))
-    for record in _state.traces:
-        record.entries.append(TraceEntry(op.name, backend, algorithm, shapes, seconds))
-    return result
-
-
-def _on_its_backend(op: library.Op, func: Any, args: tuple[Any, ...]) -> tuple[str, Any]:
-    if _state.forced:
-        backend = _state.forced[-1]
-        return backend, op.implementation(backend)(*args)
-    device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
-    if device == "cuda" or (device == "cpu" and not op.has_native):
-        return library.run_without_native(op, device == "cuda", args)
-    return "cpu" if device == "cpu" else "fake", func(*args)
+    def _on_its_backend(self, op: library.Op, func: Any, args: tuple[Any, ...]) -> tuple[str, Any]:
+        if self.forced:
+            return self.forced, op.implementation(self.forced)(*args)
+        device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
+        if device == "cuda" or (device == "cpu" and not op.has_native):
+            return library.run_without_native(op, device == "cuda", args)
+        return "cpu" if device == "cpu" else "fake", func(*args)
 
 
 def positional(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -159,21 +161,13 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"use_backend: name must be one of {', '.join(BACKENDS)}, got {name!r}")
-    _state.forced.append(name)
-    try:
-        with _Interceptor():
-            yield
-    finally:
-        _state.forced.pop()
+    with _Interceptor(forced=name):
+        yield
 
 
 @contextmanager
 def trace() -> Iterator[Trace]:
     """Record every nnarch operation in the block: op, backend, algorithm, shapes, seconds."""
     record = Trace()
-    _state.traces.append(record)
-    try:
-        with _Interceptor():
-            yield record
-    finally:
-        _state.traces.remove(record)
+    with _Interceptor(record=record):
+        yield record

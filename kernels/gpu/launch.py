@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import triton
 
-from nnarch.kernels.gpu import plans, targets
+from nnarch.kernels.gpu import assembler, plans, targets
 from nnarch.kernels.gpu.tiles import Tile
 
 INTERPRETED: bool = bool(triton.knobs.runtime.interpret)
@@ -86,6 +86,8 @@ def launch(
     if _recorder is not None:
         _recorder.append(Launch(kernel, grid, arguments, options))
         return
+    if not INTERPRETED:
+        assembler.prepare()
     plans.launch(kernel, grid, arguments, options)
 
 

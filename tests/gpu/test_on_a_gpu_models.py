@@ -90,7 +90,7 @@ class Block(nn.Module):
 
     def forward(self, tokens):
         x = self.embedding(tokens)
-        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(self.norm(x)).view(*x.shape[:2], 3, 4, 16).permute(2, 0, 3, 1, 4)
         heads = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(heads.transpose(1, 2).flatten(2))
         return x + self.forth(self.after(x))
@@ -144,7 +144,9 @@ def test_autocast(name, dtype):
         found.append([t.detach().cpu() for t in (y, *grads)])
     for mine, theirs, truth in zip(*found, strict=True):
         # On the CPU, where autocast leaves LayerNorm alone, ours add the residual in half.
-        assert mine.dtype == theirs.dtype or (name, DEVICE) == ("encoder", "cpu")
+        # torch's LSTM on CUDA is float16 under any autocast.
+        cudnn = (name, DEVICE, dtype) == ("lstm", "cuda", torch.bfloat16)
+        assert mine.dtype == theirs.dtype or cudnn or (name, DEVICE) == ("encoder", "cpu")
         # Gradients are float32 sums of products that were rounded to `dtype`.
         ulps = 16 * torch.finfo(dtype).eps / torch.finfo(theirs.dtype).eps
         assert_as_accurate(mine.to(theirs.dtype), theirs, truth, factor=4, ulps=ulps)

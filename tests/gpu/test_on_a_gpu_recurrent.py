@@ -148,7 +148,7 @@ def test_reservoir(dtype, kernel, monkeypatch):
         got = layer.to(DEVICE)(x.to(DEVICE), skip=4)
     assert_ran(record, RESERVOIR)
     if DEVICE == "cuda":
-        assert [e.algorithm for e in record] == [kernel]
+        assert [e.algorithm for e in record if e.op == "reservoir_scan"] == [kernel]
     tolerance = 1e-4 if dtype == torch.float32 else 1e-10
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=tolerance, atol=tolerance)

@@ -168,7 +168,7 @@ def test_weight_grad_in_the_format_of_its_weight(force):
     arguments = (grad, x, weight.shape, *geometry(shape))
     dw = triton_kernel.conv2d_weight_grad(*arguments, True)
     assert dw.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(dw, triton_kernel.conv2d_weight_grad(*arguments))
+    torch.testing.assert_close(dw, triton_kernel.conv2d_weight_grad(*arguments))  # other tiles
 
 
 def test_split_weight_grad(force, monkeypatch):
