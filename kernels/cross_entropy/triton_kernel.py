@@ -36,6 +36,7 @@ from nnarch.kernels.cross_entropy.triton_logits import (
 from nnarch.kernels.gpu.launch import check_dtype, device_guard
 from nnarch.kernels.gpu.static import StaticCase, meta
 from nnarch.kernels.linear.triton_kernel import linear
+from nnarch.kernels.linear.triton_product import product
 from nnarch.kernels.normalization.triton_kernel import channel_sum
 
 __all__ = [
@@ -237,7 +238,7 @@ def linear_cross_entropy(
     values, lses = [], []
     with device_guard(x):
         for first, rows in _chunks(x, weight):
-            logits = _product(rows, weight, bias)
+            logits = linear(rows, weight, bias, None, None, None, None, 0, 0.0)
             part = _of_chunk(numbers, first, rows.shape[0])
             terms = statistics(as_ncl(logits), part)
             values.append(loss.values(terms, first))
@@ -274,7 +275,7 @@ def linear_cross_entropy_backward(
     made = _Gradients(x, weight, wanted, loss.weights)
     with device_guard(x):
         for first, rows in _chunks(x, weight):
-            logits = _product(rows, weight, bias)
+            logits = linear(rows, weight, bias, None, None, None, None, 0, 0.0)
             part, n = _of_chunk(numbers, first, rows.shape[0]), rows.shape[0]
             sums, own = lse[first : first + n], grad if grad.dim() == 0 else grad[first : first + n]
             total = _totals(part, logits, sums)
@@ -300,14 +301,24 @@ class _Gradients:
         self.inverse = inverse.expand(depth).contiguous()
 
     def add(self, g: torch.Tensor, first: int, rows: torch.Tensor) -> None:
+        end = first + rows.shape[0]
         if self.wanted & WANT_X:
-            out = self.dx[first : first + rows.shape[0]]
-            out.copy_(_product(g, self.weight.t(), None, self.inverse))
+            product(g, self.weight.t(), self.dx[first:end], self._epilogue())
         if self.wanted & WANT_WEIGHT:
-            self.dw = _product(g.t(), rows.t(), None, self.inverse, self.dw)
+            # In float32 until the last chunk: half types would round every sum on the way.
+            dtype = rows.dtype if end == self.like.shape[0] else torch.float32
+            dw = rows.new_empty((self.classes, self.depth), dtype=dtype)
+            product(g.t(), rows.t(), dw, self._epilogue(self.dw))
+            self.dw = dw
         if self.wanted & WANT_BIAS:
             sums = channel_sum(g).float() * self.inverse[:1].float()
             self.db = sums if self.db is None else self.db + sums
+
+    def _epilogue(self, residual: torch.Tensor | None = None) -> dict[str, object]:
+        """inverse·product + residual"""
+        absent = dict.fromkeys(("bias_ptr", "shift_ptr"))
+        numbers = {"alpha": 0.0, "ACTIVATION": 0}
+        return {**absent, **numbers, "scale_ptr": self.inverse, "residual_ptr": residual}
 
     def results(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x, dw, db = self.like, self.dw, self.db
@@ -318,21 +329,10 @@ class _Gradients:
         return self.dx, dw, db.to(x.dtype)
 
 
-def _product(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    scale: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """scale·(a·bᵀ + bias) + residual"""
-    return linear(a, b, bias, scale, None, residual, None, 0, 0.0)
-
-
 def _chunks(x: torch.Tensor, weight: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
-    """Rows whose logits are about as many as x has elements, 128 at least."""
+    """Rows whose logits are about as many as x or the weight has elements, 128 at least."""
     samples, depth = x.shape
-    wanted = triton.next_power_of_2(max(1, samples * depth // weight.shape[0]))
+    wanted = triton.next_power_of_2(max(depth, samples * depth // weight.shape[0]))
     size = max(128, wanted)
     return [(first, x[first : first + size]) for first in range(0, samples, size)]
 
