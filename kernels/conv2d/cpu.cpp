@@ -12,6 +12,7 @@
 #include "conv2d/cpu_winograd_strided.h"
 #include "cpu/epilogue_fold.h"
 #include "cpu/half.h"
+#include "cpu/image_parts.h"
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
 
@@ -156,6 +157,22 @@ bool runs_as_signal(const Tensor& x, const ConvShape& p) {
   return signal_serves(p) && x.is_contiguous() && !StayChannelsLast::holds();
 }
 
+// Whether an algorithm reads and writes planes: the others want channels_last.
+template <class T>
+bool serves_planes(const Tensor& x, const ConvShape& p, int64_t tile, bool packed) {
+  if (!is_planar(x) || tile != 0) return false;
+  if (stem_serves(p) || has_narrow_groups<T>(p)) return true;
+  return !packed && strided_winograd_serves<T>(p) && StridedWinograd::serves_planar(p);
+}
+
+// The weight for an algorithm that wants it packed, once for all parts of the images.
+template <class T>
+void pack_for_parts(ConvArguments& a, const ConvShape& p) {
+  if (a.packed) return;
+  const int64_t tile = forward_tile<T>(p, false);
+  if (tile > 0 || !strided_winograd_serves<T>(p)) a.packed = pack_groups<T>(a.weight, p, tile);
+}
+
 // In the memory format of x.
 template <class T>
 Tensor conv2d_of(const Tensor& x, const OptTensor& residual, const ConvArguments& a,
@@ -178,6 +195,32 @@ Tensor conv2d_of(const Tensor& x, const OptTensor& residual, const ConvArguments
   return in_format_of(y, x);
 }
 
+// Large planar images that the kernels want channels_last, a part at a time: no copy of a whole
+// one.
+template <class T>
+bool takes_parts(const Tensor& x, const ConvArguments& a, const ConvShape& p) {
+  if (StayChannelsLast::holds() || follows_channels_last(x) || runs_as_signal(x, p)) return false;
+  if (p.n * p.oh * part_row_bytes(p) <= kWholeImageBytes) return false;
+  const int64_t tile = a.packed ? tile_of<T>(*a.packed, p) : forward_tile<T>(p, false);
+  return !serves_planes<T>(x, p, tile, a.packed.has_value());
+}
+
+template <class T>
+Tensor conv2d_in_parts(const Tensor& x, const OptTensor& residual, ConvArguments a,
+                       const ConvShape& p) {
+  const Tensor y = new_contiguous(p.output_size(), x.scalar_type());
+  pack_for_parts<T>(a, p);
+  over_image_parts(
+      p.n, p.oh, part_row_bytes(p), may_cut_rows(p), kFloatPartBytes, [&](const ImagePart& out) {
+        const ConvPart part(p, out);
+        const OptTensor added =
+            residual ? OptTensor(part_channels_last(*residual, out)) : std::nullopt;
+        const Tensor image = part_channels_last(x, part.input);
+        put_planar(y, out, as_channels_last(conv2d_of<T>(image, added, a, part.shape)));
+      });
+  return y;
+}
+
 // Half types, a part of the images at a time (cpu/half.h): the parts are cut so that every one
 // reads some of the image. The weight is packed once for all of them.
 Tensor conv2d_of_half(const Tensor& x, const OptTensor& residual, ConvArguments a,
@@ -186,11 +229,7 @@ Tensor conv2d_of_half(const Tensor& x, const OptTensor& residual, ConvArguments 
   const Tensor y = channels_last ? new_channels_last(p.output_size(), x.scalar_type())
                                  : new_contiguous(p.output_size(), x.scalar_type());
   const bool many = p.n * p.oh * part_row_bytes(p) > kPartBytes;
-  if (many && !a.packed && !runs_as_signal(x, p)) {
-    const int64_t tile = forward_tile<float>(p, false);
-    if (tile > 0 || !strided_winograd_serves<float>(p))
-      a.packed = pack_groups<float>(a.weight, p, tile);
-  }
+  if (many && !runs_as_signal(x, p)) pack_for_parts<float>(a, p);
   over_image_parts(
       p.n, p.oh, part_row_bytes(p), may_cut_rows(p), kPartBytes, [&](const ImagePart& out) {
         const ConvPart part(p, out);
@@ -241,8 +280,11 @@ Tensor conv2d(const Tensor& x, const Tensor& weight, const OptTensor& bias, cons
                         activation,
                         alpha};
   if (is_half(type)) return conv2d_of_half(x, residual, a, p);
-  return with_scalar_type(
-      type, "conv2d", [&](auto scalar) { return conv2d_of<decltype(scalar)>(x, residual, a, p); });
+  return with_scalar_type(type, "conv2d", [&](auto scalar) {
+    using T = decltype(scalar);
+    return takes_parts<T>(x, a, p) ? conv2d_in_parts<T>(x, residual, a, p)
+                                   : conv2d_of<T>(x, residual, a, p);
+  });
 }
 
 }  // namespace

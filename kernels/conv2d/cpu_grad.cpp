@@ -12,6 +12,7 @@
 #include "conv2d/cpu_winograd_grad.h"
 #include "conv2d/cpu_winograd_strided.h"
 #include "conv_transpose2d/cpu_transposed.h"
+#include "cpu/image_parts.h"
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
 #include "cpu/weight_grad.h"
@@ -70,6 +71,12 @@ Tensor input_grad_of(const Tensor& grad, const Tensor& weight, const ConvShape& 
   return in_format_of(dx, grad);
 }
 
+// Whether planar images are so many that they are copied to channels_last in parts.
+bool takes_parts(const Tensor& grad, const ConvShape& p) {
+  return p.n > 1 && is_planar(grad) && !StayChannelsLast::holds() &&
+         p.n * p.oh * part_row_bytes(p) > kWholeImageBytes;
+}
+
 // Half types go through the gradients some images at a time (cpu/half.h), which repack the weight,
 // or add to its gradient: larger parts than the convolution's.
 constexpr int64_t kGradPartBytes = 2 * kPartBytes;
@@ -78,6 +85,17 @@ ConvShape of_images(const ConvShape& p, int64_t images) {
   ConvShape part = p;
   part.n = images;
   return part;
+}
+
+template <class T>
+Tensor input_grad_in_parts(const Tensor& grad, const Tensor& weight, const ConvShape& p) {
+  const Tensor dx = new_contiguous(p.input_size(), grad.scalar_type());
+  over_image_parts(p.n, p.oh, part_row_bytes(p), false, kFloatPartBytes, [&](const ImagePart& n) {
+    const Tensor part = part_channels_last(grad, n);
+    put_planar(dx, {n.image, n.images, 0, p.h},
+               as_channels_last(input_grad_of<T>(part, weight, of_images(p, n.images))));
+  });
+  return dx;
 }
 
 Tensor conv2d_input_grad(const Tensor& grad, const Tensor& weight_in, const IntList& input_size,
@@ -93,7 +111,9 @@ Tensor conv2d_input_grad(const Tensor& grad, const Tensor& weight_in, const IntL
   const Tensor weight = to_compute_type(weight_in);
   if (!is_half(type))
     return with_scalar_type(type, "conv2d_input_grad", [&](auto scalar) {
-      return input_grad_of<decltype(scalar)>(grad, weight, p);
+      using T = decltype(scalar);
+      return takes_parts(grad, p) ? input_grad_in_parts<T>(grad, weight, p)
+                                  : input_grad_of<T>(grad, weight, p);
     });
   const bool channels_last = StayChannelsLast::holds() || follows_channels_last(grad);
   const Tensor dx =
@@ -190,31 +210,53 @@ Tensor weight_grad_of(const Tensor& grad, const Tensor& x, const IntList& weight
 }
 
 // sum += term, element by element of two dense tensors in one order.
+template <class T>
 void add_to(const Tensor& sum, const Tensor& term) {
   constexpr int64_t run = 16384;
-  const float* from = data<float>(term);
-  float* to = mutable_data<float>(sum);
+  const T* from = data<T>(term);
+  T* to = mutable_data<T>(sum);
   parallel_tasks(ceil_div(sum.numel(), run), [&](int64_t task) {
     const int64_t end = std::min(sum.numel(), (task + 1) * run);
     for (int64_t i = task * run; i < end; ++i) to[i] += from[i];
   });
 }
 
+// Added up over parts of the images, each of about `most` bytes of floats; of_part(images) is the
+// gradient of one.
+template <class T, class F>
+Tensor weight_grad_in_parts(const ConvShape& p, int64_t most, const F& of_part) {
+  OptTensor sum;
+  over_image_parts(p.n, p.oh, part_row_bytes(p), false, most, [&](const ImagePart& n) {
+    const Tensor part = of_part(n);
+    if (sum)
+      add_to<T>(*sum, part);
+    else
+      sum = part;
+  });
+  return *sum;
+}
+
 Tensor weight_grad_of_half(const Tensor& grad, const Tensor& x, const IntList& weight_size,
                            const ConvShape& p, bool channels_last) {
   const int64_t weight_bytes = p.k * p.group_c() * p.taps() * int64_t{sizeof(float)};
   const int64_t most = std::clamp(2 * weight_bytes, kGradPartBytes, 2 * kGradPartBytes);
-  OptTensor sum;
-  over_image_parts(p.n, p.oh, part_row_bytes(p), false, most, [&](const ImagePart& n) {
-    const Tensor part =
-        weight_grad_of<float>(widened(grad, n), widened(x, {n.image, n.images, 0, p.h}),
-                              weight_size, of_images(p, n.images), channels_last);
-    if (sum)
-      add_to(*sum, part);
-    else
-      sum = part;
+  const Tensor sum = weight_grad_in_parts<float>(p, most, [&](const ImagePart& n) {
+    return weight_grad_of<float>(widened(grad, n), widened(x, {n.image, n.images, 0, p.h}),
+                                 weight_size, of_images(p, n.images), channels_last);
   });
-  return to_type(*sum, grad.scalar_type());
+  return to_type(sum, grad.scalar_type());
+}
+
+template <class T>
+Tensor weight_grad_of_float(const Tensor& grad, const Tensor& x, const IntList& weight_size,
+                            const ConvShape& p, bool channels_last) {
+  if (!takes_parts(grad, p) || !is_planar(x) || (stem_serves(p) && weight_grad_tile<T>(p) == 0))
+    return weight_grad_of<T>(grad, x, weight_size, p, channels_last);
+  return weight_grad_in_parts<T>(p, kFloatPartBytes, [&](const ImagePart& n) {
+    return weight_grad_of<T>(part_channels_last(grad, n),
+                             part_channels_last(x, {n.image, n.images, 0, p.h}), weight_size,
+                             of_images(p, n.images), channels_last);
+  });
 }
 
 Tensor conv2d_weight_grad(const Tensor& grad, const Tensor& x, const IntList& weight_size,
@@ -227,8 +269,8 @@ Tensor conv2d_weight_grad(const Tensor& grad, const Tensor& x, const IntList& we
           "conv2d_weight_grad: grad must have the shape of the output");
   if (is_half(type) && p.n > 0) return weight_grad_of_half(grad, x, weight_size, p, channels_last);
   return with_scalar_type(type, "conv2d_weight_grad", [&](auto scalar) {
-    const Tensor dw = weight_grad_of<decltype(scalar)>(to_compute_type(grad), to_compute_type(x),
-                                                       weight_size, p, channels_last);
+    const Tensor dw = weight_grad_of_float<decltype(scalar)>(
+        to_compute_type(grad), to_compute_type(x), weight_size, p, channels_last);
     return to_type(dw, type);
   });
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "cpu/image_parts.h"
 #include "cpu/parallel.h"
 #include "cpu/tensor.h"
 
@@ -14,16 +15,16 @@ using torch::headeronly::MemoryFormat;
 
 // dst[h][w][c] = src, in tasks of image rows or, where the image is dense, of pixel ranges.
 template <class T>
-void pack_channels_last(const Tensor& t, T* dst) {
-  const T* src = data<T>(t);
-  const int64_t n = t.size(0), c = t.size(1), h = t.size(2), w = t.size(3);
+void pack_channels_last(const Tensor& t, const ImagePart& part, T* dst) {
+  const int64_t c = t.size(1), h = part.rows, w = t.size(3);
   const int64_t sn = t.stride(0), sc = t.stride(1), sh = t.stride(2), sw = t.stride(3);
+  const T* src = data<T>(t) + part.image * sn + part.row * sh;
   const auto transpose = transpose_fn<T>();
   const bool dense_image = sw == 1 && (sh == w || h == 1);
   // A task takes whole rows, or a run of pixels where rows follow each other.
   const int64_t run = dense_image ? 256 : w;
   const int64_t runs = dense_image ? ceil_div(h * w, run) : h;
-  parallel_tasks(n * runs, [&](int64_t task) {
+  parallel_tasks(part.images * runs, [&](int64_t task) {
     const int64_t image = task / runs, first = task % runs * run;
     const int64_t pixels = std::min(run, h * w - first);
     const T* from = src + image * sn + (dense_image ? first : task % runs * sh);
@@ -37,14 +38,16 @@ void pack_channels_last(const Tensor& t, T* dst) {
   });
 }
 
+// Images of `pixels` into planes that are `plane` apart.
 template <class T>
-void unpack_channels_last(const T* src, T* dst, int64_t n, int64_t c, int64_t pixels) {
+void unpack_channels_last(const T* src, T* dst, int64_t n, int64_t c, int64_t pixels,
+                          int64_t plane) {
   const auto transpose = transpose_fn<T>();
   const int64_t run = 64, runs = ceil_div(c, run);
   parallel_tasks(n * runs, [&](int64_t task) {
     const int64_t image = task / runs, first = task % runs * run;
-    transpose(src + image * pixels * c + first, c, dst + (image * c + first) * pixels, pixels,
-              pixels, std::min(run, c - first));
+    transpose(src + image * pixels * c + first, c, dst + (image * c + first) * plane, plane, pixels,
+              std::min(run, c - first));
   });
 }
 
@@ -86,9 +89,30 @@ Tensor as_channels_last(const Tensor& t) {
   if (t.numel() == 0) return result;
   with_scalar_type(t.scalar_type(), "as_channels_last", [&](auto scalar) {
     using T = decltype(scalar);
-    pack_channels_last<T>(t, mutable_data<T>(result));
+    pack_channels_last<T>(t, {0, t.size(0), 0, t.size(2)}, mutable_data<T>(result));
   });
   return result;
+}
+
+Tensor part_channels_last(const Tensor& x, const ImagePart& part) {
+  const Tensor result =
+      new_channels_last({part.images, x.size(1), part.rows, x.size(3)}, x.scalar_type());
+  if (result.numel() == 0) return result;
+  with_scalar_type(x.scalar_type(), "part_channels_last", [&](auto scalar) {
+    using T = decltype(scalar);
+    pack_channels_last<T>(x, part, mutable_data<T>(result));
+  });
+  return result;
+}
+
+void put_planar(const Tensor& y, const ImagePart& part, const Tensor& from) {
+  if (from.numel() == 0) return;
+  const int64_t c = y.size(1), w = y.size(3), plane = y.size(2) * w;
+  with_scalar_type(y.scalar_type(), "put_planar", [&](auto scalar) {
+    using T = decltype(scalar);
+    T* to = mutable_data<T>(y) + part.image * c * plane + part.row * w;
+    unpack_channels_last<T>(data<T>(from), to, part.images, c, part.rows * w, plane);
+  });
 }
 
 Tensor as_contiguous(const Tensor& t) {
@@ -101,7 +125,8 @@ Tensor as_contiguous(const Tensor& t) {
     using T = decltype(scalar);
     T* dst = mutable_data<T>(result);
     if (t.dim() == 4 && is_channels_last(t)) {
-      unpack_channels_last<T>(data<T>(t), dst, sizes[0], sizes[1], sizes[2] * sizes[3]);
+      const int64_t pixels = sizes[2] * sizes[3];
+      unpack_channels_last<T>(data<T>(t), dst, sizes[0], sizes[1], pixels, pixels);
     } else if (t.dim() == 2 && t.stride(0) == 1 && t.stride(1) >= sizes[0]) {
       const auto transpose = transpose_fn<T>();
       const int64_t run = 64;
