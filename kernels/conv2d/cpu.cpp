@@ -199,8 +199,7 @@ Tensor conv2d_of(const Tensor& x, const OptTensor& residual, const ConvArguments
 // one.
 template <class T>
 bool takes_parts(const Tensor& x, const ConvArguments& a, const ConvShape& p) {
-  if (StayChannelsLast::holds() || follows_channels_last(x) || runs_as_signal(x, p)) return false;
-  if (p.n * p.oh * part_row_bytes(p) <= kWholeImageBytes) return false;
+  if (!goes_in_parts(x, p.n * p.oh * part_row_bytes(p)) || runs_as_signal(x, p)) return false;
   const int64_t tile = a.packed ? tile_of<T>(*a.packed, p) : forward_tile<T>(p, false);
   return !serves_planes<T>(x, p, tile, a.packed.has_value());
 }

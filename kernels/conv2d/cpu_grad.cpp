@@ -73,8 +73,7 @@ Tensor input_grad_of(const Tensor& grad, const Tensor& weight, const ConvShape& 
 
 // Whether planar images are so many that they are copied to channels_last in parts.
 bool takes_parts(const Tensor& grad, const ConvShape& p) {
-  return p.n > 1 && is_planar(grad) && !StayChannelsLast::holds() &&
-         p.n * p.oh * part_row_bytes(p) > kWholeImageBytes;
+  return p.n > 1 && goes_in_parts(grad, p.n * p.oh * part_row_bytes(p));
 }
 
 // Half types go through the gradients some images at a time (cpu/half.h), which repack the weight,
@@ -250,7 +249,8 @@ Tensor weight_grad_of_half(const Tensor& grad, const Tensor& x, const IntList& w
 template <class T>
 Tensor weight_grad_of_float(const Tensor& grad, const Tensor& x, const IntList& weight_size,
                             const ConvShape& p, bool channels_last) {
-  if (!takes_parts(grad, p) || !is_planar(x) || (stem_serves(p) && weight_grad_tile<T>(p) == 0))
+  if (!takes_parts(grad, p) || follows_channels_last(x) ||
+      (stem_serves(p) && weight_grad_tile<T>(p) == 0))
     return weight_grad_of<T>(grad, x, weight_size, p, channels_last);
   return weight_grad_in_parts<T>(p, kFloatPartBytes, [&](const ImagePart& n) {
     return weight_grad_of<T>(part_channels_last(grad, n),

@@ -6,6 +6,7 @@
 #include "conv_transpose2d/cpu_transposed.h"
 #include "cpu/epilogue_fold.h"
 #include "cpu/half.h"
+#include "cpu/image_parts.h"
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
 
@@ -60,6 +61,11 @@ Tensor forward(const Tensor& x, const Tensor& weight, const OptTensor& residual,
   return y;
 }
 
+// Bytes of floats, input and output, for a row of the output.
+int64_t part_row_bytes(const TransposedShape& p) {
+  return (ceil_div(p.c * p.h * p.w, p.oh) + p.k * p.ow) * int64_t{sizeof(float)};
+}
+
 // The part of a transposed convolution that computes a part of the output, from which input.
 struct TransposedPart {
   TransposedShape shape;
@@ -80,27 +86,34 @@ struct TransposedPart {
   }
 };
 
-// Half types, a part of the images at a time (cpu/half.h).
-Tensor transposed_of_half(const Tensor& x, const Tensor& weight, const OptTensor& residual,
-                          const float* packed, int64_t layout, const TransposedShape& p,
-                          const EpilogueTensors& tensors) {
+// A part of the images at a time, where they are of half types or large and planar.
+template <class T>
+Tensor transposed_in_parts(const Tensor& x, const Tensor& weight, const OptTensor& residual,
+                           const T* packed, int64_t layout, const TransposedShape& p,
+                           const EpilogueTensors& tensors) {
+  const bool half = is_half(x.scalar_type());
   const bool channels_last = StayChannelsLast::holds() || follows_channels_last(x);
   const Tensor y = channels_last ? new_channels_last(p.output_size(), x.scalar_type())
                                  : new_contiguous(p.output_size(), x.scalar_type());
-  const int64_t in = ceil_div(p.c * p.h * p.w, p.oh), out = p.k * p.ow;
-  const int64_t row_bytes = (in + out) * int64_t{sizeof(float)};
+  const int64_t row_bytes = part_row_bytes(p), most = half ? kPartBytes : kFloatPartBytes;
   OptTensor own;
-  if (!packed && p.n * p.oh * row_bytes > kPartBytes) {  // for all parts
-    own = new_contiguous({transposed_packed_size<float>(p, layout)}, ScalarType::Float);
-    pack_transposed<float>(weight, p, layout, mutable_data<float>(*own));
-    packed = data<float>(*own);
+  if (!packed && p.n * p.oh * row_bytes > most) {  // for all parts
+    own = new_contiguous({transposed_packed_size<T>(p, layout)}, weight.scalar_type());
+    pack_transposed<T>(weight, p, layout, mutable_data<T>(*own));
+    packed = data<T>(*own);
   }
-  over_image_parts(p.n, p.oh, row_bytes, layout != kPixel, kPartBytes, [&](const ImagePart& rows) {
+  const auto read = [&](const Tensor& t, const ImagePart& part) {
+    return half ? widened(t, part) : part_channels_last(t, part);
+  };
+  over_image_parts(p.n, p.oh, row_bytes, layout != kPixel, most, [&](const ImagePart& rows) {
     const TransposedPart part(p, rows);
-    const Tensor image = widened(x, part.input);
+    const OptTensor added = residual ? OptTensor(read(*residual, rows)) : std::nullopt;
     const Tensor of_part =
-        forward<float>(image, weight, widened(residual, rows), packed, layout, part.shape, tensors);
-    round_into(y, rows, of_part);
+        forward<T>(read(x, part.input), weight, added, packed, layout, part.shape, tensors);
+    if (half)
+      round_into(y, rows, of_part);
+    else
+      put_planar(y, rows, of_part);
   });
   return y;
 }
@@ -127,8 +140,9 @@ Tensor conv_transpose2d(const Tensor& x, const Tensor& weight_in, const OptTenso
                                   : choose_layout(p, sizeof(T) == sizeof(float), false);
     const T* from = packed ? data<T>(*packed) + kHeader : nullptr;
     const EpilogueTensors tensors{b, sc, sh, residual, activation, alpha};
-    if constexpr (std::is_same_v<T, float>)
-      if (is_half(type)) return transposed_of_half(x, weight, residual, from, layout, p, tensors);
+    const bool large = layout != kPixel && goes_in_parts(x, p.n * p.oh * part_row_bytes(p));
+    if (is_half(type) || large)
+      return transposed_in_parts<T>(x, weight, residual, from, layout, p, tensors);
     return in_format_of(forward<T>(x, weight, residual, from, layout, p, tensors), x);
   });
 }

@@ -17,4 +17,9 @@ void put_planar(const Tensor& y, const ImagePart& part, const Tensor& from);
 inline constexpr int64_t kWholeImageBytes = int64_t{32} << 20;
 inline constexpr int64_t kFloatPartBytes = int64_t{8} << 20;
 
+// Whether planar images with so many bytes of floats, input and output, are to go in parts.
+inline bool goes_in_parts(const Tensor& x, int64_t bytes) {
+  return bytes > kWholeImageBytes && !StayChannelsLast::holds() && !follows_channels_last(x);
+}
+
 }  // namespace nnarch

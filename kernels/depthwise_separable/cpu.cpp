@@ -5,6 +5,7 @@
 #include "conv2d/cpu_parts.h"
 #include "cpu/epilogue_fold.h"
 #include "cpu/half.h"
+#include "cpu/image_parts.h"
 #include "cpu/pack_weight.h"
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
@@ -193,14 +194,24 @@ Tensor separable(const Tensor& x, const StageTensors* expand_in, const StageTens
       run_separable(s, y.scalar_type());
       return in_format_of(y, x_part);
     };
-    if (!is_half(type)) return run(x, residual, p);
+    const bool half = is_half(type);
+    if (!half && !goes_in_parts(x, p.n * p.oh * part_row_bytes(p))) return run(x, residual, p);
+    const auto read = [&](const Tensor& t, const ImagePart& part) {
+      return half ? widened(t, part) : part_channels_last(t, part);
+    };
     const bool channels_last = StayChannelsLast::holds() || follows_channels_last(x);
     const Tensor y = channels_last ? new_channels_last(size, type) : new_contiguous(size, type);
-    over_image_parts(
-        p.n, p.oh, part_row_bytes(p), may_cut_rows(p), kPartBytes, [&](const ImagePart& rows) {
-          const ConvPart part(p, rows);
-          round_into(y, rows, run(widened(x, part.input), widened(residual, rows), part.shape));
-        });
+    over_image_parts(p.n, p.oh, part_row_bytes(p), may_cut_rows(p),
+                     half ? kPartBytes : kFloatPartBytes, [&](const ImagePart& rows) {
+                       const ConvPart part(p, rows);
+                       const OptTensor added =
+                           residual ? OptTensor(read(*residual, rows)) : std::nullopt;
+                       const Tensor of_part = run(read(x, part.input), added, part.shape);
+                       if (half)
+                         round_into(y, rows, of_part);
+                       else
+                         put_planar(y, rows, as_channels_last(of_part));
+                     });
     return y;
   });
 }

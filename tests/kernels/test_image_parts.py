@@ -1,4 +1,4 @@
-"""Planar images too large to be copied whole: conv2d takes them in parts, forward and backward."""
+"""Planar images too large to be copied whole: convolutions take them in parts."""
 
 from __future__ import annotations
 
@@ -62,28 +62,78 @@ def test_epilogue_and_double():
     torch.testing.assert_close(got, expected)
 
 
+TRANSPOSED = {  # N, C, H, W, K, kernel, options
+    "doubled": (2, 64, 120, 130, 32, 4, {"stride": 2, "padding": 1}),
+    "images": (24, 64, 60, 60, 64, 3, {"padding": 1}),
+    "output padding": (1, 32, 200, 170, 32, 3, {"stride": 2, "output_padding": 1}),
+    "groups": (3, 64, 150, 150, 64, 3, {"padding": 1, "groups": 4, "dilation": 2}),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("case", TRANSPOSED.values(), ids=TRANSPOSED)
+def test_transposed(case, view):
+    n, c, h, w, k, size, options = case
+    x, bias = view(torch.randn(n, c, h, w)), torch.randn(k)
+    weight = torch.randn(c, k // options.get("groups", 1), size, size) / c**0.5
+    got = F.conv_transpose2d(x, weight, bias, **options)
+    pixels = x.contiguous(memory_format=torch.channels_last)
+    whole = F.conv_transpose2d(pixels, weight, bias, **options)
+    truth = torch.nn.functional.conv_transpose2d(
+        x.double(), weight.double(), bias.double(), **options
+    )
+    assert got.is_contiguous()
+    assert_as_accurate(got, whole, truth, factor=1.5)
+    residual = torch.randn(got.shape)
+    added = F.conv_transpose2d(x, weight, bias, residual=residual, **options)
+    torch.testing.assert_close(added, got + residual)
+
+
+@pytest.mark.parametrize("n, h, stride", [(24, 64, 1), (1, 320, 1), (2, 301, 2)])
+def test_separable(n, h, stride):
+    x, depthwise = torch.randn(n, 48, h, h - 4), torch.randn(48, 1, 3, 3)
+    pointwise = torch.randn(64, 48, 1, 1) / 7
+    got = F.depthwise_separable_conv2d(x, depthwise, pointwise, stride=stride, padding=1)
+    between = torch.nn.functional.conv2d(x, depthwise, None, stride, 1, groups=48)
+    truth = torch.nn.functional.conv2d(
+        torch.nn.functional.conv2d(x.double(), depthwise.double(), None, stride, 1, groups=48),
+        pointwise.double(),
+    )
+    assert got.is_contiguous()
+    assert_as_accurate(got, torch.nn.functional.conv2d(between, pointwise), truth, factor=3)
+
+
 PEAK = """
 import resource, torch
 from nnarch import functional as F
 
 torch.set_num_threads(1)
 weight = torch.randn(64, 64, 3, 3) / 24
+each, across = torch.randn(64, 1, 3, 3), torch.randn(64, 64, 1, 1)
 
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-F.conv2d(torch.randn(1, 64, 64, 64), weight, padding=1)
+run = {
+    "conv2d": lambda x: F.conv2d(x, weight, padding=1),
+    "conv_transpose2d": lambda x: F.conv_transpose2d(x, weight, padding=1),
+    "depthwise_separable_conv2d": lambda x: F.depthwise_separable_conv2d(
+        x, each, across, padding=1
+    ),
+}[OP]
+run(torch.randn(1, 64, 64, 64))
 x = torch.randn(1, 64, 1024, 1024)
 before = peak()
-y = F.conv2d(x, weight, padding=1)
+y = run(x)
 print(peak() - before - y.numel() * 4 / 2**20)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KB on Linux alone")
-def test_no_copy_of_a_large_image():
+@pytest.mark.parametrize("op", ["conv2d", "conv_transpose2d", "depthwise_separable_conv2d"])
+def test_no_copy_of_a_large_image(op):
     """Beside its 256 MB of output, a convolution of 256 MB of planar image takes a few MB."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", PEAK]
+    command = [sys.executable, "-c", f"OP = {op!r}{PEAK}"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert float(run.stdout) < 64
