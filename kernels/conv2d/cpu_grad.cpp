@@ -11,6 +11,7 @@
 #include "conv2d/cpu_views.h"
 #include "conv2d/cpu_winograd_grad.h"
 #include "conv2d/cpu_winograd_strided.h"
+#include "conv_transpose2d/cpu_parts.h"
 #include "conv_transpose2d/cpu_transposed.h"
 #include "cpu/image_parts.h"
 #include "cpu/registry.h"
@@ -71,9 +72,9 @@ Tensor input_grad_of(const Tensor& grad, const Tensor& weight, const ConvShape& 
   return in_format_of(dx, grad);
 }
 
-// Whether planar images are so many that they are copied to channels_last in parts.
+// Whether planar images are so large that they are copied to channels_last in parts.
 bool takes_parts(const Tensor& grad, const ConvShape& p) {
-  return p.n > 1 && goes_in_parts(grad, p.n * p.oh * part_row_bytes(p));
+  return goes_in_parts(grad, p.n * p.oh * part_row_bytes(p));
 }
 
 // Half types go through the gradients some images at a time (cpu/half.h), which repack the weight,
@@ -86,13 +87,23 @@ ConvShape of_images(const ConvShape& p, int64_t images) {
   return part;
 }
 
+// The convolution whose input gradient is a part of another's.
+ConvShape of_part(const ConvShape& p, const TransposedPart& part) {
+  ConvShape shape = p;
+  shape.n = part.input.images, shape.oh = part.input.rows;
+  shape.h = part.shape.oh, shape.top = part.shape.top;
+  shape.bottom = (shape.oh - 1) * p.stride_h + p.dilation_h * (p.r - 1) + 1 - shape.h - shape.top;
+  return shape;
+}
+
 template <class T>
 Tensor input_grad_in_parts(const Tensor& grad, const Tensor& weight, const ConvShape& p) {
   const Tensor dx = new_contiguous(p.input_size(), grad.scalar_type());
-  over_image_parts(p.n, p.oh, part_row_bytes(p), false, kFloatPartBytes, [&](const ImagePart& n) {
-    const Tensor part = part_channels_last(grad, n);
-    put_planar(dx, {n.image, n.images, 0, p.h},
-               as_channels_last(input_grad_of<T>(part, weight, of_images(p, n.images))));
+  const TransposedShape t = transposed_of(p);
+  over_image_parts(t.n, t.oh, part_row_bytes(t), true, kFloatPartBytes, [&](const ImagePart& out) {
+    const TransposedPart part(t, out);
+    const Tensor image = part_channels_last(grad, part.input);
+    put_planar(dx, out, as_channels_last(input_grad_of<T>(image, weight, of_part(p, part))));
   });
   return dx;
 }
@@ -220,13 +231,13 @@ void add_to(const Tensor& sum, const Tensor& term) {
   });
 }
 
-// Added up over parts of the images, each of about `most` bytes of floats; of_part(images) is the
+// Added up over parts of the images, each of about `most` bytes of floats; of_part(out) is the
 // gradient of one.
 template <class T, class F>
-Tensor weight_grad_in_parts(const ConvShape& p, int64_t most, const F& of_part) {
+Tensor weight_grad_in_parts(const ConvShape& p, bool may_cut, int64_t most, const F& of_part) {
   OptTensor sum;
-  over_image_parts(p.n, p.oh, part_row_bytes(p), false, most, [&](const ImagePart& n) {
-    const Tensor part = of_part(n);
+  over_image_parts(p.n, p.oh, part_row_bytes(p), may_cut, most, [&](const ImagePart& out) {
+    const Tensor part = of_part(out);
     if (sum)
       add_to<T>(*sum, part);
     else
@@ -239,7 +250,7 @@ Tensor weight_grad_of_half(const Tensor& grad, const Tensor& x, const IntList& w
                            const ConvShape& p, bool channels_last) {
   const int64_t weight_bytes = p.k * p.group_c() * p.taps() * int64_t{sizeof(float)};
   const int64_t most = std::clamp(2 * weight_bytes, kGradPartBytes, 2 * kGradPartBytes);
-  const Tensor sum = weight_grad_in_parts<float>(p, most, [&](const ImagePart& n) {
+  const Tensor sum = weight_grad_in_parts<float>(p, false, most, [&](const ImagePart& n) {
     return weight_grad_of<float>(widened(grad, n), widened(x, {n.image, n.images, 0, p.h}),
                                  weight_size, of_images(p, n.images), channels_last);
   });
@@ -252,10 +263,10 @@ Tensor weight_grad_of_float(const Tensor& grad, const Tensor& x, const IntList& 
   if (!takes_parts(grad, p) || follows_channels_last(x) ||
       (stem_serves(p) && weight_grad_tile<T>(p) == 0))
     return weight_grad_of<T>(grad, x, weight_size, p, channels_last);
-  return weight_grad_in_parts<T>(p, kFloatPartBytes, [&](const ImagePart& n) {
-    return weight_grad_of<T>(part_channels_last(grad, n),
-                             part_channels_last(x, {n.image, n.images, 0, p.h}), weight_size,
-                             of_images(p, n.images), channels_last);
+  return weight_grad_in_parts<T>(p, may_cut_rows(p), kFloatPartBytes, [&](const ImagePart& out) {
+    const ConvPart part(p, out);
+    return weight_grad_of<T>(part_channels_last(grad, out), part_channels_last(x, part.input),
+                             weight_size, part.shape, channels_last);
   });
 }
 

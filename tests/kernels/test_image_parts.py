@@ -122,18 +122,32 @@ run = {
     ),
 }[OP]
 run(torch.randn(1, 64, 64, 64))
-x = torch.randn(1, 64, 1024, 1024)
+x = torch.randn(1, 64, 1024, 1024, requires_grad=GRADIENTS)
 before = peak()
 y = run(x)
+if GRADIENTS:
+    weight.requires_grad_()
+    y = run(x)
+    direction = torch.randn(y.shape)
+    before = peak()
+    y = torch.autograd.grad(y, (x, weight), direction)[0]
 print(peak() - before - y.numel() * 4 / 2**20)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KB on Linux alone")
-@pytest.mark.parametrize("op", ["conv2d", "conv_transpose2d", "depthwise_separable_conv2d"])
-def test_no_copy_of_a_large_image(op):
+@pytest.mark.parametrize(
+    "op, gradients",
+    [
+        ("conv2d", False),
+        ("conv2d", True),
+        ("conv_transpose2d", False),
+        ("depthwise_separable_conv2d", False),
+    ],
+)
+def test_no_copy_of_a_large_image(op, gradients):
     """Beside its 256 MB of output, a convolution of 256 MB of planar image takes a few MB."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", f"OP = {op!r}{PEAK}"]
+    command = [sys.executable, "-c", f"OP, GRADIENTS = {op!r}, {gradients}{PEAK}"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
     assert float(run.stdout) < 64
