@@ -23,15 +23,6 @@ def _check(grad: Tensor, ready: Tensor, like: Tensor | None) -> None:
         raise ValueError(f"{op}: grad must be a scalar, got shape {tuple(grad.shape)}")
 
 
-def not_differentiable(op: str) -> dict[str, Any]:
-    """For `declare`: a second derivative raises, and functorch can run the first."""
-
-    def backward(*_: Any) -> None:
-        raise NotImplementedError(f"nnarch::{op} is not differentiable (once_differentiable)")
-
-    return {"setup_context": lambda ctx, inputs, output: None, "backward": backward}
-
-
 # Under functorch `like` makes the result depend on what it is the gradient of, so that a second
 # derivative raises; it is None elsewhere.
 cross_entropy_scale = library.declare(
@@ -40,7 +31,6 @@ cross_entropy_scale = library.declare(
     fake=lambda grad, ready, like: ready.new_empty(ready.shape),
     check=_check,
     gpu=f"{_GPU}:cross_entropy_scale",
-    **not_differentiable("cross_entropy_scale"),
 )
 
 _scale_in_place = library.define_native("cross_entropy_scale_(Tensor(a!) x, float factor) -> ()")

@@ -16,7 +16,7 @@ from nnarch.kernels.linear.op import linear
 
 from . import reference
 from .arguments import autocast_dtype, cast, checked_class_weight, checked_numbers, reduction_code
-from .autograd import anchor, if_functorch, not_differentiable, scaled
+from .autograd import anchor, if_functorch, scaled
 from .checks import check_integers, check_linear_backward, check_linear_forward
 from .op import NUMBERS, cross_entropy
 from .reference import NONE, WANT_BIAS, WANT_WEIGHT, WANT_X, compute_dtype
@@ -94,7 +94,6 @@ linear_cross_entropy_backward = library.declare(
     fake=lambda grad, x, weight, *rest: _gradients(x, weight, rest[-1]),
     check=check_linear_backward,
     gpu=f"{_GPU}:linear_cross_entropy_backward",
-    **not_differentiable("linear_cross_entropy_backward"),
 )
 
 

@@ -24,7 +24,7 @@ from .arguments import (
     reduction_code,
     target_sizes,
 )
-from .autograd import anchor, if_functorch, not_differentiable, scaled
+from .autograd import anchor, if_functorch, scaled
 from .checks import check_backward, check_forward
 from .reference import MEAN, NONE, WANT_LOGITS, WANT_TARGET, empty_like_logits
 
@@ -113,7 +113,6 @@ cross_entropy_backward = library.declare(
     fake=_fake_backward,
     check=check_backward,
     gpu=f"{_GPU}:cross_entropy_backward",
-    **not_differentiable("cross_entropy_backward"),
 )
 
 
