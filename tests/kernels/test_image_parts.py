@@ -142,6 +142,7 @@ print(peak() - before - y.numel() * 4 / 2**20)
         ("conv2d", False),
         ("conv2d", True),
         ("conv_transpose2d", False),
+        ("conv_transpose2d", True),
         ("depthwise_separable_conv2d", False),
     ],
 )
