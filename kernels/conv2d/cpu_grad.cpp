@@ -92,7 +92,8 @@ ConvShape of_part(const ConvShape& p, const TransposedPart& part) {
   ConvShape shape = p;
   shape.n = part.input.images, shape.oh = part.input.rows;
   shape.h = part.shape.oh, shape.top = part.shape.top;
-  shape.bottom = (shape.oh - 1) * p.stride_h + p.dilation_h * (p.r - 1) + 1 - shape.h - shape.top;
+  const int64_t end = (shape.oh - 1) * p.stride_h + p.dilation_h * (p.r - 1) + 1;
+  shape.bottom = std::max<int64_t>(0, end - shape.h - shape.top);
   return shape;
 }
 

@@ -16,6 +16,8 @@ CASES = {  # N, C, H, W, K, kernel, options
     "winograd": (34, 64, 60, 56, 64, 3, {"padding": 1}),
     "rows of one image": (1, 48, 301, 299, 64, 3, {"padding": 1}),
     "pointwise": (40, 64, 56, 60, 64, 1, {}),
+    "pointwise with a stride": (1, 64, 420, 400, 64, 1, {"stride": 2}),
+    "steps past the kernel": (1, 48, 501, 400, 64, 2, {"stride": 3}),
     "stride": (2, 64, 281, 283, 64, 3, {"padding": 1, "stride": 2}),
     "dilation and groups": (2, 64, 180, 190, 64, 3, {"padding": 2, "dilation": 2, "groups": 2}),
     "more padding than reach": (3, 48, 150, 160, 64, 1, {"padding": 2}),
