@@ -28,7 +28,8 @@ class EchoStateRegressor(RegressorMixin, BaseEstimator):
             noise, input_to_readout, bidirectional: see :class:`nnarch.nn.EchoStateNetwork`.
         washout: steps at the start of a sequence that the fit ignores. Fewer where X is short: at
             most a tenth of its rows.
-        random_state: seed of the weights; None is 0, so that two fits agree.
+        random_state: seed of the weights, or a ``numpy.random.RandomState`` that every fit draws
+            one from; None is 0, so that two fits agree.
 
     Attributes:
         network_: the fitted :class:`nnarch.nn.EchoStateNetwork`.
@@ -51,7 +52,7 @@ class EchoStateRegressor(RegressorMixin, BaseEstimator):
         noise: float = 0.0,
         input_to_readout: bool = True,
         bidirectional: bool = False,
-        random_state: int | None = None,
+        random_state: int | np.random.RandomState | None = None,
     ) -> None:
         self.units = units
         self.connectivity = connectivity
@@ -88,12 +89,17 @@ class EchoStateRegressor(RegressorMixin, BaseEstimator):
             self.units,
             target.shape[1],
             washout=min(self.washout, len(X) // 10),
-            seed=0 if self.random_state is None else int(self.random_state),
+            seed=self._seed(),
             dtype=torch.float64,
             **options,
         )
         self.network_.fit(X, target)
         return self
+
+    def _seed(self) -> int:
+        if isinstance(self.random_state, np.random.RandomState):
+            return int(self.random_state.randint(2**31 - 1))
+        return 0 if self.random_state is None else int(self.random_state)
 
     def predict(self, X: Any) -> np.ndarray:
         """The outputs of a sequence that starts with a zero state, ``[steps]`` as `y` was."""

@@ -66,7 +66,9 @@ def spectral_radius(values: Tensor, columns: Tensor, rows: Tensor) -> float:
         largest = _arpack(values, columns, rows)
         if largest is not None:
             return largest
-    dense = torch.sparse_csr_tensor(rows, columns, values.double(), (n, n)).to_dense()
+    row = torch.repeat_interleave(torch.arange(n), rows.diff().long())  # torch's CSR tensors warn
+    dense = torch.zeros(n, n, dtype=torch.float64)
+    dense.index_put_((row, columns.long()), values.double(), accumulate=True)
     return float(torch.linalg.eigvals(dense).abs().max())
 
 

@@ -57,6 +57,15 @@ def test_the_same_seed_gives_the_same_model():
     assert np.array_equal(pickle.loads(pickle.dumps(a)).predict(X), a.predict(X))
 
 
+def test_random_state_that_draws():
+    a, b = (small(random_state=np.random.RandomState(7)).fit(X, Y) for _ in range(2))
+    assert np.array_equal(a.predict(X), b.predict(X))
+    shared = np.random.RandomState(7)
+    c, d = (small(random_state=shared).fit(X, Y) for _ in range(2))
+    assert np.array_equal(a.predict(X), c.predict(X))
+    assert not np.array_equal(c.predict(X), d.predict(X))
+
+
 def test_pipelines_and_searches():
     pipeline = make_pipeline(StandardScaler(), small())
     search = GridSearchCV(
