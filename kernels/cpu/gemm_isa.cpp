@@ -162,10 +162,11 @@ void pack_panel(const T* src, int64_t stride_k, int64_t stride_n, int64_t depth,
     return;
   }
   int64_t k = 0;
-  if (stride_k == 1 && n == nr) {  // columns are dense: transpose tiles in registers
+  if (stride_k == 1) {  // columns are dense: transpose tiles in registers
     const auto transpose = transpose_kernel<T>();
     const int64_t full = depth / 16 * 16;
-    for (; k < full; k += 16) transpose(src + k, stride_n, dst + k * nr, nr, nr, 16);
+    if (n < nr) __builtin_memset(dst, 0, static_cast<size_t>(full * nr) * sizeof(T));
+    for (; k < full; k += 16) transpose(src + k, stride_n, dst + k * nr, nr, n, 16);
   }
   for (; k < depth; ++k)
     for (int64_t j = 0; j < nr; ++j)

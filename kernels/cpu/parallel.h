@@ -41,4 +41,14 @@ void parallel_tasks(int64_t tasks, const F& f) {
   });
 }
 
+// Calls f(begin, end) for ranges that together are [0, count), one for each thread: for work that
+// gives the same bits however it is cut.
+template <class F>
+void parallel_ranges(int64_t count, const F& f) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+    FlushDenormals guard;
+    f(begin, end);
+  });
+}
+
 }  // namespace nnarch

@@ -13,6 +13,8 @@
 #include "linear/cpu_combine.h"
 #include "linear/cpu_half.h"
 #include "linear/cpu_rows.h"
+#include "linear/cpu_turned.h"
+#include "linear/cpu_unpacked.h"
 #include "normalization/cpu_sum.h"
 
 namespace nnarch {
@@ -22,8 +24,10 @@ namespace {
 template <class T>
 void few_rows(const Rows& x, const Tensor& w, T* y, const Epilogue<T>& epilogue) {
   set_algorithm("gemv");
-  constexpr int64_t run = 64;
-  const int64_t n = w.size(0);
+  // Four rows of x go past a task's weights at a time; the next four find them in cache.
+  constexpr int64_t cache = int64_t{256} << 10;
+  const int64_t n = w.size(0), row_bytes = x.depth * int64_t{sizeof(T)};
+  const int64_t run = x.m <= kFewRows ? 64 : std::clamp<int64_t>(cache / row_bytes, 8, 64);
   parallel_tasks(ceil_div(n, run), [&](int64_t task) {
     const int64_t first = task * run;
     gemm<T>().few_rows(data<T>(x.tensor), x.stride, x.m, data<T>(w) + first * w.stride(0),
@@ -53,6 +57,19 @@ void rows_of_weights(const Rows& x, const Tensor& w, T* y) {
     const int64_t first = task * run;
     combine(data<T>(x.tensor) + first * x.stride, x.stride, 1, std::min(run, x.m - first), x.depth,
             data<T>(w), w.stride(1), n, y + first * n, n);
+  });
+}
+
+// Threads share the columns in ranges of any width: an output's sum is cut by its depth only.
+template <class T>
+void multiply_unpacked(const Rows& x, const Tensor& w, T* y) {
+  set_algorithm("unpacked");
+  constexpr int64_t unit = 64;
+  const int64_t n = w.size(0);
+  const UnpackedColumns<T> columns(data<T>(x.tensor), x.stride, x.m, x.depth, data<T>(w),
+                                   w.stride(1), y, n);
+  parallel_ranges(ceil_div(n, unit), [&](int64_t begin, int64_t end) {
+    columns.run(begin * unit, std::min(end * unit, n));
   });
 }
 
@@ -221,15 +238,18 @@ void run_linear(const Rows& x, const Tensor& weight, const OptTensor& packed, T*
                 const Epilogue<T>& epilogue) {
   const int64_t n = weight.size(0);
   if (x.m == 0 || n == 0) return;
-  if (x.m <= kFewRows && weight.stride(1) == 1 && x.depth > 0)
+  const bool dense_rows = weight.stride(1) == 1 && x.depth > 0;
+  const bool dense_columns = weight.stride(0) == 1 && x.depth > 0 && is_identity(epilogue);
+  if (x.m <= (packed ? kFewRows : kFewUnpackedRows) && dense_rows)
     return few_rows<T>(x, weight, y, epilogue);
-  if ((x.m <= kFewRows || x.depth <= kFewRows) && x.depth > 0 && weight.stride(0) == 1 &&
-      is_identity(epilogue))
+  if ((x.m <= kFewRows || x.depth <= kFewRows) && dense_columns)
     return rows_of_weights<T>(x, weight, y);
   if (packed) {
     require_packed<T>(*packed, n, x.depth);
     return packed_gemm<T>(x, data<T>(*packed), n, y, epilogue);
   }
+  if (x.m <= kTurnedRows && dense_rows) return multiply_turned<T>(x, weight, y, epilogue);
+  if (serves_unpacked(x.m, n, x.depth) && dense_columns) return multiply_unpacked<T>(x, weight, y);
   if (PackedInCache::serves(x.m)) return pack_and_multiply<T>(x, weight, y, epilogue);
   packed_gemm<T>(x, data<T>(linear_pack(weight)), n, y, epilogue);
 }

@@ -8,9 +8,12 @@
 
 namespace nnarch {
 
-// Up to this many rows go past the weights in place, up to that many against weights that each task
-// packs for itself; more are worth a packed copy in memory.
-inline constexpr int64_t kFewRows = 4, kManyRows = 512;
+// Up to this many rows go past the weights in place at the bandwidth of reading them; twice as many
+// where the weights aren't packed.
+inline constexpr int64_t kFewRows = 4, kFewUnpackedRows = 8;
+// Up to this many are packed in the place of unpacked weights; up to that many go against weights
+// that each task packs for itself; more are worth a packed copy in memory.
+inline constexpr int64_t kTurnedRows = 96, kManyRows = 512;
 
 // x as rows: `m` of them, `depth` long, dense, `stride` apart.
 struct Rows {

@@ -1,4 +1,6 @@
 // Products that go row by row past an unpacked right side.
+#include "cpu/epilogue_isa.h"
+#include "cpu/layout.h"
 #include "cpu/simd.h"
 #include "linear/cpu_combine.h"
 
@@ -39,6 +41,13 @@ void combine(const T* a, int64_t a_row, int64_t a_column, int64_t m, int64_t dep
   }
 }
 
+template <class T>
+void turn_back(const T* sums, int64_t step, int64_t n, int64_t m, T* y, int64_t y_step,
+               const Epilogue<T>& epilogue) {
+  transpose_kernel<T>()(sums, step, y, y_step, n, m);
+  for (int64_t i = 0; i < m; ++i) finish_row(epilogue, i * y_step, n, y + i * y_step);
+}
+
 }  // namespace
 
 template <>
@@ -48,6 +57,14 @@ CombineRows<float> combine_rows<float>() {
 template <>
 CombineRows<double> combine_rows<double>() {
   return combine<double>;
+}
+template <>
+TurnBack<float> turn_back_fn<float>() {
+  return turn_back<float>;
+}
+template <>
+TurnBack<double> turn_back_fn<double>() {
+  return turn_back<double>;
 }
 
 }  // namespace nnarch::NNARCH_ISA

@@ -53,6 +53,24 @@ def test_the_product_of_two_transposed_matrices(size, dtype, machine):
     assert_as_accurate(y, g.t() @ x, truth, ulps=16.0 if dtype == torch.float32 else None)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize(
+    "size",
+    [(5, 300, 9), (14, 129, 64), (15, 128, 33), (32, 2048, 515), (96, 257, 1100), (190, 700, 600)],
+    ids=str,
+)
+def test_a_weight_with_dense_columns(size, dtype, machine):
+    """dx of a few rows: parts of the sum, rows 4 KB apart, columns that are no whole panels."""
+    m, k, n = size
+    x, w = torch.randn(m, k).to(dtype), (torch.randn(k, n + 5) / k**0.5).to(dtype)[:, :n]
+    with nnarch.trace() as trace:
+        y = F.linear(x, w.t())
+    if dtype.itemsize >= 4:
+        assert [call.algorithm for call in trace] == ["unpacked"]
+    truth = x.double() @ w.double()
+    assert_as_accurate(y, x @ w, truth, ulps=16.0 if dtype == torch.float32 else None)
+
+
 @pytest.mark.parametrize("channels, k", [(1024, 144), (64, 420), (2048, 130)])
 def test_pointwise_convolution_and_its_weight_gradient(channels, k, machine):
     x = torch.randn(3, channels, 14, 13).contiguous(memory_format=torch.channels_last)

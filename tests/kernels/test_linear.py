@@ -32,8 +32,9 @@ from torch.nn import functional as TF
 import nnarch
 from nnarch import functional as F
 
-# (rows, depth, outputs). Up to 4 rows are a matrix-vector product; up to 512 go against unpacked
-# weights, packed in passing by panels of 8 to 32 columns; more rows pack the whole weight.
+# (rows, depth, outputs). Up to 8 rows go past the weights in fours; up to 96 are packed in the place
+# of unpacked weights; up to 512 go against weights packed in passing by panels of 8 to 32 columns;
+# more rows pack the whole weight. dx of up to 192 rows multiplies with the weight as it lies.
 SIZES = [
     (1, 1, 1),
     (1, 7, 5),
@@ -45,6 +46,11 @@ SIZES = [
     (5, 1, 1),
     (5, 16, 16),
     (6, 17, 19),
+    (8, 300, 70),
+    (9, 130, 45),
+    (33, 1600, 129),
+    (96, 320, 150),
+    (150, 33, 260),
     (13, 96, 257),
     (97, 31, 48),
     (31, 1031, 17),
@@ -54,7 +60,7 @@ SIZES = [
     (513, 20, 9),
     (600, 67, 131),
 ]
-CORE = [SIZES[i] for i in (2, 6, 10, 12, 17)]
+CORE = [SIZES[i] for i in (2, 6, 11, 15, 17, 22)]
 
 
 def tensors(m: int, c: int, k: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -245,7 +251,10 @@ def test_packed_weight(size, dtype):
     [
         (1, False, "gemv"),
         (4, True, "gemv"),
-        (5, False, "gemm"),
+        (8, False, "gemv"),
+        (9, False, "turned"),
+        (96, False, "turned"),
+        (97, False, "gemm"),
         (512, False, "gemm"),
         (5, True, "gemm_packed"),
         (513, False, "gemm_packed"),
@@ -258,6 +267,20 @@ def test_algorithm(rows, packed, algorithm):
         ours(**t, packed=weights)
     (entry,) = trace
     assert (entry.op, entry.backend, entry.algorithm) == ("linear", "cpu", algorithm)
+
+
+@pytest.mark.parametrize("rows", [8, 40, 90, 150])
+def test_threads_change_no_bit(rows):
+    """Forward and dx of every way past unpacked weights."""
+    x, w, g = torch.randn(rows, 300), torch.randn(700, 300), torch.randn(rows, 700)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            results.append((F.linear(x, w), F.linear(g, w.t())))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 # -------------------------------------------------------------------------------------- derivatives
