@@ -1,6 +1,7 @@
 // The gradients of x, weight and bias from tiles of logits, or of logits' gradients.
 #pragma once
 
+#include "cpu/unpacked.h"
 #include "cross_entropy/cpu_linear.h"
 
 namespace nnarch {
@@ -11,21 +12,6 @@ struct LinearGradients {
   T *dx, *dw, *db;
   bool any() const { return dx || dw || db; }
 };
-
-// panels[j][k][column] = w[k][j * nr + column], read row after row as memory likes it.
-template <class T>
-void pack_rows_in_order(const T* w, int64_t w_step, int64_t rows, int64_t columns, T* panels) {
-  const int64_t nr = gemm<T>().nr, whole = columns / nr, rest = columns % nr;
-  for (int64_t k = 0; k < rows; ++k, w += w_step) {
-    for (int64_t j = 0; j < whole; ++j)
-      std::memcpy(panels + (j * rows + k) * nr, w + j * nr, nr * sizeof(T));
-    if (rest > 0) {
-      T* last = panels + (whole * rows + k) * nr;
-      std::memcpy(last, w + whole * nr, rest * sizeof(T));
-      std::fill_n(last + rest, nr - rest, T{0});
-    }
-  }
-}
 
 // Adds what some samples contribute. Each tile's gradient of the logits takes the place of its
 // logits, in cache, and goes into the products at once.
@@ -95,23 +81,21 @@ class TileGradients {
     const int64_t turned_step = padded_step<T>(classes);
     Scratch<T> turned(p_.samples * turned_step);
     transpose_fn<T>()(g, step, turned.get(), turned_step, classes, p_.samples);
-    Scratch<T> panels(packed_size<T>(p_.depth, 1, classes));
-    {
-      const Reading<T> rows(p_.w, {first * p_.w_step, p_.depth, classes, p_.w_step});
-      pack_rows_in_order(rows.get(), rows.step(), classes, p_.depth, panels.get());
-    }
-    const Strip<T> rows{turned.get(), 0, p_.samples};
     const bool starts = first == tiles_.tiles * group / tiles_.groups * ClassTiles::kTile;
     T* to = tiles_.groups > 1 ? parts_ + group * p_.samples * p_.depth : to_.dx;
-    gemm<T>().run({.depth = classes,
-                   .b = panels.get(),
-                   .c = to,
-                   .n = p_.depth,
-                   .accumulate = !starts,
-                   .strips = &rows,
-                   .strip_count = 1,
-                   .a_step = turned_step,
-                   .c_step = p_.depth});
+    static_assert(ClassTiles::kTile <= kUnpackedDepth);
+    const Reading<T> rows(p_.w, {first * p_.w_step, p_.depth, classes, p_.w_step});
+    const UnpackedProduct<T> multiply = NNARCH_SELECT(unpacked_product<T>());
+    multiply({.a = turned.get(),
+              .a_step = turned_step,
+              .b = rows.get(),
+              .b_step = rows.step(),
+              .c = to,
+              .c_step = p_.depth,
+              .m = p_.samples,
+              .n = p_.depth,
+              .depth = classes,
+              .accumulate = !starts});
   }
 
   LinearLogits<T> p_;
