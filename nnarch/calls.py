@@ -27,8 +27,8 @@ def cheap_call(
     Plain tensors, no gradient wanted: straight to the kernel; not so plain: below autograd. A
     gradient wanted: the kernel and a node in C++, where the operation has one; else an
     autograd.Function of the same formula, at a fraction of what the registered one costs a call;
-    under functorch, the form of it that functorch asks for. Under torch.compile: the registered
-    operation.
+    under functorch, the form of it that functorch asks for. Under torch.compile and
+    torch.jit.trace: the registered operation.
     """
     overload = op.overload
     run = overload._op  # what its __call__ calls
@@ -36,6 +36,7 @@ def cheap_call(
     is_grad_enabled = torch.is_grad_enabled
     is_inference_mode = torch.is_inference_mode_enabled
     is_compiling = torch.compiler.is_compiling
+    tracing_state = torch._C._get_tracing_state
     in_functorch = torch._C._are_functorch_transforms_active
     Tensor = torch.Tensor
     # isinstance(1, Tensor) costs 0.1 µs: Tensor's metaclass answers. Schemas begin with tensors.
@@ -55,6 +56,8 @@ def cheap_call(
             result = direct(*args)
             if result is not DECLINED and result is not WANTS_GRADIENT:
                 return result
+            if tracing_state() is not None:
+                return overload(*args)
             if dual_level() != NO_DUAL_LEVEL:
                 _refuse_tangents(op.name, args[:tensors])
             if result is WANTS_GRADIENT:

@@ -255,6 +255,45 @@ def test_autocast_takes_mixed_dtypes():
             assert y.dtype == torch.bfloat16
 
 
+# Tracing warns of every size that Python looks at; torch 2.13 prefers export.
+_tracing = pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.trace:DeprecationWarning"
+)
+
+
+@_tracing
+def test_jit_trace(net):
+    """A traced graph has the registered operations, and no weight packed for this machine."""
+    net.eval()
+    x = torch.randn(2, 3, 16, 18)
+    with torch.no_grad():
+        expected = net(x)  # packs
+        traced = torch.jit.trace(net, torch.randn(2, 3, 16, 18))
+        torch.testing.assert_close(traced(x), expected)
+    graph = str(traced.inlined_graph)
+    assert "nnarch::conv2d" in graph and "nnarch::linear" in graph
+    assert "value=<Tensor>" not in graph
+
+
+@_tracing
+@pytest.mark.parametrize(
+    "module, size",
+    [
+        (nn.LSTM(4, 5), (3, 2, 4)),
+        (nn.GRUCell(4, 5), (2, 4)),
+        (nn.TransformerEncoderLayer(8, 2, batch_first=True), (2, 3, 8)),
+        (nn.DenseCapsules(8, 4, 5, 6), (2, 8, 4)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else "",
+)
+def test_jit_trace_for_inference(module, size):
+    module.eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(module, torch.randn(size))
+        x = torch.randn(size)
+        torch.testing.assert_close(traced(x), module(x), rtol=1e-4, atol=1e-6)
+
+
 def test_autocast_leaves_float64_alone():
     x, weight = torch.randn(3, 4).double(), torch.randn(2, 4).double()
     with torch.autocast("cpu", dtype=torch.bfloat16):

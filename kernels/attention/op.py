@@ -127,11 +127,12 @@ def scaled_dot_product_attention(
 
     Args:
         query: [..., H, L, D], any strides: a view of one packed query-key-value tensor is read in
-            place. [..., L, D] without heads is taken too.
+            place. [..., L, D] without heads is taken too. Leading dimensions broadcast with those
+            of key and value, without a copy.
         key: [..., G, S, D]; H is a multiple of G with `enable_gqa`, else equal.
         value: [..., G, S, Dv].
-        attn_mask: broadcasts to [..., H, L, S]; bool (True: may see), or of the query's dtype and
-            added to the scores. Read as given, never expanded in memory.
+        attn_mask: broadcasts to [..., H, L, S]; bool (True: may see), or of the query's dtype or
+            float32 and added to the scores. Read as given, never expanded in memory.
         dropout_p: the probability of a weight to be dropped.
         is_causal: query i sees keys up to i + query_offset.
         scale: 1/sqrt(D) where None.
@@ -158,7 +159,13 @@ def scaled_dot_product_attention(
         low, high = band(is_causal, window, query_offset)
     if key_lengths is not None and key_lengths.dtype != torch.int64:
         key_lengths = whole_lengths(key_lengths)
+    if attn_mask is not None and attn_mask.dtype == torch.float32 != query.dtype:
+        attn_mask = _mask_beside(attn_mask, query.dtype)
     sizes, key_sizes, lead = query.shape, key.shape, None
+    batch = -3 if enable_gqa else -2
+    if not sizes[:batch] == key_sizes[:batch] == value.shape[:batch]:
+        query, key, value = _broadcast(query, key, value, batch)
+        sizes, key_sizes = query.shape, key.shape
     if len(sizes) != 4 or len(key_sizes) != 4 or (attn_mask is not None and attn_mask.dim() != 4):
         query, key, value, attn_mask, lead = _four_dimensions(query, key, value, attn_mask)
         sizes, key_sizes = query.shape, key.shape
@@ -197,6 +204,28 @@ def whole_lengths(key_lengths: Tensor) -> Tensor:
     if key_lengths.is_floating_point() or key_lengths.dtype == torch.bool:
         raise TypeError(f"attention: key_lengths must be whole numbers, got {key_lengths.dtype}")
     return key_lengths.long()
+
+
+def _broadcast(
+    query: Tensor, key: Tensor, value: Tensor, batch: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """All three with the same dimensions before `batch`, if they can have them."""
+    tensors = query, key, value
+    try:
+        lead = torch.broadcast_shapes(*(t.shape[:batch] for t in tensors))
+    except RuntimeError:
+        return tensors  # the checks name what does not fit
+    expanded = [t.expand(*lead, *t.shape[batch:]) for t in tensors if t.dim() >= -batch]
+    return (expanded[0], expanded[1], expanded[2]) if len(expanded) == 3 else tensors
+
+
+def _mask_beside(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float32 mask in the query's dtype. A finite number stays one: finfo.min is no -infinity."""
+    limits = torch.finfo(dtype)
+    if limits.max > torch.finfo(mask.dtype).max:
+        return mask.to(dtype)
+    bounded = mask.clamp(limits.min, limits.max)
+    return torch.where(mask.isinf(), mask, bounded).to(dtype)
 
 
 def _four_dimensions(

@@ -63,6 +63,7 @@ class ModelInfo:
 
 
 _builders: dict[str, tuple[Builder, ModelInfo]] = {}
+_REFUSED = re.compile(r"(?P<why>unexpected|multiple values for) keyword argument '(?P<option>\w+)'")
 
 
 def register_model(**facts: Any) -> Callable[[Builder], Builder]:
@@ -91,9 +92,22 @@ def create_model(name: str, **options: Any) -> Module:
 
     Raises:
         ValueError: unknown name, or an option value that the builder refuses.
-        TypeError: an option that the builder does not have.
+        TypeError: an option that the architecture does not have, or that its name settles.
     """
-    return _find("create_model", name)[0](**options)
+    builder, _ = _find("create_model", name)
+    classes = options.get("num_classes", 1)
+    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 1:
+        raise ValueError(f"create_model: num_classes must be a positive int, got {classes!r}")
+    if not hasattr(options.get("nn", torch.nn), "Module"):
+        raise TypeError(f"create_model: nn must be a namespace of layers, got {options['nn']!r}")
+    try:
+        return builder(**options)
+    except TypeError as error:
+        refused = _REFUSED.search(str(error))
+        if refused is None or refused["option"] not in options:
+            raise
+        why = "has no option" if refused["why"] == "unexpected" else "settles by its name"
+        raise TypeError(f"create_model: {name} {why} {refused['option']!r}") from None
 
 
 def list_models(pattern: str = "*") -> list[str]:

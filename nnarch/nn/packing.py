@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
+_tracing_state = torch._C._get_tracing_state
 
 # What a probe reads: the bits of one element, so that NaN equals itself.
 _PROBE_TYPES = {2: ctypes.c_uint16, 4: ctypes.c_uint32, 8: ctypes.c_uint64}
@@ -149,11 +150,13 @@ class PackedWeightMixin(Module):
     ) -> _PackedWeights | None:
         """The packed forms of these weights, or None where this call must do without.
 
+        A traced graph would keep them as constants, in the layout of this machine's kernels.
+
         Args:
             weights: all that is packed of this module.
             inputs: the other arguments of the kernel that may want a gradient.
         """
-        if self.training or _is_compiling():
+        if self.training or _is_compiling() or _tracing_state() is not None:
             return None
         if _is_grad_enabled():
             for t in weights + inputs:

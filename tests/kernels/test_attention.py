@@ -235,6 +235,48 @@ def test_other_numbers_of_dimensions(lead: tuple[int, ...]) -> None:
 # ------------------------------------------------------------------------------------- dropout
 
 
+@pytest.mark.parametrize(
+    "query, key, value",
+    [
+        ((2, 3, 5, 8), (1, 3, 7, 8), (1, 3, 7, 6)),
+        ((2, 3, 5, 8), (2, 1, 7, 8), (2, 1, 7, 8)),
+        ((1, 1, 5, 8), (2, 3, 7, 8), (2, 1, 7, 8)),
+        ((3, 5, 8), (2, 3, 7, 8), (2, 3, 7, 8)),
+        ((2, 2, 3, 5, 8), (2, 1, 3, 7, 8), (1, 2, 3, 7, 8)),
+    ],
+    ids=str,
+)
+def test_leading_dimensions_broadcast(query: Any, key: Any, value: Any) -> None:
+    tensors = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in
+               (query, key, value)]  # fmt: skip
+    mine = F.scaled_dot_product_attention(*tensors, is_causal=True)
+    truth = TF.scaled_dot_product_attention(*tensors, is_causal=True)
+    grad = torch.randn_like(truth)
+    torch.testing.assert_close(mine, truth)
+    torch.testing.assert_close(
+        torch.autograd.grad(mine, tensors, grad), torch.autograd.grad(truth, tensors, grad)
+    )
+
+
+def test_a_shared_batch_of_grouped_heads_broadcasts() -> None:
+    q, k = torch.randn(3, 4, 5, 8), torch.randn(1, 2, 7, 8)
+    mine = F.scaled_dot_product_attention(q, k, k, enable_gqa=True)
+    torch.testing.assert_close(mine, TF.scaled_dot_product_attention(q, k, k, enable_gqa=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=name_of)
+def test_a_float32_mask_beside_other_dtypes(dtype: torch.dtype) -> None:
+    """Finite numbers stay finite: a query that they mask altogether sees all keys alike."""
+    q, k = torch.randn(2, 2, 4, 8, dtype=dtype), torch.randn(2, 2, 6, 8, dtype=dtype)
+    mask = torch.randn(4, 6)
+    mask[0, 2], mask[1, :3], mask[2] = -math.inf, torch.finfo(torch.float32).min, -1e6
+    mine = F.scaled_dot_product_attention(q, k, k, attn_mask=mask)
+    wide = [t.double() for t in (q, k, k)]
+    truth = TF.scaled_dot_product_attention(*wide, attn_mask=mask.double())
+    assert mine.dtype == dtype
+    torch.testing.assert_close(mine.double(), truth, rtol=2e-2, atol=2e-2)
+
+
 def test_dropout_drops_what_the_definition_drops() -> None:
     for shape in ((2, 2, 2, 19, 30, 16, 16), (1, 2, 2, 1, 200, 32, 32), (1, 4, 2, 64, 96, 64, 64)):
         tensors = inputs(*shape)

@@ -32,9 +32,9 @@ from torch.nn import functional as TF
 import nnarch
 from nnarch import functional as F
 
-# (rows, depth, outputs). Up to 8 rows go past the weights in fours; up to 96 are packed in the place
-# of unpacked weights; up to 512 go against weights packed in passing by panels of 8 to 32 columns;
-# more rows pack the whole weight. dx of up to 192 rows multiplies with the weight as it lies.
+# (rows, depth, outputs). Up to 8 rows go past the weights in fours; up to 96 are packed in the
+# place of unpacked weights; up to 512 go against weights packed in passing by panels of 8 to 32
+# columns; more pack the whole weight. dx of up to 192 rows multiplies with the weight as it lies.
 SIZES = [
     (1, 1, 1),
     (1, 7, 5),

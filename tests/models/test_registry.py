@@ -62,8 +62,18 @@ def test_unknown_names_and_options():
         nnarch.create_model("resnet5")
     with pytest.raises(ValueError, match=r"model_info: .* list_models\(\) shows all names"):
         nnarch.model_info("?")
-    with pytest.raises(TypeError, match="depth"):
+    with pytest.raises(TypeError, match="create_model: resnet18 has no option 'depth'"):
         nnarch.create_model("resnet18", depth=3)
+    with pytest.raises(TypeError, match="mobilenet_v2_x0_5 settles by its name 'width_mult'"):
+        nnarch.create_model("mobilenet_v2_x0_5", width_mult=0.5)
+    with pytest.raises(TypeError, match="nn must be a namespace of layers, got 3"):
+        nnarch.create_model("resnet18", nn=3)
+
+
+@pytest.mark.parametrize("classes", [0, -3, 2.5, True, None, "10"])
+def test_numbers_of_classes(classes):
+    with pytest.raises(ValueError, match="num_classes must be a positive int"):
+        nnarch.create_model("resnet18", num_classes=classes)
 
 
 def test_info_is_frozen():
