@@ -59,6 +59,8 @@ def beam_search(
             Neural Machine Translation System, section 7.
     """
     batch = start.shape[0]
+    if batch == 0:
+        return start.new_zeros(0, 0)
     step.repeat(beams)
     # Scores [B, beams]: at first all beams are alike, so only one of them counts.
     scores = torch.full((batch, beams), -math.inf, device=start.device)

@@ -205,6 +205,7 @@ class TransformerModel(Module):
         """
         if beams < 1:
             raise ValueError(f"generate: beams must be at least 1, got {beams}")
+        source = source.long()
         limit = source.shape[1] + 50 if limit is None else limit
         memory, padding = self.encode(source)
         step = _Stepper(self, memory, padding, use_cache)

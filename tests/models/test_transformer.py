@@ -133,6 +133,15 @@ def score(model, source, tokens, alpha):
     return total / ((5 + len(tokens)) / 6) ** alpha
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_any_whole_numbers_and_any_batch(beams):
+    model = build().eval()
+    source, _ = sentences()
+    written = model.generate(source, 5, beams=beams)
+    assert torch.equal(model.generate(source.int(), 5, beams=beams), written)
+    assert model.generate(source[:0], 5, beams=beams).shape[0] == 0
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 1.5])
 @torch.no_grad()
 def test_beams_that_keep_everything_find_the_best(alpha):
