@@ -48,11 +48,10 @@ struct Upcoming {
 
 template <class T>
 struct Workspace {
-  T* scores;     // [kBlock][kTile]
-  T* bias;       // [kBlock][kTile]
-  T* mask_rows;  // [kTile][kBlock in whole vectors]
-  T* key_bias;   // [kBlock in whole vectors]
-  T *k, *v;      // copies of a block
+  T* scores;    // [kBlock][kTile]
+  T* bias;      // [kBlock][kTile], or bytes of a boolean mask
+  T* key_bias;  // [kBlock in whole vectors]
+  T *k, *v;     // copies of a block
   Upcoming<T> upcoming;
   bool query_masks;  // queries have rows of the mask of their own
 };
@@ -61,34 +60,24 @@ struct Workspace {
 template <class T>
 struct Conditions {
   const T* bias;      // [key][kTile], or null
+  const char* shown;  // [key][kTile]: 0 hides; or null
   const T* key_bias;  // [key], or null
-  bool boolean;       // whether `bias` only hides
+  bool boolean;       // whether `key_bias` only hides
   bool banded;
   alignas(kVectorBytes) T first[kTile<T>], end[kTile<T>];  // of the visible keys, in the block
 
-  bool any() const { return bias || key_bias || banded; }
+  bool masked() const { return bias || shown || key_bias; }
   void apply(T* scores, int64_t begin, int64_t count, T* top) const;
 };
 
-template <class T>
-NNARCH_NOINLINE void Conditions<T>::apply(T* scores, int64_t begin, int64_t count, T* top) const {
+// score = f(score, key, half) for scores [begin, begin + count), and their maxima.
+template <class T, class F>
+NNARCH_INLINE void each_score(T* scores, int64_t begin, int64_t count, T* top, const F& f) {
   constexpr int w = kLanes<T>;
-  const Vec<T> hidden = broadcast(-kInfinity<T>);
   for (int half = 0; half < kTile<T>; half += w) {
     Vec<T> most = load(top + half);
-    const Vec<T> low = load(first + half), high = load(end + half);
     for (int64_t j = begin; j < begin + count; ++j) {
-      Vec<T> s = load(scores + j * kTile<T> + half);
-      if (bias) {
-        const Vec<T> b = load(bias + j * kTile<T> + half);
-        s = boolean ? (b == T(0) ? s : hidden) : s + b;
-      }
-      if (key_bias) s = boolean && key_bias[j] != T(0) ? hidden : s + key_bias[j];
-      if (banded) {
-        const Vec<T> at = broadcast(static_cast<T>(j));
-        s = at >= low ? s : hidden;
-        s = at < high ? s : hidden;
-      }
+      const Vec<T> s = f(load(scores + j * kTile<T> + half), j, half);
       store(scores + j * kTile<T> + half, s);
       most = at_least<T>(s, most);
     }
@@ -96,20 +85,57 @@ NNARCH_NOINLINE void Conditions<T>::apply(T* scores, int64_t begin, int64_t coun
   }
 }
 
+template <class T>
+NNARCH_NOINLINE void Conditions<T>::apply(T* scores, int64_t begin, int64_t count, T* top) const {
+  const auto hide = [&](Vec<T> s, int64_t j, int half) NNARCH_INLINE_LAMBDA {
+    return hide_where_zero<T>(s, shown + j * kTile<T> + half);
+  };
+  const auto add = [&](Vec<T> s, int64_t j, int half)
+                       NNARCH_INLINE_LAMBDA { return s + load(bias + j * kTile<T> + half); };
+  if (shown && !banded) return each_score(scores, begin, count, top, hide);
+  if (bias && !banded) return each_score(scores, begin, count, top, add);
+  const Vec<T> hidden = broadcast(-kInfinity<T>);
+  each_score(scores, begin, count, top, [&](Vec<T> s, int64_t j, int half) NNARCH_INLINE_LAMBDA {
+    if (shown) s = hide(s, j, half);
+    if (bias) s = add(s, j, half);
+    if (key_bias) s = boolean && key_bias[j] != T(0) ? hidden : s + key_bias[j];
+    if (banded) {
+      const Vec<T> at = broadcast(static_cast<T>(j));
+      s = at >= load(first + half) ? s : hidden;
+      s = at < load(end + half) ? s : hidden;
+    }
+    return s;
+  });
+}
+
+// What the masks of queries do to keys [begin, end) of the block.
+template <class T>
+NNARCH_NOINLINE Seen mask_tile(const Attention<T>& a, const Tile<T>& t, const Block<T>& block,
+                               int64_t begin, int64_t end, T* room, Conditions<T>& c) {
+  const int64_t first = block.first + begin, n = end - begin, at = begin * kTile<T>;
+  if (!a.mask.boolean) {
+    turn_added<T>(a.mask, t.mask, t.count, first, n, room + at);
+    c.bias = room;
+    return Seen::some;
+  }
+  const int64_t column = a.mask.values.column;
+  const Seen seen = seen_of_tile(t.mask, t.count, first, n, column);
+  if (seen != Seen::some) return seen;
+  char* bytes = reinterpret_cast<char*>(room);
+  turn_boolean<T>(t.mask, t.count, first, n, column, bytes + at);
+  c.shown = bytes;
+  return seen;
+}
+
 // What the mask and the band do to keys [begin, end) of the block.
 template <class T>
 NNARCH_INLINE Seen conditions_of(const Attention<T>& a, const Tile<T>& t, const Block<T>& block,
                                  int64_t begin, int64_t end, Workspace<T>& work, Conditions<T>& c) {
-  c.bias = nullptr;
+  c.bias = nullptr, c.shown = nullptr;
   c.key_bias = block.key_bias;
   c.boolean = a.mask.boolean;
-  if (work.query_masks) {
-    T* to = work.bias + begin * kTile<T>;
-    const Seen seen =
-        mask_tile<T>(a.mask, t.mask, t.count, block.first + begin, end - begin, work.mask_rows, to);
-    if (seen == Seen::nothing) return seen;
-    if (seen == Seen::some) c.bias = work.bias;
-  }
+  if (work.query_masks && mask_tile<T>(a, t, block, begin, end, work.bias, c) == Seen::nothing)
+    return Seen::nothing;
   c.banded = t.most_first > block.first + begin || t.least_end < block.first + end;
   if (c.banded)
     for (int i = 0; i < kTile<T>; ++i) {
@@ -188,12 +214,12 @@ NNARCH_NOINLINE void visit(const Attention<T>& a, Tile<T>& t, const Block<T>& bl
   Conditions<T> conditions;
   if (conditions_of(a, t, block, begin, end, work, conditions) == Seen::nothing) return;
   const int64_t all_from = t.most_first - block.first, all_to = t.least_end - block.first;
-  const bool biased = conditions.bias || conditions.key_bias;
+  const bool masked = conditions.masked();
   alignas(kVectorBytes) T top[kTile<T>], unused[kTile<T>], rescale[kTile<T>];
   for (int i = 0; i < kTile<T>; ++i) top[i] = unused[i] = -kInfinity<T>;
   in_pieces(begin, end, [&](auto size, int64_t j) NNARCH_INLINE_LAMBDA {
     constexpr int n = size.value;
-    const bool plain = !biased && j >= all_from && j + n <= all_to;
+    const bool plain = !masked && j >= all_from && j + n <= all_to;
     score_piece<T, Use, n>(t.q, a.depth, block.k.data + j * block.k.step, block.k.step,
                            work.upcoming.take(a.depth), work.scores + j * kTile<T>,
                            plain ? top : unused);
@@ -254,20 +280,18 @@ NNARCH_INLINE void look_ahead(const Attention<T>& a, const QueryRows& rows, Upco
 
 template <class T>
 struct ScratchPlan {
-  int64_t k, v, scores, bias, mask_rows, key_bias, tile_q, tile_out;
+  int64_t k, v, scores, bias, key_bias, tile_q, tile_out;
 
   explicit ScratchPlan(const Attention<T>& a)
       : k(a.k.in_place ? 0 : kBlock * whole_vectors<T>(a.depth)),
         v(a.v.in_place ? 0 : kBlock * whole_vectors<T>(a.value_depth)),
         scores(kBlock * kTile<T>),
         bias(a.mask.values.data ? scores : 0),
-        mask_rows(a.mask.values.data ? kTile<T> * whole_vectors<T>(kBlock) : 0),
         key_bias(a.mask.values.data ? whole_vectors<T>(kBlock) : 0),
         tile_q(a.depth * kTile<T>),
         tile_out(whole_vectors<T>(a.value_depth) * kTile<T>) {}
   int64_t total(int64_t tiles) const {
-    return k + v + scores + bias + mask_rows + key_bias +
-           tiles * (tile_q + tile_out + 2 * kTile<T>);
+    return k + v + scores + bias + key_bias + tiles * (tile_q + tile_out + 2 * kTile<T>);
   }
 };
 
@@ -284,7 +308,6 @@ void run_tiles(const Attention<T>& a, const QueryRows& rows, const KeyRange<T>& 
   Workspace<T> work;
   work.scores = take(scratch, plan.scores);
   work.bias = take(scratch, plan.bias);
-  work.mask_rows = take(scratch, plan.mask_rows);
   work.key_bias = take(scratch, plan.key_bias);
   work.k = take(scratch, plan.k), work.v = take(scratch, plan.v);
   work.upcoming.idle = work.scores;

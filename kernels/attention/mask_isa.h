@@ -92,39 +92,99 @@ NNARCH_INLINE Seen seen_of(const char* p, int64_t step, int64_t n) {
   return all ? Seen::all : any ? Seen::some : Seen::nothing;
 }
 
-// The mask of a tile's queries for keys [first, first + n): what it leaves visible. If that is
-// some: to[j][query], query < kTile. `row[i]` is where query i's row of the mask begins; `scratch`
-// holds kTile rows of n rounded up to whole vectors.
+// Scores that stay where a byte is not 0.
 template <class T>
-NNARCH_NOINLINE Seen mask_tile(const MaskOperand& mask, const char* const* row, int64_t rows,
-                               int64_t first, int64_t n, T* scratch, T* to) {
-  constexpr int w = kLanes<T>;
-  const int64_t column = mask.values.column, step = (n + w - 1) / w * w;
-  if (mask.boolean) {
-    bool any = false, all = true;
-    for (int64_t i = 0; i < rows; ++i) {
-      const Seen seen = seen_of(row[i] + first * column, column, n);
-      any |= seen != Seen::nothing;
-      all &= seen == Seen::all;
-    }
-    if (!any) return Seen::nothing;
-    if (all) return Seen::all;
+NNARCH_INLINE Vec<T> hide_where_zero(Vec<T> scores, const char* p) {
+#if defined(NNARCH_ISA_avx512)
+  const Vec<T> hidden = broadcast(-kInfinity<T>);
+  if constexpr (sizeof(T) == 4) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return (Vec<T>)_mm512_mask_mov_ps((__m512)scores, _mm_testn_epi8_mask(bytes, bytes),
+                                      (__m512)hidden);
+  } else {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    const auto zero = static_cast<__mmask8>(_mm_testn_epi8_mask(bytes, bytes));
+    return (Vec<T>)_mm512_mask_mov_pd((__m512d)scores, zero, (__m512d)hidden);
   }
-  for (int64_t i = 0; i < rows; ++i)
-    bias_row<T>(mask, row[i] + first * column, n, scratch + i * step);
+#else
+  const Vec<T> hidden = hidden_where_zero<T>(p);
+  return hidden == T(0) ? scores : hidden;
+#endif
+}
+
+// to[j][i] = row[i][j] for 16 rows and 16 bytes of them: four perfect shuffles of the rows.
+#if defined(NNARCH_ISA_avx2) || defined(NNARCH_ISA_avx512)
+template <int... I>
+NNARCH_INLINE void shuffle_rows(Indices<I...>, __m128i (&row)[16]) {
+  __m128i from[16];
+  for (int i = 0; i < 16; ++i) from[i] = row[i];
+  ((row[2 * I] = _mm_unpacklo_epi8(from[I], from[I + 8]),
+    row[2 * I + 1] = _mm_unpackhi_epi8(from[I], from[I + 8])),
+   ...);
+}
+#endif
+
+// The mask of a tile's queries for keys [first, first + n), as it lies by keys: to[j][query] for
+// query < kTile. `row[i]` is where query i's row of the mask begins; rows behind the last are like
+// it.
+template <class T>
+NNARCH_INLINE void turn_boolean(const char* const* row, int64_t rows, int64_t first, int64_t n,
+                                int64_t column, char* to) {
+  constexpr int width = kTile<T>;
+  int64_t j = 0;
+#if defined(NNARCH_ISA_avx2) || defined(NNARCH_ISA_avx512)
+  if constexpr (width >= 16) {
+    // The last 16 keys again where fewer are left.
+    for (int64_t at = 0; column == 1 && n >= 16 && at < n; at += 16) {
+      j = at + 16 <= n ? at : n - 16;
+      for (int64_t i = 0; i < width && i < rows; i += 16) {
+        __m128i lines[16];
+        for (int64_t r = 0; r < 16; ++r)
+          lines[r] = _mm_loadu_si128(
+              reinterpret_cast<const __m128i*>(row[i + r < rows ? i + r : rows - 1] + first + j));
+        for (int stage = 0; stage < 4; ++stage) shuffle_rows(MakeIndices<8>{}, lines);
+        for (int64_t k = 0; k < 16; ++k)
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(to + (j + k) * width + i), lines[k]);
+      }
+      j += 16;
+    }
+  }
+#endif
+  for (; j < n; ++j)
+    for (int64_t i = 0; i < width; ++i)
+      to[j * width + i] = row[i < rows ? i : rows - 1][(first + j) * column];
+}
+
+template <class T>
+NNARCH_INLINE void turn_added(const MaskOperand& mask, const char* const* row, int64_t rows,
+                              int64_t first, int64_t n, T* to) {
+  constexpr int w = kLanes<T>;
+  const int64_t column = mask.values.column;
   for (int64_t half = 0; half < kTile<T> && half < rows; half += w)
     for (int64_t j = 0; j < n; j += w) {
       Vec<T> lanes[w];
       for (int i = 0; i < w; ++i) {
-        const int64_t from = half + i < rows ? half + i : rows - 1;
-        lanes[i] = load(scratch + from * step + j);
+        const char* from = row[half + i < rows ? half + i : rows - 1] + (first + j) * column;
+        lanes[i] = load_as<T>(mask.values.storage, from, column, n - j) * T(kLog2E);
+        __builtin_prefetch(from + n * column);  // the next block
       }
       transpose_rows<w / 2, T>(lanes);
       for (int i = 0; i < w && j + i < n; ++i) store(to + (j + i) * kTile<T> + half, lanes[i]);
     }
   if (rows <= w)
     for (int64_t j = 0; j < n; ++j) store(to + j * kTile<T> + w, Vec<T>{});
-  return Seen::some;
+}
+
+// What a boolean mask leaves visible of a tile's queries and keys [first, first + n).
+NNARCH_INLINE Seen seen_of_tile(const char* const* row, int64_t rows, int64_t first, int64_t n,
+                                int64_t column) {
+  bool any = false, all = true;
+  for (int64_t i = 0; i < rows; ++i) {
+    const Seen seen = seen_of(row[i] + first * column, column, n);
+    any |= seen != Seen::nothing;
+    all &= seen == Seen::all;
+  }
+  return all ? Seen::all : any ? Seen::some : Seen::nothing;
 }
 
 }  // namespace nnarch::NNARCH_ISA
