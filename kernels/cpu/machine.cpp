@@ -5,6 +5,10 @@
 #include <fstream>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace nnarch {
 namespace {
 
@@ -48,6 +52,23 @@ bool far_l3() {
 #endif
 }
 
+bool fast_gathers() {
+  const int64_t pretended = pretended_l3.load(std::memory_order_relaxed);
+  if (pretended != kReal) return pretended == kFar;
+#if defined(__x86_64__) && defined(__GNUC__)
+  static const bool fast = [] {
+    constexpr unsigned sapphire_rapids = 0x8f;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__builtin_cpu_is("intel") || !__get_cpuid(1, &a, &b, &c, &d)) return false;
+    const unsigned family = a >> 8 & 0xf, model = (a >> 4 & 0xf) | (a >> 12 & 0xf0);
+    return family > 6 || (family == 6 && model >= sapphire_rapids);
+  }();
+  return fast;
+#else
+  return false;
+#endif
+}
+
 double read_cost(double bytes, double lanes) {
   // Bytes that come during an FMA of one lane: from the last-level cache, far or not, and memory.
   constexpr double near = 1, far = 0.25, memory = 0.4;
@@ -66,7 +87,7 @@ extern "C" __attribute__((visibility("default"))) void nnarch_set_precision(int6
 }
 
 // For tests: choices as on a machine with this second-level cache, whose last level is near (1) or
-// far (2); 0 is what this machine has.
+// far (2, and gathers are fast); 0 is what this machine has.
 extern "C" __attribute__((visibility("default"))) void nnarch_pretend_machine(int64_t l2,
                                                                               int64_t l3_distance) {
   nnarch::pretended_l2.store(l2, std::memory_order_relaxed);

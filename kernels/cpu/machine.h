@@ -15,6 +15,11 @@ int64_t l3_bytes();
 // by the clock: a choice must not change from one run to the next.
 bool far_l3();
 
+// Whether AVX-512's gathers beat loads and inserts one by one: Intel's since Sapphire Rapids, whose
+// inserts share one port. AMD's take 1.7 times as long, and so do earlier ones of Intel's, which
+// were slowed down against an attack.
+bool fast_gathers();
+
 // What reading `bytes` of weights once costs beside products, in the time of an FMA on vectors of
 // `lanes` floats.
 double read_cost(double bytes, double lanes);

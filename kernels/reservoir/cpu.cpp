@@ -3,6 +3,7 @@
 #include <tuple>
 
 #include "cpu/arena.h"
+#include "cpu/machine.h"
 #include "cpu/parallel.h"
 #include "cpu/registry.h"
 #include "reservoir/cpu_kernels.h"
@@ -111,6 +112,7 @@ Pair reservoir_scan(const Tensor& x, const OptTensor& w_in, const OptTensor& bia
     const std::vector<T> w_in_t = w_in ? transposed(weight.get(), n, given) : std::vector<T>{};
     Scan<T> a{};
     a.matrix = sliced<T>(matrix, n, compute, kBadScan);
+    a.gathers = fast_gathers();
     a.steps = steps, a.batch = batch, a.given = given;
     a.x = input.get(), a.driven = !w_in;
     a.w_in = weight.get(), a.w_in_t = w_in_t.data(), a.bias = offset.get();
@@ -150,6 +152,7 @@ Pair reservoir_generate(const Tensor& x, const Tensor& y0, const Tensor& w_in,
     const std::vector<T> w_in_t = transposed(weight.get(), n, given + fed);
     Scan<T> a{};
     a.matrix = sliced<T>(matrix, n, compute, kBadRun);
+    a.gathers = fast_gathers();
     a.steps = steps, a.batch = batch, a.given = given, a.fed = fed;
     a.x = input.get();
     a.w_in = weight.get(), a.w_in_t = w_in_t.data(), a.bias = offset.get();

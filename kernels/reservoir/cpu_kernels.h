@@ -30,6 +30,7 @@ struct Sliced {
 template <class T>
 struct Scan {
   Sliced<T> matrix;
+  bool gathers;                      // whether the machine's gathers are fast
   int64_t steps, batch, given, fed;  // a step's input is `given` numbers of x, then `fed` outputs
   const T* x;                        // [steps, batch, given]
   bool driven;                       // x is [steps, batch, neurons] and is w_in·input already

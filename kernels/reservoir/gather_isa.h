@@ -26,6 +26,13 @@ NNARCH_INLINE Columns columns(const int32_t* p) {
 // A part of a slice: as many of its rows as one gather makes.
 #if defined(NNARCH_ISA_avx2) || defined(NNARCH_ISA_avx512)
 
+NNARCH_INLINE __m256i eight_columns(const uint16_t* p) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+NNARCH_INLINE __m256i eight_columns(const int32_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+
 // GCC loads into a register first and inserts that: two instructions, 10 % slower.
 template <int lane>
 NNARCH_INLINE void insert(__m128& v, const float* p) {
@@ -48,7 +55,8 @@ NNARCH_INLINE __m256d gather4(const double* x, const I* at) {
   return _mm256_insertf128_pd(_mm256_castpd128_pd256(low), high, 1);
 }
 
-// AVX-512's and AVX2's own gathers are 1.7 times slower than this on Zen 3 and Zen 4.
+// `gather` one by one: AVX-512's and AVX2's own gathers are 1.7 times slower on Zen 3 and Zen 4.
+// `gather_at_once` where they are not.
 template <class T>
 struct Part;
 template <>
@@ -58,6 +66,10 @@ struct Part<float> {
   static NNARCH_INLINE __m256 gather(const float* x, const I* at) {
     return _mm256_insertf128_ps(_mm256_castps128_ps256(gather4(x, at)), gather4(x, at + 4), 1);
   }
+  template <class I>
+  static NNARCH_INLINE __m256 gather_at_once(const float* x, const I* at) {
+    return _mm256_i32gather_ps(x, eight_columns(at), 4);
+  }
 };
 template <>
 struct Part<double> {
@@ -66,6 +78,10 @@ struct Part<double> {
   template <class I>
   static NNARCH_INLINE __m512d gather(const double* x, const I* at) {
     return _mm512_insertf64x4(_mm512_castpd256_pd512(gather4(x, at)), gather4(x, at + 4), 1);
+  }
+  template <class I>
+  static NNARCH_INLINE __m512d gather_at_once(const double* x, const I* at) {
+    return _mm512_i32gather_pd(eight_columns(at), x, 8);
   }
 #else
   static constexpr int P = 4;
@@ -98,8 +114,14 @@ struct PartVector {
       __attribute__((vector_size(Part<T>::P * sizeof(T)), aligned(alignof(T)), may_alias));
 };
 
+#if defined(NNARCH_ISA_avx512)
+constexpr bool kGathersAtOnce = true;
+#else
+constexpr bool kGathersAtOnce = false;
+#endif
+
 // z[row] = W·x for all rows; rows that no slice has go to z[n].
-template <class T, class I>
+template <class T, bool AtOnce, class I>
 NNARCH_INLINE void multiply_row(const Sliced<T>& m, const I* at, const T* x, T* z) {
   constexpr int P = Part<T>::P, parts = kSlice / P;
   typedef typename PartVector<T>::V V;
@@ -109,9 +131,14 @@ NNARCH_INLINE void multiply_row(const Sliced<T>& m, const I* at, const T* x, T* 
   for (int64_t s = 0; s < m.slices; ++s, rows += kSlice) {
     V even[parts] = {}, odd[parts] = {};  // two chains of additions
     const auto add = [&](V(&sum)[parts], int64_t k) NNARCH_INLINE_LAMBDA {
-      for (int p = 0; p < parts; ++p)
-        sum[p] += *reinterpret_cast<const U*>(values + k * kSlice + p * P) *
-                  (V)Part<T>::gather(x, at + k * kSlice + p * P);
+      for (int p = 0; p < parts; ++p) {
+        const int64_t i = k * kSlice + p * P;
+        const U& weights = *reinterpret_cast<const U*>(values + i);
+        if constexpr (AtOnce)
+          sum[p] += weights * (V)Part<T>::gather_at_once(x, at + i);
+        else
+          sum[p] += weights * (V)Part<T>::gather(x, at + i);
+      }
     };
     const int64_t length = m.lengths[s];
     int64_t k = 0;

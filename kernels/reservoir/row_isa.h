@@ -61,7 +61,10 @@ NNARCH_NOINLINE void scan_row(const Scan<T>& a, const I* at, int64_t b, T* scrat
       for (int64_t i = 0; i < a.given; ++i) input[i] = from[i];
       from = input;
     }
-    multiply_row<T>(a.matrix, at, state, z);
+    if (kGathersAtOnce && a.gathers)
+      multiply_row<T, kGathersAtOnce>(a.matrix, at, state, z);
+    else
+      multiply_row<T, false>(a.matrix, at, state, z);
     T* kept = t < a.skip || !a.states ? nullptr : a.states + ((t - a.skip) * a.batch + b) * n;
     respond_row<T, code>(a, z, from, state, kept);
     if (a.fed) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from kernel_cases import machine_with
 from op_samples import run
 from tolerances import assert_as_accurate
 from torch import Tensor
@@ -253,6 +254,18 @@ def test_threads_change_nothing():
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("n", [*SIZES, 1000])
+def test_gathers_of_either_kind_give_the_same_bits(n, dtype):
+    """One state by one, or by the machine's own instruction."""
+    arguments = problem(n, 3, dtype=dtype)
+    results = []
+    for fast in (False, True):
+        with machine_with(far_l3=fast):
+            results.append(_scan(*arguments))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_what_was_packed_is_what_is_used():
