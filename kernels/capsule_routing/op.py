@@ -290,7 +290,7 @@ def _shares_packed(x: Tensor, weight: Tensor) -> bool:
     return (
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and torch._C._get_tracing_state() is None
         and not torch._C._are_functorch_transforms_active()
         and isinstance(weight, Tensor)
         and weight.dim() == 4
