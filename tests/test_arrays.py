@@ -150,7 +150,8 @@ def test_strides(call, view):
     function, arguments = CALLS[call]
     views = [view(a) for a in arguments]
     dense = [np.ascontiguousarray(v) for v in views]
-    assert np.array_equal(function(*views), function(*dense))
+    # Where the weights' columns are dense another algorithm adds up, in another order.
+    np.testing.assert_allclose(function(*views), function(*dense), rtol=1e-5, atol=1e-6)
 
 
 @every_call
