@@ -54,7 +54,9 @@ template <class T>
 void run_strips(const Panel<T>& p) {
   const GemmBlock<T>& g = p.g;
   const int64_t most = most_rows(static_cast<uint64_t>(g.a_step) * sizeof(T));
-  Ahead<T> next = Ahead<T>::next_panel(p);
+  int64_t rows = 0;
+  for (int64_t i = 0; i < g.strip_count; ++i) rows += g.strips[i].rows;
+  Ahead<T> next = Ahead<T>::next_panel(p, rows);
   for (int64_t i = 0; i < g.strip_count; ++i) {
     cut_tiles(0, g.strips[i].rows, most, [&](int64_t height, int64_t first, int64_t tiles) {
       select_even<T>(MakeIndices<kRows>{}, p, height)(p, next, g.strips[i], first, tiles);
@@ -67,7 +69,7 @@ void run_rows(const Panel<T>& p) {
   const GemmBlock<T>& g = p.g;
   const auto address = [&](int64_t m) { return reinterpret_cast<uintptr_t>(g.rows[m]); };
   const int64_t most = g.m < 2 ? kRows : most_rows(address(1) - address(0));
-  Ahead<T> next = Ahead<T>::next_panel(p);
+  Ahead<T> next = Ahead<T>::next_panel(p, g.m);
   for (int64_t i = 0, m = 0; i < g.segments; ++i) {
     const int64_t end = g.segment_end ? g.segment_end[i] : g.m;
     cut_tiles(m, end, most, [&](int64_t height, int64_t first, int64_t tiles) {

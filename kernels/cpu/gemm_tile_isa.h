@@ -12,24 +12,41 @@
 namespace nnarch::NNARCH_ISA {
 namespace {
 
-// Lines that are fetched ahead: two every step, `second` apart, for kFetchSteps steps at a time.
+// Lines that are fetched ahead: one or two every step, `second` apart, for kFetchSteps steps at a
+// time, in one turn of `pace`.
 constexpr int64_t kFetchSteps = (kRows + 3) / 4 * 4;  // a tile's rows, in whole unrolled turns
 template <class T>
 struct Ahead {
   const T* at = nullptr;
   int64_t second = 0, stride = 0, advance = 0;
   int64_t turns = 0;  // that are left
+  int64_t pace = 1, wait = 0;
 
-  // The next panel's part of a chunk, during the first tiles of a panel: at batch 1 a network reads
-  // its weights from memory (1 % of a ResNet-50's time).
-  static NNARCH_INLINE Ahead next_panel(const Panel<T>& p) {
-    constexpr int64_t turn = kFetchSteps * kColumns<T>;
-    return {p.next, kLanes<T>, kColumns<T>, turn, p.next ? (p.next_size + turn - 1) / turn : 0};
+  // The next panel's part of a chunk: at batch 1 a network reads its weights from memory. Spread
+  // over the panel's `rows`: a core waits for 16 lines at a time at most, and as many come from
+  // afar in 200 cycles, 14 steps.
+  static NNARCH_INLINE Ahead next_panel(const Panel<T>& p, int64_t rows) {
+    if (!p.next || p.next_size <= 0) return {};
+    const int64_t tiles = (rows + kRows - 1) / kRows;
+    const int64_t in_tile =
+        (p.chunk.last_tap - p.chunk.first_tap) * ((p.chunk.count + kFetchSteps - 1) / kFetchSteps);
+    // A tile's first turn is that of C's lines; the next rows take every other one.
+    const int64_t all = tiles * (in_tile > 1 ? in_tile - 1 : 1),
+                  slots = p.meets_rows ? all / 2 : all;
+    const int64_t each = slots * kFetchSteps * kLine<T> >= p.next_size ? 1 : 2;
+    const int64_t turn = kFetchSteps * each * kLine<T>, turns = (p.next_size + turn - 1) / turn;
+    const int64_t pace = slots * 3 / 4 / turns;
+    return {p.next, (each - 1) * kLine<T>, each * kLine<T>, turn, turns, pace > 1 ? pace : 1};
   }
   // The rows of the next tile: a matrix product meets each row of A first in its first panel, and
   // straight from memory.
   static NNARCH_INLINE Ahead next_rows(int64_t count, int64_t step, const T* a) {
     return {a, kLine<T>, step, 2 * kLine<T>, (count + 2 * kLine<T> - 1) / (2 * kLine<T>)};
+  }
+  NNARCH_INLINE bool is_due() {
+    if (turns <= 0 || wait-- > 0) return false;
+    wait = pace - 1;
+    return true;
   }
   NNARCH_INLINE EvenLines<T> turn() {
     const EvenLines<T> lines{at, stride};
@@ -84,7 +101,7 @@ NNARCH_INLINE LastSteps<T> add_products(Indices<I...> each, const EvenPanel<T>& 
         lines = lines == residual ? nullptr : residual;
       } else if (rows_ahead.turns > 0) {
         line = rows_ahead.turn(), second = rows_ahead.second;
-      } else if (panel_ahead.turns > 0) {
+      } else if (panel_ahead.is_due()) {
         line = panel_ahead.turn(), second = panel_ahead.second;
       }
       multiply<T, Use>(each, rows, 0, steps, b, line, second, left, right);
@@ -135,7 +152,7 @@ NNARCH_INLINE void add_products(Indices<I...> each, const Panel<T>& p, Ahead<T>&
                        kLine<T>, left, right);
     for (; k < chunk.count; k += kFetchSteps) {
       const int64_t steps = chunk.count - k < kFetchSteps ? chunk.count - k : kFetchSteps;
-      const bool fetch = next_panel.turns > 0;
+      const bool fetch = next_panel.is_due();
       const int64_t second = fetch ? next_panel.second : 0;
       const EvenLines<T> line = fetch ? next_panel.turn() : EvenLines<T>{b, 0};
       multiply<T, Use>(each, rows, k, steps, b, line, second, left, right);
