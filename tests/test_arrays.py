@@ -148,10 +148,11 @@ def test_numpy_in_numpy_out(call, dtype):
 )
 def test_strides(call, view):
     function, arguments = CALLS[call]
+    if call == "linear":  # strides choose the order of its sums: whole numbers, exact in any
+        arguments = [np.rint(4 * a) for a in arguments]
     views = [view(a) for a in arguments]
     dense = [np.ascontiguousarray(v) for v in views]
-    # Where the weights' columns are dense another algorithm adds up, in another order.
-    np.testing.assert_allclose(function(*views), function(*dense), rtol=1e-5, atol=1e-6)
+    assert np.array_equal(function(*views), function(*dense))
 
 
 @every_call

@@ -210,13 +210,17 @@ def _broadcast(
     query: Tensor, key: Tensor, value: Tensor, batch: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All three with the same dimensions before `batch`, if they can have them."""
-    tensors = query, key, value
+    if min(query.dim(), key.dim(), value.dim()) < -batch:
+        return query, key, value  # the checks name what does not fit
     try:
-        lead = torch.broadcast_shapes(*(t.shape[:batch] for t in tensors))
+        lead = torch.broadcast_shapes(*(t.shape[:batch] for t in (query, key, value)))
     except RuntimeError:
-        return tensors  # the checks name what does not fit
-    expanded = [t.expand(*lead, *t.shape[batch:]) for t in tensors if t.dim() >= -batch]
-    return (expanded[0], expanded[1], expanded[2]) if len(expanded) == 3 else tensors
+        return query, key, value
+    return (
+        query.expand(*lead, *query.shape[batch:]),
+        key.expand(*lead, *key.shape[batch:]),
+        value.expand(*lead, *value.shape[batch:]),
+    )
 
 
 def _mask_beside(mask: Tensor, dtype: torch.dtype) -> Tensor:

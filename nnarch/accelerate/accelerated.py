@@ -56,9 +56,8 @@ class Accelerated(nn.Module):
     def _run_body(self, x: Tensor) -> Any:
         """The graph on one input in channels_last, by its program where there is one."""
         body, inputs = self.body, [x]
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-            return body(channels_last(x))
-        if not isinstance(body, GraphModule):
+        recorded = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+        if recorded or not isinstance(body, GraphModule):
             return body(channels_last(x))
         if not program.can_run(inputs):
             return body(channels_last(x))
