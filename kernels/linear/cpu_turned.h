@@ -35,8 +35,6 @@ void multiply_turned(const Rows& x, const Tensor& w, T* y, const Epilogue<T>& ep
     const int64_t first = task * block, rows = std::min(block, n - first);
     const Scratch<T> turned(rows * step);
     const Strip<T> strip{data<T>(w) + first * w_step, 0, rows};
-    const bool copies = copies_rows<T>(w_step, x.m, x.depth);
-    Scratch<T> room(copies ? room_for<T>(rows, x.depth) : 0);
     const int64_t ahead = std::min(table.mr, n - first - rows);
     table.run({.depth = x.depth,
                .b = packed.get(),
@@ -47,8 +45,7 @@ void multiply_turned(const Rows& x, const Tensor& w, T* y, const Epilogue<T>& ep
                .strips = &strip,
                .strip_count = 1,
                .a_step = w_step,
-               .c_step = step,
-               .room = copies ? room.get() : nullptr});
+               .c_step = step});
     turn_back(turned.get(), step, rows, x.m, y + first, n, epilogue.from_channel(first));
   });
 }
