@@ -342,6 +342,8 @@ def batch_norm(
     update = running.update_of(input, running_mean, running_var)
     if arrays.is_read_only(running_mean) or arrays.is_read_only(running_var):
         raise ValueError("batch_norm: training updates running_mean and running_var: not read-only")
+    if input.numel() == 0:  # without statistics: the running ones stay, the gradients are zeros
+        return affine(input, weight, bias, residual, code, alpha)
     split = kinds.needs_split(code, input, weight, bias, residual)
     y, mean, invstd = batch_norm_train(
         input, weight, bias, residual, eps, kinds.NONE if split else code, alpha

@@ -129,6 +129,21 @@ def test_running_statistics(shape, dtype, momentum):
     torch.testing.assert_close(mine, torchs)
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 4, 4), (2, 3, 0, 4), (0, 3)])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_training_on_nothing(shape, activation):
+    """As torch's: no values, no new statistics, gradients of zeros."""
+    x = torch.randn(shape, requires_grad=True)
+    weight, bias = (torch.ones(3, requires_grad=True) for _ in range(2))
+    mean, var = torch.full((3,), 0.5), torch.full((3,), 2.0)
+    y = F.batch_norm(x, mean, var, weight, bias, training=True, activation=activation)
+    y.sum().backward()
+    assert y.shape == x.shape and y.dtype == x.dtype
+    assert x.grad.shape == x.shape
+    assert torch.equal(weight.grad, torch.zeros(3)) and torch.equal(bias.grad, torch.zeros(3))
+    assert torch.equal(mean, torch.full((3,), 0.5)) and torch.equal(var, torch.full((3,), 2.0))
+
+
 def test_running_mean_or_variance_alone():
     x, statistic = torch.randn(4, 3, 5), torch.zeros(3)
     F.batch_norm(x, statistic, None, training=True, momentum=1.0)
