@@ -197,11 +197,22 @@ NNARCH_INLINE Used used_vectors(int64_t columns) {
   return kHasHalves && columns <= kLanes<T> + kLanes<T> / 2 ? kVectorAndHalf : kBothVectors;
 }
 
-// left[I], right[I] += `count` products of row I with the panel's two vectors, as far as they are
-// used. Meanwhile two lines a step come into cache, `second` elements
-// apart. (In one burst the same prefetches delay a tile by 50 cycles.)
-template <class T, Used Use, class Rows, class Lines, int... I>
-NNARCH_INLINE void multiply(Indices<I...>, Rows& rows, int64_t from, int64_t count, const T*& b,
+// Where a step's vectors of B lie, and the way to the next step's: in a packed panel one behind the
+// other. B that lies otherwise brings a class of its own.
+template <class T>
+NNARCH_INLINE const T* vectors_of(const T* b) {
+  return b;
+}
+template <class T>
+NNARCH_INLINE void go_on(const T*& b, Vec<T>, Vec<T>) {
+  b += kColumns<T>;
+}
+
+// left[I], right[I] += `count` products of row I with two vectors of B, as far as they are used.
+// Meanwhile two lines a step come into cache, `second` elements apart. (In one burst the same
+// prefetches delay a tile by 50 cycles.)
+template <class T, Used Use, class Rows, class B, class Lines, int... I>
+NNARCH_INLINE void multiply(Indices<I...>, Rows& rows, int64_t from, int64_t count, B& b,
                             Lines line, int64_t second, Vec<T>* left, Vec<T>* right) {
   constexpr int w = kLanes<T>;
 #pragma GCC unroll 4
@@ -209,22 +220,23 @@ NNARCH_INLINE void multiply(Indices<I...>, Rows& rows, int64_t from, int64_t cou
     const T* fetched = line.next();
     __builtin_prefetch(fetched);
     __builtin_prefetch(fetched + second);
-    Vec<T> b0 = load(b);
+    const T* at = vectors_of(b);
+    Vec<T> b0 = load(at), b1 = b0;
     keep_in_register(b0);
     if constexpr (Use == kOneVector) {
       ((left[I] += broadcast(rows.template value<I>(k)) * b0), ...);
     } else if constexpr (Use == kVectorAndHalf) {
       Vec<T> x;
       ((x = broadcast(rows.template value<I>(k)), left[I] += x * b0,
-        right[I] = add_half(right[I], x, b + w)),
+        right[I] = add_half(right[I], x, at + w)),
        ...);
     } else {
-      Vec<T> b1 = load(b + w);
+      b1 = load(at + w);
       keep_in_register(b1);
       Vec<T> x;
       ((x = broadcast(rows.template value<I>(k)), left[I] += x * b0, right[I] += x * b1), ...);
     }
-    b += 2 * w;
+    go_on(b, b0, b1);
     rows.next();
   }
 }

@@ -37,43 +37,56 @@ class RowsAhead {
   int64_t step_, rows_ = 0, width_ = 0, at_ = 0;
 };
 
+// A panel of B whose rows lie `step` apart.
+template <class T>
+struct RowsOfB {
+  const T* at;
+  int64_t step;
+};
+template <class T>
+NNARCH_INLINE const T* vectors_of(const RowsOfB<T>& b) {
+  return b.at;
+}
+template <class T>
+NNARCH_INLINE void go_on(RowsOfB<T>& b, Vec<T>, Vec<T>) {
+  b.at += b.step;
+}
+
+// The same, packed by the way.
+template <class T>
+struct CopiedRowsOfB {
+  RowsOfB<T> rows;
+  T* copy;
+};
+template <class T>
+NNARCH_INLINE const T* vectors_of(const CopiedRowsOfB<T>& b) {
+  return b.rows.at;
+}
+template <class T>
+NNARCH_INLINE void go_on(CopiedRowsOfB<T>& b, Vec<T> left, Vec<T> right) {
+  store(b.copy, left), store(b.copy + kLanes<T>, right);
+  b.copy += kColumns<T>;
+  go_on(b.rows, left, right);
+}
+
 // One panel of B and its columns of C.
 template <class T>
 struct UnpackedPanel {
   const UnpackedBlock<T>& g;
-  const T* b;
-  int64_t b_step;
+  RowsOfB<T> b;
   T* c;
   int64_t columns;
   T* copy;  // where the first tile puts the panel, or null
-};
 
-// left[I], right[I] += `count` products of row I with two vectors of B, or one. Meanwhile two lines
-// a step come into cache, `second` elements apart.
-template <class T, Used Use, bool Copy, int... I>
-NNARCH_INLINE void multiply_steps(Indices<I...>, EvenRows<T>& rows, const T*& b, int64_t b_step,
-                                  T*& copy, int64_t count, EvenLines<T> line, int64_t second,
-                                  Vec<T>* left, Vec<T>* right) {
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < count; ++k) {
-    const T* fetched = line.next();
-    __builtin_prefetch(fetched);
-    __builtin_prefetch(fetched + second);
-    Vec<T> b0 = load(b);
-    keep_in_register(b0);
-    if constexpr (Use == kOneVector) {
-      ((left[I] += broadcast(rows.template value<I>(k)) * b0), ...);
+  template <bool Copy>
+  NNARCH_INLINE auto steps() const {
+    if constexpr (Copy) {
+      return CopiedRowsOfB<T>{b, copy};
     } else {
-      Vec<T> b1 = load(b + kLanes<T>);
-      keep_in_register(b1);
-      if constexpr (Copy) store(copy, b0), store(copy + kLanes<T>, b1), copy += kColumns<T>;
-      Vec<T> x;
-      ((x = broadcast(rows.template value<I>(k)), left[I] += x * b0, right[I] += x * b1), ...);
+      return b;
     }
-    b += b_step;
-    rows.next();
   }
-}
+};
 
 template <class T, bool Whole>
 NNARCH_INLINE void put_row(const UnpackedPanel<T>& p, T* c, Vec<T> left, Vec<T> right) {
@@ -96,11 +109,10 @@ NNARCH_INLINE void unpacked_tile(Indices<I...> each, const UnpackedPanel<T>& p, 
   Vec<T> left[sizeof...(I)] = {(static_cast<void>(I), Vec<T>{})...};
   Vec<T> right[sizeof...(I)] = {(static_cast<void>(I), Vec<T>{})...};
   EvenRows<T> rows(a, g.a_step);
-  const T* b = p.b;
-  T* copy = p.copy;
+  auto b = p.template steps<Copy>();
   bool fetch_c = true;
   for (int64_t k = 0; k < g.depth; k += kTurn) {
-    EvenLines<T> line{b, 0};
+    EvenLines<T> line{vectors_of(b), 0};
     int64_t second = 0;
     if (fetch_c)
       line = {c, g.c_step}, second = p.columns - 1;
@@ -108,7 +120,7 @@ NNARCH_INLINE void unpacked_tile(Indices<I...> each, const UnpackedPanel<T>& p, 
       line = ahead.turn();
     fetch_c = false;
     const int64_t steps = g.depth - k < kTurn ? g.depth - k : kTurn;
-    multiply_steps<T, Use, Copy>(each, rows, b, p.b_step, copy, steps, line, second, left, right);
+    multiply<T, Use>(each, rows, 0, steps, b, line, second, left, right);
   }
   EvenRows<T> to(c, g.c_step);
   to.pin();
@@ -151,7 +163,7 @@ void run_panel(UnpackedPanel<T> p, RowsAhead<T>& ahead) {
   if (p.copy) {
     run(taller > 0 ? height + 1 : height, 1);
     taller > 0 ? --taller : --others;
-    p.b = p.copy, p.b_step = kColumns<T>, p.copy = nullptr;
+    p.b = {p.copy, kColumns<T>}, p.copy = nullptr;
   }
   run(height + 1, taller);
   run(height, others);
@@ -165,12 +177,12 @@ void run_unpacked(const UnpackedBlock<T>& g) {
   T* const copy = g.m > kRows ? near : nullptr;
   int64_t column = 0;
   for (; column + kColumns<T> <= g.n; column += kColumns<T>)
-    run_panel<T>({g, g.b + column, g.b_step, g.c + column, kColumns<T>, copy}, ahead);
+    run_panel<T>({g, {g.b + column, g.b_step}, g.c + column, kColumns<T>, copy}, ahead);
   const int64_t columns = g.n - column;
   if (columns == 0) return;
   // What a vector would read past the end of a row is zero in a copy.
   gemm_table<T>().pack_panel(g.b + column, g.b_step, 1, g.depth, columns, near);
-  run_panel<T>({g, near, kColumns<T>, g.c + column, columns, nullptr}, ahead);
+  run_panel<T>({g, {near, kColumns<T>}, g.c + column, columns, nullptr}, ahead);
 }
 
 }  // namespace
