@@ -57,11 +57,15 @@ struct ClassTiles {
   explicit ClassTiles(int64_t all)
       : classes(all), tiles(ceil_div(all, kTile)), groups(std::clamp<int64_t>(tiles / 2, 1, 16)) {}
 
+  // The first class of a group; of the group after the last: all classes.
+  int64_t first_of(int64_t group) const {
+    return std::min(classes, tiles * group / groups * kTile);
+  }
   // Calls f(first class, classes) for the tiles of a group.
   template <class F>
   void each(int64_t group, const F& f) const {
-    for (int64_t t = tiles * group / groups; t < tiles * (group + 1) / groups; ++t)
-      f(t * kTile, std::min(kTile, classes - t * kTile));
+    for (int64_t c = first_of(group), end = first_of(group + 1); c < end; c += kTile)
+      f(c, std::min(kTile, end - c));
   }
 };
 
@@ -111,7 +115,8 @@ class LogitTiles {
       else if (pairs_)
         multiply_pairs(rows, classes, n, columns, z + n, step);
       else
-        multiply(w, w_step, classes, n, columns, z + n, step);
+        multiply(w, w_step, classes, n, columns, z + n, step,
+                 copied ? 0 : rows_after(first + classes));
       if (p_.bias) softmax<T>().add_bias(z + n, step, classes, columns, p_.bias + first);
       seen(z + n, n, columns);
     }
@@ -130,11 +135,19 @@ class LogitTiles {
       std::memcpy(to, p_.w.template at<T>(at), p_.depth * sizeof(T));
     }
   }
+  // Of the weight's rows from class `first` on, those of the next tile that are fetched ahead.
+  int64_t rows_after(int64_t first) const {
+    return p_.w_step == p_.depth ? std::clamp<int64_t>(p_.classes - first, 0, ClassTiles::kTile)
+                                 : 0;
+  }
   void multiply(const T* w, int64_t w_step, int64_t classes, int64_t n, int64_t columns, T* z,
-                int64_t step) const {
+                int64_t step, int64_t after) const {
     const Strip<T> rows{w, 0, classes};
+    if (n + columns < p_.samples) after = 0;
     gemm<T>().run({.depth = p_.depth,
                    .b = packed_.get() + n * p_.depth,
+                   .rows_after = after > 0 ? w + classes * w_step : nullptr,
+                   .rows_after_size = after * p_.depth,
                    .c = z,
                    .n = columns,
                    .strips = &rows,

@@ -48,11 +48,12 @@ struct LinearArguments {
   LinearArguments(const LinearArguments&) = delete;
 };
 
-// Samples whose logits are in memory at a time: 32 MB of them, or an eighth of the weight.
+// Samples whose logits are in memory at a time: 32 MB of them, or a third of the weight, whose
+// gradient is in memory anyway, and which every chunk reads twice.
 template <class T>
 int64_t chunk_of(const LinearLogits<T>& p) {
   const int64_t weight = checked_product(p.classes, p.depth) * int64_t{sizeof(T)};
-  const int64_t most = std::max(int64_t{32} << 20, weight / 8);
+  const int64_t most = std::max(int64_t{32} << 20, weight / 3);
   const int64_t rows = std::clamp<int64_t>(most / (p.classes * int64_t{sizeof(T)}), 64, 512);
   const int64_t chunks = std::max<int64_t>(1, ceil_div(p.samples, rows));
   return std::min(p.samples, round_up(ceil_div(p.samples, chunks), gemm<T>().nr));
@@ -137,9 +138,8 @@ void forward_and_gradients(const LinearArguments<T>& args, T* loss, double* lse,
     if (to.dx) part.dx += first * all.depth;
     const TileGradients<T> gradients(p, tiles, part, first > 0, compute_type(args.x.scalar_type()));
     parallel_tasks(tiles.groups, [&](int64_t group) {
-      tiles.each(group, [&](int64_t c, int64_t classes) {
-        gradients.add(group, c, classes, z + c * step, step, slopes, args.factors, target);
-      });
+      gradients.add(group, step, slopes, args.factors, target,
+                    [&](int64_t c, int64_t) { return z + c * step; });
     });
     gradients.finish();
   }
@@ -172,9 +172,9 @@ void backward(const LinearArguments<T>& args, const T* grad, bool each, const do
     const TileGradients<T> gradients(p, tiles, part, first > 0, compute_type(args.x.scalar_type()));
     parallel_tasks(tiles.groups, [&](int64_t group) {
       Scratch<T> z(ClassTiles::kTile * step);
-      tiles.each(group, [&](int64_t c, int64_t classes) {
+      gradients.add(group, step, slopes, args.factors, target, [&](int64_t c, int64_t classes) {
         logits.compute(c, classes, z.get(), step, [](const T*, int64_t, int64_t) {});
-        gradients.add(group, c, classes, z.get(), step, slopes, args.factors, target);
+        return z.get();
       });
     });
     gradients.finish();
