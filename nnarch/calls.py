@@ -89,6 +89,29 @@ def cheap_call(
     return call
 
 
+_is_grad_enabled = torch.is_grad_enabled
+_tracing_state = torch._C._get_tracing_state
+
+
+def wants_gradient(*tensors: Any) -> bool:
+    """Whether the gradient of one of these may be asked for."""
+    if _is_grad_enabled():
+        for t in tensors:
+            if t is not None and getattr(t, "requires_grad", False):
+                return True
+    return _tracing_state() is not None and _may_be_recorded_with_gradient(tensors)
+
+
+def _may_be_recorded_with_gradient(tensors: tuple[Any, ...]) -> bool:
+    """The same under torch.jit.trace, whatever the mode.
+
+    It compares its graph with that of a second run, without gradients, in which parameters alone
+    say that they want one. Operations without parameters are recorded as if they did.
+    """
+    parameters = [t for t in tensors if isinstance(t, torch.nn.Parameter)]
+    return not parameters or any(p.requires_grad for p in parameters)
+
+
 def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """The `setup_context` of a backward that raises."""
 

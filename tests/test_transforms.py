@@ -281,17 +281,33 @@ def test_jit_trace(net):
     [
         (nn.LSTM(4, 5), (3, 2, 4)),
         (nn.GRUCell(4, 5), (2, 4)),
+        (nn.LayerNorm(6), (2, 6)),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.GELU(), nn.MaxPool2d(2)), (2, 3, 8, 8)),
         (nn.TransformerEncoderLayer(8, 2, batch_first=True), (2, 3, 8)),
         (nn.DenseCapsules(8, 4, 5, 6), (2, 8, 4)),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else "",
 )
-def test_jit_trace_for_inference(module, size):
-    module.eval()
-    with torch.no_grad():
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_jit_trace_with_and_without_gradients(module, size, grad, frozen):
+    """torch compares the graph with that of a run without gradients; it can be trained."""
+    module = copy.deepcopy(module).eval().requires_grad_(not frozen)
+    with torch.set_grad_enabled(grad):
         traced = torch.jit.trace(module, torch.randn(size))
-        x = torch.randn(size)
-        torch.testing.assert_close(traced(x), module(x), rtol=1e-4, atol=1e-6)
+    x = torch.randn(size)
+    actual, expected = traced(x), module(x)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+    if frozen:
+        return
+    actual, expected = (y[0] if isinstance(y, tuple) else y for y in (actual, expected))
+    weight = torch.randn(expected.shape)
+    parameters = list(module.parameters())
+    torch.testing.assert_close(
+        torch.autograd.grad((actual * weight).sum(), parameters),
+        torch.autograd.grad((expected * weight).sum(), parameters),
+        rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
 
 
 def test_autocast_leaves_float64_alone():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from nnarch.calls import wants_gradient
+
 NONE, RELU, RELU6, LEAKY_RELU, HARDSWISH, HARDSIGMOID = range(6)
 SILU, GELU, GELU_TANH, TANH, SIGMOID = range(6, 11)
 
@@ -79,6 +81,4 @@ def _known() -> str:
 
 def needs_split(code: int, *tensors: torch.Tensor | None) -> bool:
     """Whether a fused call must run its activation apart, because a gradient needs its input."""
-    if code in INVERTIBLE or not torch.is_grad_enabled():
-        return False
-    return any(isinstance(t, torch.Tensor) and t.requires_grad for t in tensors)
+    return code not in INVERTIBLE and wants_gradient(*tensors)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nnarch import arrays, library
+from nnarch.calls import wants_gradient
 from nnarch.kernels.linear.op import linear
 
 from . import reference
@@ -167,9 +168,9 @@ def linear_cross_entropy(
     weights = checked_class_weight(op, "class_weight", class_weight, x)
     rows = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     wanted = 0
-    if code != NONE and torch.is_grad_enabled():
+    if code != NONE:
         bits = ((x, WANT_X), (weight, WANT_WEIGHT), (bias, WANT_BIAS))
-        wanted = sum(bit for t, bit in bits if getattr(t, "requires_grad", False))
+        wanted = sum(bit for t, bit in bits if wants_gradient(t))
     classes = target.to(torch.int64).reshape(-1)
     numbers = (ignore_index, label_smoothing, z_loss, code)
     loss = linear_cross_entropy_op(rows, weight, bias, classes, weights, *numbers, wanted)[0]

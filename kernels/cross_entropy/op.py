@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nnarch import arrays, library
+from nnarch.calls import wants_gradient
 from nnarch.nodes import Backward
 
 from . import reference
@@ -170,7 +171,7 @@ def cross_entropy(
         and input.dim() == 2
         and target.shape == input.shape[:1]
     ):  # nothing below has anything to do: 2 µs
-        wanted = int(torch.is_grad_enabled() and input.requires_grad)
+        wanted = int(wants_gradient(input))
         return _loss(input, target, None, ignore_index, 0.0, 0.0, MEAN, wanted)
     code = reduction_code(op, reduction, size_average, reduce)
     library.check_tensor(op, "input", input)
@@ -190,12 +191,7 @@ def cross_entropy(
         target = target.to(input.dtype).reshape(x.shape)
     elif target.dtype != torch.int64 or target.dim() != 1:  # each of the two costs a µs
         target = target.to(torch.int64).reshape(-1)
-    wanted = int(
-        code != NONE
-        and torch.is_grad_enabled()
-        and input.requires_grad
-        and not target.requires_grad
-    )
+    wanted = int(code != NONE and not target.requires_grad and wants_gradient(input))
     numbers = (ignore_index, label_smoothing, z_loss, code)
     loss = _loss(x, target, class_weight, *numbers, wanted)
     return loss.reshape(sizes) if code == NONE else loss

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nnarch import arrays, library
+from nnarch.calls import wants_gradient
 from nnarch.kernels.activation import kinds
 from nnarch.kernels.conv2d.geometry import check_conv, output_size, padding_of, two
 from nnarch.kernels.conv2d.op import conv2d
@@ -281,7 +281,7 @@ def depthwise_separable_conv2d(
     )  # fmt: skip
     # What lies between the two is kept for the gradient: to compute it again, as the operation
     # does, costs up to 13 % of a step (README.md).
-    if torch.is_grad_enabled() and _any_requires_grad(arguments[:8]):
+    if wants_gradient(*arguments[:8]):
         _check(*arguments)
         z = conv2d(
             x, depthwise_weight, None, steps, pads, gaps, x.shape[1], scale=depthwise_scale,
@@ -292,7 +292,3 @@ def depthwise_separable_conv2d(
             activation=activation, packed=pointwise_packed,
         )  # fmt: skip
     return separable_op(*arguments)
-
-
-def _any_requires_grad(values: Sequence[Any]) -> bool:
-    return any(isinstance(value, Tensor) and value.requires_grad for value in values)

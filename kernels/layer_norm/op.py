@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nnarch import arrays, library
+from nnarch.calls import wants_gradient
 from nnarch.kernels.dropout.seed import draw_seed
 from nnarch.nodes import Backward
 
@@ -171,7 +172,7 @@ def _plain(
     eps: float,
     rms: bool,
 ) -> Tensor:
-    if _wants_gradient(input, weight, bias, residual):
+    if wants_gradient(input, weight, bias, residual):
         return _normalized(input, weight, bias, residual, None, columns, eps, 0.0, rms)
     return layer_norm_op(input, weight, bias, residual, columns, eps, rms)
 
@@ -211,14 +212,6 @@ def _norm(
     if not return_sum:
         return y
     return y, input if residual is None and seed is None else total
-
-
-def _wants_gradient(*tensors: Tensor | None) -> bool:
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if t is not None and t.requires_grad:
-                return True
-    return False
 
 
 def _autocast(*tensors: Tensor | None) -> Any:
@@ -277,7 +270,7 @@ def layer_norm(
         input, weight, bias, residual = _autocast(input, weight, bias, residual)
     if _is_plain(input, normalized_shape, eps, residual, dropout_p, return_sum):
         columns = normalized_shape[0]
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and torch._C._get_tracing_state() is None:
             return layer_norm_op(input, weight, bias, residual, columns, eps, False)
         return _plain(input, weight, bias, residual, columns, eps, False)
     return _norm(

@@ -6,12 +6,11 @@ and the elementwise gate then run as operations of their own.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from nnarch import arrays, library
+from nnarch.calls import wants_gradient
 from nnarch.kernels.activation import kinds
 from nnarch.kernels.activation.gated import gate_op
 from nnarch.kernels.epilogue import check_epilogue, check_packed, check_same, check_tensor
@@ -112,17 +111,11 @@ def gated_linear(
     Source: Shazeer, 2020, GLU Variants Improve Transformer.
     """
     code, alpha = kinds.encode(activation, "gated_linear")
-    if _wants_gradient(x, gate_weight, up_weight, gate_bias, up_bias):
+    if wants_gradient(x, gate_weight, up_weight, gate_bias, up_bias):
         gates = linear_op(x, gate_weight, gate_bias, None, None, None, None, 0, 0.0)
         ups = linear_op(x, up_weight, up_bias, None, None, None, None, 0, 0.0)
         return gate_op(gates, ups, code, alpha)
     return gated_linear_op(x, gate_weight, up_weight, gate_bias, up_bias, packed, code, alpha)
-
-
-def _wants_gradient(*tensors: Any) -> bool:
-    if not torch.is_grad_enabled():
-        return False
-    return any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
 
 
 def pack_gated_linear_weights(gate_weight: Tensor, up_weight: Tensor) -> Tensor | None:

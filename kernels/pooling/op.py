@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nnarch import arrays, library
+from nnarch.calls import wants_gradient
 
 from . import checks
 from .average import adaptive_avg_pool2d_op, avg_pool2d_op
@@ -61,7 +61,7 @@ def max_pool2d(
     )
     if not return_indices and kernel[0] * kernel[1] <= checks.MOST_TAPS:
         x = _batched(op, input)
-        if x.requires_grad and torch.is_grad_enabled():
+        if wants_gradient(x):
             # A byte for every maximum where an index takes eight.
             y = _maxima(x, *arguments)
             return y if x is input else y.squeeze(0)
@@ -162,7 +162,7 @@ def _maximum(
 ) -> Tensor | tuple[Tensor, Tensor]:
     x = _batched(op, input)
     # A gradient goes where the maxima were.
-    wanted = return_indices or (x.requires_grad and torch.is_grad_enabled())
+    wanted = return_indices or wants_gradient(x)
     y, indices = run(x, *arguments, wanted)
     if x is not input:
         y, indices = y.squeeze(0), indices.squeeze(0) if wanted else indices

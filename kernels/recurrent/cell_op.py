@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nnarch import library
+from nnarch.calls import wants_gradient
 
 from . import kinds, reference
 from .checks import check_scan
@@ -121,8 +121,6 @@ cell_backward = library.declare(
     gpu=f"{_GPU}:recurrent_cell_backward",
 )
 
-_is_grad_enabled = torch.is_grad_enabled
-
 
 def step(
     x: Tensor,
@@ -136,11 +134,6 @@ def step(
     kind: int,
 ) -> tuple[Tensor, Tensor]:
     """The new h and c (empty but for the LSTM), of tensors."""
-    save = False
-    if _is_grad_enabled():
-        for t in (x, h, c, weight_ih, weight_hh, bias_ih, bias_hh):
-            if t is not None and t.requires_grad:
-                save = True
-                break
+    save = wants_gradient(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh)
     out = cell(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, packed, kind, save)
     return out[0], out[1]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nnarch import arrays, library
+from nnarch.calls import wants_gradient
 
 from . import kinds, reference
 from .checks import check_scan, without_values
@@ -206,9 +207,7 @@ def _run(
     reverse: bool,
     eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    save = torch.is_grad_enabled() and any(
-        isinstance(t, Tensor) and t.requires_grad for t in (x, h0, c0, *weights)
-    )
+    save = wants_gradient(x, h0, c0, *weights)
     y, h, c, _ = scan(x, h0, c0, *weights, batch_sizes, packed, kind, reverse, eps, save)
     return y, h, c
 
