@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -167,7 +168,9 @@ def models(
     for name in names:
         info = nnarch.model_info(name)
         size = "×".join(map(str, info.input_size))
-        table.add_row(name, f"{info.parameters:,}", f"{info.flops / 1e9:.2f}", size, info.paper)
+        authors_and_year = re.split(r"(?<=\d{4}), ", info.paper, maxsplit=1)[0]
+        work = f"{info.flops / 1e9:.3g}"
+        table.add_row(name, f"{info.parameters:,}", work, size, authors_and_year)
     console.print(table)
 
 

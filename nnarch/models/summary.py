@@ -17,6 +17,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.rnn import RNNBase, RNNCellBase
 from torch.nn.utils.rnn import PackedSequence
 
+from nnarch.nn.capsule import DenseCapsules
+
 
 @dataclass(frozen=True)
 class LayerRow:
@@ -37,7 +39,7 @@ class ModelSummary:
         model: class name of the model.
         rows: the layers in the order of their calls.
         parameters: distinct values in all parameters of the model.
-        macs: multiply-adds of convolutions, linear, recurrent and attention layers.
+        macs: multiply-adds of convolutions, linear, recurrent, attention and capsule layers.
     """
 
     model: str
@@ -72,8 +74,9 @@ class ModelSummary:
 def summary(model: Module, input: Tensor | Sequence[Tensor] | Sequence[int]) -> ModelSummary:
     """Layers of `model` with output shapes, parameters and FLOPs, for one input.
 
-    Convolutions, linear, recurrent and attention layers are counted; matrix products that a forward
-    method writes out itself are not. Neither the model nor its BatchNorm statistics change.
+    Convolutions, linear, recurrent, attention and capsule layers are counted; matrix products that
+    a forward method writes out itself are not. Neither the model nor its BatchNorm statistics
+    change.
 
     Args:
         model: any torch module.
@@ -184,4 +187,8 @@ def _multiply_adds(module: Module, inputs: tuple[Any, ...], output: Tensor) -> i
         projected = 2 * query.numel() + key.numel() + value.numel()  # of query and output as well
         keys = key.shape[0 if key.dim() == 2 or not module.batch_first else 1]
         return width * projected + 2 * query.numel() * keys  # scores, and sums by their weights
+    if isinstance(module, DenseCapsules):  # votes; sums of them, and agreement between two sums
+        size = module.out_capsules * module.out_dim
+        votes = output.numel() // size * (module.weight.numel() // module.in_dim)
+        return votes * (module.in_dim + 2 * module.iterations - 1)
     return 0

@@ -107,6 +107,15 @@ def test_a_module_under_two_names_keeps_its_weights():
     assert net.first.weight is weight and not weight.is_meta
 
 
+def test_capsules_are_counted():
+    dense = nnarch.nn.DenseCapsules(6, 4, 3, 5, iterations=3)
+    votes = 2 * 3 * 6 * 5  # of two samples
+    assert nnarch.summary(dense, (2, 6, 4)).macs == votes * (4 + 3 + 2)
+    windows = nnarch.nn.ConvCapsules2d(6, 4, 3, 5, 3, iterations=1)
+    table = nnarch.summary(windows, (2, 6, 4, 7, 8))
+    assert table.macs == 5 * 6 * votes * 3 * 3 * (4 + 1)
+
+
 def test_attention_is_counted():
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     table = nnarch.summary(layer, (3, 5, 8))
