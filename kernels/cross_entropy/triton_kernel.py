@@ -155,6 +155,7 @@ STATIC_CASES = [
     _logits_case("8192×50257", (8192, 50257), True),
     _logits_case("N8 C21 512×512", (8, 21, 512 * 512), True),
     _linear_case(2048, 4096, 4096),
+    _linear_case(1024, 4096, 50257),  # rows of logits rounded up
     _scale_case(),
 ]
 """What bench/static_gpu.py compiles."""

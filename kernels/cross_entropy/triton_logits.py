@@ -88,32 +88,33 @@ def cross_entropy_fwd_kernel(
     x_row = (n * stride_xn + i * stride_xl)[:, None]
     low = -float("inf")
     top = tl.full((BLOCK_P,), low, tl.float32)
-    total = tl.zeros((BLOCK_P,), tl.float32)
-    at_target = tl.zeros((BLOCK_P,), tl.float32)
+    sums = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)  # each lane's own: reduced once, at the end
     target, kept, weight = _targets(
         target_ptr, weight_ptr, ignore_index, p, valid, classes, BLOCK_P
     )
+    if target_ptr is not None:
+        is_class = valid & (target >= 0) & (target < classes)
+        x_target = x_ptr + n * stride_xn + i * stride_xl + target * stride_xc
+        at_target = tl.load(x_target, mask=is_class, other=0.0).to(tl.float32)
     for start in range(0, classes, BLOCK_C):
         c = (start + lane)[None, :]
         x = tl.load(x_ptr + x_row + c * stride_xc, mask=valid[:, None] & (c < width), other=low)
         x = tl.where(c < classes, x.to(tl.float32), low)
         now = tl.maximum(top, tl.max(x, axis=1))
         reference = tl.where(now == low, 0.0, now)
-        total = total * tl.exp(top - reference) + tl.sum(tl.exp(x - reference[:, None]), axis=1)
+        sums = sums * tl.exp(top - reference)[:, None] + tl.exp(x - reference[:, None])
         top = now
-        at_target += tl.sum(tl.where(c == target[:, None], x, 0.0), axis=1)
-    log_sum = tl.log(total)
+    log_sum = tl.log(tl.sum(sums, axis=1))
     lse = top.to(tl.float64) + log_sum.to(tl.float64)
     tl.store(lse_ptr + p, lse, mask=valid)
 
     value = tl.zeros((BLOCK_P,), tl.float32)
     if target_ptr is not None:
-        is_class = (target >= 0) & (target < classes)
         nll = tl.where(is_class, (top - at_target) + log_sum, float("nan"))
         value = tl.where(weight == 0, 0.0, of_target * weight * nll)
     if FACTORS:
         q_row = (n * stride_qn + i * stride_ql)[:, None]
-        sums = tl.zeros((BLOCK_P,), tl.float32)
+        total = tl.zeros((BLOCK_P,), tl.float32)
         for start in range(0, classes, BLOCK_C):
             c = (start + lane)[None, :]
             inside = valid[:, None] & (c < classes)
@@ -124,9 +125,9 @@ def cross_entropy_fwd_kernel(
             )  # fmt: skip
             below = (top[:, None] - x.to(tl.float32)) + log_sum[:, None]
             value += tl.sum(tl.where(inside, a * below, 0.0), axis=1)
-            sums += tl.sum(a, axis=1)
+            total += tl.sum(a, axis=1)
         if total_ptr is not None:
-            tl.store(total_ptr + p, sums, mask=valid)
+            tl.store(total_ptr + p, total, mask=valid)
     value = tl.where(kept, value, 0.0)
     if weights_ptr is not None:
         value /= tl.load(weights_ptr).to(tl.float32)  # 0/0: where nothing counts a mean is NaN
