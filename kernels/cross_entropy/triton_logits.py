@@ -1,7 +1,11 @@
-"""Statistics of logits, and their gradient, in Triton: positions × blocks of classes.
+"""The loss of logits, and their gradient, in Triton: positions × blocks of classes.
 
-A program holds BLOCK_P positions and walks over their classes with an online log-sum-exp. What is
-one number a position (the loss, the factors of the gradient) is put together between the kernels.
+A program of the first kernel holds BLOCK_P positions and walks over their classes with an online
+log-sum-exp; the second writes the gradient block by block. Both put together what is one number a
+position themselves: a launch for each step of it would cost more than the arithmetic.
+
+Rows of logits may be wider in memory than there are classes, so that they are read and written 16
+bytes at a time: the columns beyond count for nothing and have the gradient 0.
 """
 
 from __future__ import annotations
@@ -10,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from nnarch.kernels.gpu.launch import cdiv, flat_grid, launch, named_strides, needs_int64
+from nnarch.kernels.cross_entropy.triton_loss import Loss
+from nnarch.kernels.gpu.launch import cdiv, flat_grid, launch, named_strides
 from nnarch.kernels.gpu.tiles import Tile, tile
 
 
@@ -29,18 +34,35 @@ def _factors(
 
 
 @triton.jit
+def _targets(target_ptr, weight_ptr, ignore_index, p, valid, classes, BLOCK_P: tl.constexpr):
+    """The target of each position, whether it counts, and the target's weight."""
+    target = tl.zeros((BLOCK_P,), tl.int64)
+    weight = tl.full((BLOCK_P,), 1.0, tl.float32)
+    kept = valid
+    if target_ptr is not None:
+        target = tl.load(target_ptr + p, mask=valid, other=0)
+        kept = valid & (target != ignore_index)
+        if weight_ptr is not None:
+            known = kept & (target >= 0) & (target < classes)
+            weight = tl.load(weight_ptr + target, mask=known, other=1.0)
+    return target, kept, weight
+
+
+@triton.jit
 def cross_entropy_fwd_kernel(
-    x_ptr,  # [N, C, L]
+    x_ptr,  # [N, width, L]
     target_ptr,  # [N·L] int64, or None where q is given
     weight_ptr,  # [C] or None
     q_ptr,  # [N, C, L] target probabilities, or None
-    top_ptr,  # [N·L] each, float32: lse = top + log
-    log_ptr,
-    nll_ptr,  # lse - x at the target; NaN where the target is no class
-    entropy_ptr,  # Σ a·(lse - x)
-    total_ptr,  # Σ a
+    weights_ptr,  # what a mean divides by: the targets' weights, and how many there are; or None
+    count_ptr,
+    value_ptr,  # [N·L] float32: the loss, NaN where the target is no class
+    lse_ptr,  # [N·L] float64
+    total_ptr,  # [N·L] float32: Σ a; or None
+    ignore_index,
     positions,
     classes,
+    width,
     length,
     stride_xn,
     stride_xc,
@@ -50,7 +72,8 @@ def cross_entropy_fwd_kernel(
     stride_ql,
     of_target,
     rest,
-    FACTORS: tl.constexpr,  # whether entropy and total are wanted
+    z_loss,  # None for 0
+    FACTORS: tl.constexpr,  # whether every class has a part in the loss
     INT64: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -65,61 +88,76 @@ def cross_entropy_fwd_kernel(
     x_row = (n * stride_xn + i * stride_xl)[:, None]
     low = -float("inf")
     top = tl.full((BLOCK_P,), low, tl.float32)
-    total = tl.zeros((BLOCK_P,), tl.float32)
-    at_target = tl.zeros((BLOCK_P,), tl.float32)
-    target = tl.zeros((BLOCK_P,), tl.int64)
+    sums = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)  # each lane's own: reduced once, at the end
+    target, kept, weight = _targets(
+        target_ptr, weight_ptr, ignore_index, p, valid, classes, BLOCK_P
+    )
     if target_ptr is not None:
-        target = tl.load(target_ptr + p, mask=valid, other=0)
+        is_class = valid & (target >= 0) & (target < classes)
+        x_target = x_ptr + n * stride_xn + i * stride_xl + target * stride_xc
+        at_target = tl.load(x_target, mask=is_class, other=0.0).to(tl.float32)
     for start in range(0, classes, BLOCK_C):
         c = (start + lane)[None, :]
-        inside = valid[:, None] & (c < classes)
-        x = tl.load(x_ptr + x_row + c * stride_xc, mask=inside, other=low).to(tl.float32)
+        x = tl.load(x_ptr + x_row + c * stride_xc, mask=valid[:, None] & (c < width), other=low)
+        x = tl.where(c < classes, x.to(tl.float32), low)
         now = tl.maximum(top, tl.max(x, axis=1))
         reference = tl.where(now == low, 0.0, now)
-        total = total * tl.exp(top - reference) + tl.sum(tl.exp(x - reference[:, None]), axis=1)
+        sums = sums * tl.exp(top - reference)[:, None] + tl.exp(x - reference[:, None])
         top = now
-        hit = inside & (c == target[:, None])
-        at_target += tl.sum(tl.where(hit, x, 0.0), axis=1)
-    log_sum = tl.log(total)
-    tl.store(top_ptr + p, top, mask=valid)
-    tl.store(log_ptr + p, log_sum, mask=valid)
+    log_sum = tl.log(tl.sum(sums, axis=1))
+    lse = top.to(tl.float64) + log_sum.to(tl.float64)
+    tl.store(lse_ptr + p, lse, mask=valid)
+
+    value = tl.zeros((BLOCK_P,), tl.float32)
     if target_ptr is not None:
-        is_class = (target >= 0) & (target < classes)
         nll = tl.where(is_class, (top - at_target) + log_sum, float("nan"))
-        tl.store(nll_ptr + p, nll, mask=valid)
+        value = tl.where(weight == 0, 0.0, of_target * weight * nll)
     if FACTORS:
         q_row = (n * stride_qn + i * stride_ql)[:, None]
-        entropy = tl.zeros((BLOCK_P,), tl.float32)
-        sums = tl.zeros((BLOCK_P,), tl.float32)
+        total = tl.zeros((BLOCK_P,), tl.float32)
         for start in range(0, classes, BLOCK_C):
             c = (start + lane)[None, :]
             inside = valid[:, None] & (c < classes)
-            x = tl.load(x_ptr + x_row + c * stride_xc, mask=inside, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + x_row + c * stride_xc, mask=valid[:, None] & (c < width), other=0.0)
             a = _factors(
                 weight_ptr, q_ptr, q_row + c * stride_qc, c, inside, of_target, rest, BLOCK_P,
                 BLOCK_C,
             )  # fmt: skip
-            below = (top[:, None] - x) + log_sum[:, None]
-            entropy += tl.sum(tl.where(inside, a * below, 0.0), axis=1)
-            sums += tl.sum(a, axis=1)
-        tl.store(entropy_ptr + p, entropy, mask=valid)
-        tl.store(total_ptr + p, sums, mask=valid)
+            below = (top[:, None] - x.to(tl.float32)) + log_sum[:, None]
+            value += tl.sum(tl.where(inside, a * below, 0.0), axis=1)
+            total += tl.sum(a, axis=1)
+        if total_ptr is not None:
+            tl.store(total_ptr + p, total, mask=valid)
+    value = tl.where(kept, value, 0.0)
+    if weights_ptr is not None:
+        value /= tl.load(weights_ptr).to(tl.float32)  # 0/0: where nothing counts a mean is NaN
+    if z_loss is not None:
+        z = z_loss * (lse * lse).to(tl.float32)
+        if count_ptr is not None:
+            z /= tl.load(count_ptr).to(tl.float32)
+        value += tl.where(kept, z, 0.0)
+    tl.store(value_ptr + p, value, mask=valid)
 
 
 @triton.jit
 def cross_entropy_bwd_kernel(
-    x_ptr,  # [N, C, L]
-    dx_ptr,  # [N, C, L], may be x; or None
+    x_ptr,  # [N, width, L]
+    dx_ptr,  # [N, width, L], may be x; or None
     dq_ptr,  # [N, C, L] or None
     target_ptr,  # [N·L] int64 or None
     weight_ptr,  # [C] or None
     q_ptr,  # [N, C, L] or None
-    lse_ptr,  # [N·L] each, float32
-    alpha_ptr,
-    beta_ptr,
-    scale_ptr,
+    weights_ptr,  # what a mean divides by, or None
+    count_ptr,
+    lse_ptr,  # [N·L] float64
+    grad_ptr,  # of the loss: [N·L], or one number with stride_g 0; None for 1
+    total_ptr,  # Σ a: [N·L], or one number with stride_t 0; None for 0
+    stride_g,
+    stride_t,
+    ignore_index,
     positions,
     classes,
+    width,
     length,
     stride_xn,
     stride_xc,
@@ -135,67 +173,78 @@ def cross_entropy_bwd_kernel(
     stride_el,
     of_target,
     rest,
+    z_loss,
     FACTORS: tl.constexpr,
+    TIMES_WEIGHTS: tl.constexpr,  # the gradient times what a mean divides it by
     INT64: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """dx = alpha·exp(x - lse) - beta·[c is the target] - scale·a; dq = scale·weight·(lse - x)"""
     pid = tl.program_id(0)
-    blocks = tl.cdiv(classes, BLOCK_C)
+    blocks = tl.cdiv(width, BLOCK_C)
     p = pid // blocks * BLOCK_P + tl.arange(0, BLOCK_P)
     lane = pid % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     if INT64:
         p, lane = p.to(tl.int64), lane.to(tl.int64)
     valid = p < positions
     c = lane[None, :]
+    in_memory = valid[:, None] & (c < width)
     inside = valid[:, None] & (c < classes)
     n, i = p // length, p % length
     x_offset = (n * stride_xn + i * stride_xl)[:, None] + c * stride_xc
     q_offset = (n * stride_qn + i * stride_ql)[:, None] + c * stride_qc
-    x = tl.load(x_ptr + x_offset, mask=inside, other=0.0).to(tl.float32)
-    lse = tl.load(lse_ptr + p, mask=valid, other=0.0)[:, None]
-    scale = tl.load(scale_ptr + p, mask=valid, other=0.0)[:, None]
+    x = tl.load(x_ptr + x_offset, mask=in_memory, other=0.0).to(tl.float32)
+
+    target, kept, weight = _targets(
+        target_ptr, weight_ptr, ignore_index, p, valid, classes, BLOCK_P
+    )
+    scale = tl.full((BLOCK_P,), 1.0, tl.float32)
+    if grad_ptr is not None:
+        scale = tl.load(grad_ptr + p * stride_g, mask=valid, other=0.0).to(tl.float32)
+    of_z = scale
+    if weights_ptr is not None:
+        weights = tl.load(weights_ptr).to(tl.float32)
+        if TIMES_WEIGHTS:
+            scale *= weights
+            of_z *= weights
+        scale /= weights
+        of_z /= tl.load(count_ptr).to(tl.float32)
+    scale = tl.where(kept, scale, 0.0)
+    lse = tl.load(lse_ptr + p, mask=valid, other=0.0)
+    rounded = lse.to(tl.float32)
     if dx_ptr is not None:
-        alpha = tl.load(alpha_ptr + p, mask=valid, other=0.0)[:, None]
-        dx = alpha * tl.exp(x - lse)
+        alpha = tl.zeros((BLOCK_P,), tl.float32)
+        if total_ptr is not None:
+            alpha = scale * tl.load(total_ptr + p * stride_t, mask=valid, other=0.0)
+        beta = scale * of_target * weight
         if target_ptr is not None:
-            beta = tl.load(beta_ptr + p, mask=valid, other=0.0)[:, None]
-            target = tl.load(target_ptr + p, mask=valid, other=-1)[:, None]
-            dx -= tl.where(c == target, beta, 0.0)
+            alpha += beta
+        if z_loss is not None:
+            alpha += tl.where(kept, of_z * 2.0 * z_loss * rounded, 0.0)
+        # The rounding of lse too: exp(x - rounded) is off by 4e-6 for logits near 100.
+        below = tl.exp((rounded.to(tl.float64) - lse).to(tl.float32))
+        alpha = tl.where(alpha == 0, 0.0, alpha * below)
+        dx = alpha[:, None] * tl.exp(x - rounded[:, None])
+        if target_ptr is not None:
+            dx -= tl.where(c == target[:, None], beta[:, None], 0.0)
         if FACTORS:
-            dx -= scale * _factors(
+            dx -= scale[:, None] * _factors(
                 weight_ptr, q_ptr, q_offset, c, inside, of_target, rest, BLOCK_P, BLOCK_C
             )
+        dx = tl.where(kept[:, None] & (c < classes), dx, 0.0)
         d_offset = (n * stride_dn + i * stride_dl)[:, None] + c * stride_dc
-        tl.store(dx_ptr + d_offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        tl.store(dx_ptr + d_offset, dx.to(dx_ptr.dtype.element_ty), mask=in_memory)
     if dq_ptr is not None:
         factor = of_target
         if weight_ptr is not None:
             factor = of_target * tl.load(weight_ptr + c, mask=inside, other=0.0).to(tl.float32)
-        dq = scale * factor * (lse - x)
+        dq = scale[:, None] * factor * (rounded[:, None] - x)
         e_offset = (n * stride_en + i * stride_el)[:, None] + c * stride_ec
         tl.store(dq_ptr + e_offset, dq.to(dq_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def scale_kernel(x_ptr, y_ptr, grad_ptr, count, INT64: tl.constexpr, BLOCK: tl.constexpr):
-    """y = x · grad"""
-    pid = tl.program_id(0)
-    if INT64:
-        pid = pid.to(tl.int64)
-    i = pid * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + i, mask=i < count, other=0.0).to(tl.float32)
-    y = x * tl.load(grad_ptr).to(tl.float32)
-    tl.store(y_ptr + i, y.to(y_ptr.dtype.element_ty), mask=i < count)
-
-
 # ----------------------------------------------------------------------------------- launchers
-
-
-def as_ncl(x: torch.Tensor | None) -> torch.Tensor | None:
-    """[N, C] as [N, C, 1]."""
-    return x if x is None or x.dim() == 3 else x.unsqueeze(2)
 
 
 def block_of(x: torch.Tensor) -> Tile:
@@ -207,87 +256,50 @@ def block_of(x: torch.Tensor) -> Tile:
     return tile(BLOCK_P=128, BLOCK_C=min(16, triton.next_power_of_2(classes)), num_warps=4)
 
 
-class Numbers:
-    """What the kernels know of the options of a loss.
+def losses(
+    x: torch.Tensor,
+    loss: Loss,
+    values: torch.Tensor,
+    lse: torch.Tensor,
+    totals: torch.Tensor | None = None,
+) -> None:
+    """Write the losses of all positions of x [N, width, L], divided as the reduction divides.
 
     Args:
-        target: classes [positions], or probabilities.
-        class_weight: [C] float32 or None.
-        smoothing: of the labels.
-        classes: C.
+        x, loss: logits and what is lost by them.
+        values, lse: [positions] float32 and float64; written.
+        totals: [positions] float32, or None: Σ a of every position, where the loss uses it.
     """
-
-    def __init__(
-        self,
-        target: torch.Tensor,
-        class_weight: torch.Tensor | None,
-        smoothing: float,
-        classes: int,
-    ) -> None:
-        soft = target.is_floating_point()
-        self.target = None if soft else target.contiguous()
-        self.q = as_ncl(target) if soft else None
-        self.class_weight = None if class_weight is None else class_weight.contiguous()
-        self.of_target = 1.0 - smoothing
-        self.rest = smoothing / classes
-        self.factors = soft or smoothing != 0.0
-
-    def arguments(self, x: torch.Tensor, *others: torch.Tensor | None) -> dict[str, object]:
-        """Of both kernels, for logits x [N, C, L]."""
-        return {
-            **{"x_ptr": x, "target_ptr": self.target, "q_ptr": self.q},
-            **{"weight_ptr": self.class_weight, "FACTORS": self.factors},
-            **{"positions": x.shape[0] * x.shape[2], "classes": x.shape[1], "length": x.shape[2]},
-            **{"of_target": self.of_target, "rest": self.rest},
-            **named_strides("x", "ncl", x),
-            **named_strides("q", "ncl", self.q),
-            "INT64": needs_int64(x, self.q, *others),
-        }
-
-
-def statistics(x: torch.Tensor, numbers: Numbers) -> dict[str, torch.Tensor]:
-    """lse (float64), nll, entropy and total of every position of x [N, C, L].
-
-    What does not apply to the loss is 0.
-    """
-    count = x.shape[0] * x.shape[2]
-    names = ("top", "log", "nll", "entropy", "total")
-    results = {name: x.new_zeros(count, dtype=torch.float32) for name in names}
     block = block_of(x)
-    arguments = {f"{name}_ptr": t for name, t in results.items()}
-    programs = cdiv(count, block["BLOCK_P"])
-    arguments |= numbers.arguments(x)
+    arguments = loss.arguments(x) | {"value_ptr": values, "lse_ptr": lse, "total_ptr": totals}
+    programs = cdiv(x.shape[0] * x.shape[2], block["BLOCK_P"])
     launch(cross_entropy_fwd_kernel, flat_grid(programs), arguments, block)
-    results["lse"] = results["top"].double() + results["log"]
-    return results
 
 
 def gradients(
     x: torch.Tensor,
-    numbers: Numbers,
+    loss: Loss,
     lse: torch.Tensor,
-    slopes: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    grad: torch.Tensor | None,
+    totals: torch.Tensor | None,
     dx: torch.Tensor | None,
     dq: torch.Tensor | None = None,
+    times_weights: bool = False,
 ) -> None:
-    """Write the gradients of x [N, C, L] to dx, and of the target's probabilities to dq.
+    """Write the gradients of x [N, width, L] to dx, and of the target's probabilities to dq.
 
     Args:
-        x: logits.
-        numbers: of the loss.
+        x, loss: as in :func:`losses`.
         lse: [positions], float64.
-        slopes: alpha, beta and scale of every position.
+        grad: of the loss: a number or [positions]; None for 1.
+        totals: Σ a (:meth:`Loss.totals`).
         dx, dq: like x; None where one is not wanted. dx may be x.
+        times_weights: leave out a mean's division by the weights.
     """
     block = block_of(x)
-    alpha, beta, scale = slopes
-    rounded = lse.float()
-    # What the rounding of lse takes away: exp(x - lse) would be off by 4e-6 for logits near 100.
-    alpha = torch.where(alpha == 0, 0.0, alpha * (rounded.double() - lse).exp())
-    alpha, beta, scale = (s.float().contiguous() for s in (alpha, beta, scale))
-    arguments = numbers.arguments(x, dx, dq) | {
-        **{"dx_ptr": dx, "dq_ptr": dq, "lse_ptr": rounded.contiguous()},
-        **{"alpha_ptr": alpha, "beta_ptr": beta, "scale_ptr": scale},
+    arguments = loss.arguments(x, dx, dq) | {
+        **{"dx_ptr": dx, "dq_ptr": dq, "lse_ptr": lse, "grad_ptr": grad, "total_ptr": totals},
+        **{"stride_g": _step(grad), "stride_t": _step(totals), "TIMES_WEIGHTS": times_weights},
         **named_strides("d", "ncl", dx),
         **named_strides("e", "ncl", dq),
     }
@@ -296,33 +308,6 @@ def gradients(
     launch(cross_entropy_bwd_kernel, flat_grid(programs), arguments, block)
 
 
-def scale_by(x: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """x times the scalar grad; x is contiguous."""
-    y, block = torch.empty_like(x), 4096
-    arguments = {"x_ptr": x, "y_ptr": y, "grad_ptr": grad, "count": x.numel()}
-    grid = flat_grid(cdiv(x.numel(), block))
-    launch(scale_kernel, grid, arguments | {"INT64": needs_int64(x)}, tile(BLOCK=block))
-    return y
-
-
-@triton.jit
-def _scale_in_place_kernel(
-    x_ptr,  # [count]
-    factor_ptr,  # one number
-    count,
-    INT64: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    factor = tl.load(factor_ptr).to(tl.float32)
-    if factor != 1.0:  # the usual gradient of a loss leaves the memory alone
-        at = tl.program_id(0).to(tl.int64) if INT64 else tl.program_id(0)
-        at = at * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(x_ptr + at, mask=at < count).to(tl.float32)
-        tl.store(x_ptr + at, (x * factor).to(x_ptr.dtype.element_ty), mask=at < count)
-
-
-def scale_in_place(x: torch.Tensor, factor: torch.Tensor) -> None:
-    """x, contiguous, times the scalar `factor`, whose value the host does not wait for."""
-    block = 4096
-    arguments = {"x_ptr": x, "factor_ptr": factor, "count": x.numel(), "INT64": needs_int64(x)}
-    launch(_scale_in_place_kernel, flat_grid(cdiv(x.numel(), block)), arguments, tile(BLOCK=block))
+def _step(numbers: torch.Tensor | None) -> int:
+    """From one position's number to the next one's: 0 where all have the same."""
+    return 0 if numbers is None or numbers.dim() == 0 else numbers.stride(0)

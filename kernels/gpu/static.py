@@ -48,6 +48,7 @@ FAMILIES = (
 )
 
 _TYPE_NAMES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",

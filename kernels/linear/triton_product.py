@@ -73,6 +73,9 @@ def _linear_fwd_kernel(
     M,
     K,
     C,
+    x_rows,  # M, C and K rounded up in memory, where `product` says so; else None
+    x_columns,
+    y_columns,
     steps,
     steps_per_split,
     stride_xm,
@@ -98,6 +101,7 @@ def _linear_fwd_kernel(
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_inside, k_inside = m < M, k < K
+    x_inside = m_inside if x_rows is None else m < x_rows
     lane = tl.arange(0, BLOCK_K)
     if INT64:
         m, k, lane = m.to(tl.int64), k.to(tl.int64), lane.to(tl.int64)
@@ -111,15 +115,16 @@ def _linear_fwd_kernel(
     for step in range(split * steps_per_split, last):
         c = step * BLOCK_K + lane
         c_inside = c < C
+        x_c_inside = c_inside if x_columns is None else c < x_columns
         if SWAP:
             w_offset = w_row[:, None] + (c * stride_wc)[None, :]
             x_offset = (c * stride_xc)[:, None] + x_row[None, :]
             a = tl.load(w_ptr + w_offset, mask=k_inside[:, None] & c_inside[None, :], other=0.0)
-            b = tl.load(x_ptr + x_offset, mask=c_inside[:, None] & m_inside[None, :], other=0.0)
+            b = tl.load(x_ptr + x_offset, mask=x_c_inside[:, None] & x_inside[None, :], other=0.0)
         else:
             x_offset = x_row[:, None] + (c * stride_xc)[None, :]
             w_offset = (c * stride_wc)[:, None] + w_row[None, :]
-            a = tl.load(x_ptr + x_offset, mask=m_inside[:, None] & c_inside[None, :], other=0.0)
+            a = tl.load(x_ptr + x_offset, mask=x_inside[:, None] & x_c_inside[None, :], other=0.0)
             b = tl.load(w_ptr + w_offset, mask=c_inside[:, None] & k_inside[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     if SWAP:
@@ -139,7 +144,7 @@ def _linear_fwd_kernel(
             stride_rk,
             m_inside,
             tile_n * BLOCK_N,
-            K,
+            K if y_columns is None else y_columns,
             bias_ptr,
             scale_ptr,
             shift_ptr,
@@ -155,13 +160,18 @@ def product(
 ) -> None:
     """y = act(scale·(x·weightᵀ + bias) + shift + residual) for two rows or more.
 
+    A mask that ends at an odd extent makes every element a load or a store of its own. So x may
+    have more rows than y and more columns than the weight (zeros), and y more columns than the
+    weight has rows (no result): with these rounded up to 16, 16 bytes are moved at a time.
+
     Args:
         x, weight, y: [M, C], [K, C] and [M, K]; y is written.
-        epilogue: the kernel's arguments bias_ptr, scale_ptr, shift_ptr, residual_ptr ([M, K]),
-            alpha and ACTIVATION.
+        epilogue: the kernel's arguments bias_ptr, scale_ptr, shift_ptr, residual_ptr ([M, K], all
+            as wide as y), alpha and ACTIVATION.
     """
-    m, c = x.shape
-    k = weight.shape[0]
+    m, (k, c) = y.shape[0], weight.shape
+    in_memory = (*x.shape, y.shape[1])
+    rounded = in_memory if in_memory != (m, c, k) else (None, None, None)
     precision = dot_precision("matmul")
     swap = m <= SMALL_M
     problem = Problem(
@@ -173,6 +183,7 @@ def product(
     )
     arguments = {
         **{"x_ptr": x, "w_ptr": weight, "y_ptr": y, "M": m, "K": k, "C": c},
+        **dict(zip(("x_rows", "x_columns", "y_columns"), rounded, strict=True)),
         **epilogue,
         **named_strides("x", "mc", x),
         **named_strides("w", "kc", weight),

@@ -198,14 +198,21 @@ def channel_sum(x: torch.Tensor) -> torch.Tensor:
     return _channel_sum(x, None)
 
 
+def sum_channels(x: torch.Tensor) -> torch.Tensor:
+    """:func:`channel_sum` in float32."""
+    return _channel_sum(x, None, torch.float32)
+
+
 def channel_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``nnarch::channel_dot``."""
     check_dtype("channel_dot", a, b)
     return _channel_sum(a, b)
 
 
-def _channel_sum(a: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
-    out = a.new_empty(a.shape[1])
+def _channel_sum(
+    a: torch.Tensor, b: torch.Tensor | None, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    out = a.new_empty(a.shape[1], dtype=dtype)
     if a.numel() == 0:
         return out.zero_()
     a_view, b_view = as_ncl(a, b)

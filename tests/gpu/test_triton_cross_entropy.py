@@ -6,10 +6,10 @@ import itertools
 
 import pytest
 import torch
-from triton_cases import DTYPES, VIEWS, check
+from triton_cases import DTYPES, VIEWS, check, poisoned_memory
 
 launch = pytest.importorskip("nnarch.kernels.gpu.launch", reason="needs triton")
-from nnarch.kernels.cross_entropy import reference, triton_logits  # noqa: E402
+from nnarch.kernels.cross_entropy import reference, triton_linear, triton_loss  # noqa: E402
 from nnarch.kernels.cross_entropy import triton_kernel as kernel  # noqa: E402
 
 # Positions and classes of less than a block, and more; all three orders in memory.
@@ -100,25 +100,51 @@ def test_all_ignored_and_no_samples():
     assert loss == 0 and lse.shape == (0,) and dx.shape == (0, 5)
 
 
+# The smallest chunks have 128 samples; rows of logits are rounded up to 64 columns.
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("samples", [0, 5, 150])  # one chunk and two
-def test_linear(samples, dtype):
+@pytest.mark.parametrize(
+    "samples, classes, bytes",
+    [(0, 11, 0), (1, 11, 0), (5, 64, 0), (150, 11, 0), (260, 11, 0), (40, 77, 2**28)],
+    ids=["none", "one", "even", "two chunks", "three chunks", "one chunk"],
+)
+def test_linear(samples, classes, bytes, dtype, monkeypatch):
+    monkeypatch.setattr(triton_linear, "CHUNK_BYTES", bytes)
     for numbers, bias, weighted in itertools.product(NUMBERS, (False, True), (False, True)):
-        x, weight = torch.randn(samples, 6).to(dtype), torch.randn(11, 6).to(dtype)
-        b = torch.randn(11).to(dtype) if bias else None
-        target = torch.randint(0, 11, (samples,))
-        class_weight = torch.rand(11) + 0.1 if weighted else None
+        x, weight = torch.randn(samples, 6).to(dtype), torch.randn(classes, 6).to(dtype)
+        b = torch.randn(classes).to(dtype) if bias else None
+        target = torch.randint(0, classes, (samples,))
+        class_weight = torch.rand(classes) + 0.1 if weighted else None
         wanted = (7 if bias else 3) if numbers[3] else 0
-        if numbers[3] == 1 and samples == 0:
+        if numbers[3] == 1 and bool((target == numbers[0]).all()):
             continue  # 0/0
         arguments = (x, weight, b, target, class_weight, *numbers)
-        mine = kernel.linear_cross_entropy(*arguments, wanted)
+        with poisoned_memory():
+            mine = kernel.linear_cross_entropy(*arguments, wanted)
         theirs = reference.linear_cross_entropy(*arguments, wanted)
         _compare(mine, theirs, dtype)
         lse, grad = theirs[1], torch.randn(theirs[0].shape)
         arguments = (grad, *arguments[:5], lse, *numbers, 7 if bias else 3)
-        mine = kernel.linear_cross_entropy_backward(*arguments)
+        with poisoned_memory():
+            mine = kernel.linear_cross_entropy_backward(*arguments)
         _compare(mine, reference.linear_cross_entropy_backward(*arguments), dtype)
+
+
+def test_linear_with_nothing_kept():
+    x, weight, target = torch.randn(5, 6), torch.randn(11, 6), torch.full((5,), 3)
+    loss, _, *gradients = kernel.linear_cross_entropy(
+        x, weight, None, target, None, 3, 0.1, 0.1, 1, 3
+    )
+    assert bool(loss.isnan())
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in gradients)
+
+
+def test_chunks():
+    """Equally large, of 2²⁸ bytes or as much as the weight; whole rows of 128 bytes."""
+    x, weight = (torch.empty(n, 768, dtype=torch.bfloat16, device="meta") for n in (8192, 50257))
+    assert triton_linear.chunk_sizes(x, weight) == (50304, 2048)
+    assert triton_linear.chunk_sizes(x[:100], weight) == (50304, 128)
+    x, weight = (torch.empty(n, 4096, dtype=torch.bfloat16, device="meta") for n in (9000, 128256))
+    assert triton_linear.chunk_sizes(x, weight) == (128256, 3072)
 
 
 def _compare(mine, theirs, dtype):
@@ -138,7 +164,7 @@ def test_scale():
 
 def test_int64_offsets(monkeypatch):
     """The branch for tensors of 2³¹ elements computes the same on small ones."""
-    monkeypatch.setattr(triton_logits, "needs_int64", lambda *_: True)
+    monkeypatch.setattr(triton_loss, "needs_int64", lambda *_: True)
     x, target = torch.randn(3, 7, 5), torch.randint(0, 7, (15,))
     mine = kernel.cross_entropy(x, target, None, 1, 0.1, 0.0, 1, 1)
     torch.testing.assert_close(mine, reference.cross_entropy(x, target, None, 1, 0.1, 0.0, 1, 1))
