@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 from torch import Tensor
 
-from nnarch.kernels.gpu.launch import cdiv, dot_precision, flat_grid, launch, named_strides, vector
+from nnarch.kernels.gpu.launch import cdiv, flat_grid, launch, named_strides, vector
 from nnarch.kernels.gpu.matmul import precision_of
 from nnarch.kernels.gpu.targets import Target, current_target
 from nnarch.kernels.gpu.tiles import Problem, Tile, TileTable, pick, tile
@@ -37,7 +35,8 @@ def _fits(problem: Problem, tile: Tile, target: Target) -> bool:
     words, threads = problem.n * problem.k * problem.itemsize // 4, tile.num_warps * 32
     if problem.precision == "ieee":  # a product of every element beside them
         return words <= 64 * tile.num_warps * target.warp_size
-    a_thread = 128 if threads <= 256 else 64
+    few = tile["BLOCK_B"] == 8 and threads <= 256  # else the tiles leave less to the weights
+    a_thread = 128 if few else 64
     return words <= a_thread * threads and 4 * words <= target.shared_bytes  # there on their way
 
 
@@ -49,29 +48,32 @@ def _cost(problem: Problem, tile: Tile, target: Target) -> float:
     return waves * (600 + work) + abs(8 - tile.num_warps)
 
 
-_DOTS = (
+_FOUR_AND_EIGHT = (
     tile(BLOCK_B=8, num_warps=8, num_stages=1),
     tile(BLOCK_B=8, num_warps=4, num_stages=1),
-    tile(BLOCK_B=8, num_warps=16, num_stages=1),
     tile(BLOCK_B=16, num_warps=8, num_stages=1),
     tile(BLOCK_B=16, num_warps=4, num_stages=1),
-    tile(BLOCK_B=16, num_warps=16, num_stages=1),
 )
+_SIXTEEN = (tile(BLOCK_B=8, num_warps=16, num_stages=1),)
+# ptxas would rather spill than pass 128 registers here.
 _VECTORS = (
-    tile(BLOCK_B=1, num_warps=8, num_stages=1),
-    tile(BLOCK_B=1, num_warps=4, num_stages=1),
+    tile(BLOCK_B=1, num_warps=8, num_stages=1, all_registers=True),
+    tile(BLOCK_B=1, num_warps=4, num_stages=1, all_registers=True),
 )
-SMALL = TileTable("recurrent_small", {"half": _DOTS, "tf32": _DOTS, "ieee": _VECTORS}, _cost, _fits)
-SMALL_BACKWARD = dataclasses.replace(SMALL, name="recurrent_small_backward")
+SMALL = TileTable(
+    "recurrent_small", {"half": _FOUR_AND_EIGHT + _SIXTEEN, "ieee": _VECTORS}, _cost, _fits
+)
+SMALL_BACKWARD = TileTable(
+    "recurrent_small_backward", {"half": _FOUR_AND_EIGHT, "ieee": _VECTORS}, _cost, _fits
+)
 
 
 def _problem(kind: int, x: Tensor, weight_hh: Tensor, batch: int) -> Problem:
-    # Three products of parts would need the weights twice: exact products stay in registers.
-    float32 = "tf32" if dot_precision("matmul") == "tf32" else "ieee"
+    # float32 is exact, TF32 or not: with 32 bits an element, too few weights fit as operands.
     hidden = weight_hh.shape[0] // kinds.GATES[kind]
     projected = weight_hh.shape[1] != hidden  # W_hr is held too
     rows = (_parts(kind) + projected) * _padded(hidden)
-    return Problem(batch, rows, _padded(weight_hh.shape[1]), precision_of(x.dtype, float32))
+    return Problem(batch, rows, _padded(weight_hh.shape[1]), precision_of(x.dtype, "ieee"))
 
 
 def _padded(units: int) -> int:
@@ -96,7 +98,6 @@ def _sizes(
         **named_strides("p", "rk", weight_hr),
         "CELL": kind,
         "DOT": problem.precision != "ieee",
-        "PRECISION": problem.precision if problem.precision == "tf32" else "ieee",
         "HIDDEN": _padded(hidden),
         "OUT": problem.k,
     }

@@ -51,7 +51,6 @@ def recurrent_small_bwd_kernel(
     CELL: tl.constexpr,
     REVERSE: tl.constexpr,
     DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
     HIDDEN: tl.constexpr,
     OUT: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -96,20 +95,12 @@ def recurrent_small_bwd_kernel(
     if dh_ptr is not None:
         dh += rows(dh_ptr, row, P, p, both(p_in, b_in)).to(tl.float32)
     dc = tl.zeros((GROUPS, HIDDEN // GROUPS, BLOCK_B), tl.float32)
-    start = tl.zeros((GROUPS, HIDDEN // GROUPS, BLOCK_B), tl.float32)  # c0, or a GRU's h0
     if CELL == 2:
         if dc_ptr is not None:
             dc += rows(dc_ptr, row, H, u, both(u_in, b_in)).to(tl.float32)
-        if c0_ptr is not None:
-            start += rows(c0_ptr, row, H, u, both(u_in, b_in)).to(tl.float32)
-        state_ptr = reserve_ptr + 4 * H
-    elif CELL == 3:
-        if h0_ptr is not None:
-            start += rows(h0_ptr, row, P, p, both(p_in, b_in)).to(tl.float32)
-        state_ptr = y_ptr
+        state_ptr, start_ptr, state_stride = reserve_ptr + 4 * H, c0_ptr, 5 * H
     else:
-        state_ptr = y_ptr
-    state_stride = 5 * H if CELL == 2 else P  # of c, or of h
+        state_ptr, start_ptr, state_stride = y_ptr, h0_ptr, P
 
     # What the next step (the one before in time) reads is on its way during a step.
     step = 0
@@ -138,7 +129,9 @@ def recurrent_small_bwd_kernel(
                 reserve_ptr, before + row, SAVED * H, column, both(part_in, b < count_before)
             )
             now = state.to(tl.float32)
-            s_before = tl.where(known[None, None, :], state_before.to(tl.float32), start)
+            s_before = tl.where(known[None, None, :], state_before.to(tl.float32), 0.0)
+            if start_ptr is not None:
+                s_before += rows(start_ptr, row, H, u, both(u_in, runs & ~known)).to(tl.float32)
             state = state_before
         first, count = before, count_before
         t = step + 2 if REVERSE else last - step - 2
@@ -150,25 +143,25 @@ def recurrent_small_bwd_kernel(
         if CELL == 2:
             if proj_ptr is not None:
                 put(dy_all_ptr, r, P, p, d, both(p_in, runs))
-                d = product(proj, flat(d), tl.zeros_like(dc), DOT, PRECISION)
+                d = product(proj, flat(d), tl.zeros_like(dc), DOT)
             d0, d1, d2, d3, dc_next = lstm_cell_backward(
                 d, dc, g0, g1, g2, g3, now, s_before, peep_i, peep_f, peep_o
             )
             dc = when(runs, dc_next, dc, starts_ptr)
             put(dgx_ptr, r, width, column, joined(d0, d1, d2, d3), parts_inside)
-            dh_next = product(w, stacked(d0, d1), nothing, DOT, PRECISION)
-            dh_rest = product(rest, stacked(d2, d3), nothing, DOT, PRECISION)
+            dh_next = product(w, stacked(d0, d1), nothing, DOT)
+            dh_rest = product(rest, stacked(d2, d3), nothing, DOT)
         elif CELL == 3:
             d0, d1, d2, d3, direct = gru_cell_backward(d, g0, g1, g2, g3, s_before)
             put(dgx_ptr, r, width, column, joined(d0, d1, d2, d2), parts_inside)
             put(dgh_ptr, r, width, column, joined(d0, d1, d3, d3), parts_inside)
-            dh_next = product(w, stacked(d0, d1), direct, DOT, PRECISION)
-            dh_rest = product(rest, flat(d3), nothing, DOT, PRECISION)
+            dh_next = product(w, stacked(d0, d1), direct, DOT)
+            dh_rest = product(rest, flat(d3), nothing, DOT)
         else:
             d0 = d * rnn_derivative(state.to(tl.float32), CELL)
             state = rows(state_ptr, first + row, state_stride, u, both(u_in, b < count))
             put(dgx_ptr, r, width, u, d0, inside)
-            dh_next = product(w, flat(d0), nothing, DOT, PRECISION)
+            dh_next = product(w, flat(d0), nothing, DOT)
             dh_rest = nothing
         # Each masked by itself: Triton makes one chain of a sum of two products.
         dh = tl.where(runs[None, None, :], dh_next, dh) + tl.where(

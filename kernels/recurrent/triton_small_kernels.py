@@ -22,11 +22,11 @@ from .triton_cell import (
 
 
 @triton.jit
-def product(w, h, z, DOT: tl.constexpr, PRECISION: tl.constexpr):
+def product(w, h, z, DOT: tl.constexpr):
     """z + w·h, for w [G, M, K], h [K, N] and z [G, M, N] in float32; N is 1 where it is no dot."""
     if DOT:
         every = tl.broadcast_to(h.to(w.dtype)[None, :, :], (w.shape[0], h.shape[0], h.shape[1]))
-        y = tl.dot(w, every, acc=z, input_precision=PRECISION)
+        y = tl.dot(w, every, acc=z)
     else:
         y = z + tl.sum(w.to(tl.float32) * tl.trans(h)[None, :, :], axis=2)[:, :, None]
     return y
@@ -139,7 +139,6 @@ def recurrent_small_fwd_kernel(
     CELL: tl.constexpr,
     REVERSE: tl.constexpr,
     DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
     HIDDEN: tl.constexpr,  # at least H
     OUT: tl.constexpr,  # at least P; HIDDEN without a projection
     GROUPS: tl.constexpr,  # of HIDDEN
@@ -196,7 +195,7 @@ def recurrent_small_fwd_kernel(
         z = x.to(tl.float32)
         if CELL == 3 and bias_n_ptr is not None:
             z += bias
-        z = product(w, flat(h), z, DOT, PRECISION)
+        z = product(w, flat(h), z, DOT)
         if CELL == 2:
             z0, z1, z2, z3 = gates(z)
             g0, g1, g2, g3, c_next, h_next = lstm_cell(z0, z1, z2, z3, c, peep_i, peep_f, peep_o)
@@ -207,7 +206,7 @@ def recurrent_small_fwd_kernel(
                 put(reserve_ptr + 4 * H, r, 5 * H, u, c_next, both(u_in, runs))
             if proj_ptr is not None:
                 nothing = tl.zeros_like(h)
-                h_next = product(proj, flat(h_next), nothing, DOT, PRECISION)
+                h_next = product(proj, flat(h_next), nothing, DOT)
         elif CELL == 3:
             z0, z1, hn, z3 = gates(z)
             g0, g1, g2, h_next = gru_cell(z0, z1, z3, 0.0, 0.0, hn, h)
