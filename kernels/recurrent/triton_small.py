@@ -35,6 +35,8 @@ def _fits(problem: Problem, tile: Tile, target: Target) -> bool:
     words, threads = problem.n * problem.k * problem.itemsize // 4, tile.num_warps * 32
     if problem.precision == "ieee":  # a product of every element beside them
         return words <= 64 * tile.num_warps * target.warp_size
+    if target.backend == "hip" and tile["BLOCK_B"] < 16:  # the columns of AMD's instruction
+        return False
     few = tile["BLOCK_B"] == 8 and threads <= 256  # else the tiles leave less to the weights
     a_thread = 128 if few else 64
     return words <= a_thread * threads and 4 * words <= target.shared_bytes  # there on their way
