@@ -68,6 +68,12 @@ SMALL = TileTable(
 SMALL_BACKWARD = TileTable(
     "recurrent_small_backward", {"half": _FOUR_AND_EIGHT, "ieee": _VECTORS}, _cost, _fits
 )
+SMALL_BACKWARD_PROJECTED = TileTable(  # 16 sequences spill with 4 warps
+    "recurrent_small_backward_projected",
+    SMALL_BACKWARD.tiles | {"half": _FOUR_AND_EIGHT[:3]},
+    _cost,
+    _fits,
+)
 
 
 def _problem(kind: int, x: Tensor, weight_hh: Tensor, batch: int) -> Problem:
@@ -86,7 +92,9 @@ def fits_small(kind: int, x: Tensor, weight_hh: Tensor, sequence: Sequence) -> b
     """Whether the state's weights fit one program on the GPU in use."""
     problem = _problem(kind, x, weight_hh, sequence.batch)
     target = current_target()
-    return all(t.candidates(problem, target) for t in (SMALL, SMALL_BACKWARD))
+    projected = weight_hh.shape[1] * kinds.GATES[kind] != weight_hh.shape[0]
+    backward = SMALL_BACKWARD_PROJECTED if projected else SMALL_BACKWARD
+    return all(t.candidates(problem, target) for t in (SMALL, backward))
 
 
 def _sizes(
@@ -200,5 +208,5 @@ def small_backward(
         groups = _grouped(arguments, 16, tile)
         launch(recurrent_small_bwd_kernel, flat_grid(programs), arguments | groups, tile)
 
-    run(pick(SMALL_BACKWARD, problem, run))
+    run(pick(SMALL_BACKWARD if weight_hr is None else SMALL_BACKWARD_PROJECTED, problem, run))
     return result
