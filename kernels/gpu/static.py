@@ -70,6 +70,8 @@ class StaticCase:
         elements: tensor elements that must be read or written, in the dtype of the case.
         fixed_bytes: what must move on top in any dtype, such as int64 indices.
         matrix: whether its main kernel multiplies matrices.
+        warps: whether it does so by instructions of single warps, with operands in registers, also
+            where the target has larger ones.
         main: which of its launches does the work that is counted; the others prepare or finish it.
         only: the precision that it ever runs in; "" where it runs in all.
     """
@@ -80,6 +82,7 @@ class StaticCase:
     elements: float
     fixed_bytes: float = 0.0
     matrix: bool = False
+    warps: bool = False
     main: int = 0
     only: str = ""
 
@@ -161,6 +164,8 @@ class Binary:
     """Resources and code of a compiled kernel.
 
     Attributes:
+        matrix_instructions: of the target's kind; `warp_matrix_instructions` are those of single
+            warps.
         stack_reads: NVIDIA's only: instructions that take the stack pointer (R1) for an operand. In
             a kernel without a stack they are the assembler's mistake: R1 stands for a value that
             was never computed (ptxas 12.8, in descriptors of sm_90's products).
@@ -170,6 +175,7 @@ class Binary:
     spills: int
     shared: int
     matrix_instructions: int
+    warp_matrix_instructions: int = 0
     stack_reads: int = 0
 
 
@@ -216,7 +222,8 @@ def _read_cubin(cubin: bytes, shared: int, target: Target) -> Binary:
         registers=fields["REG"],
         spills=fields["STACK"] + fields["LOCAL"],
         shared=shared,
-        matrix_instructions=_count(target, code),
+        matrix_instructions=_count(target.matrix, code),
+        warp_matrix_instructions=_count("HMMA", code),
         stack_reads=len(re.findall(r"\*/ +[^;\n]*, *-?\|?R1\b[^;\n]*;", code)),
     )
 
@@ -234,13 +241,15 @@ def _read_amdgcn(assembly: str, shared: int, target: Target) -> Binary:
     def field(name: str) -> int:
         return max((int(n) for n in re.findall(rf"\.{name}:\s*(\d+)", assembly)), default=0)
 
+    found = _count(target.matrix, assembly)
     return Binary(
         registers=field("vgpr_count"),
         spills=field("private_segment_fixed_size"),
         shared=shared,
-        matrix_instructions=_count(target, assembly),
+        matrix_instructions=found,
+        warp_matrix_instructions=found,  # all are
     )
 
 
-def _count(target: Target, code: str) -> int:
-    return len(re.findall(rf"\b{target.matrix}\w*", code))
+def _count(name: str, code: str) -> int:
+    return len(re.findall(rf"\b{name}\w*", code))

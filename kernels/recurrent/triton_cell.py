@@ -7,7 +7,40 @@ runs over units and sequences in either order: nothing here depends on it.
 import triton
 import triton.language as tl
 
-from nnarch.kernels.gpu.epilogue import sigmoid, tanh
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_MOST_EXPONENT = tl.constexpr(50.0)
+"""Of e^-x in a sigmoid: two such factors and a tanh's have a finite product; σ is 1e-15 there."""
+_MOST_TANH = tl.constexpr(8.15449047)
+"""The last argument of the quotient that is not rounded beyond 1."""
+
+
+@triton.jit
+def _sigmoid_below(x):
+    """σ(x) is 1 over this; a NaN stays."""
+    bound = tl.minimum(x * -_LOG2_E, _MOST_EXPONENT, propagate_nan=tl.PropagateNan.ALL)
+    return 1.0 + tl.exp2(bound)
+
+
+@triton.jit
+def _tanh_parts(x):
+    """Numerator and denominator of tanh(x): the CPU's quotient (cell_math_isa.h), within 2.1 ulp.
+
+    The denominator is 1 to 2⁹. Unlike exp it is right near 0 and waits for no special function.
+    """
+    x = tl.maximum(x, -_MOST_TANH, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.minimum(x, _MOST_TANH, propagate_nan=tl.PropagateNan.ALL)
+    u = x * x
+    above = 2.06358503e-05 + u * 1.33843204e-08
+    above = 1.0 + u * (0.133826891 + u * (0.00349745968 + u * above))
+    below = 0.000328852041 + u * 7.79026318e-07
+    below = 1.0 + u * (0.467160103 + u * (0.0258843689 + u * below))
+    return x * above, below
+
+
+@triton.jit
+def tanh(x):
+    above, below = _tanh_parts(x)
+    return above / below
 
 
 @triton.jit
@@ -41,12 +74,17 @@ def lstm_cell(i, f, g, o, c, peep_i, peep_f, peep_o):
 
     The peephole weights broadcast; 0.0 where there are none.
     """
-    i = sigmoid(i + peep_i * c)
-    f = sigmoid(f + peep_f * c)
-    g = tanh(g)
+    i = _sigmoid_below(i + peep_i * c)
+    f = _sigmoid_below(f + peep_f * c)
+    above, g = _tanh_parts(g)
+    both = i * f
+    share = 1.0 / (both * g)  # a division costs more than the products that share it
+    i, f, g = share * g * f, share * g * i, share * both * above
     c = f * c + i * g
-    o = sigmoid(o + peep_o * c)
-    return i, f, g, o, c, o * tanh(c)
+    o = _sigmoid_below(o + peep_o * c)
+    above, below = _tanh_parts(c)
+    share = 1.0 / (o * below)
+    return i, f, g, share * below, c, share * above
 
 
 @triton.jit
@@ -64,8 +102,9 @@ def lstm_cell_backward(dh, dc, i, f, g, o, c, c_before, peep_i, peep_f, peep_o):
 @triton.jit
 def gru_cell(xr, xz, xn, hr, hz, hn, h):
     """r, z, n and the next h, from the input's and the state's products."""
-    r = sigmoid(xr + hr)
-    z = sigmoid(xz + hz)
+    r, z = _sigmoid_below(xr + hr), _sigmoid_below(xz + hz)
+    share = 1.0 / (r * z)
+    r, z = share * z, share * r
     n = tanh(xn + r * hn)
     return r, z, n, (1.0 - z) * n + z * h
 

@@ -62,6 +62,7 @@ def _case(name: str, kind: int, steps: int, batch: int, hidden: int, only: str =
         flops=2.0 * steps * batch * gates * hidden * hidden,
         elements=hidden * (steps * batch * a_row + 3 * batch + gates * hidden),
         matrix=True,
+        warps=small,
         only=only,
     )
 
@@ -86,6 +87,7 @@ def _projected_backward(steps: int, batch: int, hidden: int, size: int) -> Stati
         flops=2.0 * steps * batch * 5 * hidden * size,
         elements=steps * batch * (9 * hidden + 2 * size) + batch * (size + hidden),
         matrix=True,
+        warps=True,
         only="float16",
     )
 
@@ -128,9 +130,11 @@ STATIC_CASES = [
     _case("small forward", kinds.LSTM, 64, 4096, 64),
     _case("small forward", kinds.GRU, 64, 4096, 64),
     _case("small forward", kinds.RNN_TANH, 64, 4096, 128),
+    _case("small forward", kinds.LSTM, 64, 2048, 128, "float16"),
     _case("small backward", kinds.LSTM, 64, 4096, 64),
     _case("small backward", kinds.GRU, 64, 4096, 64),
     _case("small backward", kinds.RNN_TANH, 64, 4096, 128),
+    _case("small backward", kinds.LSTM, 64, 2048, 128, "float16"),
     _projected_backward(63, 4090, 50, 30),
     _case("step forward", kinds.LSTM, 1, 512, 1024),
     _case("step forward", kinds.LSTM, 8, 256, 832, "float16"),  # one launch, a barrier a step

@@ -2,93 +2,90 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 from torch import Tensor
 
-from nnarch.kernels.gpu.launch import cdiv, dot_precision, flat_grid, launch, named_strides, vector
+from nnarch.kernels.gpu.launch import cdiv, flat_grid, launch, named_strides, vector
 from nnarch.kernels.gpu.matmul import precision_of
 from nnarch.kernels.gpu.targets import Target, current_target
 from nnarch.kernels.gpu.tiles import Problem, Tile, TileTable, pick, tile
 
 from . import kinds
 from .gpu_problem import Outputs, Sequence, StateGradients
-from .triton_small_kernels import _recurrent_small_bwd_kernel, _recurrent_small_fwd_kernel
-
-LEAST_DOT = 64
-"""Units are padded to this many where products are dots: the rows of a matrix instruction."""
+from .triton_small_backward import recurrent_small_bwd_kernel
+from .triton_small_kernels import recurrent_small_fwd_kernel
 
 LEAST = 32
-"""Units are padded to this many elsewhere: Triton 3.6 fails to compile some smaller LSTMs."""
+"""Units are padded to this many: Triton 3.6 fails to compile some smaller LSTMs."""
 
 
-MOST_WEIGHTS = 5 * 64 * 64
-"""Elements of the weights that a program holds: an LSTM of 64 units with a projection, a plain
-layer of 128. Compiled kernels of twice as many units spill on one target or another."""
+def _parts(kind: int) -> int:
+    """Rows of the weights for a unit: its gates, and none for the input's n of a GRU."""
+    return 4 if kind in (kinds.LSTM, kinds.GRU) else 1
+
+
+def _groups(rows: int, least: int, tile: Tile) -> int:
+    """Groups of `rows` units, a warp's each, of at least `least`."""
+    return max(1, min(tile.num_warps, rows // least))
 
 
 def _fits(problem: Problem, tile: Tile, target: Target) -> bool:
-    """Whether a program holds the weights, n·k elements, beside a step's tiles."""
-    weights, threads = problem.n * problem.k, tile.num_warps * target.warp_size
-    if problem.precision == "ieee":  # in registers, and a product of every element beside them
-        return weights <= 64 * threads
-    return weights <= MOST_WEIGHTS and weights * problem.itemsize <= target.shared_bytes
+    """Whether a program holds the weights, n·k elements, in registers beside a step's tiles."""
+    words, threads = problem.n * problem.k * problem.itemsize // 4, tile.num_warps * 32
+    if problem.precision == "ieee":  # a product of every element beside them
+        return words <= 64 * tile.num_warps * target.warp_size
+    if target.backend == "hip" and tile["BLOCK_B"] < 16:  # the columns of AMD's instruction
+        return False
+    few = tile["BLOCK_B"] == 8 and threads <= 256  # else the tiles leave less to the weights
+    a_thread = 128 if few else 64
+    return words <= a_thread * threads and 4 * words <= target.shared_bytes  # there on their way
 
 
 def _cost(problem: Problem, tile: Tile, target: Target) -> float:
-    """Waves of programs, by how long a step takes: mostly latency, whatever the tile."""
+    """Cycles of a step on sm_90, by its count (GPU.md), times the waves of programs."""
     waves = triton.cdiv(triton.cdiv(problem.m, tile["BLOCK_B"]), target.processors)
-    return waves * (64 + tile["BLOCK_B"]) + 0.1 * abs(8 - tile.num_warps)
+    idle = tile.num_warps / _groups(problem.k, 16, tile)
+    work = problem.n * tile["BLOCK_B"] * (0.2 + problem.k / 1268) * idle
+    return waves * (600 + work) + abs(8 - tile.num_warps)
 
 
-_DOTS = (
+_FOUR_AND_EIGHT = (
+    tile(BLOCK_B=8, num_warps=8, num_stages=1),
+    tile(BLOCK_B=8, num_warps=4, num_stages=1),
     tile(BLOCK_B=16, num_warps=8, num_stages=1),
     tile(BLOCK_B=16, num_warps=4, num_stages=1),
 )
+_SIXTEEN = (tile(BLOCK_B=8, num_warps=16, num_stages=1),)
+# ptxas would rather spill than pass 128 registers here.
 _VECTORS = (
-    tile(BLOCK_B=1, num_warps=8, num_stages=1),
-    tile(BLOCK_B=1, num_warps=4, num_stages=1),
+    tile(BLOCK_B=1, num_warps=8, num_stages=1, all_registers=True),
+    tile(BLOCK_B=1, num_warps=4, num_stages=1, all_registers=True),
 )
-SMALL = TileTable("recurrent_small", {"half": _DOTS, "tf32": _DOTS, "ieee": _VECTORS}, _cost, _fits)
-SMALL_BACKWARD = dataclasses.replace(
-    SMALL,
-    name="recurrent_small_backward",
-    tiles=SMALL.tiles | dict.fromkeys(("half", "tf32"), _DOTS[:1]),  # 4 warps spill on sm_100
+SMALL = TileTable(
+    "recurrent_small", {"half": _FOUR_AND_EIGHT + _SIXTEEN, "ieee": _VECTORS}, _cost, _fits
 )
-
-
-def _projected_fits(problem: Problem, tile: Tile, target: Target) -> bool:
-    """On sm_90, ptxas 12.8 (that of Triton 3.6) compiles 8 warps to wrong code in half precision:
-    descriptors of a product are made of the stack pointer and of weights, and the kernel ends in an
-    illegal access. 4 warps spill on sm_100."""
-    wrong = target.name == "sm_90" and problem.precision == "half"
-    if problem.precision != "ieee":  # the gates' gradients lie beside the weights
-        shared = problem.n * (problem.k + tile["BLOCK_B"]) * problem.itemsize
-        if shared > target.shared_bytes or tile.num_warps != (4 if wrong else 8):
-            return False
-    return _fits(problem, tile, target)
-
-
-SMALL_BACKWARD_PROJECTED = dataclasses.replace(
-    SMALL_BACKWARD,
-    name="recurrent_small_backward_projected",
-    tiles=SMALL_BACKWARD.tiles | {"half": _DOTS},
-    fits=_projected_fits,
+SMALL_BACKWARD = TileTable(
+    "recurrent_small_backward", {"half": _FOUR_AND_EIGHT, "ieee": _VECTORS}, _cost, _fits
+)
+SMALL_BACKWARD_PROJECTED = TileTable(  # 16 sequences spill with 4 warps
+    "recurrent_small_backward_projected",
+    SMALL_BACKWARD.tiles | {"half": _FOUR_AND_EIGHT[:3]},
+    _cost,
+    _fits,
 )
 
 
 def _problem(kind: int, x: Tensor, weight_hh: Tensor, batch: int) -> Problem:
-    # Three products of parts would need the weights twice: exact products stay in registers.
-    float32 = "tf32" if dot_precision("matmul") == "tf32" else "ieee"
-    precision = precision_of(x.dtype, float32)
-    least = LEAST if precision == "ieee" else LEAST_DOT
+    # float32 is exact, TF32 or not: with 32 bits an element, too few weights fit as operands.
     hidden = weight_hh.shape[0] // kinds.GATES[kind]
-    padded = max(least, triton.next_power_of_2(hidden))
-    out = max(least, triton.next_power_of_2(weight_hh.shape[1]))
     projected = weight_hh.shape[1] != hidden  # W_hr is held too
-    return Problem(batch, (kinds.GATES[kind] + projected) * padded, out, precision)
+    rows = (_parts(kind) + projected) * _padded(hidden)
+    return Problem(batch, rows, _padded(weight_hh.shape[1]), precision_of(x.dtype, "ieee"))
+
+
+def _padded(units: int) -> int:
+    return max(LEAST, triton.next_power_of_2(units))
 
 
 def fits_small(kind: int, x: Tensor, weight_hh: Tensor, sequence: Sequence) -> bool:
@@ -101,10 +98,9 @@ def fits_small(kind: int, x: Tensor, weight_hh: Tensor, sequence: Sequence) -> b
 
 
 def _sizes(
-    kind: int, x: Tensor, weight_hh: Tensor, weight_hr: Tensor | None, problem: Problem
+    kind: int, weight_hh: Tensor, weight_hr: Tensor | None, problem: Problem
 ) -> dict[str, object]:
     hidden = weight_hh.shape[0] // kinds.GATES[kind]
-    least = LEAST if problem.precision == "ieee" else LEAST_DOT
     return {
         "H": hidden,
         "P": weight_hh.shape[1],
@@ -112,9 +108,20 @@ def _sizes(
         **named_strides("p", "rk", weight_hr),
         "CELL": kind,
         "DOT": problem.precision != "ieee",
-        "PRECISION": problem.precision if problem.precision == "tf32" else "ieee",
-        "HIDDEN": max(least, triton.next_power_of_2(hidden)),
+        "HIDDEN": _padded(hidden),
         "OUT": problem.k,
+    }
+
+
+def _grouped(sizes: dict[str, object], least: int, tile: Tile) -> dict[str, int]:
+    """The groups of both sides of the weights: `least` units a group; 16 of a projection's."""
+    if not sizes["DOT"]:
+        return {"GROUPS": 1, "OUT_GROUPS": 1}
+    hidden = _groups(sizes["HIDDEN"], least, tile)
+    projected = sizes["H"] != sizes["P"]
+    return {
+        "GROUPS": hidden,
+        "OUT_GROUPS": _groups(sizes["OUT"], 16, tile) if projected else hidden,
     }
 
 
@@ -144,12 +151,14 @@ def small_forward(
         **{"starts_ptr": sequence.starts, "y_ptr": out.y, "h_ptr": out.h, "c_ptr": out.c},
         "reserve_ptr": out.reserve if out.reserve.numel() else None,
         **{"steps": sequence.steps, "B": sequence.batch, "REVERSE": reverse},
-        **_sizes(kind, gx, weight_hh, weight_hr, problem),
+        **_sizes(kind, weight_hh, weight_hr, problem),
     }
 
     def run(tile: Tile) -> None:
         programs = cdiv(sequence.batch, tile["BLOCK_B"])
-        launch(_recurrent_small_fwd_kernel, flat_grid(programs), arguments, tile)
+        # 16 rows fill an instruction: those of 8 units with four gates, so that a thread has all.
+        groups = _grouped(arguments, 8 if _parts(kind) == 4 else 16, tile)
+        launch(recurrent_small_fwd_kernel, flat_grid(programs), arguments | groups, tile)
 
     run(pick(SMALL, problem, run))
 
@@ -191,13 +200,13 @@ def small_backward(
         **{"dh0_ptr": result.dh0, "dc0_ptr": result.dc0},
         **{"steps": sequence.steps, "B": sequence.batch, "REVERSE": reverse},
         **named_strides("d", "rp", dy),
-        **_sizes(kind, y, weight_hh, weight_hr, problem),
+        **_sizes(kind, weight_hh, weight_hr, problem),
     }
 
     def run(tile: Tile) -> None:
         programs = cdiv(sequence.batch, tile["BLOCK_B"])
-        launch(_recurrent_small_bwd_kernel, flat_grid(programs), arguments, tile)
+        groups = _grouped(arguments, 16, tile)
+        launch(recurrent_small_bwd_kernel, flat_grid(programs), arguments | groups, tile)
 
-    projected = weight_hh.shape[1] != hidden
-    run(pick(SMALL_BACKWARD_PROJECTED if projected else SMALL_BACKWARD, problem, run))
+    run(pick(SMALL_BACKWARD if weight_hr is None else SMALL_BACKWARD_PROJECTED, problem, run))
     return result

@@ -1,8 +1,13 @@
 """Small hidden sizes: a program keeps the state's weights and runs all steps of some sequences.
 
-Tiles are [units, sequences], so that units fill the 64 rows that matrix instructions want and the
-sequences of a program may be few. Exact float32 has no matrix instruction: there a program has one
-sequence, and the product is a multiplication and a sum over registers.
+Tiles are [groups, units of a group, sequences]. Products are batched over the groups: Triton gives
+every warp a group of its own and multiplies by the instructions of single warps, whose operands are
+in registers. So the weights are read once, for all steps, and 8 sequences fill an instruction.
+Hopper's larger instructions would read all weights from shared memory again in every step.
+
+The rows of a group's weights are [gate, unit]: all gates of a unit end in one thread, and taking
+them apart (:func:`_gates`) moves nothing. A while loop is on purpose: Triton moves the loads of
+operands into a for loop, which would keep the weights in shared memory.
 """
 
 import triton
@@ -10,60 +15,107 @@ import triton.language as tl
 
 from .triton_cell import (
     gru_cell,
-    gru_cell_backward,
     lstm_cell,
-    lstm_cell_backward,
     rnn_act,
-    rnn_derivative,
     step_rows,
 )
 
 
 @triton.jit
-def _product(w, h, DOT: tl.constexpr, PRECISION: tl.constexpr):
-    """w [M, K] times h [K, N]; N is 1 where it is not a dot."""
+def product(w, h, z, DOT: tl.constexpr):
+    """z + w·h, for w [G, M, K], h [K, N] and z [G, M, N] in float32; N is 1 where it is no dot."""
     if DOT:
-        y = tl.dot(w, h.to(w.dtype), input_precision=PRECISION)
+        every = tl.broadcast_to(h.to(w.dtype)[None, :, :], (w.shape[0], h.shape[0], h.shape[1]))
+        y = tl.dot(w, every, acc=z)
     else:
-        y = tl.sum(w.to(tl.float32) * tl.trans(h), axis=1)[:, None]
+        y = z + tl.sum(w.to(tl.float32) * tl.trans(h)[None, :, :], axis=2)[:, :, None]
     return y
 
 
 @triton.jit
-def _matrix(ptr, first, i, rows, j, columns, stride_i, stride_j):
-    """The elements [first + i, j] of a matrix, 0 where i or j lies beyond."""
-    inside = (i < rows)[:, None] & (j < columns)[None, :]
-    row = (first + i).to(tl.int64) * stride_i
-    return tl.load(ptr + row[:, None] + (j * stride_j)[None, :], mask=inside, other=0.0)
+def flat(z):
+    """[G, U, N] as [G·U, N], an operand of a product."""
+    return tl.reshape(z, (z.shape[0] * z.shape[1], z.shape[2]))
 
 
 @triton.jit
-def _rows(ptr, first, stride, column, inside):
-    """Rows of a matrix [rows, stride] as columns of a tile, in float32."""
-    return tl.load(ptr + first[None, :] * stride + column[:, None], mask=inside, other=0.0).to(
-        tl.float32
-    )
+def stacked(a, b):
+    """Two [G, U, N], one behind the other: [2·G·U, N], an operand of a product."""
+    both = tl.permute(tl.join(a, b), (3, 0, 1, 2))
+    return tl.reshape(both, (2 * a.shape[0] * a.shape[1], a.shape[2]))
 
 
 @triton.jit
-def _put(ptr, first, stride, column, value, inside):
-    """The reverse of :func:`_rows`."""
-    where = ptr + first[None, :] * stride + column[:, None]
-    tl.store(where, value.to(ptr.dtype.element_ty), mask=inside)
+def gates(z):
+    """Four [G, U, N] from [G, 4·U, N]."""
+    z = tl.reshape(z, (z.shape[0], 2, 2, z.shape[1] // 4, z.shape[2]))
+    first, last = tl.split(tl.permute(z, (0, 3, 4, 2, 1)))
+    z0, z1 = tl.split(first)
+    z2, z3 = tl.split(last)
+    return z0, z1, z2, z3
 
 
 @triton.jit
-def _peephole(ptr, row, u, H):
-    """One row of the peephole weights [3, H] as a column; zeros without any."""
+def joined(z0, z1, z2, z3):
+    """The reverse of :func:`gates`."""
+    z = tl.permute(tl.join(tl.join(z0, z1), tl.join(z2, z3)), (0, 4, 3, 1, 2))
+    return tl.reshape(z, (z0.shape[0], 4 * z0.shape[1], z0.shape[2]))
+
+
+@triton.jit
+def units(SIZE: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr):
+    """The unit and the part (gate) of every row of the groups, [G, PARTS·U]."""
+    U: tl.constexpr = SIZE // GROUPS
+    m = tl.arange(0, PARTS * U)[None, :]
+    return tl.arange(0, GROUPS)[:, None] * U + m % U, m // U
+
+
+@triton.jit
+def matrix(ptr, i, rows_in, j, columns_in, stride_i, stride_j):
+    """The elements [i, j] of a matrix for i [G, M] and j [K], 0 outside."""
+    inside = rows_in[:, :, None] & columns_in[None, None, :]
+    where = (i.to(tl.int64) * stride_i)[:, :, None] + (j.to(tl.int64) * stride_j)[None, None, :]
+    return tl.load(ptr + where, mask=inside, other=0.0)
+
+
+@triton.jit
+def rows(ptr, row, stride, column, inside):
+    """Rows of a matrix as columns of a tile: row [N], column [G, M]."""
+    where = row[None, None, :] * stride + column[:, :, None]
+    return tl.load(ptr + where, mask=inside, other=0.0)
+
+
+@triton.jit
+def put(ptr, row, stride, column, value, inside):
+    """The reverse of :func:`rows`."""
+    where = row[None, None, :] * stride + column[:, :, None]
+    tl.store(ptr + where, value.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def both(unit_in, runs):
+    """Which elements of a tile exist, from [G, M] and [N]."""
+    return unit_in[:, :, None] & runs[None, None, :]
+
+
+@triton.jit
+def peephole(ptr, row, u, H):
+    """One row of the peephole weights [3, H] as [G, U, 1]; zeros without any."""
     if ptr is None:
-        weight = tl.zeros((u.shape[0], 1), tl.float32)
+        weight = tl.zeros((u.shape[0], u.shape[1], 1), tl.float32)
     else:
-        weight = tl.load(ptr + row * H + u, mask=u < H, other=0.0).to(tl.float32)[:, None]
+        weight = tl.load(ptr + row * H + u, mask=u < H, other=0.0).to(tl.float32)[:, :, None]
     return weight
 
 
 @triton.jit
-def _recurrent_small_fwd_kernel(
+def when(runs, new, old, starts_ptr):
+    """`new` for the sequences that run; in sequences of one length all of them do."""
+    return new if starts_ptr is None else tl.where(runs[None, None, :], new, old)
+
+
+@triton.jit
+def recurrent_small_fwd_kernel(
     gx_ptr,  # [rows, gates·H]: the input's product and the biases
     h0_ptr,  # [B, P] or None
     c0_ptr,  # [B, H] or None
@@ -87,233 +139,87 @@ def _recurrent_small_fwd_kernel(
     CELL: tl.constexpr,
     REVERSE: tl.constexpr,
     DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
     HIDDEN: tl.constexpr,  # at least H
     OUT: tl.constexpr,  # at least P; HIDDEN without a projection
+    GROUPS: tl.constexpr,  # of HIDDEN
+    OUT_GROUPS: tl.constexpr,  # of OUT; GROUPS without a projection
     BLOCK_B: tl.constexpr,
 ):
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    u, p = tl.arange(0, HIDDEN), tl.arange(0, OUT)
-    u_in, p_in, b_in = u < H, p < P, b < B
-    GATES: tl.constexpr = 4 if CELL == 2 else (3 if CELL == 3 else 1)
-    width = GATES * H
+    PARTS: tl.constexpr = 4 if CELL >= 2 else 1
+    u, _ = units(HIDDEN, GROUPS, 1)
+    p, _ = units(OUT, OUT_GROUPS, 1)
+    unit, part = units(HIDDEN, GROUPS, PARTS)
+    u_in, p_in, b_in, part_in = u < H, p < P, b < B, unit < H
+    width = (3 if CELL == 3 else PARTS) * H
 
-    w0 = _matrix(w_ptr, 0, u, H, p, P, stride_wr, stride_wk)
-    if CELL >= 2:
-        w1 = _matrix(w_ptr, H, u, H, p, P, stride_wr, stride_wk)
-        w2 = _matrix(w_ptr, 2 * H, u, H, p, P, stride_wr, stride_wk)
+    # A GRU's parts are r, z, W_hn·h + b_hn and the input's n: no weights in the last, no input in
+    # the third.
+    k = tl.arange(0, OUT)
+    w_in = part_in & (part < 3) if CELL == 3 else part_in
+    x_in = part_in & (part != 2) if CELL == 3 else part_in
+    x_column = tl.where(part == 3, 2, part) * H + unit if CELL == 3 else part * H + unit
+    w = matrix(w_ptr, part * H + unit, w_in, k, k < P, stride_wr, stride_wk)
     if CELL == 2:
-        w3 = _matrix(w_ptr, 3 * H, u, H, p, P, stride_wr, stride_wk)
-        peep_i = _peephole(peephole_ptr, 0, u, H)
-        peep_f = _peephole(peephole_ptr, 1, u, H)
-        peep_o = _peephole(peephole_ptr, 2, u, H)
+        peep_i = peephole(peephole_ptr, 0, u, H)
+        peep_f = peephole(peephole_ptr, 1, u, H)
+        peep_o = peephole(peephole_ptr, 2, u, H)
         if proj_ptr is not None:
-            proj = _matrix(proj_ptr, 0, p, P, u, H, stride_pr, stride_pk)
-    if CELL == 3:
-        bias_n = tl.zeros((HIDDEN, 1), tl.float32)
-        if bias_n_ptr is not None:
-            bias_n += tl.load(bias_n_ptr + u, mask=u_in, other=0.0).to(tl.float32)[:, None]
+            j = tl.arange(0, HIDDEN)
+            proj = matrix(proj_ptr, p, p_in, j, j < H, stride_pr, stride_pk)
+    if CELL == 3 and bias_n_ptr is not None:
+        bias_in = part_in & (part == 2)
+        bias = tl.load(bias_n_ptr + unit, mask=bias_in, other=0.0).to(tl.float32)[:, :, None]
 
     row = b.to(tl.int64)
-    h = tl.zeros((OUT, BLOCK_B), tl.float32)
-    c = tl.zeros((HIDDEN, BLOCK_B), tl.float32)
+    h = tl.zeros((OUT_GROUPS, OUT // OUT_GROUPS, BLOCK_B), tl.float32)
+    c = tl.zeros((GROUPS, HIDDEN // GROUPS, BLOCK_B), tl.float32)
     if h0_ptr is not None:
-        h += _rows(h0_ptr, row, P, p, p_in[:, None] & b_in[None, :])
+        h += rows(h0_ptr, row, P, p, both(p_in, b_in)).to(tl.float32)
     if CELL == 2 and c0_ptr is not None:
-        c += _rows(c0_ptr, row, H, u, u_in[:, None] & b_in[None, :])
+        c += rows(c0_ptr, row, H, u, both(u_in, b_in)).to(tl.float32)
 
-    for step in range(steps):
-        t = steps - 1 - step if REVERSE else step
-        first, count = step_rows(t, steps, B, starts_ptr)
-        runs = b < count
-        r = first + row
-        inside = u_in[:, None] & runs[None, :]
-        x0 = _rows(gx_ptr, r, width, u, inside)
-        if CELL >= 2:
-            x1 = _rows(gx_ptr + H, r, width, u, inside)
-            x2 = _rows(gx_ptr + 2 * H, r, width, u, inside)
+    # The next step's input is on its way during a step, and its rows' numbers a step before.
+    step = 0
+    last = steps - 1
+    first, count = step_rows(last if REVERSE else 0, steps, B, starts_ptr)
+    first_next, count_next = step_rows(last - 1 if REVERSE else 1, steps, B, starts_ptr)
+    x = rows(gx_ptr, first + row, width, x_column, both(x_in, b < count))
+    while step < steps:
+        runs, r = b < count, first + row
+        x_next = rows(gx_ptr, first_next + row, width, x_column, both(x_in, b < count_next))
+        first, count = first_next, count_next
+        after = last - step - 2 if REVERSE else step + 2
+        first_next, count_next = step_rows(after, steps, B, starts_ptr)
+
+        z = x.to(tl.float32)
+        if CELL == 3 and bias_n_ptr is not None:
+            z += bias
+        z = product(w, flat(h), z, DOT)
         if CELL == 2:
-            x3 = _rows(gx_ptr + 3 * H, r, width, u, inside)
-            g0, g1, g2, g3, c_next, h_next = lstm_cell(
-                x0 + _product(w0, h, DOT, PRECISION),
-                x1 + _product(w1, h, DOT, PRECISION),
-                x2 + _product(w2, h, DOT, PRECISION),
-                x3 + _product(w3, h, DOT, PRECISION),
-                c,
-                peep_i,
-                peep_f,
-                peep_o,
-            )
-            c = tl.where(runs[None, :], c_next, c)
+            z0, z1, z2, z3 = gates(z)
+            g0, g1, g2, g3, c_next, h_next = lstm_cell(z0, z1, z2, z3, c, peep_i, peep_f, peep_o)
+            c = when(runs, c_next, c, starts_ptr)
             if reserve_ptr is not None:
-                _put(reserve_ptr, r, 5 * H, u, g0, inside)
-                _put(reserve_ptr + H, r, 5 * H, u, g1, inside)
-                _put(reserve_ptr + 2 * H, r, 5 * H, u, g2, inside)
-                _put(reserve_ptr + 3 * H, r, 5 * H, u, g3, inside)
-                _put(reserve_ptr + 4 * H, r, 5 * H, u, c_next, inside)
+                activated = joined(g0, g1, g2, g3)
+                put(reserve_ptr, r, 5 * H, part * H + unit, activated, both(part_in, runs))
+                put(reserve_ptr + 4 * H, r, 5 * H, u, c_next, both(u_in, runs))
             if proj_ptr is not None:
-                h_next = _product(proj, h_next, DOT, PRECISION)
+                nothing = tl.zeros_like(h)
+                h_next = product(proj, flat(h_next), nothing, DOT)
         elif CELL == 3:
-            hn = _product(w2, h, DOT, PRECISION) + bias_n
-            g0, g1, g2, h_next = gru_cell(
-                x0,
-                x1,
-                x2,
-                _product(w0, h, DOT, PRECISION),
-                _product(w1, h, DOT, PRECISION),
-                hn,
-                h,
-            )
+            z0, z1, hn, z3 = gates(z)
+            g0, g1, g2, h_next = gru_cell(z0, z1, z3, 0.0, 0.0, hn, h)
             if reserve_ptr is not None:
-                _put(reserve_ptr, r, 4 * H, u, g0, inside)
-                _put(reserve_ptr + H, r, 4 * H, u, g1, inside)
-                _put(reserve_ptr + 2 * H, r, 4 * H, u, g2, inside)
-                _put(reserve_ptr + 3 * H, r, 4 * H, u, hn, inside)
+                activated = joined(g0, g1, g2, hn)
+                put(reserve_ptr, r, 4 * H, part * H + unit, activated, both(part_in, runs))
         else:
-            h_next = rnn_act(x0 + _product(w0, h, DOT, PRECISION), CELL)
-        h = tl.where(runs[None, :], h_next, h)
-        _put(y_ptr, r, P, p, h_next, p_in[:, None] & runs[None, :])
+            h_next = rnn_act(z, CELL)
+        h = when(runs, h_next, h, starts_ptr)
+        put(y_ptr, r, P, p, h_next, both(p_in, runs))
+        x = x_next
+        step += 1
 
-    _put(h_ptr, row, P, p, h, p_in[:, None] & b_in[None, :])
+    put(h_ptr, row, P, p, h, both(p_in, b_in))
     if CELL == 2:
-        _put(c_ptr, row, H, u, c, u_in[:, None] & b_in[None, :])
-
-
-@triton.jit
-def _recurrent_small_bwd_kernel(
-    dy_ptr,  # [rows, P], any strides; or None
-    dh_ptr,  # [B, P] or None: of the last h
-    dc_ptr,  # [B, H] or None: of the last c
-    h0_ptr,  # [B, P] or None
-    c0_ptr,  # [B, H] or None
-    w_ptr,  # W_hh [gates·H, P], any strides
-    peephole_ptr,  # [3, H] or None
-    proj_ptr,  # W_hr [P, H], any strides; or None
-    starts_ptr,  # [T + 1] int64 or None
-    y_ptr,  # [rows, P]
-    reserve_ptr,  # [rows, 5·H or 4·H]
-    dgx_ptr,  # [rows, gates·H]: of the input's product
-    dgh_ptr,  # [rows, gates·H]: of the state's, where it is another (GRU); or None
-    dy_all_ptr,  # [rows, P]: of every h, with what later steps add; or None
-    dh0_ptr,  # [B, P] or None
-    dc0_ptr,  # [B, H] or None
-    steps,
-    B,
-    H,
-    P,
-    stride_wr,
-    stride_wk,
-    stride_pr,
-    stride_pk,
-    stride_dr,
-    stride_dp,
-    CELL: tl.constexpr,
-    REVERSE: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    OUT: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-):
-    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    u, p = tl.arange(0, HIDDEN), tl.arange(0, OUT)
-    u_in, p_in, b_in = u < H, p < P, b < B
-    GATES: tl.constexpr = 4 if CELL == 2 else (3 if CELL == 3 else 1)
-    width = GATES * H
-
-    # Transposed: [P, H], so that the product is the same as in the forward.
-    w0 = _matrix(w_ptr, 0, p, P, u, H, stride_wk, stride_wr)
-    if CELL >= 2:
-        w1 = _matrix(w_ptr + H * stride_wr, 0, p, P, u, H, stride_wk, stride_wr)
-        w2 = _matrix(w_ptr + 2 * H * stride_wr, 0, p, P, u, H, stride_wk, stride_wr)
-    if CELL == 2:
-        w3 = _matrix(w_ptr + 3 * H * stride_wr, 0, p, P, u, H, stride_wk, stride_wr)
-        peep_i = _peephole(peephole_ptr, 0, u, H)
-        peep_f = _peephole(peephole_ptr, 1, u, H)
-        peep_o = _peephole(peephole_ptr, 2, u, H)
-        if proj_ptr is not None:
-            proj = _matrix(proj_ptr, 0, u, H, p, P, stride_pk, stride_pr)
-
-    row = b.to(tl.int64)
-    dh = tl.zeros((OUT, BLOCK_B), tl.float32)
-    dc = tl.zeros((HIDDEN, BLOCK_B), tl.float32)
-    if dh_ptr is not None:
-        dh += _rows(dh_ptr, row, P, p, p_in[:, None] & b_in[None, :])
-    if CELL == 2 and dc_ptr is not None:
-        dc += _rows(dc_ptr, row, H, u, u_in[:, None] & b_in[None, :])
-
-    for step in range(steps):
-        t = step if REVERSE else steps - 1 - step
-        first, count = step_rows(t, steps, B, starts_ptr)
-        before, count_before = step_rows(t + 1 if REVERSE else t - 1, steps, B, starts_ptr)
-        runs = b < count
-        r, r_before = first + row, before + row
-        inside, out_inside = u_in[:, None] & runs[None, :], p_in[:, None] & runs[None, :]
-        known = (b < count_before) & runs  # the others start at this step, from h0 and c0
-        d = dh
-        if dy_ptr is not None:
-            where = dy_ptr + r[None, :] * stride_dr + (p * stride_dp)[:, None]
-            d += tl.load(where, mask=out_inside, other=0.0).to(tl.float32)
-        if CELL == 2:
-            if proj_ptr is not None:
-                _put(dy_all_ptr, r, P, p, d, out_inside)
-                d_full = _product(proj, d, DOT, PRECISION)
-            else:
-                d_full = d
-            c_before = _rows(
-                reserve_ptr + 4 * H, r_before, 5 * H, u, u_in[:, None] & known[None, :]
-            )
-            if c0_ptr is not None:
-                c_before += _rows(c0_ptr, row, H, u, u_in[:, None] & (runs & ~known)[None, :])
-            d0, d1, d2, d3, dc_next = lstm_cell_backward(
-                d_full,
-                dc,
-                _rows(reserve_ptr, r, 5 * H, u, inside),
-                _rows(reserve_ptr + H, r, 5 * H, u, inside),
-                _rows(reserve_ptr + 2 * H, r, 5 * H, u, inside),
-                _rows(reserve_ptr + 3 * H, r, 5 * H, u, inside),
-                _rows(reserve_ptr + 4 * H, r, 5 * H, u, inside),
-                c_before,
-                peep_i,
-                peep_f,
-                peep_o,
-            )
-            dc = tl.where(runs[None, :], dc_next, dc)
-            _put(dgx_ptr, r, width, u, d0, inside)
-            _put(dgx_ptr + H, r, width, u, d1, inside)
-            _put(dgx_ptr + 2 * H, r, width, u, d2, inside)
-            _put(dgx_ptr + 3 * H, r, width, u, d3, inside)
-            dh_next = _product(w0, d0, DOT, PRECISION) + _product(w1, d1, DOT, PRECISION)
-            dh_next += _product(w2, d2, DOT, PRECISION)
-            dh_next += _product(w3, d3, DOT, PRECISION)
-        elif CELL == 3:
-            h_before = _rows(y_ptr, r_before, P, p, p_in[:, None] & known[None, :])
-            if h0_ptr is not None:
-                h_before += _rows(h0_ptr, row, P, p, p_in[:, None] & (runs & ~known)[None, :])
-            d0, d1, d2, d3, dh_next = gru_cell_backward(
-                d,
-                _rows(reserve_ptr, r, 4 * H, u, inside),
-                _rows(reserve_ptr + H, r, 4 * H, u, inside),
-                _rows(reserve_ptr + 2 * H, r, 4 * H, u, inside),
-                _rows(reserve_ptr + 3 * H, r, 4 * H, u, inside),
-                h_before,
-            )
-            _put(dgx_ptr, r, width, u, d0, inside)
-            _put(dgx_ptr + H, r, width, u, d1, inside)
-            _put(dgx_ptr + 2 * H, r, width, u, d2, inside)
-            _put(dgh_ptr, r, width, u, d0, inside)
-            _put(dgh_ptr + H, r, width, u, d1, inside)
-            _put(dgh_ptr + 2 * H, r, width, u, d3, inside)
-            dh_next += _product(w0, d0, DOT, PRECISION)
-            dh_next += _product(w1, d1, DOT, PRECISION)
-            dh_next += _product(w2, d3, DOT, PRECISION)
-        else:
-            d0 = d * rnn_derivative(_rows(y_ptr, r, P, p, out_inside), CELL)
-            _put(dgx_ptr, r, width, u, d0, inside)
-            dh_next = _product(w0, d0, DOT, PRECISION)
-        dh = tl.where(runs[None, :], dh_next, dh)
-
-    if dh0_ptr is not None:
-        _put(dh0_ptr, row, P, p, dh, p_in[:, None] & b_in[None, :])
-    if dc0_ptr is not None:
-        _put(dc0_ptr, row, H, u, dc, u_in[:, None] & b_in[None, :])
+        put(c_ptr, row, H, u, c, both(u_in, b_in))

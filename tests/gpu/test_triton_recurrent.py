@@ -165,9 +165,14 @@ def test_every_tile(monkeypatch, table, precision, tile):
 
 
 def test_small_sizes_are_kept_on_chip_and_large_ones_are_not():
-    for hidden, expected in ((64, "small"), (65, "step")):
+    for dtype, hidden, expected in (
+        (torch.float32, 64, "small"),
+        (torch.float32, 65, "step"),
+        (torch.float16, 128, "small"),
+        (torch.float16, 129, "step"),
+    ):
         # More sequences than `persistent` takes, which a GPU would choose for fewer.
-        tensors = arguments(kinds.LSTM, steps=1, batch=9, hidden=hidden)
+        tensors = arguments(kinds.LSTM, steps=1, batch=9, hidden=hidden, dtype=dtype)
         gpu_kernel.recurrent_scan(*tensors, None, kinds.LSTM, False, 0.0, False)
         assert library.ran.algorithm == expected
 
