@@ -94,12 +94,21 @@ def _attention_bwd_mask_kernel(
                 rows = i.to(tl.int64) * stride_mm + batch * stride_mb + head * stride_mh
                 n_from, n_to = tile_n * BLOCK_N, (S if ONE_COLUMN else tile_n * BLOCK_N + 1)
                 for n in range(n_from, n_to, BLOCK_N):
-                    ds, _ = score_gradient(
-                        q_head, g_head, q, g, lse, delta, k_head, v_head, mask_ptr + rows[:, None],
-                        seed_ptr, scale, threshold, survivor, (batch * H + head).to(tl.int32), i, n,
-                        keys, L, S, low, high, stride_qm, stride_qd, stride_gm, stride_gd,
-                        stride_kn, stride_kd, stride_vn, stride_vd, stride_mn, D, DV, DEPTH,
-                        VALUE_DEPTH, MASK, True, INT64, PRECISION, CHUNKS, BLOCK_M, BLOCK_N,
+                    j = n + tl.arange(0, BLOCK_N)
+                    if CHUNKS:
+                        k, v = None, None
+                    else:
+                        k = load_rows(k_head, j, stride_kn, stride_kd, S, D, DEPTH, True, INT64)
+                        v = load_rows(
+                            v_head, j, stride_vn, stride_vd, S, DV, VALUE_DEPTH, True, INT64
+                        )
+                    ds = score_gradient(
+                        q_head, g_head, q, g, lse, delta, k_head, v_head, k, v,
+                        mask_ptr + rows[:, None], seed_ptr, scale, threshold, survivor,
+                        (batch * H + head).to(tl.int32), i, n, 0, 0, keys, L, S, low, high,
+                        stride_qm, stride_qd, stride_gm, stride_gd, stride_kn, stride_kd, stride_vn,
+                        stride_vd, stride_mn, D, DV, MASK, True, False, INT64, PRECISION, CHUNKS,
+                        BLOCK_M, BLOCK_N,
                     )  # fmt: skip
                     acc += tl.where((i < L)[:, None], ds, 0.0)
     store_shared(

@@ -24,8 +24,8 @@ from .triton_backward_kernels import (
     _attention_bwd_kv_kernel,
     _attention_bwd_q_kernel,
 )
-from .triton_call import Call, padded
-from .triton_tiles import TileRow, attention_table, narrowed
+from .triton_call import Call
+from .triton_tiles import TileRow, attention_table, describable, described, narrowed, padded
 
 
 def _key_value_shared(m: int, n: int, stages: int) -> int:
@@ -137,11 +137,13 @@ class Backward:
 
     Attributes:
         call: the forward's inputs.
+        rows: the tensors whose rows the kernels read, by argument.
         arguments: of all of the kernels.
         problem: what their tiles are chosen for.
     """
 
     call: Call
+    rows: dict[str, Tensor]
     arguments: dict[str, object]
     problem: Problem
 
@@ -149,13 +151,18 @@ class Backward:
 def prepare(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) -> Backward:
     """The arguments that all kernels have in common; `lse` and `delta` are contiguous."""
     products, problem = call.products(widest=64)
+    problem = dataclasses.replace(problem, vectors=problem.vectors and describable(grad, lse))
     arguments = {
+        **{"DESCRIPTORS": False, "ONE_LOOP": False},
         **call.arguments(grad),
         **{"grad_ptr": grad, "lse_ptr": lse, "delta_ptr": delta},
         **named_strides("g", "bhmd", grad),
         **products,
     }
-    return Backward(call, arguments, problem)
+    rows = {"q_ptr": call.query, "k_ptr": call.key, "grad_ptr": grad}
+    if call.value is not None:
+        rows["v_ptr"] = call.value
+    return Backward(call, rows, arguments, problem)
 
 
 def row_sums(grad: Tensor, out: Tensor, grad_lse: Tensor | None) -> Tensor:
@@ -187,7 +194,9 @@ def key_value_gradients(work: Backward, value: Tensor) -> tuple[Tensor, Tensor]:
 
     def run(tile: Tile) -> None:
         programs = cdiv(call.keys, tile["BLOCK_N"]) * call.batch * call.groups
-        launch(_attention_bwd_kv_kernel, flat_grid(programs), arguments, tile)
+        values = {name: work.arguments[name] for name in ("lse_ptr", "delta_ptr")}
+        found = arguments | described(tile, work.rows | values)
+        launch(_attention_bwd_kv_kernel, flat_grid(programs), found, tile)
 
     run(pick(KEY_VALUE_MASKED if call.masked else KEY_VALUE, work.problem, run))
     return dk, dv
@@ -206,7 +215,8 @@ def query_gradient(work: Backward) -> Tensor:
 
     def run(tile: Tile) -> None:
         programs = cdiv(call.length, tile["BLOCK_M"]) * call.batch * call.heads
-        launch(_attention_bwd_q_kernel, flat_grid(programs), arguments, tile)
+        found = arguments | described(tile, work.rows)
+        launch(_attention_bwd_q_kernel, flat_grid(programs), found, tile)
 
     run(pick(QUERY_MASKED if call.masked else QUERY, work.problem, run))
     return dq

@@ -13,9 +13,11 @@ from nnarch.kernels.gpu.dropout import keep_tile
 
 from .triton_tiles import (
     LOG2E,
+    at_edges,
     exponents,
     key_tiles,
-    load_rows,
+    load_row_values,
+    load_tile,
     query_tiles,
     restrict,
     row_products,
@@ -116,6 +118,8 @@ def _attention_bwd_kv_kernel(
     INT64: tl.constexpr,
     PRECISION: tl.constexpr,
     CHUNKS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    ONE_LOOP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -124,13 +128,19 @@ def _attention_bwd_kv_kernel(
     slot, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     batch, group = (slot // groups).to(tl.int64), (slot % groups).to(tl.int64)
     j = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    k_head = k_ptr + batch * stride_kb + group * stride_kh
-    v_head = v_ptr + batch * stride_vb + group * stride_vh
-    wide_j = j.to(tl.int64) if INT64 else j
-    k_rows, v_rows = k_head + wide_j * stride_kn, v_head + wide_j * stride_vn
-    if not CHUNKS:
-        k = load_rows(k_head, j, stride_kn, stride_kd, S, D, DEPTH, True, INT64)
-        v = load_rows(v_head, j, stride_vn, stride_vd, S, DV, VALUE_DEPTH, True, INT64)
+    if CHUNKS:
+        wide_j = j.to(tl.int64) if INT64 else j
+        k_rows = k_ptr + batch * stride_kb + group * stride_kh + wide_j * stride_kn
+        v_rows = v_ptr + batch * stride_vb + group * stride_vh + wide_j * stride_vn
+    else:
+        k = load_tile(
+            k_ptr, batch, group, tile * BLOCK_N, stride_kb, stride_kh, stride_kn, stride_kd, S, D,
+            DEPTH, BLOCK_N, True, INT64, DESCRIPTORS,
+        )  # fmt: skip
+        v = load_tile(
+            v_ptr, batch, group, tile * BLOCK_N, stride_vb, stride_vh, stride_vn, stride_vd, S, DV,
+            VALUE_DEPTH, BLOCK_N, True, INT64, DESCRIPTORS,
+        )  # fmt: skip
     keys = sequence_keys(lengths_ptr, batch, S)
     first, whole_from, whole_to, last = query_tiles(
         tile * BLOCK_N, tile * BLOCK_N + BLOCK_N - 1, keys, L, low, high, BLOCK_M
@@ -139,11 +149,10 @@ def _attention_bwd_kv_kernel(
     dv = tl.zeros((BLOCK_N, VALUE_DEPTH), tl.float32)
     for e in range(0, SHARE):
         head = group * SHARE + e
-        q_head = q_ptr + batch * stride_qb + head * stride_qh
-        g_head = grad_ptr + batch * stride_gb + head * stride_gh
-        row0 = (batch * H + head) * L
-        for phase in tl.static_range(3):
-            if phase == 0:
+        for phase in tl.static_range(3 if ONE_LOOP else 0, 4 if ONE_LOOP else 3):
+            if phase == 3:
+                start, stop = first, last
+            elif phase == 0:
                 start, stop = first, whole_from
             elif phase == 1:
                 start, stop = whole_from, whole_to
@@ -151,12 +160,16 @@ def _attention_bwd_kv_kernel(
                 start, stop = whole_to, last
             for m in range(start, stop, BLOCK_M):
                 i = m + tl.arange(0, BLOCK_M)
-                q = load_rows(q_head, i, stride_qm, stride_qd, L, D, DEPTH, phase != 1, INT64)
-                g = load_rows(
-                    g_head, i, stride_gm, stride_gd, L, DV, VALUE_DEPTH, phase != 1, INT64
-                )
-                lse = tl.load(lse_ptr + row0 + i, mask=i < L, other=0.0)
-                delta = tl.load(delta_ptr + row0 + i, mask=i < L, other=0.0)
+                q = load_tile(
+                    q_ptr, batch, head, m, stride_qb, stride_qh, stride_qm, stride_qd, L, D, DEPTH,
+                    BLOCK_M, phase != 1, INT64, DESCRIPTORS,
+                )  # fmt: skip
+                g = load_tile(
+                    grad_ptr, batch, head, m, stride_gb, stride_gh, stride_gm, stride_gd, L, DV,
+                    VALUE_DEPTH, BLOCK_M, phase != 1, INT64, DESCRIPTORS,
+                )  # fmt: skip
+                lse = load_row_values(lse_ptr, batch, head, H, m, L, BLOCK_M, DESCRIPTORS)
+                delta = load_row_values(delta_ptr, batch, head, H, m, L, BLOCK_M, DESCRIPTORS)
                 if MASK != 0:
                     rows = i.to(tl.int64) * stride_mm + batch * stride_mb + head * stride_mh
                     mask_rows = mask_ptr + rows[None, :]
@@ -164,7 +177,8 @@ def _attention_bwd_kv_kernel(
                     mask_rows = None
                 if CHUNKS:
                     wide_i = i.to(tl.int64) if INT64 else i
-                    q_rows, g_rows = q_head + wide_i * stride_qm, g_head + wide_i * stride_gm
+                    q_rows = q_ptr + batch * stride_qb + head * stride_qh + wide_i * stride_qm
+                    g_rows = grad_ptr + batch * stride_gb + head * stride_gh + wide_i * stride_gm
                     s = row_products(
                         k_rows,
                         j < S,
@@ -195,9 +209,13 @@ def _attention_bwd_kv_kernel(
                 s *= scale * LOG2E
                 s = restrict(
                     s, i[None, :], j[:, None], mask_rows, stride_mn, keys, L, S, low, high, MASK,
-                    phase != 1, INT64,
+                    phase % 2 == 0, INT64,
                 )  # fmt: skip
                 p = tl.exp2(s - exponents(lse)[None, :])
+                if phase == 3:
+                    p = at_edges(
+                        p, m, whole_from, whole_to, i[None, :], j[:, None], keys, low, high, 0.0
+                    )
                 kept = p
                 if seed_ptr is not None:
                     keep = tl.trans(
@@ -219,16 +237,19 @@ def _attention_bwd_kv_kernel(
 
 @triton.jit
 def score_gradient(
-    q_head, g_head, q, g, lse, delta, k_head, v_head, mask_rows, seed_ptr, scale, threshold,
-    survivor, outer, i, n, keys, L, S, low, high, stride_qm, stride_qd, stride_gm, stride_gd,
-    stride_kn, stride_kd, stride_vn, stride_vd, stride_mn, D: tl.constexpr, DV: tl.constexpr,
-    DEPTH: tl.constexpr, VALUE_DEPTH: tl.constexpr, MASK: tl.constexpr, BANDED: tl.constexpr,
+    q_head, g_head, q, g, lse, delta, k_head, v_head, k, v, mask_rows, seed_ptr, scale, threshold,
+    survivor, outer, i, n, whole_from, whole_to, keys, L, S, low, high, stride_qm, stride_qd,
+    stride_gm, stride_gd, stride_kn, stride_kd, stride_vn, stride_vd, stride_mn, D: tl.constexpr,
+    DV: tl.constexpr, MASK: tl.constexpr, BANDED: tl.constexpr, EDGES: tl.constexpr,
     INT64: tl.constexpr, PRECISION: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dS of some queries by the keys n … n + BLOCK_N - 1, and those keys."""
+    """dS of some queries by the keys n … n + BLOCK_N - 1.
+
+    q, g, k and v are their tiles, or with CHUNKS read from the heads that they lie in. BANDED tiles
+    are cut by the band; with EDGES those outside whole_from … whole_to are.
+    """
     j = n + tl.arange(0, BLOCK_N)
-    k = load_rows(k_head, j, stride_kn, stride_kd, S, D, DEPTH, BANDED, INT64)
     if CHUNKS:
         wide_i, wide_j = (i.to(tl.int64) if INT64 else i), (j.to(tl.int64) if INT64 else j)
         q_rows, g_rows = q_head + wide_i * stride_qm, g_head + wide_i * stride_gm
@@ -240,18 +261,20 @@ def score_gradient(
             g_rows, i < L, stride_gd, v_rows, j < S, stride_vd, DV, BLOCK_M, BLOCK_N, PRECISION
         )
     else:
-        v = load_rows(v_head, j, stride_vn, stride_vd, S, DV, VALUE_DEPTH, BANDED, INT64)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         dp = tl.dot(g, tl.trans(v), input_precision=PRECISION)
+    s *= scale * LOG2E
     s = restrict(
-        s * (scale * LOG2E), i[:, None], j[None, :], mask_rows, stride_mn, keys, L, S, low, high,
+        s, i[:, None], j[None, :], mask_rows, stride_mn, keys, L, S, low, high,
         MASK, BANDED, INT64,
     )  # fmt: skip
     p = tl.exp2(s - exponents(lse)[:, None])
+    if EDGES:
+        p = at_edges(p, n, whole_from, whole_to, i[:, None], j[None, :], keys, low, high, 0.0)
     if seed_ptr is not None:
         keep = keep_tile(tl.load(seed_ptr), outer, i, n, threshold, BLOCK_N)
         dp = tl.where(keep, dp * survivor, 0.0)
-    return p * (dp - delta[:, None]), k
+    return p * (dp - delta[:, None])
 
 
 @triton.jit
@@ -308,6 +331,8 @@ def _attention_bwd_q_kernel(
     INT64: tl.constexpr,
     PRECISION: tl.constexpr,
     CHUNKS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    ONE_LOOP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -316,15 +341,23 @@ def _attention_bwd_q_kernel(
     slot, tile = tl.program_id(0) // tiles, tiles - 1 - tl.program_id(0) % tiles
     batch, head = (slot // H).to(tl.int64), (slot % H).to(tl.int64)
     i = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    k_head = k_ptr + batch * stride_kb + head // SHARE * stride_kh
-    v_head = v_ptr + batch * stride_vb + head // SHARE * stride_vh
-    q_head = q_ptr + batch * stride_qb + head * stride_qh
-    g_head = grad_ptr + batch * stride_gb + head * stride_gh
-    if CHUNKS:
-        q, g = None, None  # read again with each tile of keys
+    group = head // SHARE
+    if CHUNKS:  # all but k is read again with each tile of keys
+        q, g, v = None, None, None
+        q_head = q_ptr + batch * stride_qb + head * stride_qh
+        g_head = grad_ptr + batch * stride_gb + head * stride_gh
+        k_head = k_ptr + batch * stride_kb + group * stride_kh
+        v_head = v_ptr + batch * stride_vb + group * stride_vh
     else:
-        q = load_rows(q_head, i, stride_qm, stride_qd, L, D, DEPTH, True, INT64)
-        g = load_rows(g_head, i, stride_gm, stride_gd, L, DV, VALUE_DEPTH, True, INT64)
+        q_head, g_head, k_head, v_head = None, None, None, None
+        q = load_tile(
+            q_ptr, batch, head, tile * BLOCK_M, stride_qb, stride_qh, stride_qm, stride_qd, L, D,
+            DEPTH, BLOCK_M, True, INT64, DESCRIPTORS,
+        )  # fmt: skip
+        g = load_tile(
+            grad_ptr, batch, head, tile * BLOCK_M, stride_gb, stride_gh, stride_gm, stride_gd, L,
+            DV, VALUE_DEPTH, BLOCK_M, True, INT64, DESCRIPTORS,
+        )  # fmt: skip
     row0 = (batch * H + head) * L
     lse = tl.load(lse_ptr + row0 + i, mask=i < L, other=0.0)
     delta = tl.load(delta_ptr + row0 + i, mask=i < L, other=0.0)
@@ -339,20 +372,31 @@ def _attention_bwd_q_kernel(
         tile * BLOCK_M, i_last, 0, keys, low, high, BLOCK_N
     )
     dq = tl.zeros((BLOCK_M, DEPTH), tl.float32)
-    for phase in tl.static_range(0 if LEFT else 1, 3):
-        if phase == 0:
+    for phase in tl.static_range(3 if ONE_LOOP else (0 if LEFT else 1), 4 if ONE_LOOP else 3):
+        if phase == 3:
+            start, stop = first, last
+        elif phase == 0:
             start, stop = first, whole_from
         elif phase == 1:
             start, stop = whole_from, whole_to
         else:
             start, stop = whole_to, last
         for n in range(start, stop, BLOCK_N):
-            ds, k = score_gradient(
-                q_head, g_head, q, g, lse, delta, k_head, v_head, mask_rows, seed_ptr, scale,
-                threshold, survivor, (batch * H + head).to(tl.int32), i, n, keys, L, S, low, high,
-                stride_qm, stride_qd, stride_gm, stride_gd, stride_kn, stride_kd, stride_vn,
-                stride_vd, stride_mn, D, DV, DEPTH, VALUE_DEPTH, MASK, phase != 1, INT64, PRECISION,
-                CHUNKS, BLOCK_M, BLOCK_N,
+            k = load_tile(
+                k_ptr, batch, group, n, stride_kb, stride_kh, stride_kn, stride_kd, S, D, DEPTH,
+                BLOCK_N, phase != 1, INT64, DESCRIPTORS,
+            )  # fmt: skip
+            if not CHUNKS:
+                v = load_tile(
+                    v_ptr, batch, group, n, stride_vb, stride_vh, stride_vn, stride_vd, S, DV,
+                    VALUE_DEPTH, BLOCK_N, phase != 1, INT64, DESCRIPTORS,
+                )  # fmt: skip
+            ds = score_gradient(
+                q_head, g_head, q, g, lse, delta, k_head, v_head, k, v, mask_rows, seed_ptr, scale,
+                threshold, survivor, (batch * H + head).to(tl.int32), i, n, whole_from, whole_to,
+                keys, L, S, low, high, stride_qm, stride_qd, stride_gm, stride_gd, stride_kn,
+                stride_kd, stride_vn, stride_vd, stride_mn, D, DV, MASK, phase % 2 == 0, phase == 3,
+                INT64, PRECISION, CHUNKS, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     dq_head = dq_ptr + batch * stride_dqb + head * stride_dqh

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-import triton
 from torch import Tensor
 
 from nnarch.kernels.dropout.reference import survivor_scale, threshold
@@ -13,7 +12,7 @@ from nnarch.kernels.gpu.launch import dot_precision, named_strides, needs_int64
 from nnarch.kernels.gpu.matmul import precision_of
 from nnarch.kernels.gpu.tiles import Problem
 
-from .triton_tiles import ADDED_MASK, BOOL_MASK, NO_MASK, reads_chunks
+from .triton_tiles import ADDED_MASK, BOOL_MASK, NO_MASK, describable, padded, reads_chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +109,9 @@ class Call:
         if self.value is not None:
             widths["VALUE_DEPTH"] = padded(self.value.shape[3])
         kind = precision_of(self.query.dtype, precision)
-        problem = Problem(self.length, self.keys, max(widths.values()), kind)
+        vectors = describable(self.query, self.key, self.value)
+        problem = Problem(self.length, self.keys, max(widths.values()), kind, vectors)
         named = {**widths, "PRECISION": precision}
         if self.value is not None:
             named["CHUNKS"] = reads_chunks(problem, widest)
         return named, problem
-
-
-def padded(depth: int) -> int:
-    """A head's width as the tiles hold it: a power of two, no less than a matrix instruction's."""
-    return max(16, triton.next_power_of_2(depth))

@@ -20,15 +20,18 @@ from nnarch.kernels.gpu.targets import current_target
 from nnarch.kernels.gpu.tiles import Tile, pick
 
 from . import reference
-from .triton_call import Call, padded
+from .triton_call import Call
 from .triton_tiles import (
     LN2,
     LOG2E,
     TileRow,
+    at_edges,
     attention_table,
+    described,
     key_tiles,
-    load_rows,
+    load_tile,
     narrowed,
+    padded,
     restrict,
     row_products,
     sequence_keys,
@@ -92,6 +95,8 @@ def _attention_fwd_kernel(
     INT64: tl.constexpr,
     PRECISION: tl.constexpr,
     CHUNKS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,  # q, k and v are read by descriptors; nothing is stacked
+    ONE_LOOP: tl.constexpr,  # the band's edges are looked for in every tile
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -111,17 +116,23 @@ def _attention_fwd_kernel(
     if INT64:
         head, i = head.to(tl.int64), i.to(tl.int64)
     inside, d = row < rows, tl.arange(0, DEPTH)
-    q_rows = q_ptr + batch64 * stride_qb + head * stride_qh + i * stride_qm
-    q_mask = inside[:, None] & (d < D)[None, :]
-    if not CHUNKS:
+    key_head = first_head // SHARE
+    if DESCRIPTORS:
+        q = load_tile(
+            q_ptr, batch, first_head, i_first, stride_qb, stride_qh, stride_qm, stride_qd, L, D,
+            DEPTH, BLOCK_M, True, INT64, DESCRIPTORS,
+        )  # fmt: skip
+    else:
+        q_rows = q_ptr + batch64 * stride_qb + head * stride_qh + i * stride_qm
+        q_mask = inside[:, None] & (d < D)[None, :]
+    if CHUNKS:
+        k_head = k_ptr + batch64 * stride_kb + key_head.to(tl.int64) * stride_kh
+    elif not DESCRIPTORS:
         q = tl.load(q_rows[:, None] + d[None, :] * stride_qd, mask=q_mask, other=0.0)
     if MASK != 0:
         mask_rows = mask_ptr + batch64 * stride_mb + (head * stride_mh + i * stride_mm)[:, None]
     else:
         mask_rows = None
-    key_head = (first_head // SHARE).to(tl.int64)
-    k_head = k_ptr + batch64 * stride_kb + key_head * stride_kh
-    v_head = v_ptr + batch64 * stride_vb + key_head * stride_vh
     keys = sequence_keys(lengths_ptr, batch, S)
     part = tl.program_id(1)
     begin, end = part * part_keys, tl.minimum(keys, (part + 1) * part_keys)
@@ -131,8 +142,11 @@ def _attention_fwd_kernel(
     m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, VALUE_DEPTH), tl.float32)
-    for phase in tl.static_range(0 if LEFT else 1, 3):  # tiles cut on the left, whole, cut
-        if phase == 0:
+    # Tiles cut on the left, whole, cut; or all of them.
+    for phase in tl.static_range(3 if ONE_LOOP else (0 if LEFT else 1), 4 if ONE_LOOP else 3):
+        if phase == 3:
+            start, stop = first, last
+        elif phase == 0:
             start, stop = first, whole_from
         elif phase == 1:
             start, stop = whole_from, whole_to
@@ -155,13 +169,21 @@ def _attention_fwd_kernel(
                     PRECISION,
                 )
             else:
-                k = load_rows(k_head, j, stride_kn, stride_kd, S, D, DEPTH, phase != 1, INT64)
+                k = load_tile(
+                    k_ptr, batch, key_head, n, stride_kb, stride_kh, stride_kn, stride_kd, S, D,
+                    DEPTH, BLOCK_N, phase != 1, INT64, DESCRIPTORS,
+                )  # fmt: skip
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if not LATE_SCALE:
                 s *= scale * LOG2E
+            if phase == 3:
+                s = at_edges(
+                    s, n, whole_from, whole_to, i[:, None], j[None, :], keys, low, high,
+                    float("-inf"),
+                )  # fmt: skip
             s = restrict(
                 s, i[:, None], j[None, :], mask_rows, stride_mn, keys, L, S, low, high, MASK,
-                phase != 1, INT64,
+                phase % 2 == 0, INT64,
             )  # fmt: skip
             new_m = tl.maximum(m, tl.max(s, 1))
             if LATE_SCALE:  # one multiply-add a score
@@ -179,7 +201,10 @@ def _attention_fwd_kernel(
                     tl.load(seed_ptr), batch * H + first_head, row, n, threshold, BLOCK_N
                 )
                 p = tl.where(keep, p * survivor, 0.0)
-            v = load_rows(v_head, j, stride_vn, stride_vd, S, DV, VALUE_DEPTH, phase != 1, INT64)
+            v = load_tile(
+                v_ptr, batch, key_head, n, stride_vb, stride_vh, stride_vn, stride_vd, S, DV,
+                VALUE_DEPTH, BLOCK_N, phase != 1, INT64, DESCRIPTORS,
+            )  # fmt: skip
             acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
 
     nothing = m == float("-inf")
@@ -331,6 +356,7 @@ def forward(call: Call, value: Tensor) -> tuple[Tensor, Tensor]:
         **call.arguments(),
         **{"out_ptr": into, "lse_ptr": into_lse, "B": batch, "LEFT": call.left},
         **{"part_keys": part_keys, "STACK": stack},
+        **{"DESCRIPTORS": False, "ONE_LOOP": False},
         "LATE_SCALE": call.scale > 0 and (call.mask is None or call.mask.dtype == torch.bool),
         **named_strides("o", "bhmd", into if parts == 1 else into[0]),
         "stride_op": into.stride(0) if parts > 1 else 0,
@@ -339,7 +365,8 @@ def forward(call: Call, value: Tensor) -> tuple[Tensor, Tensor]:
 
     def run(tile: Tile) -> None:
         programs = cdiv(length * stack, tile["BLOCK_M"]) * batch * (heads // stack)
-        launch(_attention_fwd_kernel, (*flat_grid(programs), parts), arguments, tile)
+        found = described(tile, {"q_ptr": query, "k_ptr": call.key, "v_ptr": value})
+        launch(_attention_fwd_kernel, (*flat_grid(programs), parts), arguments | found, tile)
 
     table = DECODE if few else FORWARD_MASKED if call.masked else FORWARD
     run(pick(table, problem, run))

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nnarch.kernels.gpu.targets import Target
 from nnarch.kernels.gpu.tiles import Problem, Tile, TileTable, tile
@@ -58,6 +60,9 @@ def attention_table(
         depth = deepest[problem.precision, tile][kind]
         if isinstance(depth, tuple):
             depth = depth[target.name != "sm_90"]
+        whole = problem.vectors and not reads_chunks(problem, widest)
+        if dict(tile.block).get("DESCRIPTORS", False) and not (target.descriptors and whole):
+            return False
         return problem.k <= depth and size <= target.shared_bytes
 
     def cost(problem: Problem, tile: Tile, target: Target) -> float:
@@ -103,6 +108,85 @@ def attention_cost(problem: Problem, tile: Tile, measured: float) -> float:
     area = triton.cdiv(problem.m, m) * m * (triton.cdiv(problem.n, n) + 1) * n
     used = (1 + 24 * (1 / m + 1 / n)) * (1.02 if tile.num_stages == 1 else 1.0)
     return area * (measured or used)
+
+
+def describable(*tensors: Tensor | None) -> bool:
+    """Whether the tensor memory accelerator can read these tensors: the last dimension's elements
+    adjacent, everything else on 16 bytes."""
+    return all(
+        t.stride(-1) == 1
+        and t.data_ptr() % 16 == 0
+        and all(s * t.element_size() % 16 == 0 for s in t.stride()[:-1])
+        for t in tensors
+        if t is not None
+    )
+
+
+def described(tile: Tile, tensors: dict[str, Tensor]) -> dict[str, object]:
+    """Tensor descriptors in the place of pointers, where a tile asks for them.
+
+    Args:
+        tile: of the launch.
+        tensors: [B, H, rows, D] or [B, H, rows], by the kernel's argument; read BLOCK_M queries or
+            BLOCK_N keys of one head at a time.
+    """
+    if not dict(tile.block).get("DESCRIPTORS", False):
+        return {}
+    found: dict[str, object] = {}
+    for name, t in tensors.items():
+        rows = tile["BLOCK_N" if name in ("k_ptr", "v_ptr") else "BLOCK_M"]
+        block = [1, 1, rows, *map(padded, t.shape[3:])]
+        found[name] = TensorDescriptor(t, list(t.shape), list(t.stride()), block)
+    return found
+
+
+def padded(depth: int) -> int:
+    """A head's width as the tiles hold it: a power of two, no less than a matrix instruction's."""
+    return max(16, triton.next_power_of_2(depth))
+
+
+@triton.jit
+def load_tile(
+    source,  # a pointer to [B, H, LENGTH, D] with any strides, or the tensor's descriptor
+    batch,
+    head,
+    first,
+    stride_b,
+    stride_h,
+    stride_row,
+    stride_d,
+    LENGTH,
+    D: tl.constexpr,
+    DEPTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GUARD: tl.constexpr,
+    INT64: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+):
+    """The rows first … first + BLOCK - 1 of a head: [BLOCK, DEPTH], zero outside.
+
+    A descriptor needs no guards and no registers for addresses.
+    """
+    if DESCRIPTORS:
+        rows = source.load([batch.to(tl.int32), head.to(tl.int32), first, 0])
+        return tl.reshape(rows, (BLOCK, DEPTH))
+    else:
+        ptr = source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+        rows = first + tl.arange(0, BLOCK)
+        return load_rows(ptr, rows, stride_row, stride_d, LENGTH, D, DEPTH, GUARD, INT64)
+
+
+@triton.jit
+def load_row_values(
+    source, batch, head, H, first, L, BLOCK: tl.constexpr, DESCRIPTORS: tl.constexpr
+):
+    """Values of the rows first … first + BLOCK - 1 of a head: of [B, H, L], contiguous."""
+    if DESCRIPTORS:
+        found = source.load([batch.to(tl.int32), head.to(tl.int32), first])
+        return tl.reshape(found, (BLOCK,))
+    else:
+        i = first + tl.arange(0, BLOCK)
+        return tl.load(source + (batch * H + head) * L + i, mask=i < L, other=0.0)
 
 
 @triton.jit
@@ -233,6 +317,20 @@ def query_tiles(j_first, j_last, keys, L, low, high, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def within_band(tile, i, j, keys, low, high, outside):
+    """The tile's values, and another outside the band and beyond the keys."""
+    return tl.where((j - i >= low) & (j - i <= high) & (j < keys), tile, outside)
+
+
+@triton.jit
+def at_edges(tile, first, whole_from, whole_to, i, j, keys, low, high, outside):
+    """:func:`within_band` for tiles that begin outside whole_from … whole_to; no cost inside."""
+    if (first < whole_from) | (first >= whole_to):
+        tile = within_band(tile, i, j, keys, low, high, outside)
+    return tile
+
+
+@triton.jit
 def restrict(
     scores,  # [M, N] or [N, M], in units of log 2
     i,  # queries and keys, shaped to broadcast with the scores
@@ -250,7 +348,7 @@ def restrict(
 ):
     """The scores with the mask added, and -inf where a query does not see a key."""
     if BANDED:
-        scores = tl.where((j - i >= low) & (j - i <= high) & (j < keys), scores, float("-inf"))
+        scores = within_band(scores, i, j, keys, low, high, float("-inf"))
     if MASK != 0:
         column = j.to(tl.int64) if INT64 else j
         at, inside = mask_rows + column * stride_mn, (i < L) & (j < S)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,10 +84,14 @@ class KernelLaunch(Step):
     start: Callable[..., Any]
     values: list[Any]  # all arguments, in the kernel's order
     places: list[tuple[int, Place]]  # which of them are tensors
+    described: list[tuple[int, Place, Any]]  # and tensor descriptors, which hold no tensor here
     interpreted: bool
 
     def run(self, tensors: list[torch.Tensor], pointers: list[int]) -> None:
         values = self.values.copy()
+        for position, place, descriptor in self.described:
+            values[position] = found = copy.copy(descriptor)
+            found.base = place.of(tensors[place.slot])
         if self.interpreted:
             for position, place in self.places:
                 values[position] = place.of(tensors[place.slot])

@@ -13,6 +13,7 @@ launches something that is no Triton kernel, or takes a list of tensors.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nnarch import library, precision
 from nnarch.kernels.gpu.plan import Allocate, KernelLaunch, Place, Plan, TorchCall
@@ -137,9 +139,14 @@ class _Recorder(TorchDispatchMode):
             start = compiled[(*grid, 1, 1)[:3]]
             values = [arguments.get(p.name, p.default) for p in kernel.params]
         places = [(i, self.place(v)) for i, v in enumerate(values) if isinstance(v, torch.Tensor)]
-        for position, _ in places:
+        described = [
+            (i, self.place(v.base), without_base(v))
+            for i, v in enumerate(values)
+            if isinstance(v, TensorDescriptor)
+        ]
+        for position, *_ in places + described:
             values[position] = None
-        self.plan.steps.append(KernelLaunch(start, values, places, interpreted))
+        self.plan.steps.append(KernelLaunch(start, values, places, described, interpreted))
 
     def finish(self, result: Any) -> Plan | None:
         """The plan, or None where the run cannot be repeated."""
@@ -160,6 +167,13 @@ class _Recorder(TorchDispatchMode):
         if place.slot < self._inputs:
             raise _Refused("an argument is returned")
         return place
+
+
+def without_base(descriptor: TensorDescriptor) -> TensorDescriptor:
+    """A descriptor without its tensor: a plan holds no memory."""
+    found = copy.copy(descriptor)
+    found.base = None
+    return found
 
 
 def _start(tensor: torch.Tensor) -> int:

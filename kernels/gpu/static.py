@@ -21,6 +21,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nnarch.kernels.gpu import tiles
 from nnarch.kernels.gpu.launch import Launch, record
@@ -209,6 +210,8 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[An
 def _type_name(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return "*" + _TYPE_NAMES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPE_NAMES[value.base.dtype]}{value.block_shape}>"
     if isinstance(value, float):
         return "fp32"
     return "i32" if -(2**31) <= value < 2**31 else "i64"

@@ -25,6 +25,7 @@ class Target:
         tflops: dense rate by dot precision; "vector" is float32 outside the matrix units.
         matrix: what a matrix instruction of this target is called in its assembly, a regex.
         operands: where its matrix instructions find their operands: "registers" or "shared".
+        descriptors: whether the tensor memory accelerator loads tiles by a tensor's descriptor.
         dot_precisions: how ``tl.dot`` multiplies float32 operands, most exact first: "tf32x3" by
             three products of TF32 parts, "tf32" by one, "ieee" without loss.
     """
@@ -41,6 +42,7 @@ class Target:
     tflops: dict[str, float]
     matrix: str
     operands: str = "registers"
+    descriptors: bool = False
     dot_precisions: tuple[str, ...] = ("tf32x3", "tf32")
 
 
@@ -72,6 +74,7 @@ TARGETS: dict[str, Target] = {
             gigabytes_per_s=3350,
             tflops={"float16": 989, "tf32": 494, "tf32x3": 165, "ieee": 66.9, "vector": 66.9},
             matrix="HGMMA",
+            descriptors=True,
             operands="shared",
         ),
         Target(
@@ -86,6 +89,7 @@ TARGETS: dict[str, Target] = {
             gigabytes_per_s=8000,
             tflops={"float16": 2250, "tf32": 1125, "tf32x3": 375, "ieee": 75, "vector": 75},
             matrix="UTC[A-Z]*MMA",
+            descriptors=True,
             operands="shared",
         ),
         Target(
@@ -100,6 +104,7 @@ TARGETS: dict[str, Target] = {
             gigabytes_per_s=1792,
             tflops={"float16": 209.5, "tf32": 104.8, "tf32x3": 35, "ieee": 104.8, "vector": 104.8},
             matrix="HMMA",
+            descriptors=True,
         ),
         Target(
             name="gfx942",

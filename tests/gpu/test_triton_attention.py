@@ -18,7 +18,7 @@ from nnarch.kernels.attention import (  # noqa: E402
     triton_kernel,
 )
 from nnarch.kernels.attention.op import UNBOUNDED  # noqa: E402
-from nnarch.kernels.gpu import tiles  # noqa: E402
+from nnarch.kernels.gpu import plans, tiles  # noqa: E402
 
 BAND = (-UNBOUNDED, UNBOUNDED)
 SHAPES = {  # batch, heads, key heads, queries, keys, depth, value depth
@@ -162,6 +162,36 @@ def test_every_tile(table, precision, tile):
         options = {"mask": _mask("added", shape, dtype), "seed": seed, "p": 0.4}
     with tiles.force(**{table.name: tile}):
         check(_tensors(shape, dtype), band=(-60, 20), **options)
+
+
+DESCRIBED = (1, 4, 2, 36, 52, 16, 24)  # rows on 16 bytes
+
+
+def _described(**options):
+    """Tiles that read by tensor descriptors, by table."""
+    return {
+        name: tiles.tile(BLOCK_M=16, BLOCK_N=32, DESCRIPTORS=True, **options)
+        for name in ("attention", "attention_key_value", "attention_query")
+    }
+
+
+@pytest.mark.parametrize("band", [BAND, (-UNBOUNDED, 16), (-20, 5)], ids=str)
+@pytest.mark.parametrize("one_loop", [False, True])
+def test_tensor_descriptors(one_loop, band):
+    lengths = torch.tensor([45])
+    with tiles.force(**_described(ONE_LOOP=one_loop)):
+        check(_tensors(DESCRIBED, torch.float16), band=band, lengths=lengths)
+
+
+def test_tensor_descriptors_in_a_plan(monkeypatch):
+    force = _described(ONE_LOOP=True)
+    monkeypatch.setattr(tiles, "_forced", force)  # unlike tiles.force, plans go on
+    planned = plans.planned(triton_kernel.attention)
+    for _ in range(4):
+        q, k, v = torch.randn(3, 1, 36, 4, 16).half().transpose(2, 3)
+        args = (q, k, v, None, None, None, 0.0, 0.3, *BAND)
+        mine, _ = planned(*args)
+        torch.testing.assert_close(mine, reference.attention(*args)[0], atol=2e-3, rtol=2e-3)
 
 
 def test_heads_too_deep_are_refused():
