@@ -24,9 +24,11 @@ CHUNK = 32
 
 # BLOCK_M, BLOCK_N, warps, stages, and the widest heads at which a compiled kernel does not spill:
 # on targets whose matrix instructions read operands from registers, from shared memory, on AMD's.
-# A pair stands for sm_90 and sm_100 where they differ. Then, where it was measured on an H100, the
+# A pair stands for sm_90 and sm_100 where they differ, a set for the widths themselves where the
+# widest, read in chunks, take less than those before. Then, where it was measured on an H100, the
 # relative time of a query and key, in the units of `attention_cost`.
-TileRow = tuple[int | float | tuple[int, int], ...]
+Widest = int | set[int]
+TileRow = tuple[Widest | float | tuple[Widest, Widest], ...]
 
 
 def attention_table(
@@ -58,7 +60,8 @@ def attention_table(
         depth = deepest[problem.precision, tile][kind]
         if isinstance(depth, tuple):
             depth = depth[target.name != "sm_90"]
-        return problem.k <= depth and size <= target.shared_bytes
+        holds = problem.k in depth if isinstance(depth, set) else problem.k <= depth
+        return holds and size <= target.shared_bytes
 
     def cost(problem: Problem, tile: Tile, target: Target) -> float:
         return attention_cost(problem, tile, measured[problem.precision, tile])
@@ -74,17 +77,17 @@ def narrowed(
     Args:
         rows: of the table for calls without, by precision.
         changes: by precision and (BLOCK_M, BLOCK_N, warps, stages), the three widest heads; (0, 0,
-            0) leaves the tile out.
+            0) leaves the tile out, and one that the rows lack is added.
     """
     made = {}
     for precision, entries in rows.items():
-        found = changes.get(precision, {})
-        made[precision] = []
+        found = dict(changes.get(precision, {}))
+        kept = []
         for row in entries:
-            key, depths = tuple(map(int, row[:4])), row[4:7]  # type: ignore[arg-type]
-            depths = found.get(key, depths)
+            depths = found.pop(tuple(map(int, row[:4])), row[4:7])  # type: ignore[arg-type]
             if any(depths):
-                made[precision].append((*row[:4], *depths, *row[7:]))
+                kept.append((*row[:4], *depths, *row[7:]))
+        made[precision] = kept + [(*key, *depths) for key, depths in found.items()]
     return made
 
 

@@ -177,10 +177,18 @@ def compile_launch(launch: Launch, target: Target) -> Binary:
     source = ASTSource(launch.kernel, *_specialise(launch))
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
     compiled = triton.compile(source, target=gpu, options=launch.options)
-    shared = int(compiled.metadata.shared)
+    shared, matrix = int(compiled.metadata.shared), _matrix_instruction(launch, target)
     if target.backend == "hip":
-        return _read_amdgcn(compiled.asm["amdgcn"], shared, target)
-    return _read_cubin(compiled.asm["cubin"], shared, target)
+        return _read_amdgcn(compiled.asm["amdgcn"], shared, matrix)
+    return _read_cubin(compiled.asm["cubin"], shared, matrix)
+
+
+def _matrix_instruction(launch: Launch, target: Target) -> str:
+    """What a launch should multiply matrices with, a regex. Those of Hopper and Blackwell that read
+    shared memory take at least 64 rows: smaller tiles have the instruction of the GPUs before."""
+    sizes = [launch.arguments[name] for name in ("BLOCK_M", "BLOCK_N") if name in launch.arguments]
+    small = target.operands == "shared" and max(sizes, default=64) < 64
+    return "HMMA" if small else target.matrix
 
 
 def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
@@ -207,7 +215,7 @@ def _type_name(value: Any) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def _read_cubin(cubin: bytes, shared: int, target: Target) -> Binary:
+def _read_cubin(cubin: bytes, shared: int, matrix: str) -> Binary:
     usage = _cuobjdump(cubin, "-res-usage")
     fields = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     code = _cuobjdump(cubin, "-sass")
@@ -215,7 +223,7 @@ def _read_cubin(cubin: bytes, shared: int, target: Target) -> Binary:
         registers=fields["REG"],
         spills=fields["STACK"] + fields["LOCAL"],
         shared=shared,
-        matrix_instructions=_count(target, code),
+        matrix_instructions=_count(matrix, code),
         stack_reads=len(re.findall(r"\*/ +[^;\n]*, *-?\|?R1\b[^;\n]*;", code)),
     )
 
@@ -229,7 +237,7 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _read_amdgcn(assembly: str, shared: int, target: Target) -> Binary:
+def _read_amdgcn(assembly: str, shared: int, matrix: str) -> Binary:
     def field(name: str) -> int:
         return max((int(n) for n in re.findall(rf"\.{name}:\s*(\d+)", assembly)), default=0)
 
@@ -237,9 +245,9 @@ def _read_amdgcn(assembly: str, shared: int, target: Target) -> Binary:
         registers=field("vgpr_count"),
         spills=field("private_segment_fixed_size"),
         shared=shared,
-        matrix_instructions=_count(target, assembly),
+        matrix_instructions=_count(matrix, assembly),
     )
 
 
-def _count(target: Target, code: str) -> int:
-    return len(re.findall(rf"\b{target.matrix}\w*", code))
+def _count(instruction: str, code: str) -> int:
+    return len(re.findall(rf"\b{instruction}\w*", code))
