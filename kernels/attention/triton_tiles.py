@@ -184,7 +184,10 @@ def row_products(
     """a·bᵀ from memory, some columns at a time: where no matrix instruction multiplies, a thread
     holds its rows of both operands, and whole heads would not fit its registers."""
     acc = tl.zeros((M, N), tl.float32)
-    for first in range(0, D, 32):
+    # Unrolled, the loads of all chunks are in flight at a time; a bound that is not known (the
+    # third axis has one program) keeps wide heads' loop, and their registers, from that.
+    end = D if D <= 64 else D + tl.program_id(2)
+    for first in range(0, end, 32):
         d = first + tl.arange(0, 32)
         a_mask, b_mask = a_inside[:, None] & (d < D)[None, :], b_inside[:, None] & (d < D)[None, :]
         a = tl.load(a_rows[:, None] + d[None, :] * stride_ad, mask=a_mask, other=0.0)
