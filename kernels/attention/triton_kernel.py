@@ -138,6 +138,8 @@ def attention_weights_backward(
 
 # ------------------------------------------------------------------------- ahead-of-time cases
 
+ADDED, BOOLEAN = "added", "boolean"
+
 
 def _inputs(dtype: torch.dtype, b: int, h: int, g: int, n: int, s: int, d: int) -> list[Tensor]:
     return [
@@ -146,26 +148,31 @@ def _inputs(dtype: torch.dtype, b: int, h: int, g: int, n: int, s: int, d: int) 
 
 
 def _call(
-    dtype: torch.dtype, sizes: tuple[int, ...], causal: bool = False, extras: bool = False
+    dtype: torch.dtype, sizes: tuple[int, ...], causal: bool = False, extras: str = ""
 ) -> tuple[Call, Tensor]:
     """A call of (batch, heads, key heads, queries, keys, width) and its values.
 
-    `extras` are an additive mask and dropout, which cost a kernel most registers.
+    `extras`, the kind of a mask, adds all that costs registers beside the products: the mask
+    (ADDED or BOOLEAN), dropout, key lengths and a window.
     """
     q, k, v = _inputs(dtype, *sizes)
-    _, h, _, n, s, d = sizes
-    mask = torch.empty(1, h, n, s, dtype=dtype, device="meta") if extras else None
-    seed = torch.empty(1, dtype=torch.int64, device="meta") if extras else None
+    batch, h, _, n, s, d = sizes
+    mask, lengths, seed, p, low = None, None, None, 0.0, -UNBOUNDED
+    if extras:
+        kind = torch.bool if extras == BOOLEAN else dtype
+        mask = torch.empty(1, h, n, s, dtype=kind, device="meta")
+        lengths = torch.empty(batch, dtype=torch.int64, device="meta")
+        seed = torch.empty(1, dtype=torch.int64, device="meta")
+        p, low = 0.1, -s // 2
     high = s - n if causal else UNBOUNDED
-    p = 0.1 if extras else 0.0
-    return Call(q, k, v, mask, None, seed, p, d**-0.5, -UNBOUNDED, high), v
+    return Call(q, k, v, mask, lengths, seed, p, d**-0.5, low, high), v
 
 
-def _words(causal: bool, extras: bool) -> str:
-    return "causal " * causal + "mask dropout " * extras
+def _words(causal: bool, extras: str) -> str:
+    return "causal " * causal + f"{extras} mask dropout lengths window " * bool(extras)
 
 
-def _forward_case(*sizes: int, causal: bool = False, extras: bool = False) -> StaticCase:
+def _forward_case(*sizes: int, causal: bool = False, extras: str = "") -> StaticCase:
     b, h, g, n, s, d = sizes
 
     def run(dtype: torch.dtype) -> None:
@@ -175,7 +182,7 @@ def _forward_case(*sizes: int, causal: bool = False, extras: bool = False) -> St
         f"attention {_words(causal, extras)}B{b} H{h}:{g} L{n} S{s} D{d}",
         run,
         flops=4.0 * b * h * n * s * d,  # whole tiles: the prediction knows of no band
-        elements=2.0 * b * (h * n + g * s) * d + h * n * s * extras,
+        elements=2.0 * b * (h * n + g * s) * d + h * n * s * bool(extras),
         matrix=n > 1,  # one query: the keys' bandwidth
     )
 
@@ -183,7 +190,7 @@ def _forward_case(*sizes: int, causal: bool = False, extras: bool = False) -> St
 _PRODUCTS = {"keys and values": 4, "queries": 3, "mask": 2}
 
 
-def _backward_case(part: str, b: int, h: int, n: int, d: int, extras: bool = False) -> StaticCase:
+def _backward_case(part: str, b: int, h: int, n: int, d: int, extras: str = "") -> StaticCase:
     products = _PRODUCTS[part]
 
     def run(dtype: torch.dtype) -> None:
@@ -198,7 +205,7 @@ def _backward_case(part: str, b: int, h: int, n: int, d: int, extras: bool = Fal
         else:
             triton_backward.key_value_gradients(work, v)
 
-    masks = h * n * n * (1 + (part == "mask")) * extras
+    masks = h * n * n * (1 + (part == "mask")) * bool(extras)
     return StaticCase(
         f"attention_backward, {part}, {_words(True, extras)}B{b} H{h} L{n} D{d}",
         run,
@@ -209,7 +216,7 @@ def _backward_case(part: str, b: int, h: int, n: int, d: int, extras: bool = Fal
     )
 
 
-def _weights_case(part: str, b: int, h: int, n: int, d: int, extras: bool = False) -> StaticCase:
+def _weights_case(part: str, b: int, h: int, n: int, d: int, extras: str = "") -> StaticCase:
     averaged = part != "each"
     products = 2 if part in ("queries", "keys") else 1
 
@@ -228,7 +235,7 @@ def _weights_case(part: str, b: int, h: int, n: int, d: int, extras: bool = Fals
         else:
             triton_weights.weights(call, lse, averaged)
 
-    masks = h * n * n * (1 + (part == "mask")) * extras
+    masks = h * n * n * (1 + (part == "mask")) * bool(extras)
     return StaticCase(
         f"attention_weights, {part}, {_words(False, extras)}B{b} H{h} L{n} D{d}",
         run,
@@ -260,8 +267,13 @@ STATIC_CASES = [
 for _d in (64, 128, 256):  # with everything that takes registers
     _sizes = (8, 16, 2048, _d)
     STATIC_CASES += [
-        _forward_case(8, 16, 16, 2048, 2048, _d, causal=True, extras=True),
-        *(_backward_case(part, *_sizes, extras=True) for part in _PRODUCTS),
-        *(_weights_case(part, *_sizes, extras=True) for part in ("queries", "keys", "mask")),
+        _forward_case(8, 16, 16, 2048, 2048, _d, causal=True, extras=ADDED),
+        *(_backward_case(part, *_sizes, extras=ADDED) for part in _PRODUCTS),
+        *(_weights_case(part, *_sizes, extras=ADDED) for part in ("queries", "keys", "mask")),
+    ]
+for _d in (64, 128):  # a kernel of its own, but hardly lighter
+    STATIC_CASES += [
+        _forward_case(8, 16, 16, 2048, 2048, _d, causal=True, extras=BOOLEAN),
+        _backward_case("keys and values", 8, 16, 2048, _d, extras=BOOLEAN),
     ]
 """What bench/static_gpu.py compiles."""

@@ -26,9 +26,11 @@ CHUNK = 32
 
 # BLOCK_M, BLOCK_N, warps, stages, and the widest heads at which a compiled kernel does not spill:
 # on targets whose matrix instructions read operands from registers, from shared memory, on AMD's.
-# A pair stands for sm_90 and sm_100 where they differ. Then, where it was measured on an H100, the
+# A pair stands for sm_90 and sm_100 where they differ, a set for the widths themselves where the
+# widest, read in chunks, take less than those before. Then, where it was measured on an H100, the
 # relative time of a query and key, in the units of `attention_cost`.
-TileRow = tuple[int | float | tuple[int, int], ...]
+Widest = int | set[int]
+TileRow = tuple[Widest | float | tuple[Widest, Widest], ...]
 
 
 def attention_table(
@@ -63,7 +65,8 @@ def attention_table(
         whole = problem.vectors and not reads_chunks(problem, widest)
         if dict(tile.block).get("DESCRIPTORS", False) and not (target.descriptors and whole):
             return False
-        return problem.k <= depth and size <= target.shared_bytes
+        holds = problem.k in depth if isinstance(depth, set) else problem.k <= depth
+        return holds and size <= target.shared_bytes
 
     def cost(problem: Problem, tile: Tile, target: Target) -> float:
         return attention_cost(problem, tile, measured[problem.precision, tile])
@@ -79,17 +82,17 @@ def narrowed(
     Args:
         rows: of the table for calls without, by precision.
         changes: by precision and (BLOCK_M, BLOCK_N, warps, stages), the three widest heads; (0, 0,
-            0) leaves the tile out.
+            0) leaves the tile out, and one that the rows lack is added.
     """
     made = {}
     for precision, entries in rows.items():
-        found = changes.get(precision, {})
-        made[precision] = []
+        found = dict(changes.get(precision, {}))
+        kept = []
         for row in entries:
-            key, depths = tuple(map(int, row[:4])), row[4:7]  # type: ignore[arg-type]
-            depths = found.get(key, depths)
+            depths = found.pop(tuple(map(int, row[:4])), row[4:7])  # type: ignore[arg-type]
             if any(depths):
-                made[precision].append((*row[:4], *depths, *row[7:]))
+                kept.append((*row[:4], *depths, *row[7:]))
+        made[precision] = kept + [(*key, *depths) for key, depths in found.items()]
     return made
 
 
@@ -265,7 +268,10 @@ def row_products(
     """a·bᵀ from memory, some columns at a time: where no matrix instruction multiplies, a thread
     holds its rows of both operands, and whole heads would not fit its registers."""
     acc = tl.zeros((M, N), tl.float32)
-    for first in range(0, D, 32):
+    # Unrolled, the loads of all chunks are in flight at a time; a bound that is not known (the
+    # third axis has one program) keeps wide heads' loop, and their registers, from that.
+    end = D if D <= 64 else D + tl.program_id(2)
+    for first in range(0, end, 32):
         d = first + tl.arange(0, 32)
         a_mask, b_mask = a_inside[:, None] & (d < D)[None, :], b_inside[:, None] & (d < D)[None, :]
         a = tl.load(a_rows[:, None] + d[None, :] * stride_ad, mask=a_mask, other=0.0)

@@ -71,8 +71,6 @@ class StaticCase:
         elements: tensor elements that must be read or written, in the dtype of the case.
         fixed_bytes: what must move on top in any dtype, such as int64 indices.
         matrix: whether its main kernel multiplies matrices.
-        warps: whether it does so by instructions of single warps, with operands in registers, also
-            where the target has larger ones.
         main: which of its launches does the work that is counted; the others prepare or finish it.
         only: the precision that it ever runs in; "" where it runs in all.
     """
@@ -83,7 +81,6 @@ class StaticCase:
     elements: float
     fixed_bytes: float = 0.0
     matrix: bool = False
-    warps: bool = False
     main: int = 0
     only: str = ""
 
@@ -165,8 +162,6 @@ class Binary:
     """Resources and code of a compiled kernel.
 
     Attributes:
-        matrix_instructions: of the target's kind; `warp_matrix_instructions` are those of single
-            warps.
         stack_reads: NVIDIA's only: instructions that take the stack pointer (R1) for an operand. In
             a kernel without a stack they are the assembler's mistake: R1 stands for a value that
             was never computed (ptxas 12.8, in descriptors of sm_90's products).
@@ -176,7 +171,6 @@ class Binary:
     spills: int
     shared: int
     matrix_instructions: int
-    warp_matrix_instructions: int = 0
     stack_reads: int = 0
 
 
@@ -185,10 +179,19 @@ def compile_launch(launch: Launch, target: Target) -> Binary:
     source = ASTSource(launch.kernel, *_specialise(launch))
     gpu = GPUTarget(target.backend, target.arch, target.warp_size)
     compiled = triton.compile(source, target=gpu, options=launch.options)
-    shared = int(compiled.metadata.shared)
+    shared, matrix = int(compiled.metadata.shared), _matrix_instruction(launch, target)
     if target.backend == "hip":
-        return _read_amdgcn(compiled.asm["amdgcn"], shared, target)
-    return _read_cubin(compiled.asm["cubin"], shared, target)
+        return _read_amdgcn(compiled.asm["amdgcn"], shared, matrix)
+    return _read_cubin(compiled.asm["cubin"], shared, matrix)
+
+
+def _matrix_instruction(launch: Launch, target: Target) -> str:
+    """What a launch should multiply matrices with, a regex. Those of Hopper and Blackwell that read
+    shared memory take at least 64 rows: smaller tiles have the instruction of the GPUs before."""
+    names = ("BLOCK_M", "BLOCK_N", "BLOCK_B")
+    sizes = [launch.arguments[name] for name in names if name in launch.arguments]
+    small = target.operands == "shared" and max(sizes, default=64) < 64
+    return "HMMA" if small else target.matrix
 
 
 def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[Any, Any]]:
@@ -217,7 +220,7 @@ def _type_name(value: Any) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def _read_cubin(cubin: bytes, shared: int, target: Target) -> Binary:
+def _read_cubin(cubin: bytes, shared: int, matrix: str) -> Binary:
     usage = _cuobjdump(cubin, "-res-usage")
     fields = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     code = _cuobjdump(cubin, "-sass")
@@ -225,8 +228,7 @@ def _read_cubin(cubin: bytes, shared: int, target: Target) -> Binary:
         registers=fields["REG"],
         spills=fields["STACK"] + fields["LOCAL"],
         shared=shared,
-        matrix_instructions=_count(target.matrix, code),
-        warp_matrix_instructions=_count("HMMA", code),
+        matrix_instructions=_count(matrix, code),
         stack_reads=len(re.findall(r"\*/ +[^;\n]*, *-?\|?R1\b[^;\n]*;", code)),
     )
 
@@ -240,19 +242,17 @@ def _cuobjdump(cubin: bytes, option: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _read_amdgcn(assembly: str, shared: int, target: Target) -> Binary:
+def _read_amdgcn(assembly: str, shared: int, matrix: str) -> Binary:
     def field(name: str) -> int:
         return max((int(n) for n in re.findall(rf"\.{name}:\s*(\d+)", assembly)), default=0)
 
-    found = _count(target.matrix, assembly)
     return Binary(
         registers=field("vgpr_count"),
         spills=field("private_segment_fixed_size"),
         shared=shared,
-        matrix_instructions=found,
-        warp_matrix_instructions=found,  # all are
+        matrix_instructions=_count(matrix, assembly),
     )
 
 
-def _count(name: str, code: str) -> int:
-    return len(re.findall(rf"\b{name}\w*", code))
+def _count(instruction: str, code: str) -> int:
+    return len(re.findall(rf"\b{instruction}\w*", code))

@@ -163,7 +163,7 @@ def compile_job(job: Job) -> Compiled:
         registers=binary.registers,
         spills=binary.spills,
         shared=binary.shared,
-        matrix_instructions=_matrix_instructions(job, binary),
+        matrix_instructions=binary.matrix_instructions,
         roofline=roofline,
         broken="; ".join(broken_rules(job, binary, roofline)),
     )
@@ -183,16 +183,11 @@ def broken_rules(job: Job, binary: Binary, roofline: float | None) -> list[str]:
     if binary.shared > job.target.shared_bytes:
         broken.append(f"{binary.shared} bytes of shared memory, {job.target.shared_bytes} exist")
     multiplies = job.case.matrix and job.main and _multiplied(job) != "ieee"
-    if multiplies and not _matrix_instructions(job, binary):
+    if multiplies and not binary.matrix_instructions:
         broken.append(f"no {job.target.matrix}")
     if roofline is not None and job.variant.default and roofline < LEAST_ROOFLINE:
         broken.append(f"predicted {roofline:.0%} of the roofline")
     return broken
-
-
-def _matrix_instructions(job: Job, binary: Binary) -> int:
-    warps = job.case.warps and job.main
-    return binary.warp_matrix_instructions if warps else binary.matrix_instructions
 
 
 # --------------------------------------------------------------------------------- the prediction

@@ -62,7 +62,6 @@ def _case(name: str, kind: int, steps: int, batch: int, hidden: int, only: str =
         flops=2.0 * steps * batch * gates * hidden * hidden,
         elements=hidden * (steps * batch * a_row + 3 * batch + gates * hidden),
         matrix=True,
-        warps=small,
         only=only,
     )
 
@@ -87,7 +86,6 @@ def _projected_backward(steps: int, batch: int, hidden: int, size: int) -> Stati
         flops=2.0 * steps * batch * 5 * hidden * size,
         elements=steps * batch * (9 * hidden + 2 * size) + batch * (size + hidden),
         matrix=True,
-        warps=True,
         only="float16",
     )
 

@@ -121,6 +121,15 @@ def test_dropout(n):
     check(_tensors(shape), _mask("added", shape, torch.float32), seed=seed, p=0.4)
 
 
+@pytest.mark.parametrize("kind", ["bool", "added"])
+@pytest.mark.parametrize("depth", [16, 40, 144])  # in half types the widest is read in chunks
+def test_everything_that_takes_registers(kind, depth):
+    shape = (2, 2, 1, 37, 51, depth, depth)
+    extras = {"lengths": torch.tensor([51, 23]), "seed": torch.tensor([2**45 + 3]), "p": 0.3}
+    mask = _mask(kind, shape, torch.float16)
+    check(_tensors(shape, torch.float16), mask, band=(-20, 10), grad_lse=True, **extras)
+
+
 def test_views():
     qkv = torch.randn(2, 33, 3, 4, 16)
     check([t.transpose(1, 2) for t in qkv.unbind(2)], band=(-UNBOUNDED, 0))

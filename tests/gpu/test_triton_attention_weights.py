@@ -21,6 +21,7 @@ SHAPES = {  # batch, heads, key heads, queries, keys, depth
     "odd": (2, 2, 2, 37, 51, 11),
     "shared heads": (1, 6, 2, 70, 33, 40),
     "one query": (2, 4, 2, 1, 90, 32),
+    "wide": (1, 2, 1, 9, 21, 80),
 }
 
 
