@@ -25,7 +25,15 @@ from .triton_backward_kernels import (
     _attention_bwd_q_kernel,
 )
 from .triton_call import Call
-from .triton_tiles import TileRow, attention_table, describable, described, narrowed, padded
+from .triton_tiles import (
+    DescribedTile,
+    TileRow,
+    attention_table,
+    describable,
+    described,
+    narrowed,
+    padded,
+)
 
 
 def _key_value_shared(m: int, n: int, stages: int) -> int:
@@ -64,7 +72,16 @@ _KEY_VALUE_ROWS: dict[str, list[TileRow]] = dict(
         (16, 16, 8, 1, 256, 256, 256),
     ],
 )
-KEY_VALUE = attention_table("attention_key_value", _key_value_shared, 64, **_KEY_VALUE_ROWS)
+KEY_VALUE = attention_table(
+    "attention_key_value",
+    _key_value_shared,
+    64,
+    described=[
+        DescribedTile((64, 64, 4, 3), 64, 1.25),
+        DescribedTile((64, 64, 4, 2), 128, 1.26),
+    ],
+    **_KEY_VALUE_ROWS,
+)
 KEY_VALUE_MASKED = attention_table(
     "attention_key_value_masked",
     _key_value_shared,
@@ -120,7 +137,16 @@ _QUERY_ROWS: dict[str, list[TileRow]] = dict(
     ],
     ieee=[(32, 32, 8, 1, 256, 256, 128), (16, 16, 8, 1, 256, 256, 256)],
 )
-QUERY = attention_table("attention_query", _query_shared, 64, **_QUERY_ROWS)
+QUERY = attention_table(
+    "attention_query",
+    _query_shared,
+    64,
+    described=[
+        DescribedTile((64, 64, 4, 3), 64, 1.155, one_loop=False, registers=168),
+        DescribedTile((128, 64, 8, 3), 128, 1.265),
+    ],
+    **_QUERY_ROWS,
+)
 QUERY_MASKED = attention_table(
     "attention_query_masked",
     _query_shared,

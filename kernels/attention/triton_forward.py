@@ -24,6 +24,7 @@ from .triton_call import Call
 from .triton_tiles import (
     LN2,
     LOG2E,
+    DescribedTile,
     TileRow,
     at_edges,
     attention_table,
@@ -296,7 +297,16 @@ _FORWARD_ROWS: dict[str, list[TileRow]] = dict(
     ],
     ieee=[(64, 32, 8, 1, 256, 256, 256), (32, 32, 4, 1, 256, 256, 256)],
 )
-FORWARD = attention_table("attention", _shared, 128, **_FORWARD_ROWS)
+FORWARD = attention_table(
+    "attention",
+    _shared,
+    128,
+    described=[
+        DescribedTile((64, 64, 4, 3), 64, 1.14, registers=128),
+        DescribedTile((64, 64, 4, 3), 128, 1.37, one_loop=False),
+    ],
+    **_FORWARD_ROWS,
+)
 FORWARD_MASKED = attention_table(
     "attention_masked",
     _shared,

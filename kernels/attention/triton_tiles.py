@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -10,7 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nnarch.kernels.gpu.targets import Target
-from nnarch.kernels.gpu.tiles import Problem, Tile, TileTable, tile
+from nnarch.kernels.gpu.tiles import ALL_REGISTERS, Problem, Tile, TileTable, tile
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -33,8 +34,36 @@ Widest = int | set[int]
 TileRow = tuple[Widest | float | tuple[Widest, Widest], ...]
 
 
+@dataclass(frozen=True)
+class DescribedTile:
+    """A tile of half types that reads by tensor descriptors, on sm_90, where it was measured.
+
+    Attributes:
+        sizes: BLOCK_M, BLOCK_N, warps, stages.
+        widest: heads at which it does not spill.
+        measured: the relative time of a query and key, as in a row.
+        one_loop: whether one loop goes through all tiles, with a branch at the band's edges.
+        registers: of a thread, fewer where one block more then runs beside the others.
+    """
+
+    sizes: tuple[int, int, int, int]
+    widest: int
+    measured: float
+    one_loop: bool = True
+    registers: int = ALL_REGISTERS
+
+    def tile(self) -> Tile:
+        m, n, warps, stages = self.sizes
+        blocks = {"BLOCK_M": m, "BLOCK_N": n, "DESCRIPTORS": True, "ONE_LOOP": self.one_loop}
+        return tile(warps, stages, self.registers, **blocks)
+
+
 def attention_table(
-    name: str, shared: Callable[[int, int, int], int], widest: int, **rows: list[TileRow]
+    name: str,
+    shared: Callable[[int, int, int], int],
+    widest: int,
+    described: Sequence[DescribedTile] = (),
+    **rows: list[TileRow],
 ) -> TileTable:
     """A table of tiles of queries × keys.
 
@@ -42,16 +71,21 @@ def attention_table(
         name: of the table.
         shared: rows of a head in shared memory, from BLOCK_M, BLOCK_N and the stages.
         widest: as of :func:`reads_chunks`.
+        described: more tiles of half types.
         rows: by precision.
     """
     tiles, deepest, measured = {}, {}, {}
     for precision, entries in rows.items():
         made = []
         for m, n, warps, stages, *depths in entries:
-            made.append(tile(warps, stages, all_registers=True, BLOCK_M=m, BLOCK_N=n))
+            made.append(tile(warps, stages, ALL_REGISTERS, BLOCK_M=m, BLOCK_N=n))
             deepest[precision, made[-1]] = depths[:3]
             measured[precision, made[-1]] = depths[3] if len(depths) > 3 else 0.0
         tiles[precision] = tuple(made)
+    for row in described:
+        deepest["half", row.tile()] = (0, (row.widest, 0), 0)
+        measured["half", row.tile()] = row.measured
+        tiles["half"] += (row.tile(),)
 
     def fits(problem: Problem, tile: Tile, target: Target) -> bool:
         kind = 2 if target.backend == "hip" else int(target.operands == "shared")

@@ -21,7 +21,15 @@ from nnarch.kernels.gpu.epilogue import write_tile
 from nnarch.kernels.gpu.launch import cdiv, flat_grid, launch, named_strides, needs_int64
 from nnarch.kernels.gpu.matmul import grouped_order
 from nnarch.kernels.gpu.targets import Target
-from nnarch.kernels.gpu.tiles import Problem, Tile, TileTable, always_fits, pick, tile
+from nnarch.kernels.gpu.tiles import (
+    ALL_REGISTERS,
+    Problem,
+    Tile,
+    TileTable,
+    always_fits,
+    pick,
+    tile,
+)
 
 
 @triton.jit
@@ -161,8 +169,8 @@ def _winograd_fused_kernel(
 _STEP = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 16
 
 _FUSED_TILES = (
-    tile(8, 2, all_registers=True, BLOCK_M=32, BLOCK_N=32, BLOCK_K=_STEP),
-    tile(4, 2, all_registers=True, BLOCK_M=16, BLOCK_N=32, BLOCK_K=_STEP),
+    tile(8, 2, registers=ALL_REGISTERS, BLOCK_M=32, BLOCK_N=32, BLOCK_K=_STEP),
+    tile(4, 2, registers=ALL_REGISTERS, BLOCK_M=16, BLOCK_N=32, BLOCK_K=_STEP),
 )
 """One pixel a thread and step. With two of them the compiler lays the transformed tile out so that
 operands load 4 bytes at a time (259 loads for 1024 multiply-adds instead of 64 for 512)."""

@@ -81,8 +81,8 @@ def launch(
     if tile is not None:
         arguments = arguments | dict(tile.block)
         options = options | {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        if tile.all_registers and targets.current_target().backend == "cuda" and not INTERPRETED:
-            options["maxnreg"] = min(255, 65536 // (32 * tile.num_warps))
+        if tile.registers and targets.current_target().backend == "cuda" and not INTERPRETED:
+            options["maxnreg"] = min(tile.registers, 65536 // (32 * tile.num_warps))
     if _recorder is not None:
         _recorder.append(Launch(kernel, grid, arguments, options))
         return

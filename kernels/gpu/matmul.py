@@ -8,7 +8,7 @@ import triton.language as tl
 
 from nnarch.kernels.gpu.split import best_split, split_count
 from nnarch.kernels.gpu.targets import Target
-from nnarch.kernels.gpu.tiles import Problem, Tile, TileTable, tile
+from nnarch.kernels.gpu.tiles import ALL_REGISTERS, Problem, Tile, TileTable, tile
 
 # Registers of a thread beside accumulators and addresses, from compiled kernels: loop state, row
 # indices and, where matrix instructions read them from registers, operand fragments.
@@ -57,7 +57,7 @@ def matmul_split(tile: Tile, tiles: int, steps: int) -> int:
 def matmul_tiles(*rows: tuple[int, int, int, int, int]) -> tuple[Tile, ...]:
     """Tiles from rows of BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages."""
     return tuple(
-        tile(warps, stages, all_registers=True, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k)
+        tile(warps, stages, registers=ALL_REGISTERS, BLOCK_M=m, BLOCK_N=n, BLOCK_K=k)
         for m, n, k, warps, stages in rows
     )
 

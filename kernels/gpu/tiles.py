@@ -21,7 +21,8 @@ import triton
 from nnarch.kernels.gpu import plans, targets
 from nnarch.kernels.gpu.targets import Target
 
-MAX_TILES = 8
+MAX_TILES = 10
+ALL_REGISTERS = 255
 
 
 @dataclass(frozen=True)
@@ -31,28 +32,31 @@ class Tile:
     Attributes:
         block: constexpr arguments by name, such as BLOCK_M.
         num_warps, num_stages: Triton's launch options.
-        all_registers: let ptxas use every register that a thread may have. Left to itself it
-            sometimes spills a few to raise the occupancy of a kernel that gains nothing from it.
+        registers: that ptxas may give a thread; 0: it decides. Left to itself it sometimes spills a
+            few to raise the occupancy of a kernel that gains nothing from it (ALL_REGISTERS), and
+            does not hold a few back where one block more would run beside the others.
     """
 
     block: tuple[tuple[str, int], ...]
     num_warps: int = 4
     num_stages: int = 2
-    all_registers: bool = False
+    registers: int = 0
 
     def __getitem__(self, name: str) -> int:
         return dict(self.block)[name]
 
     def __str__(self) -> str:
-        shape = "×".join(str(value) for _, value in self.block)
-        return f"{shape} w{self.num_warps} s{self.num_stages}"
+        shape = "×".join(str(value) for _, value in self.block if not isinstance(value, bool))
+        words = [shape, f"w{self.num_warps}", f"s{self.num_stages}"]
+        words += [name.lower() for name, value in self.block if value is True]
+        if 0 < self.registers < ALL_REGISTERS:
+            words.append(f"r{self.registers}")
+        return " ".join(words)
 
 
-def tile(
-    num_warps: int = 4, num_stages: int = 2, all_registers: bool = False, **block: int
-) -> Tile:
+def tile(num_warps: int = 4, num_stages: int = 2, registers: int = 0, **block: int) -> Tile:
     """A :class:`Tile` from keyword arguments."""
-    return Tile(tuple(block.items()), num_warps, num_stages, all_registers)
+    return Tile(tuple(block.items()), num_warps, num_stages, registers)
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ class TileTable:
 
     Attributes:
         name: of the kernel, unique.
-        tiles: at most 8 for each precision.
+        tiles: at most 10 for each precision.
         cost: relative time of a problem with a tile on a target; the least is the default.
         fits: whether a tile's operands fit the target's shared memory and registers.
     """
@@ -97,7 +101,8 @@ class TileTable:
     def __post_init__(self) -> None:
         for precision, tiles in self.tiles.items():
             if not 1 <= len(tiles) <= MAX_TILES:
-                raise ValueError(f"{self.name}: {precision} has {len(tiles)} tiles, not 1 to 8")
+                counts = f"{len(tiles)} tiles, not 1 to {MAX_TILES}"
+                raise ValueError(f"{self.name}: {precision} has {counts}")
 
     def candidates(self, problem: Problem, target: Target) -> list[Tile]:
         """The tiles that fit `target`, cheapest first by the cost model."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from nnarch.kernels.gpu.launch import cdiv, flat_grid, launch, named_strides, vector
 from nnarch.kernels.gpu.matmul import precision_of
 from nnarch.kernels.gpu.targets import Target, current_target
-from nnarch.kernels.gpu.tiles import Problem, Tile, TileTable, pick, tile
+from nnarch.kernels.gpu.tiles import ALL_REGISTERS, Problem, Tile, TileTable, pick, tile
 
 from . import kinds
 from .gpu_problem import Outputs, Sequence, StateGradients
@@ -59,8 +59,8 @@ _FOUR_AND_EIGHT = (
 _SIXTEEN = (tile(BLOCK_B=8, num_warps=16, num_stages=1),)
 # ptxas would rather spill than pass 128 registers here.
 _VECTORS = (
-    tile(BLOCK_B=1, num_warps=8, num_stages=1, all_registers=True),
-    tile(BLOCK_B=1, num_warps=4, num_stages=1, all_registers=True),
+    tile(BLOCK_B=1, num_warps=8, num_stages=1, registers=ALL_REGISTERS),
+    tile(BLOCK_B=1, num_warps=4, num_stages=1, registers=ALL_REGISTERS),
 )
 SMALL = TileTable(
     "recurrent_small", {"half": _FOUR_AND_EIGHT + _SIXTEEN, "ieee": _VECTORS}, _cost, _fits

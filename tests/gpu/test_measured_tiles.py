@@ -121,7 +121,7 @@ MEASURED = {
     ),
     "attention half S4096 D64": (
         FORWARD,
-        Problem(4096, 4096, 64),
+        Problem(4096, 4096, 64, vectors=False),
         {
             "64×128 w4 s3": 698,
             "64×32 w4 s3": 771,
@@ -131,12 +131,12 @@ MEASURED = {
     ),
     "attention half S4096 D128": (
         FORWARD,
-        Problem(4096, 4096, 128),
+        Problem(4096, 4096, 128, vectors=False),
         {"64×64 w4 s3": 1134, "128×64 w8 s3": 1153},
     ),
     "attention half S512 D64": (
         FORWARD,
-        Problem(512, 512, 64),
+        Problem(512, 512, 64, vectors=False),
         {"64×32 w4 s3": 26, "64×64 w4 s3": 27, "64×128 w4 s3": 27, "128×64 w8 s3": 28},
     ),
     "attention float32 S1024 D64": (  # 342 with 128×32 w4 s2, which spills
@@ -146,17 +146,17 @@ MEASURED = {
     ),
     "attention backward half S2048 D64, keys and values": (  # 662 with 64×64 w4 s3, which spills
         KEY_VALUE,
-        Problem(2048, 2048, 64),
+        Problem(2048, 2048, 64, vectors=False),
         {"64×64 w4 s2": 703, "32×64 w4 s2": 850},
     ),
     "attention backward half S2048 D128, keys and values": (  # 1257 with 64×64 w4 s2, which spills
         KEY_VALUE,
-        Problem(2048, 2048, 128),
+        Problem(2048, 2048, 128, vectors=False),
         {"32×64 w4 s2": 1307},
     ),
     "attention backward half S2048 D64, queries": (
         QUERY,
-        Problem(2048, 2048, 64),
+        Problem(2048, 2048, 64, vectors=False),
         {
             "64×64 w4 s3": 657,
             "64×32 w4 s2": 681,
@@ -166,8 +166,43 @@ MEASURED = {
     ),
     "attention backward half S2048 D128, queries": (
         QUERY,
-        Problem(2048, 2048, 128),
+        Problem(2048, 2048, 128, vectors=False),
         {"64×64 w4 s2": 1946},
+    ),
+    # By descriptors, where vectors are loaded; the others are loaded by pointers everywhere.
+    "attention half S2048 D64 causal": (  # 107 with 64×128 w4 s2 r168, which spills
+        FORWARD,
+        Problem(2048, 2048, 64),
+        {"64×64 w4 s3 descriptors one_loop r128": 109, "64×128 w4 s3": 124},
+    ),
+    "attention half S2048 D128, 64 heads": (
+        FORWARD,
+        Problem(2048, 2048, 128),
+        {"64×64 w4 s3 descriptors": 288, "64×64 w4 s3": 306},
+    ),
+    "attention backward half S2048 D64 causal, keys and values": (
+        KEY_VALUE,
+        Problem(2048, 2048, 64),
+        {
+            "64×64 w4 s3 descriptors one_loop": 176,
+            "64×64 w4 s2 descriptors one_loop": 183,
+            "64×64 w4 s2": 194,
+        },
+    ),
+    "attention backward half S2048 D128, 64 heads, keys and values": (
+        KEY_VALUE,
+        Problem(2048, 2048, 128),
+        {"64×64 w4 s2 descriptors one_loop": 461, "32×64 w4 s2": 628},
+    ),
+    "attention backward half S2048 D64 causal, queries": (
+        QUERY,
+        Problem(2048, 2048, 64),
+        {"64×64 w4 s3 descriptors r168": 112, "64×64 w4 s3": 126},
+    ),
+    "attention backward half S2048 D128, 64 heads, queries": (
+        QUERY,
+        Problem(2048, 2048, 128),
+        {"128×64 w8 s3 descriptors one_loop": 340, "64×64 w4 s2": 380},
     ),
 }
 

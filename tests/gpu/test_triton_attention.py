@@ -163,7 +163,8 @@ _EVERY = [
 )
 def test_every_tile(table, precision, tile):
     dtype = torch.float16 if precision == "half" else torch.float32
-    length = 9 if table is triton_forward.DECODE else 70
+    # Log-sum-exps are read by descriptors too, where their rows lie on 16 bytes.
+    length = 9 if table is triton_forward.DECODE else 72 if "descriptors" in str(tile) else 70
     shape = (1, 2, 1, length, 150, 16, 16)
     options = {}
     if table.name.endswith("masked"):
