@@ -15,21 +15,30 @@ from nnarch.kernels.gpu.tiles import Tile, pick
 from . import reference
 from .triton_backward import KEY_VALUE, KEY_VALUE_MASKED, QUERY, QUERY_MASKED
 from .triton_call import Call
-from .triton_tiles import attention_table
+from .triton_tiles import TileRow, attention_table, narrowed
 from .triton_weights_kernels import (
     _attention_weights_bwd_k_kernel,
     _attention_weights_bwd_q_kernel,
     _attention_weights_kernel,
 )
 
-WEIGHTS = attention_table(
-    "attention_weights",
-    lambda m, n, stages: stages * (m + n),
-    0,
+
+def _shared(m: int, n: int, stages: int) -> int:
+    return stages * (m + n)
+
+
+_ROWS: dict[str, list[TileRow]] = dict(
     half=[(64, 64, 4, 2, 0, 256, 256), (64, 32, 4, 2, 256, 256, 256)],
     tf32=[(64, 64, 8, 1, 256, 256, 0), (64, 32, 8, 1, 256, 256, 0)],
     tf32x3=[(64, 32, 8, 1, 256, 256, 0)],
     ieee=[(64, 32, 8, 1, 256, 256, 256), (32, 32, 4, 1, 256, 256, 256)],
+)
+WEIGHTS = attention_table("attention_weights", _shared, 0, **_ROWS)
+WEIGHTS_MASKED = attention_table(
+    "attention_weights_masked",
+    _shared,
+    0,
+    **narrowed(_ROWS, half={(64, 64, 4, 2): (0, (0, 256), 256)}),
 )
 
 
@@ -62,7 +71,7 @@ def _sum_tiles(call: Call, lse: Tensor, grad: Tensor | None, out: Tensor, factor
         grid = flat_grid(out_batch * out_heads * tiles_m * tiles_n)
         launch(_attention_weights_kernel, grid, arguments, tile)
 
-    run(pick(WEIGHTS, problem, run))
+    run(pick(WEIGHTS_MASKED if call.masked else WEIGHTS, problem, run))
 
 
 def gradient_arguments(grad: Tensor | None) -> dict[str, object]:
