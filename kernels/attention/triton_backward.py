@@ -191,7 +191,6 @@ def prepare(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) -> Backward:
     products, problem = call.products(widest=64)
     problem = dataclasses.replace(problem, vectors=problem.vectors and describable(grad, lse))
     arguments = {
-        **{"DESCRIPTORS": False, "ONE_LOOP": False},
         **call.arguments(grad),
         **{"grad_ptr": grad, "lse_ptr": lse, "delta_ptr": delta},
         **named_strides("g", "bhmd", grad),
@@ -225,7 +224,7 @@ def key_value_gradients(work: Backward, value: Tensor) -> tuple[Tensor, Tensor]:
     dk, dv = reference.new_output(key, key), reference.new_output(value, value)
     arguments = {
         **work.arguments,
-        **{"dk_ptr": dk, "dv_ptr": dv},
+        **{"dk_ptr": dk, "dv_ptr": dv, "DESCRIPTORS": False, "ONE_LOOP": False},
         **named_strides("dk", "bhnd", dk),
         **named_strides("dv", "bhnd", dv),
     }
@@ -246,8 +245,7 @@ def query_gradient(work: Backward) -> Tensor:
     dq = reference.new_output(call.query, call.query)
     arguments = {
         **work.arguments,
-        "dq_ptr": dq,
-        "LEFT": call.left,
+        **{"dq_ptr": dq, "LEFT": call.left, "DESCRIPTORS": False, "ONE_LOOP": False},
         **named_strides("dq", "bhmd", dq),
     }
 

@@ -99,17 +99,19 @@ class Call:
         view = mask.view(torch.uint8) if mask is not None and kind == BOOL_MASK else mask
         return {"mask_ptr": view, **named, "MASK": kind}
 
-    def products(self, widest: int) -> tuple[dict[str, object], Problem]:
+    def products(self, widest: int, described: bool = True) -> tuple[dict[str, object], Problem]:
         """Widths of heads and how products are computed; what the tiles are chosen for.
 
-        `widest` is that of :func:`reads_chunks`.
+        Args:
+            widest: as of :func:`reads_chunks`.
+            described: whether the kernel can read by tensor descriptors.
         """
         precision = dot_precision("matmul")
         widths = {"DEPTH": padded(self.query.shape[3])}
         if self.value is not None:
             widths["VALUE_DEPTH"] = padded(self.value.shape[3])
         kind = precision_of(self.query.dtype, precision)
-        vectors = describable(self.query, self.key, self.value)
+        vectors = described and describable(self.query, self.key, self.value)
         problem = Problem(self.length, self.keys, max(widths.values()), kind, vectors)
         named = {**widths, "PRECISION": precision}
         if self.value is not None:

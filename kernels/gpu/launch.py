@@ -83,6 +83,10 @@ def launch(
         options = options | {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
         if tile.registers and targets.current_target().backend == "cuda" and not INTERPRETED:
             options["maxnreg"] = min(tile.registers, 65536 // (32 * tile.num_warps))
+    if INTERPRETED or _recorder is not None:
+        unknown = arguments.keys() - set(kernel.arg_names)  # the interpreter takes anything
+        if unknown:
+            raise TypeError(f"{kernel.__name__} has no argument {', '.join(sorted(unknown))}")
     if _recorder is not None:
         _recorder.append(Launch(kernel, grid, arguments, options))
         return

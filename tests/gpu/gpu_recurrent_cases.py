@@ -7,6 +7,7 @@ from tolerances import ULPS, assert_as_accurate
 from torch import Tensor
 from triton_cases import poisoned_memory
 
+from nnarch.kernels.gpu.launch import INTERPRETED
 from nnarch.kernels.recurrent import gpu_kernel, kinds, reference
 
 GRADIENTS = (
@@ -17,6 +18,7 @@ OUTPUTS = ("y", "h", "c", "reserve")
 # A normalization's gradient is a difference of numbers that are nearly equal: of so few units one
 # sample's error is several times another's, in torch as here.
 NORM_ULPS = 16.0
+PRODUCT_ULPS = ULPS if INTERPRETED else 2 * ULPS  # three TF32 products lack what is below 2⁻²²
 
 
 def arguments(
@@ -95,6 +97,6 @@ def check_backward(grads, tensors, outputs, kind, reverse=False, wanted=1023):
         actual = gpu_kernel.recurrent_scan_backward(*inputs, *rest)
     same = reference.recurrent_scan_backward(*inputs, *rest)
     truth = reference.recurrent_scan_backward(*_wide(inputs), *rest)
-    ulps = NORM_ULPS if tensors[GRADIENTS.index("norm")] is not None else ULPS
+    ulps = NORM_ULPS if tensors[GRADIENTS.index("norm")] is not None else PRODUCT_ULPS
     for name, *three in zip(GRADIENTS, actual, same, truth, strict=True):
         assert_as_accurate(*three, ulps=ulps, what=f"gradient of {name}")

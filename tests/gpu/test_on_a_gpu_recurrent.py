@@ -21,9 +21,9 @@ MODULES = {
     "rnn relu": ("RNN", {"nonlinearity": "relu", "bidirectional": True}, 40),
 }
 PERSISTENT = [  # few sequences
-    ("LSTM", torch.float32),
+    ("LSTM", torch.bfloat16),
     ("GRU", torch.float16),
-    ("RNN", torch.bfloat16),
+    ("RNN", torch.float32),
 ]
 
 

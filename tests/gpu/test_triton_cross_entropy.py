@@ -148,12 +148,16 @@ def test_chunks():
 
 
 def _compare(mine, theirs, dtype):
-    """In half types the logits and their gradient are rounded on the way."""
-    size = {torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 6e-2}[dtype]
-    tolerance = {"rtol": size, "atol": size}
+    """In half types the logits and their gradient are rounded on the way: what that comes to is
+    known for all numbers together, not for each."""
+    size = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 4e-2}[dtype]
     for a, b in zip(mine, theirs, strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        torch.testing.assert_close(a, b, **tolerance)
+        if dtype is torch.float32:
+            torch.testing.assert_close(a, b, rtol=size, atol=size)
+        else:
+            a, b = a.double(), b.double()
+            assert (a - b).norm() <= size * (b.norm() + 1e-2)
 
 
 def test_scale():
