@@ -14,6 +14,10 @@ from nnarch.kernels.gpu.tiles import Problem
 
 from .triton_tiles import ADDED_MASK, BOOL_MASK, NO_MASK, describable, padded, reads_chunks
 
+LEAST_DESCRIBED = 2**34
+"""B·H·L·S·D from which tiles are read by tensor descriptors, 100 µs of an H100: the host makes them
+anew in every call, and a shorter kernel would wait for that."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -111,7 +115,9 @@ class Call:
         if self.value is not None:
             widths["VALUE_DEPTH"] = padded(self.value.shape[3])
         kind = precision_of(self.query.dtype, precision)
-        vectors = described and describable(self.query, self.key, self.value)
+        pairs = self.batch * self.heads * self.length * self.keys
+        long = pairs * max(widths.values()) >= LEAST_DESCRIBED
+        vectors = described and long and describable(self.query, self.key, self.value)
         problem = Problem(self.length, self.keys, max(widths.values()), kind, vectors)
         named = {**widths, "PRECISION": precision}
         if self.value is not None:
