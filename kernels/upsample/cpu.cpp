@@ -61,15 +61,20 @@ void forward(const T* x, int64_t images, int64_t channels, bool channels_last, c
         });
   }
   const auto run = a.h.bilinear ? table.bilinear_planes : table.nearest_planes;
-  const ColumnTable<T> vectors(w, planes.channels, table.lanes);
-  const Columns<T> c = vectors.view();
-  over_units<Denormals::keep>(planes.count, h.outputs, c.outputs,
-                              [&](int64_t first, int64_t last, int64_t from, int64_t to) {
-                                const Scratch<T> scratch(plane_scratch(c));
-                                for (int64_t p = first; p < last; ++p)
-                                  run(x + p * h.inputs * c.inputs, h, c, from, to, scratch.get(),
-                                      y + p * h.outputs * c.outputs, far);
-                              });
+  const auto over_planes = [&](const Sources<T>& h, const Sources<T>& w) {
+    const ColumnTable<T> vectors(w, planes.channels, table.lanes);
+    const Columns<T> c = vectors.view();
+    over_units<Denormals::keep>(planes.count, h.outputs, c.outputs,
+                                [&](int64_t first, int64_t last, int64_t from, int64_t to) {
+                                  const Scratch<T> scratch(plane_scratch(c));
+                                  for (int64_t p = first; p < last; ++p)
+                                    run(x + p * h.inputs * c.inputs, h, c, from, to, scratch.get(),
+                                        y + p * h.outputs * c.outputs, far);
+                                });
+  };
+  if (planes.channels > 1 || !JoinedRows<T>::serve(h, w, table.lanes)) return over_planes(h, w);
+  const JoinedRows<T> joined(h, w, table.lanes);
+  over_planes(joined.rows(), joined.columns());
 }
 
 template <class T>

@@ -73,6 +73,47 @@ class SourceTable {
   std::vector<T> w0_, w1_;
 };
 
+// Nearest rows of a plane, of which every one is copied equally often: `together` of them and all
+// their copies are one longer row, in whole vectors where `together` rows can be chosen so.
+template <class T>
+class JoinedRows {
+ public:
+  // Where rows end within vectors, and what a vector needs of two rows is in reach.
+  static bool serve(const Sources<T>& h, const Sources<T>& w, int64_t lanes) {
+    if (h.w0 || h.outputs % h.inputs != 0) return false;
+    if (w.outputs % lanes == 0 || w.inputs > 2 * lanes) return false;
+    const int64_t copies = h.outputs / h.inputs;
+    for (int64_t i = 0; i < h.outputs; ++i)
+      if (h.first[i] != i / copies) return false;
+    return copies > 1;
+  }
+
+  JoinedRows(const Sources<T>& h, const Sources<T>& w, int64_t lanes) {
+    const int64_t copies = h.outputs / h.inputs;
+    int64_t together = 1;
+    for (int64_t n : {2, 4})
+      if (together * copies * w.outputs % lanes != 0 && h.inputs % n == 0 && n * w.inputs <= 64)
+        together = n;
+    inputs_ = together * w.inputs;
+    for (int64_t row = 0; row < together; ++row)
+      for (int64_t copy = 0; copy < copies; ++copy)
+        for (int64_t j = 0; j < w.outputs; ++j) columns_.push_back(row * w.inputs + w.first[j]);
+    for (int64_t i = 0; i < h.inputs / together; ++i) rows_.push_back(i);
+  }
+
+  Sources<T> rows() const { return sources(static_cast<int64_t>(rows_.size()), rows_); }
+  Sources<T> columns() const { return sources(inputs_, columns_); }
+
+ private:
+  static Sources<T> sources(int64_t inputs, const std::vector<int64_t>& first) {
+    return {inputs, static_cast<int64_t>(first.size()), first.data(), first.data(), nullptr,
+            nullptr};
+  }
+
+  int64_t inputs_;
+  std::vector<int64_t> rows_, columns_;
+};
+
 // For every input of an axis the outputs that it went into: neighbours, as sources never decrease.
 template <class T>
 class SpreadTable {

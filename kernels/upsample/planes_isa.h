@@ -86,29 +86,46 @@ NNARCH_INLINE void fill_row(T* to, int64_t n, const F& f) {
   if (i < n) store(to + i, f(i, n - i));
 }
 
+// A row of outputs, picked from `row`, and its copies at to, to + outputs and so on before `end`.
+// (What the tables hold is in registers here; behind references it was read anew after each store.)
+template <class T, Reach reach>
+NNARCH_INLINE void pick_row(const T* row, const int64_t* base, const typename LaneOf<T>::Type* lane,
+                            int64_t outputs, T* to, const T* end) {
+  constexpr int64_t lanes = kLanes<T>;
+  int64_t j = 0;
+  for (; j + lanes <= outputs; j += lanes, lane += lanes) {
+    const Vec<T> v = Picker<T, reach>(lane)(row + *base++);
+    for (T* at = to + j; at < end; at += outputs) store(at, v);
+  }
+  if (j == outputs) return;
+  const Vec<T> v = Picker<T, reach>(lane)(row + *base);
+  for (T* at = to + j; at < end; at += outputs) store_n(at, v, outputs - j);
+}
+
+// Rows are picked from where they lie. In the last of a plane a vector might end past the tensor:
+// these are copied first, which costs 20 cycles a row (kRowsTogether).
 template <class T>
 void nearest_planes(const T* x, const Sources<T>& h, const Columns<T>& w, int64_t from, int64_t to,
                     T* scratch, T* y, bool past_caches) {
-  constexpr int64_t lanes = kLanes<T>;
-  T* wide = scratch + kRowsTogether * input_pitch(w);
+  const int64_t inputs = w.inputs, outputs = w.outputs, *first = h.first, *base = w.base0;
+  const auto* const lane = w.lane0;
+  T* const wide = scratch + kRowsTogether * input_pitch(w);
+  const T* const plane_end = x + h.inputs * inputs;
   with_reach(w.reach, [&](auto r) NNARCH_INLINE_LAMBDA {
     for (int64_t i = from; i < to;) {
       int64_t end = i + 1;  // of the rows that copy the same one
-      while (end < to && h.first[end] == h.first[i]) ++end;
-      const T* row = x + h.first[i] * w.inputs;
-      fill_row(scratch, w.inputs, [&](int64_t j, int64_t n) { return load_n(row + j, n); });
-      for (int64_t j = 0, b = 0; j < w.outputs; j += lanes, ++b) {
-        const Picker<T, r.reach> pick(w.lane0 + j);
-        const Vec<T> v = pick(scratch + w.base0[b]);
-        if (past_caches) {
-          store(wide + j, v);
-          continue;
-        }
-        const int64_t n = w.outputs - j < lanes ? w.outputs - j : lanes;
-        for (int64_t k = i; k < end; ++k) store_n(y + k * w.outputs + j, v, n);
+      while (end < to && first[end] == first[i]) ++end;
+      const T* row = x + first[i] * inputs;
+      if (plane_end - row < inputs + 2 * kLanes<T>) {
+        fill_row(scratch, inputs, [&](int64_t j, int64_t n) { return load_n(row + j, n); });
+        row = scratch;
       }
-      for (int64_t k = i; k < end && past_caches; ++k)
-        stream_row(wide, w.outputs, y + k * w.outputs);
+      if (past_caches) {
+        pick_row<T, r.reach>(row, base, lane, outputs, wide, wide + outputs);
+        for (int64_t k = i; k < end; ++k) stream_row(wide, outputs, y + k * outputs);
+      } else {
+        pick_row<T, r.reach>(row, base, lane, outputs, y + i * outputs, y + end * outputs);
+      }
       i = end;
     }
   });
