@@ -73,6 +73,7 @@ class StaticCase:
         matrix: whether its main kernel multiplies matrices.
         main: which of its launches does the work that is counted; the others prepare or finish it.
         only: the precision that it ever runs in; "" where it runs in all.
+        shared_bytes: of shared memory without which another algorithm serves the case.
     """
 
     name: str
@@ -83,6 +84,7 @@ class StaticCase:
     matrix: bool = False
     main: int = 0
     only: str = ""
+    shared_bytes: int = 0
 
 
 # -------------------------------------------------------------------------- cases and launches
@@ -105,6 +107,8 @@ def meta(*size: int, dtype: torch.dtype, channels_last: bool = True) -> torch.Te
 
 def precisions(case: StaticCase, target: Target) -> tuple[str, ...]:
     """What to compile a case for: "float16", and float32 by each dot precision of the target."""
+    if target.shared_bytes < case.shared_bytes:
+        return ()
     if case.only:
         return (case.only,)
     if not case.matrix:

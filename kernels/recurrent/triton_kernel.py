@@ -49,7 +49,9 @@ def _backward(scan: Callable[..., object], kind: int, steps: int, batch: int, hi
     return run
 
 
-def _case(name: str, kind: int, steps: int, batch: int, hidden: int, only: str = "") -> StaticCase:
+def _case(
+    name: str, kind: int, steps: int, batch: int, hidden: int, only: str = "", shared_bytes: int = 0
+) -> StaticCase:
     small, backward = name.startswith("small"), name.endswith("backward")
     scan = (small_forward, step_forward, small_backward, step_backward)[2 * backward + (not small)]
     gates = kinds.GATES[kind]
@@ -63,6 +65,7 @@ def _case(name: str, kind: int, steps: int, batch: int, hidden: int, only: str =
         elements=hidden * (steps * batch * a_row + 3 * batch + gates * hidden),
         matrix=True,
         only=only,
+        shared_bytes=shared_bytes,
     )
 
 
@@ -128,11 +131,11 @@ STATIC_CASES = [
     _case("small forward", kinds.LSTM, 64, 4096, 64),
     _case("small forward", kinds.GRU, 64, 4096, 64),
     _case("small forward", kinds.RNN_TANH, 64, 4096, 128),
-    _case("small forward", kinds.LSTM, 64, 2048, 128, "float16"),
+    _case("small forward", kinds.LSTM, 64, 2048, 128, "float16", 128 * 1024),
     _case("small backward", kinds.LSTM, 64, 4096, 64),
     _case("small backward", kinds.GRU, 64, 4096, 64),
     _case("small backward", kinds.RNN_TANH, 64, 4096, 128),
-    _case("small backward", kinds.LSTM, 64, 2048, 128, "float16"),
+    _case("small backward", kinds.LSTM, 64, 2048, 128, "float16", 128 * 1024),
     _projected_backward(63, 4090, 50, 30),
     _case("step forward", kinds.LSTM, 1, 512, 1024),
     _case("step forward", kinds.LSTM, 8, 256, 832, "float16"),  # one launch, a barrier a step
