@@ -25,7 +25,7 @@ from .triton_backward_kernels import (
     _attention_bwd_q_kernel,
 )
 from .triton_call import Call
-from .triton_tiles import (
+from .triton_tables import (
     DescribedTile,
     TileRow,
     attention_table,

@@ -12,7 +12,8 @@ from nnarch.kernels.gpu.launch import dot_precision, named_strides, needs_int64
 from nnarch.kernels.gpu.matmul import precision_of
 from nnarch.kernels.gpu.tiles import Problem
 
-from .triton_tiles import ADDED_MASK, BOOL_MASK, NO_MASK, describable, padded, reads_chunks
+from .triton_tables import describable, padded, reads_chunks
+from .triton_tiles import ADDED_MASK, BOOL_MASK, NO_MASK
 
 LEAST_DESCRIBED = 2**34
 """B·H·L·S·D from which tiles are read by tensor descriptors, 100 µs of an H100: the host makes them

@@ -21,18 +21,13 @@ from nnarch.kernels.gpu.tiles import Tile, pick
 
 from . import reference
 from .triton_call import Call
+from .triton_tables import DescribedTile, TileRow, attention_table, described, narrowed, padded
 from .triton_tiles import (
     LN2,
     LOG2E,
-    DescribedTile,
-    TileRow,
     at_edges,
-    attention_table,
-    described,
     key_tiles,
     load_tile,
-    narrowed,
-    padded,
     restrict,
     row_products,
     sequence_keys,

@@ -13,7 +13,7 @@ from nnarch.kernels.gpu.static import StaticCase
 from . import reference, triton_backward, triton_forward, triton_weights
 from .op import UNBOUNDED
 from .triton_call import Call
-from .triton_tiles import DEEPEST
+from .triton_tables import DEEPEST
 
 __all__ = [
     "STATIC_CASES",

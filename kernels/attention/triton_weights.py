@@ -15,7 +15,7 @@ from nnarch.kernels.gpu.tiles import Tile, pick
 from . import reference
 from .triton_backward import KEY_VALUE, KEY_VALUE_MASKED, QUERY, QUERY_MASKED
 from .triton_call import Call
-from .triton_tiles import TileRow, attention_table, narrowed
+from .triton_tables import TileRow, attention_table, narrowed
 from .triton_weights_kernels import (
     _attention_weights_bwd_k_kernel,
     _attention_weights_bwd_q_kernel,
