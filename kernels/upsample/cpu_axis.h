@@ -92,8 +92,7 @@ class JoinedRows {
     const int64_t copies = h.outputs / h.inputs;
     int64_t together = 1;
     for (int64_t n : {2, 4})
-      if (together * copies * w.outputs % lanes != 0 && h.inputs % n == 0 && n * w.inputs <= 64)
-        together = n;
+      if (together * copies * w.outputs % lanes != 0 && h.inputs % n == 0) together = n;
     inputs_ = together * w.inputs;
     for (int64_t row = 0; row < together; ++row)
       for (int64_t copy = 0; copy < copies; ++copy)

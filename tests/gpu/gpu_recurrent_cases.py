@@ -18,7 +18,7 @@ OUTPUTS = ("y", "h", "c", "reserve")
 # A normalization's gradient is a difference of numbers that are nearly equal: of so few units one
 # sample's error is several times another's, in torch as here.
 NORM_ULPS = 16.0
-PRODUCT_ULPS = ULPS if INTERPRETED else 2 * ULPS  # three TF32 products lack what is below 2⁻²²
+PRODUCT_ULPS = ULPS if INTERPRETED else 2 * ULPS  # products of TF32 parts, shared divisions
 
 
 def arguments(
