@@ -10,6 +10,7 @@ there, there are no such functions and everything takes the long way.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +36,7 @@ _KINDS = {"Tensor": "t", "int": "i", "float": "f", "bool": "b", "List[int]": "l"
 
 
 def function(
-    library: Any, number: int, schema: Any, first: bool = False
+    library: Any, number: int, schema: Any, first: bool = False, writes: bool = False
 ) -> Callable[..., Any] | None:
     """The direct function of an operation, or None where there is none.
 
@@ -44,8 +45,9 @@ def function(
         number: the operation's number in its table.
         schema: of the operation.
         first: whether it returns the first output alone.
+        writes: whether it may write its arguments.
     """
-    kinds = _kinds(schema)
+    kinds = _kinds(schema, writes)
     if kinds is None or not _set_up(library._name):
         return None
     arguments = schema.arguments
@@ -61,7 +63,7 @@ def function(
 
 
 def give_nodes(
-    library: Any, function: Any, schema: Any, backwards: Sequence[Any], names: Sequence[str]
+    library: Any, of: Any, schema: Any, backwards: Sequence[Any], names: Sequence[str]
 ) -> None:
     """Let an operation's direct function record its backwards, where nnarch/nodes.py can."""
     if not nodes.available(library._name):
@@ -69,22 +71,30 @@ def give_nodes(
     for backward in backwards:
         if backward.op not in names:  # an older native library
             continue
-        kinds = _kinds(getattr(torch.ops.nnarch, backward.op).default._schema)
+        its_schema = getattr(torch.ops.nnarch, backward.op).default._schema
+        kinds = _kinds(its_schema)
         assert kinds is not None
         number = names.index(backward.op)
-        nodes.give(library._name, function, schema, backward, number, kinds)
+        its_function = function(library, number, its_schema)
+        formula = nodes.planned(backward, its_function, is_watched)
+        planned = dataclasses.replace(backward, formula=formula)
+        nodes.give(library._name, of, schema, planned, number, kinds)
 
 
-def _kinds(schema: Any) -> str | None:
+def _kinds(schema: Any, writes: bool = False) -> str | None:
     """A letter an argument, as direct_call.cpp reads them."""
-    if any(str(r.type) != "Tensor" for r in schema.returns) or not schema.returns:
+    if any(str(r.type) != "Tensor" for r in schema.returns):
+        return None
+    if not schema.returns and not writes:
         return None
     kinds = ""
     for argument in schema.arguments:
         kind = str(argument.type)
         optional = kind.startswith("Optional[")
         letter = _KINDS.get(kind.removeprefix("Optional[").removesuffix("]") if optional else kind)
-        if letter is None or argument.alias_info is not None or argument.kwarg_only:
+        if letter is None or argument.kwarg_only:
+            return None
+        if argument.alias_info is not None and not writes:
             return None
         kinds += letter.upper() if optional else letter
     return kinds
@@ -137,6 +147,11 @@ def watched() -> tuple[tuple[Callable[[], Any], Any], ...]:
         (torch.autograd._profiler_enabled, False),  # type: ignore[attr-defined]
         (dual_level, NO_DUAL_LEVEL),
     )
+
+
+def is_watched() -> bool:
+    """Whether more than the kernel has to run."""
+    return any(function() != expected for function, expected in watched())
 
 
 def _find_words() -> tuple[int, int]:

@@ -150,7 +150,7 @@ class Op:
             if self._planned is None:
                 from nnarch.kernels.gpu.plans import planned
 
-                self._planned = planned(self.checked(self.launcher()))
+                self._planned = planned(self.checked(self.launcher()), self.direct)
             return self._planned
         raise NotImplementedError(f"backend {backend!r} lacks {NAMESPACE}::{self.name}")
 
@@ -184,6 +184,18 @@ def define_native(schema: str) -> Any:
     """
     _definitions.define(schema)
     return getattr(torch.ops.nnarch, schema.split("(", 1)[0]).default
+
+
+def direct_native(overload: Any) -> Callable[..., Any]:
+    """The direct function (nnarch/direct.py) of an operation that is native code and nothing else.
+
+    Unlike declared operations it may write its arguments.
+    """
+    name = overload._schema.name.partition("::")[2]
+    if name not in native_op_names():
+        return _declined
+    number = native_op_names().index(name)
+    return direct.function(native, number, overload._schema, writes=True) or _declined
 
 
 def declare(

@@ -50,6 +50,34 @@ class Backward:
     given: Mapping[str, bool] = field(default_factory=dict)
 
 
+def planned(
+    backward: Backward, function: Any, is_watched: Callable[[], bool]
+) -> Callable[..., Any]:
+    """The formula of a backward, which a launch plan repeats on a GPU (ADR 13).
+
+    Args:
+        backward: whose formula it is.
+        function: the direct function of its operation.
+        is_watched: whether more than the kernels has to run.
+    """
+    formula, plan = backward.formula, None
+
+    def run(*args: Any) -> Any:
+        nonlocal plan
+        grad = args[0]
+        if grad is None or not grad.is_cuda or torch.is_grad_enabled() or is_watched():
+            return formula(*args)
+        if plan is None:
+            try:
+                from nnarch.kernels.gpu import plans
+            except ImportError:  # no Triton
+                return formula(*args)
+            plan = plans.planned(formula, function)
+        return plan(*args)
+
+    return run
+
+
 @functools.cache
 def available(path: str) -> bool:
     """Whether the library of nodes beside the native library at `path` is for this torch.

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "cpu/direct_call.h"
+#include "gpu/replay.h"
 
 namespace nnarch {
 namespace {
@@ -165,7 +166,7 @@ NNARCH_EXPORT void nnarch_direct_nodes(void* set_up, void* record) {
   using namespace nnarch;
   set_up_nodes = reinterpret_cast<SetUpNodes>(set_up);
   record_node = reinterpret_cast<RecordNode>(record);
-  set_up_nodes(python.keys[0], python.keys[1], &call_formula);
+  set_up_nodes(python.keys[0], python.keys[1], {&call_formula, &is_plain_on_gpu, &replay_backward});
 }
 
 // Gives a direct function a backward: `number` is its operation's, of `arguments` 3 numbers each
@@ -182,6 +183,7 @@ NNARCH_EXPORT void nnarch_direct_backward(PyObject* function, const char* name, 
       static_cast<Operation*>(PyCapsule_GetPointer(PyCFunction_GetSelf(function), kOperation));
   auto backward = std::make_unique<Backward>();
   backward->name = name;
+  backward->number = number;
   backward->function = boxed_ops().at(static_cast<size_t>(number));
   for (int64_t a = 0; a < 3 * argument_count; a += 3)
     backward->arguments.push_back({static_cast<Backward::Source>(arguments[a]), arguments[a + 1],

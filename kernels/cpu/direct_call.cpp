@@ -2,9 +2,10 @@
 // take 2 to 5 µs of a small call. See docs/adr/0008-direct-calls.md.
 //
 // nnarch/direct.py makes one of these functions for an operation. It runs the kernel where the
-// dispatcher would do nothing else: plain CPU tensors, numbers of Python's own types, no mode,
-// transform, profiler or trace. Everything else, and everything that fails, is its caller's: it
-// returns one of two objects that say so, and has done nothing.
+// dispatcher would do nothing else: plain tensors, numbers of Python's own types, no mode,
+// transform, profiler or trace. On a GPU it repeats a launch plan (gpu/replay.h), where there is
+// one for such arguments. Everything else, and everything that fails, is its caller's: it returns
+// one of two objects that say so, and has done nothing.
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "cpu/direct_call.h"
+#include "gpu/replay.h"
 
 namespace nnarch {
 
@@ -46,8 +48,8 @@ bool nobody_watches() {
 }
 
 // The address of the at::Tensor in a Python tensor, which is a handle that nobody owns; null for
-// one with anything special about it.
-AtenTensorHandle plain_tensor(PyObject* object) {
+// one with anything special about it, or that lies elsewhere than those before it.
+AtenTensorHandle plain_tensor(PyObject* object, Where& where) {
   PyObject* type = PyObject_Type(object);
   Py_DecRef(type);
   if (type != python.tensor && type != python.parameter) return nullptr;
@@ -56,7 +58,13 @@ AtenTensorHandle plain_tensor(PyObject* object) {
   std::memcpy(&impl, place, sizeof(impl));
   uint64_t keys;
   std::memcpy(&keys, impl + python.keys_offset, sizeof(keys));
-  if (keys != python.keys[0] && keys != python.keys[1]) return nullptr;
+  Where here = Where::kNowhere;
+  if (keys == python.keys[0] || keys == python.keys[1])
+    here = Where::kOnCpu;
+  else if (is_plain_on_gpu(keys))
+    here = Where::kOnGpu;
+  if (here == Where::kNowhere || (where != Where::kNowhere && where != here)) return nullptr;
+  where = here;
   return reinterpret_cast<AtenTensorHandle>(place);
 }
 
@@ -88,7 +96,7 @@ namespace {
 
 // Reads one argument as its kind says, of which a capital letter takes None too: a tensor (t), an
 // int (i), a float (f), a bool (b) or a list of ints (l).
-bool read(char kind, PyObject* object, Value& value) {
+bool read(char kind, PyObject* object, Value& value, Where& where) {
   using torch::stable::detail::from;
   const bool optional = kind < 'a';
   value.kind = Value::kNone;
@@ -97,7 +105,7 @@ bool read(char kind, PyObject* object, Value& value) {
   switch (kind | 0x20) {
     case 't':
       value.kind = Value::kTensor;
-      value.tensor = plain_tensor(object);
+      value.tensor = plain_tensor(object, where);
       return value.tensor != nullptr;
     case 'i': {
       int64_t number;
@@ -121,6 +129,23 @@ bool read(char kind, PyObject* object, Value& value) {
       return read_integers(object, nullptr);
   }
 }
+
+}  // namespace
+
+Where read_arguments(const Operation& op, PyObjects arguments, std::ptrdiff_t count,
+                     Value* values) {
+  const auto size = static_cast<std::ptrdiff_t>(op.kinds.size());
+  if (count > size) return Where::kNowhere;
+  Where where = Where::kNowhere;
+  for (std::ptrdiff_t i = 0; i < size; ++i) {
+    PyObject* argument = i < count ? arguments[i] : op.defaults[static_cast<size_t>(i)];
+    if (argument == nullptr || !read(op.kinds[static_cast<size_t>(i)], argument, values[i], where))
+      return Where::kNowhere;
+  }
+  return where == Where::kNowhere ? Where::kOnCpu : where;  // no tensors: native code still
+}
+
+namespace {
 
 bool is_small(const Value* values, std::ptrdiff_t size) {
   constexpr int64_t small = 4096;
@@ -177,9 +202,12 @@ PyObject* adopted(StableIValue value) {
 
 namespace {
 
-void let_go(StableIValue output) { Tensor(reinterpret_cast<AtenTensorHandle>(output)); }
+void let_go(StableIValue output) {
+  if (output != 0) Tensor(reinterpret_cast<AtenTensorHandle>(output));
+}
 
-// One tensor or a tuple of them. Those from `shown` on are None: nobody asks for them.
+// One tensor or a tuple of them. Those from `shown` on are None, for nobody asks for them, and
+// those that a launcher has None for.
 PyObject* results(const Operation& op, const StableIValue* stack, uint64_t shown) {
   const uint64_t outputs = op.outputs;
   if (op.first)
@@ -187,7 +215,7 @@ PyObject* results(const Operation& op, const StableIValue* stack, uint64_t shown
   if (op.first || outputs == 1) return adopted(stack[0]);
   PyObject* tuple = PyTuple_New(static_cast<std::ptrdiff_t>(outputs));
   for (uint64_t i = 0; tuple != nullptr && i < outputs; ++i) {
-    PyObject* tensor = i < shown ? adopted(stack[i]) : answer(python.none);
+    PyObject* tensor = i < shown && stack[i] ? adopted(stack[i]) : answer(python.none);
     if (i >= shown) let_go(stack[i]);
     if (tensor == nullptr || PyTuple_SetItem(tuple, static_cast<std::ptrdiff_t>(i), tensor) != 0) {
       Py_DecRef(tuple);
@@ -197,40 +225,50 @@ PyObject* results(const Operation& op, const StableIValue* stack, uint64_t shown
   return tuple;
 }
 
-// Lets other threads of Python run meanwhile, but for a microsecond's work: that costs 0.1 µs.
-bool run(const Operation& op, StableIValue* stack, bool alone) {
+// Calls `function` and lets other threads of Python run meanwhile, but for a microsecond's work:
+// that costs 0.1 µs. False where it fails: the long way fails the same way, and says why.
+template <class Function>
+bool run(bool alone, const Function& function) {
   void* thread = alone ? nullptr : PyEval_SaveThread();
-  bool done = true;
+  bool done;
   try {
-    op.function(stack, op.kinds.size(), op.outputs);
+    done = function();
   } catch (...) {
-    done = false;  // the long way fails the same way, and says why
+    done = false;
   }
   if (!alone) PyEval_RestoreThread(thread);
   return done;
 }
 
+bool run_on_cpu(const Operation& op, const Value* values, StableIValue* stack) {
+  const size_t size = op.kinds.size();
+  for (size_t i = 0; i < size; ++i) stack[i] = hand_over(op.kinds[i], values[i]);
+  return run(is_small(values, static_cast<std::ptrdiff_t>(size)), [&] {
+    op.function(stack, size, op.outputs);
+    return true;
+  });
+}
+
+bool run_on_gpu(const Operation& op, const Value* values, StableIValue* stack) {
+  const ReplayKey key = replay_key(op, values);
+  return run(false,
+             [&] { return replay(op.number, key, reinterpret_cast<AtenTensorHandle*>(stack)); });
+}
+
 PyObject* call_operation(const Operation& op, PyObjects arguments, std::ptrdiff_t count) {
-  const auto size = static_cast<std::ptrdiff_t>(op.kinds.size());
-  if (count > size) return answer(python.declined);
   Value values[kMostArguments];
-  for (std::ptrdiff_t i = 0; i < size; ++i) {
-    PyObject* argument = i < count ? arguments[i] : op.defaults[static_cast<size_t>(i)];
-    if (argument == nullptr || !read(op.kinds[static_cast<size_t>(i)], argument, values[i]))
-      return answer(python.declined);
-  }
+  const Where where = read_arguments(op, arguments, count, values);
+  if (where == Where::kNowhere) return answer(python.declined);
   const bool wanted = wants_gradient(op, arguments, count);
   const Backward* backward = wanted ? backward_of(op, values) : nullptr;
   if (wanted && !backward) return answer(python.wants_gradient);
   if (!nobody_watches()) return answer(wanted ? python.wants_gradient : python.declined);
+  const auto run_kernel = where == Where::kOnGpu ? &run_on_gpu : &run_on_cpu;
   StableIValue stack[kMostArguments];
-  for (std::ptrdiff_t i = 0; i < size; ++i)
-    stack[i] = hand_over(op.kinds[static_cast<size_t>(i)], values[i]);
-  const bool alone = is_small(values, size);
   if (!wanted)
-    return run(op, stack, alone) ? results(op, stack, op.outputs) : answer(python.declined);
+    return run_kernel(op, values, stack) ? results(op, stack, op.outputs) : answer(python.declined);
   aoti_torch_grad_mode_set_enabled(false);  // the kernel may call operations of torch's
-  const bool done = run(op, stack, alone);
+  const bool done = run_kernel(op, values, stack);
   aoti_torch_grad_mode_set_enabled(true);
   if (!done) return answer(python.wants_gradient);
   const auto shown = static_cast<uint64_t>(backward->shown);
@@ -286,7 +324,8 @@ NNARCH_EXPORT PyObject* nnarch_direct_function(int64_t number, const char* kinds
   const auto size = static_cast<int64_t>(std::strlen(kinds));
   if (size > kMostArguments || outputs > kMostOutputs) return answer(python.none);
   // Never freed: the function lives as long as the module that declares the operation.
-  auto* op = new Operation{boxed_ops().at(static_cast<size_t>(number)),
+  auto* op = new Operation{number,
+                           boxed_ops().at(static_cast<size_t>(number)),
                            kinds,
                            {},
                            static_cast<uint64_t>(outputs),

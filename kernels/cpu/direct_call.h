@@ -30,6 +30,7 @@ extern Setup python;
 
 constexpr const char* kOperation = "nnarch operation";
 struct Operation {
+  int64_t number;  // in the table of native operations
   BoxedOp function;
   std::string kinds;  // a letter an argument, see read()
   std::vector<PyObject*> defaults;
@@ -48,6 +49,11 @@ struct Value {
     PyObject* ints;
   };
 };
+
+// Where the tensors of a call lie: all on the CPU, or all on a GPU, or the call is not plain.
+enum class Where { kNowhere, kOnCpu, kOnGpu };
+// Reads the arguments of a call, as many as the operation has.
+Where read_arguments(const Operation&, PyObjects arguments, std::ptrdiff_t count, Value* values);
 
 // Appends the items of a list of ints, where there is somewhere; false where it is none.
 bool read_integers(PyObject* list, IntList* to);

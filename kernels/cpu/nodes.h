@@ -35,6 +35,7 @@ struct Backward {
     int64_t bit;     // in the number `wanted`
   };
   std::string name;
+  int64_t number;  // of the backward operation in the table of native operations
   void (*function)(uint64_t* stack, uint64_t arguments, uint64_t outputs);
   std::vector<Argument> arguments;
   std::vector<Edge> edges;
@@ -62,10 +63,20 @@ struct Given {
 using CallFormula = bool (*)(const Backward&, const Given* arguments, AtenTensorHandle* results,
                              std::string* error);
 
+// Functions of the native library.
+struct NodeCalls {
+  CallFormula call_formula;
+  // Whether these are the dispatch keys of a plain tensor on a GPU.
+  bool (*is_plain_on_gpu)(uint64_t keys);
+  // Repeats a launch plan of the backward operation (gpu/replay.h); results are the caller's, null
+  // where there is none. False where there is no plan for such arguments.
+  bool (*replay_backward)(const Backward&, const Given* arguments, AtenTensorHandle* results);
+};
+
 // Functions of the library of nodes.
 //
 // Sets it up: dispatch keys of plain tensors.
-using SetUpNodes = void (*)(uint64_t keys, uint64_t other_keys, CallFormula);
+using SetUpNodes = void (*)(uint64_t keys, uint64_t other_keys, const NodeCalls&);
 // Puts a node behind the first outputs of an operation that has run; they stay the caller's. False
 // where it cannot: nothing has been done then.
 using RecordNode = bool (*)(const Backward&, const Given* arguments,

@@ -22,6 +22,7 @@ from nnarch.kernels.cross_entropy.triton_linear import (
 from nnarch.kernels.cross_entropy.triton_logits import gradients, losses
 from nnarch.kernels.cross_entropy.triton_loss import Loss, as_ncl
 from nnarch.kernels.cross_entropy.triton_scale import scale_by, scale_in_place
+from nnarch.kernels.cross_entropy.triton_sums import PER_PROGRAM
 from nnarch.kernels.gpu.launch import check_dtype, device_guard
 from nnarch.kernels.gpu.static import StaticCase, meta
 
@@ -108,6 +109,9 @@ def scale_on_gpu(grad: torch.Tensor, ready: torch.Tensor) -> None:
 # ------------------------------------------------------------------------------ static checks
 
 
+_MAIN = 1  # behind what a mean divides by: one launch, two for many positions
+
+
 def _logits_case(name: str, size: tuple[int, ...], backward: bool) -> StaticCase:
     elements = float(torch.Size(size).numel())
     positions = size[0] * (size[2] if len(size) == 3 else 1)
@@ -122,7 +126,10 @@ def _logits_case(name: str, size: tuple[int, ...], backward: bool) -> StaticCase
         return cross_entropy_backward(grad, x, target, None, lse, -100, 0.0, 0.0, MEAN, 1)
 
     operation = "cross_entropy_backward" if backward else "cross_entropy"
-    return StaticCase(f"{operation} {name}", run, 5 * elements, (2 if backward else 1) * elements)
+    moved = (2 if backward else 1) * elements
+    main = _MAIN + (positions > PER_PROGRAM)
+    targets = 8.0 * positions
+    return StaticCase(f"{operation} {name}", run, 5 * elements, moved, targets, main=main)
 
 
 def _linear_case(samples: int, depth: int, classes: int) -> StaticCase:
@@ -137,6 +144,7 @@ def _linear_case(samples: int, depth: int, classes: int) -> StaticCase:
         flops=6.0 * samples * depth * classes,
         elements=3.0 * (samples * depth + classes * depth + samples * classes),
         matrix=True,
+        main=_MAIN,
     )
 
 

@@ -7,6 +7,7 @@ import copy
 import torch
 
 from nnarch.kernels.cross_entropy.reference import MEAN, NONE
+from nnarch.kernels.cross_entropy.triton_sums import divisors, sum_of
 from nnarch.kernels.gpu.launch import named_strides, needs_int64
 
 
@@ -56,12 +57,10 @@ class Loss:
             positions = self.q.numel() // self.classes
             count = self.q.new_full((), positions, dtype=torch.float32)
             return count, count
-        kept = self.target != self.ignore_index
-        count = kept.sum()
-        if self.class_weight is None:
+        if self.target.numel() == 0:
+            count = self.target.new_zeros((), dtype=torch.float32)
             return count, count
-        weight = self.class_weight[self.target.clamp(0, self.classes - 1)]
-        return (weight * kept).sum(), count
+        return divisors(self.target, self.class_weight, self.classes, self.ignore_index)
 
     def part(self, first: int, end: int) -> Loss:
         """The same for positions from `first` to `end`, whose targets are classes."""
@@ -87,9 +86,9 @@ class Loss:
         """The loss, from those of all positions."""
         if self.reduction == NONE:
             return values.to(dtype)
-        if self.reduction == MEAN and values.numel() == 0:
-            return values.new_full((), float("nan"), dtype=dtype)
-        return values.sum().to(dtype)
+        if values.numel() == 0:
+            return values.new_full((), float("nan") if self.reduction == MEAN else 0.0, dtype=dtype)
+        return sum_of(values, dtype)
 
     def arguments(self, x: torch.Tensor, *others: torch.Tensor | None) -> dict[str, object]:
         """Of both kernels, for logits x [N, width, L]."""

@@ -61,7 +61,7 @@ class TorchCall(Step):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     places: list[tuple[int, Place | list[Place]]]  # which arguments are tensors, or lists of them
-    makes: bool  # new tensors; otherwise it writes one of its arguments
+    makes: list[Allocate]  # new tensors; where none, it writes one of its arguments
 
     def run(self, tensors: list[torch.Tensor], pointers: list[int]) -> None:
         args = list(self.args)
@@ -82,17 +82,19 @@ class KernelLaunch(Step):
     """A kernel. The interpreter takes tensors for pointers."""
 
     start: Callable[..., Any]
-    values: list[Any]  # all arguments, in the kernel's order
+    compiled: Any  # what Triton made of it; None in the interpreter
+    grid: tuple[int, ...]
+    names: list[str]  # of all arguments, in the kernel's order
+    values: list[Any]
     places: list[tuple[int, Place]]  # which of them are tensors
     described: list[tuple[int, Place, Any]]  # and tensor descriptors, which hold no tensor here
-    interpreted: bool
 
     def run(self, tensors: list[torch.Tensor], pointers: list[int]) -> None:
         values = self.values.copy()
         for position, place, descriptor in self.described:
             values[position] = found = copy.copy(descriptor)
             found.base = place.of(tensors[place.slot])
-        if self.interpreted:
+        if self.compiled is None:
             for position, place in self.places:
                 values[position] = place.of(tensors[place.slot])
             self.start(*values)

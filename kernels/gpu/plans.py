@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nnarch import library, precision
+from nnarch.kernels.gpu import replay
 from nnarch.kernels.gpu.plan import Allocate, KernelLaunch, Place, Plan, TorchCall
 
 LIMIT = 1024
@@ -68,6 +69,13 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        launcher = None if self.launching else _launcher(func)
+        if launcher is not None:
+            try:
+                with self:  # its steps are the plan's
+                    return launcher(*args)
+            except (ImportError, NotImplementedError) as error:  # the reference runs instead
+                self.refused = str(error)
         result = func(*args, **kwargs)
         if not self.launching and not self.refused:  # the interpreter uses torch for itself
             try:
@@ -81,8 +89,7 @@ class _Recorder(TorchDispatchMode):
         if not all(isinstance(r, torch.Tensor) for r in results):
             raise _Refused(str(func))  # a value on the host
         if func in _EMPTY:
-            geometry = tuple(result.shape), result.stride()
-            self.plan.steps.append(Allocate(*geometry, result.dtype, result.device))
+            self.plan.steps.append(_allocation(result))
             self._made(result)
             return
         writes = func._schema.is_mutable
@@ -101,8 +108,9 @@ class _Recorder(TorchDispatchMode):
             raise _Refused(str(func))
         tensors = {i for i, _ in places}  # a plan holds no memory
         others = tuple(None if i in tensors else a for i, a in enumerate(args))
-        self.plan.steps.append(TorchCall(func, others, kwargs, places, makes=not writes))
-        for r in () if writes else results:
+        new = () if writes else results
+        self.plan.steps.append(TorchCall(func, others, kwargs, places, [*map(_allocation, new)]))
+        for r in new:
             self._made(r)
 
     def _is_view(self, result: torch.Tensor, args: Any) -> bool:
@@ -132,9 +140,9 @@ class _Recorder(TorchDispatchMode):
         return Place(*known, tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
     def launched(self, kernel: Any, compiled: Any, grid: Any, arguments: dict[str, Any]) -> None:
-        interpreted = compiled is None
-        if interpreted:
-            start, values = kernel[grid], [arguments[name] for name in kernel.arg_names]
+        names = list(kernel.arg_names)
+        if compiled is None:
+            start, values = kernel[grid], [arguments[name] for name in names]
         else:
             start = compiled[(*grid, 1, 1)[:3]]
             values = [arguments.get(p.name, p.default) for p in kernel.params]
@@ -146,7 +154,8 @@ class _Recorder(TorchDispatchMode):
         ]
         for position, *_ in places + described:
             values[position] = None
-        self.plan.steps.append(KernelLaunch(start, values, places, described, interpreted))
+        step = KernelLaunch(start, compiled, grid, names, values, places, described)
+        self.plan.steps.append(step)
 
     def finish(self, result: Any) -> Plan | None:
         """The plan, or None where the run cannot be repeated."""
@@ -167,6 +176,18 @@ class _Recorder(TorchDispatchMode):
         if place.slot < self._inputs:
             raise _Refused("an argument is returned")
         return place
+
+
+def _launcher(func: Any) -> Callable[..., Any] | None:
+    """What runs on a GPU where `func` is an operation of ours; launchers may call others."""
+    namespace, _, name = func._schema.name.partition("::")
+    op = library.OPS.get(name) if namespace == library.NAMESPACE else None
+    planned = op is not None and op.gpu is not None and op.gpu_backend == "triton"
+    return op.checked(op.launcher()) if op is not None and planned else None
+
+
+def _allocation(new: torch.Tensor) -> Allocate:
+    return Allocate(tuple(new.shape), new.stride(), new.dtype, new.device)
 
 
 def without_base(descriptor: TensorDescriptor) -> TensorDescriptor:
@@ -225,13 +246,15 @@ def forget() -> None:
     """Drop all plans: of use where a test changes what launchers decide."""
     for cache in _caches:
         cache.clear()
+    replay.forget()
 
 
-def planned(launcher: Callable[..., Any]) -> Callable[..., Any]:
+def planned(launcher: Callable[..., Any], direct: Any = None) -> Callable[..., Any]:
     """`launcher`, whose calls are repeated by plan where they can be.
 
     The first call of a kind only runs; the second is recorded, so that shapes that never come back
-    (a growing cache of keys) cost nothing more.
+    (a growing cache of keys) cost nothing more. `direct` is the operation's direct function, which
+    repeats the plan itself from then on where it can (`replay.py`).
     """
     plans: dict[Any, Any] = {}
     _caches.append(plans)
@@ -253,6 +276,8 @@ def planned(launcher: Callable[..., Any]) -> Callable[..., Any]:
         elif known is _SEEN_ONCE:
             result, plan = _record(launcher, args, inputs)
             plans[key] = plan or _NEVER
+            if plan is not None and direct is not None:
+                replay.give(direct, args, plan, LIMIT)
             return result
         elif known is not _NEVER:
             return known.run(inputs, pointers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nnarch import library
+from nnarch.direct import DECLINED, WANTS_GRADIENT
 
 from . import checks
 
@@ -20,6 +22,7 @@ _native_update = library.define_native(
     "Tensor invstd, float momentum, float eps, int count) -> ()"
 )
 _HAS_UPDATE = "batch_norm_update" in library.native_op_names()
+_direct_update = library.direct_native(_native_update)
 
 
 def update_of(input: Tensor, mean: Tensor | None, var: Tensor | None) -> Callable[..., None] | None:
@@ -31,15 +34,19 @@ def update_of(input: Tensor, mean: Tensor | None, var: Tensor | None) -> Callabl
     given = [s for s in (mean, var) if s is not None]
     if not given:
         return None
-    if _is_native(input, given):  # it checks for itself, before it writes
-        return _update_natively
+    if _is_plain(input, given):
+        if input.is_cpu and _HAS_UPDATE:  # it checks for itself, before it writes
+            return _update_natively
+        if input.is_cuda and _gpu_update() is not None:
+            checks.running_statistics(input, mean, var)
+            return _update_on_a_gpu
     checks.running_statistics(input, mean, var)
     return _update_in_torch
 
 
-def _is_native(input: Tensor, given: list[Tensor]) -> bool:
-    """Whether nothing but this thread's dispatch to the CPU will see the update."""
-    if not _HAS_UPDATE or not input.is_cpu or torch.compiler.is_compiling():
+def _is_plain(input: Tensor, given: list[Tensor]) -> bool:
+    """Whether nothing but a kernel has to see the update."""
+    if torch.compiler.is_compiling():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
@@ -62,8 +69,34 @@ def _update_natively(
     except RuntimeError:
         checks.running_statistics(input, running_mean, running_var)
         raise
-    # What keeps something made of these looks at it.
-    torch._C._increment_version([s for s in (running_mean, running_var) if s is not None])
+    _count_change(running_mean, running_var)
+
+
+@functools.cache
+def _gpu_update() -> Callable[..., Any] | None:
+    """The same in Triton, by launch plans; None without Triton."""
+    try:
+        from nnarch.kernels.gpu.plans import planned
+        from nnarch.kernels.normalization.triton_running import update
+    except ImportError:
+        return None
+    return planned(update, _direct_update)
+
+
+def _update_on_a_gpu(
+    _: Tensor, running_mean: Tensor | None, running_var: Tensor | None, *arguments: Any
+) -> None:
+    result = _direct_update(running_mean, running_var, *arguments)
+    if result is DECLINED or result is WANTS_GRADIENT:
+        update = _gpu_update()
+        assert update is not None
+        update(running_mean, running_var, *arguments)
+    _count_change(running_mean, running_var)
+
+
+def _count_change(*statistics: Tensor | None) -> None:
+    """What keeps something made of these looks at their versions."""
+    torch._C._increment_version([s for s in statistics if s is not None])
 
 
 @torch.no_grad()

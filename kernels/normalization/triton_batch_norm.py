@@ -21,7 +21,8 @@ from nnarch.kernels.normalization.triton_reduce import split_range, store_partia
 def affine_kernel(
     x_ptr,
     mean_ptr,  # [channels]; None with invstd: x is not normalised
-    invstd_ptr,  # [channels]
+    invstd_ptr,  # [channels]; the variance where eps is given
+    eps,  # or None
     scale_ptr,  # [channels] or None
     shift_ptr,  # [channels] or None
     residual_ptr,  # as x, or None
@@ -47,7 +48,10 @@ def affine_kernel(
     n, c, position, inside, c_inside = elementwise_tile(channels, length, INT64, BLOCK_C, BLOCK_L)
     y = load_tile(x_ptr, n, c, position, stride_xn, stride_xc, stride_xl, inside)
     if mean_ptr is not None:
-        y = (y - load_channels(mean_ptr, c, c_inside)) * load_channels(invstd_ptr, c, c_inside)
+        invstd = load_channels(invstd_ptr, c, c_inside)
+        if eps is not None:
+            invstd = 1.0 / tl.sqrt(invstd + eps)
+        y = (y - load_channels(mean_ptr, c, c_inside)) * invstd
     if scale_ptr is not None:
         y *= load_channels(scale_ptr, c, c_inside)
     if shift_ptr is not None:

@@ -19,7 +19,6 @@ from nnarch.kernels.gpu.launch import (
     vector,
 )
 from nnarch.kernels.gpu.static import StaticCase, meta
-from nnarch.kernels.normalization.reference import fold
 from nnarch.kernels.normalization.triton_batch_norm import (
     affine_kernel,
     batch_norm_bwd_bwd_kernel,
@@ -41,6 +40,7 @@ from nnarch.kernels.normalization.triton_reduce import (
     merge_sums,
     statistics,
 )
+from nnarch.kernels.normalization.triton_running import update
 
 __all__ = [
     "STATIC_CASES",
@@ -66,7 +66,7 @@ def affine(
     check_dtype("affine", x, scale, shift, residual)
     y = output_like(x)
     with device_guard(x):
-        _affine(x, None, None, scale, shift, residual, activation, alpha, y)
+        _affine(x, None, None, None, scale, shift, residual, activation, alpha, y)
     return y
 
 
@@ -83,8 +83,10 @@ def batch_norm_eval(
 ) -> torch.Tensor:
     """``nnarch::batch_norm_eval``."""
     check_dtype("batch_norm_eval", x, mean, var, weight, bias, residual)
-    scale, shift = fold(mean, var, weight, bias, eps)
-    return affine(x, scale, shift, residual, activation, alpha)
+    y = output_like(x)
+    with device_guard(x):
+        _affine(x, vector(mean), vector(var), eps, weight, bias, residual, activation, alpha, y)
+    return y
 
 
 def batch_norm_train(
@@ -103,7 +105,7 @@ def batch_norm_train(
         return y, statistic(x), statistic(x)
     with device_guard(x):
         mean, invstd = statistics(x, eps)
-        _affine(x, mean, invstd, weight, bias, residual, activation, alpha, y)
+        _affine(x, mean, invstd, None, weight, bias, residual, activation, alpha, y)
     return y, mean, invstd
 
 
@@ -111,6 +113,7 @@ def _affine(
     x: torch.Tensor,
     mean: torch.Tensor | None,
     invstd: torch.Tensor | None,
+    eps: float | None,
     scale: torch.Tensor | None,
     shift: torch.Tensor | None,
     residual: torch.Tensor | None,
@@ -118,13 +121,13 @@ def _affine(
     alpha: float,
     y: torch.Tensor,
 ) -> None:
-    """y = act((x - mean)·invstd·scale + shift + residual)"""
+    """y = act((x - mean)·invstd·scale + shift + residual); with eps, `invstd` is the variance."""
     if x.numel() == 0:
         return
     x_view, residual_view, y_view = as_ncl(x, residual, y)
     arguments = {
         **{"x_ptr": x_view, "residual_ptr": residual_view, "y_ptr": y},
-        **{"mean_ptr": mean, "invstd_ptr": invstd},
+        **{"mean_ptr": mean, "invstd_ptr": invstd, "eps": eps},
         **{"scale_ptr": vector(scale), "shift_ptr": vector(shift)},
         **{"alpha": float(alpha), "ACTIVATION": activation},
         **named_strides("x", "ncl", x_view),
@@ -259,6 +262,17 @@ def _case(name: str, size: tuple[int, ...], channels_last: bool, operation: str)
     return StaticCase(f"{operation} {name}{layout}", run, 4 * elements, tensors * elements)
 
 
+def _running_case(channels: int) -> StaticCase:
+    """What a training step adds for the running statistics, of enough channels to fill a GPU."""
+
+    def run(dtype: torch.dtype) -> Any:
+        v = meta(channels, dtype=torch.float32)
+        return update(v, v, v, v, 0.1, 1e-5, 9)
+
+    name = f"batch_norm_update C{channels}"
+    return StaticCase(name, run, 8.0 * channels, 0.0, fixed_bytes=24.0 * channels)
+
+
 STATIC_CASES = [
     _case(name, size, channels_last, operation)
     for operation in (
@@ -273,4 +287,4 @@ STATIC_CASES = [
         ("C256 H56 N8", (8, 256, 56, 56), True),
         ("C256 H56 N8", (8, 256, 56, 56), False),
     )
-]
+] + [_running_case(1 << 18)]

@@ -41,6 +41,19 @@ def _bound(function, index, target, weight, *rest, lse=None):
     return run
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+def test_sums_of_more_positions_than_a_program_adds(weighted):
+    x, weight = torch.randn(17_000, 3), torch.tensor([0.5, 1.0, 3.0]) if weighted else None
+    target = _target(x, soft=False)
+    target[::7] = -100
+    mine = kernel.cross_entropy(x, target, weight, -100, 0.0, 0.0, 1, 1)
+    true = reference.cross_entropy(
+        x.double(), target, None if weight is None else weight.double(), -100, 0.0, 0.0, 1, 1
+    )
+    torch.testing.assert_close(mine[0].double(), true[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(mine[2].double(), true[2], rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", LOGITS)
 @pytest.mark.parametrize("soft", [False, True])

@@ -12,11 +12,13 @@ from triton_cases import DTYPES  # noqa: E402
 
 from nnarch import library  # noqa: E402
 from nnarch.kernels.activation import kinds  # noqa: E402
-from nnarch.kernels.normalization import (  # noqa: E402
+from nnarch.kernels.normalization import (  # noqa: E402  # noqa: E402
     reference,
+    running,
     triton_kernel,
     triton_layout,
     triton_reduce,
+    triton_running,
 )
 
 EPS = 1e-3
@@ -303,3 +305,24 @@ def test_splits_depend_on_the_shape_alone():
 def test_unsupported_dtype_names_operation_and_dtype():
     with pytest.raises(NotImplementedError, match=r"channel_sum for torch\.float64"):
         triton_kernel.channel_sum(torch.zeros(2, 3).double())
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("absent", [None, 0, 1])
+def test_running_statistics(momentum, absent):
+    """As torch mixes them, strided ones and those of half types included."""
+    batch, invstd, eps, count = torch.randn(300), torch.rand(300) + 0.1, 1e-5, 9
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        both = [torch.randn(600, dtype=dtype)[::2], torch.rand(300, dtype=dtype)]
+        mine = [None if i == absent else s.clone() for i, s in enumerate(both)]
+        if absent != 0:
+            mine[0] = torch.zeros(600, dtype=dtype)[::2].copy_(both[0])
+        true = [None if s is None else s.double() for s in mine]
+        triton_running.update(*mine, batch, invstd, momentum, eps, count)
+        running._update_in_torch(
+            batch, *true, batch.double(), invstd.double(), momentum, eps, count
+        )
+        for got, expected in zip(mine, true, strict=True):
+            if got is not None:
+                tolerance = {torch.float16: 1e-3}.get(dtype, 2e-7)
+                torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ launch = pytest.importorskip("nnarch.kernels.gpu.launch", reason="needs triton")
 import nnarch  # noqa: E402
 from nnarch import functional as F  # noqa: E402
 from nnarch import library  # noqa: E402
+from nnarch.direct import DECLINED  # noqa: E402
 from nnarch.kernels.gpu import plans  # noqa: E402
 
 OPS = sorted(
@@ -80,6 +82,50 @@ def test_a_plan_does_what_the_launcher_does(name, replays):
             direct.stride(),
             direct.dtype,
         )
+        assert torch.equal(mine.nan_to_num(7.0), direct.nan_to_num(7.0))
+
+
+def without_modes(function, *arguments):
+    """A call in a thread of its own: the default device of these tests is a mode of theirs."""
+
+    def run():
+        with torch.no_grad():
+            return function(*arguments)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(run).result()
+
+
+# Operations whose plans consist of allocations, copies and kernels, at the samples used here.
+NATIVE = {
+    "activation", "activation_grad", "affine", "attention", "attention_backward", "avg_pool2d",
+    "batch_norm_train", "batch_norm_backward", "channel_sum", "conv2d", "conv2d_input_grad",
+    "conv2d_weight_grad", "conv_transpose2d", "depthwise_conv2d", "depthwise_conv2d_backward",
+    "depthwise_separable_conv2d", "dropout", "gate", "gate_grad", "gated_linear", "layer_norm",
+    "layer_norm_backward", "layer_norm_train", "linear", "local_response_norm", "max_pool2d_taps",
+    "squash", "upsample2d",
+}  # fmt: skip
+
+
+@pytest.mark.skipif(launch.INTERPRETED, reason="the interpreter has no driver to launch with")
+@pytest.mark.parametrize("name", OPS)
+def test_the_native_library_does_what_the_launcher_does(name):
+    op = library.OPS[name]
+    arguments = on_the_device(name, smallest(name))
+    planned = op.implementation("triton")
+    try:
+        planned(*arguments)
+    except NotImplementedError as error:
+        pytest.skip(f"the launcher refuses the sample: {error}")
+    planned(*arguments)
+    arguments = other_values(arguments)
+    got = without_modes(op.direct, *arguments)
+    if got is DECLINED:
+        assert name not in NATIVE
+        pytest.skip("a plan that runs in Python")
+    for mine, direct in zip(tensors_of(got), tensors_of(op.launcher()(*arguments)), strict=True):
+        kind = (direct.shape, direct.stride(), direct.dtype)
+        assert (mine.shape, mine.stride(), mine.dtype) == kind
         assert torch.equal(mine.nan_to_num(7.0), direct.nan_to_num(7.0))
 
 

@@ -29,7 +29,7 @@ using torch::autograd::variable_list;
 
 struct {
   uint64_t keys[2];
-  CallFormula call_formula;
+  NodeCalls calls;
 } setup;
 
 const Tensor& tensor_of(AtenTensorHandle handle) { return *reinterpret_cast<Tensor*>(handle); }
@@ -43,9 +43,12 @@ Tensor taken(AtenTensorHandle handle) {
   return result;
 }
 
-bool is_plain(const Tensor& t) {
+bool is_plain_on_cpu(const Tensor& t) {
   const uint64_t keys = t.key_set().raw_repr();
   return keys == setup.keys[0] || keys == setup.keys[1];
+}
+bool is_plain_on_gpu(const Tensor& t) {
+  return setup.calls.is_plain_on_gpu(t.key_set().raw_repr());
 }
 
 // Whether the dispatcher would do nothing but call the kernel (nnarch.direct.watched).
@@ -103,7 +106,8 @@ struct OpNode : torch::autograd::Node {
       Arguments arguments;
       gather(grads, arguments);
       grads.clear();
-      if (!run_kernel(arguments, results)) run_formula(arguments, results);
+      if (!may_run_kernel() || !(run_on_cpu(arguments, results) || run_on_gpu(arguments, results)))
+        run_formula(arguments, results);
     }
     const auto& edges = backward.edges;
     for (size_t e = 0; e < edges.size(); ++e)
@@ -168,15 +172,25 @@ struct OpNode : torch::autograd::Node {
     return torch::stable::detail::from(std::vector<int64_t>(list.data, list.data + list.size));
   }
 
-  // False where the kernel may not, or does not, take the arguments.
-  bool run_kernel(const Arguments& from, std::array<Tensor, kMostBackwardResults>& results) const {
-    if (at::GradMode::is_enabled() || !nobody_watches()) return false;
-    const size_t size = backward.arguments.size();
-    for (size_t a = 0; a < size; ++a) {
+  using Results = std::array<Tensor, kMostBackwardResults>;
+
+  static bool may_run_kernel() { return !at::GradMode::is_enabled() && nobody_watches(); }
+
+  // Whether each tensor is there and is plain, or is absent and may be.
+  template <class IsPlain>
+  bool are_plain(const Arguments& from, const IsPlain& is_plain) const {
+    for (size_t a = 0; a < backward.arguments.size(); ++a) {
       const char kind = backward.arguments[a].kind;
       if (!is_tensor(kind)) continue;
       if (from.tensors[a].defined() ? !is_plain(from.tensors[a]) : !is_optional(kind)) return false;
     }
+    return true;
+  }
+
+  // False where the kernel may not, or does not, take the arguments.
+  bool run_on_cpu(const Arguments& from, Results& results) const {
+    if (!are_plain(from, is_plain_on_cpu)) return false;
+    const size_t size = backward.arguments.size();
     uint64_t stack[kMostBackwardArguments];
     for (size_t a = 0; a < size; ++a) {
       const char kind = backward.arguments[a].kind;
@@ -199,14 +213,31 @@ struct OpNode : torch::autograd::Node {
     return true;
   }
 
-  void run_formula(const Arguments& from, std::array<Tensor, kMostBackwardResults>& results) const {
-    Given given[kMostBackwardArguments];
-    AtenTensorHandle owned[kMostBackwardResults] = {};
+  std::array<Given, kMostBackwardArguments> given(const Arguments& from) const {
+    std::array<Given, kMostBackwardArguments> to;
     for (size_t a = 0; a < backward.arguments.size(); ++a)
-      given[a] = {from.tensors[a].defined() ? handle_of(from.tensors[a]) : nullptr, from.numbers[a],
-                  from.lists[a].data, from.lists[a].size};
+      to[a] = {from.tensors[a].defined() ? handle_of(from.tensors[a]) : nullptr, from.numbers[a],
+               from.lists[a].data, from.lists[a].size};
+    return to;
+  }
+
+  void take(AtenTensorHandle* owned, Results& results) const {
+    for (size_t r = 0; r < static_cast<size_t>(backward.results); ++r) results[r] = taken(owned[r]);
+  }
+
+  // False where no launch plan is there for such arguments.
+  bool run_on_gpu(const Arguments& from, Results& results) const {
+    AtenTensorHandle owned[kMostBackwardResults] = {};
+    if (!are_plain(from, is_plain_on_gpu)) return false;
+    if (!setup.calls.replay_backward(backward, given(from).data(), owned)) return false;
+    take(owned, results);
+    return true;
+  }
+
+  void run_formula(const Arguments& from, Results& results) const {
+    AtenTensorHandle owned[kMostBackwardResults] = {};
     std::string error;
-    if (!setup.call_formula(backward, given, owned, &error)) {
+    if (!setup.calls.call_formula(backward, given(from).data(), owned, &error)) {
       const auto is = [&](const char* kind) { return error.rfind(kind, 0) == 0; };
       const std::string message = error.substr(std::min(error.size(), error.find(": ") + 2));
       TORCH_CHECK_NOT_IMPLEMENTED(!is("NotImplementedError"), message);
@@ -214,7 +245,7 @@ struct OpNode : torch::autograd::Node {
       TORCH_CHECK_TYPE(!is("TypeError"), message);
       TORCH_CHECK(false, is("RuntimeError") ? message : error);
     }
-    for (size_t r = 0; r < static_cast<size_t>(backward.results); ++r) results[r] = taken(owned[r]);
+    take(owned, results);
   }
 };
 
@@ -271,8 +302,8 @@ bool record(const Backward& backward, const Given* arguments, const AtenTensorHa
 // The torch that this was built for.
 NNARCH_EXPORT const char* nnarch_nodes_torch() { return NNARCH_TORCH; }
 NNARCH_EXPORT void nnarch_nodes_setup(uint64_t keys, uint64_t other_keys,
-                                      nnarch::CallFormula call_formula) {
-  nnarch::setup = {{keys, other_keys}, call_formula};
+                                      const nnarch::NodeCalls& calls) {
+  nnarch::setup = {{keys, other_keys}, calls};
 }
 NNARCH_EXPORT bool nnarch_nodes_record(const nnarch::Backward& backward,
                                        const nnarch::Given* arguments,
