@@ -89,6 +89,7 @@ def without_modes(function, *arguments):
     """A call in a thread of its own: the default device of these tests is a mode of theirs."""
 
     def run():
+        torch.cuda.synchronize()  # gives the thread CUDA's context
         with torch.no_grad():
             return function(*arguments)
 
