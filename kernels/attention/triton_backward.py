@@ -24,7 +24,7 @@ from .triton_backward_kernels import (
     _attention_bwd_kv_kernel,
     _attention_bwd_q_kernel,
 )
-from .triton_call import Call
+from .triton_call import LEAST_DESCRIBED_BACKWARD, Call
 from .triton_tables import (
     DescribedTile,
     TileRow,
@@ -188,7 +188,7 @@ class Backward:
 
 def prepare(call: Call, grad: Tensor, lse: Tensor, delta: Tensor) -> Backward:
     """The arguments that all kernels have in common; `lse` and `delta` are contiguous."""
-    products, problem = call.products(widest=64)
+    products, problem = call.products(64, LEAST_DESCRIBED_BACKWARD)
     problem = dataclasses.replace(problem, vectors=problem.vectors and describable(grad, lse))
     arguments = {
         **call.arguments(grad),

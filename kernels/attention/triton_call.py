@@ -15,9 +15,10 @@ from nnarch.kernels.gpu.tiles import Problem
 from .triton_tables import describable, padded, reads_chunks
 from .triton_tiles import ADDED_MASK, BOOL_MASK, NO_MASK
 
-LEAST_DESCRIBED = 2**34
-"""B·H·L·S·D from which tiles are read by tensor descriptors, 100 µs of an H100: the host makes them
-anew in every call, and a shorter kernel would wait for that."""
+LEAST_DESCRIBED, LEAST_DESCRIBED_BACKWARD = 2**34, 2**37
+"""B·H·L·S·D from which tiles are read by tensor descriptors, 100 µs of an H100 forward and 3 ms
+backward. The host makes them anew in every call, in Python (ADR 13): about 50 µs forward, and 500
+in training, where kernels that gain a seventh by them would wait for that."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +105,13 @@ class Call:
         view = mask.view(torch.uint8) if mask is not None and kind == BOOL_MASK else mask
         return {"mask_ptr": view, **named, "MASK": kind}
 
-    def products(self, widest: int, described: bool = True) -> tuple[dict[str, object], Problem]:
+    def products(self, widest: int, least_described: float) -> tuple[dict[str, object], Problem]:
         """Widths of heads and how products are computed; what the tiles are chosen for.
 
         Args:
             widest: as of :func:`reads_chunks`.
-            described: whether the kernel can read by tensor descriptors.
+            least_described: B·H·L·S·D from which it reads by tensor descriptors, infinity for
+                a kernel that cannot.
         """
         precision = dot_precision("matmul")
         widths = {"DEPTH": padded(self.query.shape[3])}
@@ -117,8 +119,8 @@ class Call:
             widths["VALUE_DEPTH"] = padded(self.value.shape[3])
         kind = precision_of(self.query.dtype, precision)
         pairs = self.batch * self.heads * self.length * self.keys
-        long = pairs * max(widths.values()) >= LEAST_DESCRIBED
-        vectors = described and long and describable(self.query, self.key, self.value)
+        long = pairs * max(widths.values()) >= least_described
+        vectors = long and describable(self.query, self.key, self.value)
         problem = Problem(self.length, self.keys, max(widths.values()), kind, vectors)
         named = {**widths, "PRECISION": precision}
         if self.value is not None:

@@ -20,7 +20,7 @@ from nnarch.kernels.gpu.targets import current_target
 from nnarch.kernels.gpu.tiles import Tile, pick
 
 from . import reference
-from .triton_call import Call
+from .triton_call import LEAST_DESCRIBED, Call
 from .triton_tables import DescribedTile, TileRow, attention_table, described, narrowed, padded
 from .triton_tiles import (
     LN2,
@@ -363,7 +363,7 @@ def forward(call: Call, value: Tensor) -> tuple[Tensor, Tensor]:
     if parts > 1:
         into = query.new_empty((parts, *out.shape), dtype=torch.float32)
         into_lse = lse.new_empty((parts, *lse.shape))
-    products, problem = call.products(widest=128)
+    products, problem = call.products(128, LEAST_DESCRIBED)
     problem = dataclasses.replace(problem, m=length * stack)
     arguments = {
         **call.arguments(),

@@ -6,6 +6,8 @@ log-sum-exp gets is -Σ dS, which attention's own backward takes from there.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ def weights(call: Call, lse: Tensor, averaged: bool) -> Tensor:
 
 def _sum_tiles(call: Call, lse: Tensor, grad: Tensor | None, out: Tensor, factor: float) -> None:
     """Weights, or with `grad` the gradients of their scores, added up to the shape of `out`."""
-    products, problem = call.products(widest=0, described=False)
+    products, problem = call.products(0, math.inf)
     del products["DEPTH"]
     out_batch, out_heads, rows, columns = out.shape
     one_row, one_column = rows != call.length, columns != call.keys
@@ -105,7 +107,7 @@ def query_gradient(call: Call, grad: Tensor, lse: Tensor, averaged: bool) -> tup
     """dQ, and the log-sum-exps' gradient."""
     dq = reference.new_output(call.query, call.query)
     d_lse = torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
-    products, problem = call.products(widest=0, described=False)
+    products, problem = call.products(0, math.inf)
     arguments = {
         **call.arguments(grad),
         **{"lse_ptr": lse, "dq_ptr": dq, "d_lse_ptr": d_lse, "factor": _factor(call, averaged)},
@@ -125,7 +127,7 @@ def query_gradient(call: Call, grad: Tensor, lse: Tensor, averaged: bool) -> tup
 def key_gradient(call: Call, grad: Tensor, lse: Tensor, averaged: bool) -> Tensor:
     """dK."""
     dk = reference.new_output(call.key, call.key)
-    products, problem = call.products(widest=0, described=False)
+    products, problem = call.products(0, math.inf)
     arguments = {
         **call.arguments(grad),
         **{"lse_ptr": lse, "dk_ptr": dk, "factor": _factor(call, averaged)},
