@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.autograd import forward_ad
 
-from nnarch.direct import DECLINED, NO_DUAL_LEVEL, WANTS_GRADIENT, dual_level, watched
+from nnarch.direct import DECLINED, NO_DUAL_LEVEL, WANTS_GRADIENT, dual_level, is_watched
 
 if TYPE_CHECKING:
     from nnarch.library import Op
@@ -149,7 +149,6 @@ def _gpu_call(op: Op, run_on_a_gpu: _GpuCall) -> _GpuCall:
     if op.gpu is None:
         return lambda _: DECLINED
     Tensor, Parameter = torch.Tensor, torch.nn.Parameter
-    watchers = [function for function, _ in watched()]
     kinds = [str(argument.type) for argument in op.overload._schema.arguments]
     places = [i for i, kind in enumerate(kinds) if "Tensor" in kind]
 
@@ -157,9 +156,8 @@ def _gpu_call(op: Op, run_on_a_gpu: _GpuCall) -> _GpuCall:
         first = args[0]
         if not (isinstance(first, Tensor) and first.is_cuda and len(args) == len(kinds)):
             return DECLINED
-        for watcher in watchers:
-            if watcher():
-                return DECLINED
+        if is_watched():
+            return DECLINED
         for i in places:
             kind = type(args[i])
             if kind is not Tensor and kind is not Parameter and args[i] is not None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 
 from nnarch import nodes
 
@@ -137,21 +138,33 @@ def _adopt() -> Callable[[Any], Tensor]:
     return adopt
 
 
-def watched() -> tuple[tuple[Callable[[], Any], Any], ...]:
-    """Functions, each with what it returns while nothing but the kernel has to run."""
+@functools.cache
+def watched() -> tuple[tuple[Callable[[], Any], Any, Callable[[], bool] | None], ...]:
+    """Functions, each with what it returns while nothing but the kernel has to run, and one that
+    is asked whether that holds all the same where it returns something else, or None."""
     return (
-        (torch._C._len_torch_dispatch_stack, 0),
-        (torch._C._len_torch_function_stack, 0),
-        (torch._C._are_functorch_transforms_active, False),
-        (torch._C._is_tracing, False),  # _get_tracing_state takes 0.1 µs
-        (torch.autograd._profiler_enabled, False),  # type: ignore[attr-defined]
-        (dual_level, NO_DUAL_LEVEL),
+        (torch._C._len_torch_dispatch_stack, 0, None),
+        (torch._C._len_torch_function_stack, 0, _is_default_device),
+        (torch._C._are_functorch_transforms_active, False, None),
+        (torch._C._is_tracing, False, None),  # _get_tracing_state takes 0.1 µs
+        (torch.autograd._profiler_enabled, False, None),  # type: ignore[attr-defined]
+        (dual_level, NO_DUAL_LEVEL, None),
     )
+
+
+def _is_default_device() -> bool:
+    """Whether torch.set_default_device, which concerns no operation of ours, is the only mode."""
+    if torch._C._len_torch_function_stack() != 1:
+        return False
+    return type(torch._C._get_function_stack_at(0)) is DeviceContext  # type: ignore[attr-defined]
 
 
 def is_watched() -> bool:
     """Whether more than the kernel has to run."""
-    return any(function() != expected for function, expected in watched())
+    for function, expected, excuse in watched():
+        if function() != expected and (excuse is None or not excuse()):
+            return True
+    return False
 
 
 def _find_words() -> tuple[int, int]:

@@ -124,6 +124,16 @@ def test_nothing_hides_from_a_watcher(watcher):
     assert function(*args) is not DECLINED
 
 
+def test_a_default_device_watches_nothing():
+    function, args = _layer_norm()
+    with torch.device("cpu"):
+        assert function(*args) is not DECLINED and not direct.is_watched()
+        with _FunctionMode():
+            assert function(*args) is DECLINED and direct.is_watched()
+    with _FunctionMode(), torch.device("cpu"):
+        assert function(*args) is DECLINED and direct.is_watched()
+
+
 def test_the_profiler_sees_operations():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         nnarch.functional.layer_norm(torch.randn(2, 5), (5,))

@@ -34,15 +34,21 @@ PyObject* answer(PyObject* object) {
   return object;
 }
 
+// Whether a function returns one of Python's own constants or small numbers.
+bool returns(PyObject* function, PyObject* expected) {
+  PyObject* result = PyObject_CallNoArgs(function);
+  if (result == nullptr) {
+    PyErr_Clear();
+    return false;
+  }
+  Py_DecRef(result);
+  return result == expected;
+}
+
 bool nobody_watches() {
-  for (const auto& [function, expected] : python.watched) {
-    PyObject* result = PyObject_CallNoArgs(function);
-    if (result == nullptr) {
-      PyErr_Clear();
-      return false;
-    }
-    Py_DecRef(result);
-    if (result != expected) return false;
+  for (const auto& [function, expected, excuse] : python.watched) {
+    if (returns(function, expected)) continue;
+    if (excuse == python.none || !returns(excuse, python.yes)) return false;
   }
   return true;
 }
@@ -292,8 +298,8 @@ PyObject* call(PyObject* self, PyObjects arguments, std::ptrdiff_t count) {
 
 #define NNARCH_EXPORT extern "C" __attribute__((visibility("default")))
 
-// `objects`: what Setup names, in its order; `watched`: pairs of a function and what it returns
-// while nobody watches. All of it is kept.
+// `objects`: what Setup names, in its order; `watched`: in threes, a function, what it returns while
+// nobody watches, and its excuse. All of it is kept.
 NNARCH_EXPORT void nnarch_direct_setup(PyObject* objects, PyObject* watched, int64_t impl_offset,
                                        int64_t keys_offset, uint64_t keys, uint64_t other_keys) {
   using nnarch::python;
@@ -306,8 +312,9 @@ NNARCH_EXPORT void nnarch_direct_setup(PyObject* objects, PyObject* watched, int
         &python.wants_gradient, &python.adopt, &python.requires_grad})
     *member = PyTuple_GetItem(objects, at++);
   python.watched.clear();
-  for (std::ptrdiff_t i = 0; i + 1 < PyTuple_Size(watched); i += 2)
-    python.watched.emplace_back(PyTuple_GetItem(watched, i), PyTuple_GetItem(watched, i + 1));
+  for (std::ptrdiff_t i = 0; i + 2 < PyTuple_Size(watched); i += 3)
+    python.watched.push_back({PyTuple_GetItem(watched, i), PyTuple_GetItem(watched, i + 1),
+                              PyTuple_GetItem(watched, i + 2)});
   python.impl_offset = impl_offset;
   python.keys_offset = keys_offset;
   python.keys[0] = keys;

@@ -24,7 +24,11 @@ struct Setup {
            *no = nullptr;
   PyObject *declined = nullptr, *wants_gradient = nullptr;  // the two answers
   PyObject *adopt = nullptr, *requires_grad = nullptr;
-  std::vector<std::pair<PyObject*, PyObject*>> watched;  // functions, and what they have to return
+  // A function, what it has to return, and one that may excuse another answer, or None.
+  struct Watched {
+    PyObject *function, *expected, *excuse;
+  };
+  std::vector<Watched> watched;
 };
 extern Setup python;
 

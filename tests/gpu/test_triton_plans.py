@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -85,18 +84,6 @@ def test_a_plan_does_what_the_launcher_does(name, replays):
         assert torch.equal(mine.nan_to_num(7.0), direct.nan_to_num(7.0))
 
 
-def without_modes(function, *arguments):
-    """A call in a thread of its own: the default device of these tests is a mode of theirs."""
-
-    def run():
-        torch.cuda.synchronize()  # gives the thread CUDA's context
-        with torch.no_grad():
-            return function(*arguments)
-
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(run).result()
-
-
 # Operations whose plans consist of allocations, copies and kernels, at the samples used here.
 NATIVE = {
     "activation", "activation_grad", "affine", "attention", "attention_backward", "avg_pool2d",
@@ -120,7 +107,8 @@ def test_the_native_library_does_what_the_launcher_does(name):
         pytest.skip(f"the launcher refuses the sample: {error}")
     planned(*arguments)
     arguments = other_values(arguments)
-    got = without_modes(op.direct, *arguments)
+    with torch.no_grad():
+        got = op.direct(*arguments)
     if got is DECLINED:
         assert name not in NATIVE
         pytest.skip("a plan that runs in Python")
