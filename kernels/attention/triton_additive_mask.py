@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_backward_kernels import score_gradient
+from .triton_query_gradient import score_gradient
 from .triton_tiles import load_rows, sequence_keys, store_shared
 
 

@@ -22,9 +22,9 @@ from .triton_additive_mask import _attention_bwd_mask_kernel
 from .triton_backward_kernels import (
     _attention_bwd_delta_kernel,
     _attention_bwd_kv_kernel,
-    _attention_bwd_q_kernel,
 )
 from .triton_call import LEAST_DESCRIBED_BACKWARD, Call
+from .triton_query_gradient import _attention_bwd_q_kernel
 from .triton_tables import (
     DescribedTile,
     TileRow,

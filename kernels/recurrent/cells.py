@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nnarch import arrays
 
-from . import kinds
+from . import autocast, kinds
 from .cell_op import step
-
-_in_autocast = torch._C._is_any_autocast_enabled
 
 
 @arrays.public
@@ -28,25 +25,10 @@ def recurrent_cell(
     kind: int,
 ) -> tuple[Tensor, Tensor]:
     """One step of any cell: the new h, and the new c (empty but for the LSTM)."""
-    if _in_autocast():
-        input, h, c, w_ih, w_hh, b_ih, b_hh = _autocast(input, h, c, w_ih, w_hh, b_ih, b_hh, kind)
+    if autocast.is_on():
+        tensors = (input, h, c, w_ih, w_hh, b_ih, b_hh)
+        input, h, c, w_ih, w_hh, b_ih, b_hh = autocast.cast(kind, autocast.CELLS, *tensors)
     return step(input, h, c, w_ih, w_hh, b_ih, b_hh, packed, kind)
-
-
-def _autocast(x: Tensor, h: Tensor | None, *rest: Any) -> tuple[Any, ...]:
-    """The tensors in one dtype, that of torch's result under autocast.
-
-    On the CPU torch casts the products of its cells alone, so an LSTM or a GRU comes out in the
-    dtype of its state, and an Elman cell in autocast's; on a GPU all come out in autocast's.
-    """
-    *tensors, kind = rest
-    device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return x, h, *tensors
-    dtype = torch.get_autocast_dtype(device)
-    if device == "cpu" and kind in (kinds.LSTM, kinds.GRU):
-        dtype = (x if h is None else h).dtype
-    return tuple(None if t is None else t.to(dtype) for t in (x, h, *tensors))
 
 
 def lstm_cell(

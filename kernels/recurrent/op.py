@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from nnarch import arrays, library
 from nnarch.calls import wants_gradient
 
-from . import kinds, reference
+from . import autocast, kinds, reference
 from .checks import check_scan, without_values
 
 _GPU = "nnarch.kernels.recurrent.gpu_kernel"
@@ -264,7 +265,7 @@ def lstm_layer(
     return _run(kinds.LSTM, x, h0, c0, weights, batch_sizes, packed, reverse, eps)
 
 
-@arrays.public_lower_precision
+@arrays.public
 def gru_layer(
     x: Tensor,
     weight_ih: Tensor,
@@ -296,7 +297,10 @@ def gru_layer(
     Raises:
         ValueError, TypeError: arguments that do not fit together; the message names them.
     """
-    weights = (weight_ih, weight_hh, bias_ih, bias_hh, None, None, None)
+    weights: Sequence[Tensor | None] = (weight_ih, weight_hh, bias_ih, bias_hh)
+    if autocast.is_on():
+        x, h0, *weights = autocast.cast(kinds.GRU, autocast.LAYERS, x, h0, *weights)
+    weights = (*weights, None, None, None)
     return _run(kinds.GRU, x, h0, None, weights, batch_sizes, packed, reverse)[:2]
 
 

@@ -214,7 +214,10 @@ def test_autocast(kind):
     x = make_input(ours, "packed")
     with torch.autocast("cpu", torch.bfloat16):
         (y, state), (expected, _) = ours(x), theirs(x)
-    assert all(t.dtype == torch.bfloat16 for t in flat((y, state)))
+    dtype = torch.float32 if kind == "gru" else torch.bfloat16
+    assert all(t.dtype == dtype for t in flat((y, state)))
+    # torch's LSTM is bfloat16 where sequences are padded, and float32 where they are packed.
+    assert kind == "lstm" or expected.data.dtype == dtype
     torch.testing.assert_close(y.data.float(), expected.data.float(), rtol=0.05, atol=0.03)
     y.data.float().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in ours.parameters())
