@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,11 @@ from typing import Any
 import torch
 
 _GRAD, _INPUT, _OUTPUT, _NUMBER, _INTS, _SIZES, _WANTED, _KEEPS_GRAPH, _NONE = range(9)
+
+
+_ABSENT, _GIVEN, _ONE_OF, _NOT_NEGATIVE = range(4)
+NOT_NEGATIVE = "not negative"
+Condition = bool | Set[int] | str
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class Backward:
             a graph of the backward is wanted. It returns as many tensors, or None.
         seen: how many outputs have gradients, from the first.
         shown: how many the caller gets; the others are None. As many as are seen, where None.
-        given: arguments that must be given (True; numbers: not 0), or not (False).
+        given: what arguments have to be: given (True; numbers: not 0) or not (False), one of some
+            integers (a set), or :data:`NOT_NEGATIVE`.
     """
 
     op: str
@@ -47,7 +53,7 @@ class Backward:
     bits: Mapping[str, int] = field(default_factory=dict)
     seen: int = 1
     shown: int | None = None
-    given: Mapping[str, bool] = field(default_factory=dict)
+    given: Mapping[str, Condition] = field(default_factory=dict)
 
 
 def planned(
@@ -121,21 +127,33 @@ def give(
     for result, of in enumerate(backward.gradients):
         for name in of:
             edges += (names.index(name), result, backward.bits.get(name, 0))
-    with_ = [names.index(name) for name, there in backward.given.items() if there]
-    without = [names.index(name) for name, there in backward.given.items() if not there]
+    conditions: list[int] = []
+    for name, condition in backward.given.items():
+        what, bits = _condition(condition)
+        conditions += (what, names.index(name), bits)
     call = ctypes.PyDLL(path).nnarch_direct_backward
     numbers, count = ctypes.POINTER(ctypes.c_int64), ctypes.c_int64
     call.restype = None
     call.argtypes = [
         ctypes.py_object, ctypes.c_char_p, count, numbers, count, numbers, count, count, count,
-        count, numbers, count, numbers, count, ctypes.py_object,
+        count, numbers, count, ctypes.py_object,
     ]  # fmt: skip
     call(
         function, schema.name.partition("::")[2].encode(), number,
         _array(arguments), len(arguments) // 3, _array(edges), len(edges) // 3,
-        len(backward.gradients), backward.seen, backward.shown or backward.seen, _array(with_),
-        len(with_), _array(without), len(without), backward.formula,
+        len(backward.gradients), backward.seen, backward.shown or backward.seen,
+        _array(conditions), len(conditions) // 3, backward.formula,
     )  # fmt: skip
+
+
+def _condition(condition: Condition) -> tuple[int, int]:
+    """A condition's number, and its bits."""
+    if isinstance(condition, bool):
+        return (_GIVEN if condition else _ABSENT), 0
+    if isinstance(condition, str):
+        assert condition == NOT_NEGATIVE
+        return _NOT_NEGATIVE, 0
+    return _ONE_OF, sum(1 << value for value in condition)
 
 
 def _source(argument: str, names: list[str], types: list[str]) -> tuple[int, int]:

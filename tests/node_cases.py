@@ -55,6 +55,23 @@ def _upsample(x):
     return F.interpolate(x, (7, 3), mode="bilinear")
 
 
+def _activation(kind, alpha=None):
+    return lambda x: F.activation(x, kind, alpha=alpha)
+
+
+def _dropout(x):
+    torch.manual_seed(5)
+    return F.dropout(x, 0.3)
+
+
+def _adaptive_avg_pool(x):
+    return F.adaptive_avg_pool2d(x, (2, 3))
+
+
+def _local_response_norm(x):
+    return F.local_response_norm(x, 3)
+
+
 # name: (function, shapes of its tensors, whether it has a second derivative)
 CASES = {
     "linear": (F.linear, [(3, 5), (4, 5), (4,)], True),
@@ -75,9 +92,20 @@ CASES = {
     "batch_norm": (_batch_norm, [(2, 3, 4, 2), (3,), (3,)], True),
     "attention": (_attention, [(1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 4), (1, 1, 3, 5)], False),
     "cross_entropy": (_cross_entropy, [(3, 5)], False),
+    "relu": (_activation("relu"), [(3, 5)], True),
+    "tanh": (_activation("tanh"), [(3, 5)], True),
+    "gelu": (_activation("gelu"), [(3, 5)], True),
+    "leaky_relu": (_activation("leaky_relu", 0.2), [(3, 5)], True),
+    "leaky_relu, negative": (_activation("leaky_relu", -0.2), [(3, 5)], True),
+    "gated_activation": (F.gated_activation, [(3, 5), (3, 5)], True),
+    "dropout": (_dropout, [(3, 5)], True),
+    "adaptive_avg_pool2d": (_adaptive_avg_pool, [(2, 3, 5, 4)], True),
+    "local_response_norm": (_local_response_norm, [(2, 3, 5, 4)], False),
+    "squash": (F.squash, [(3, 5)], False),
 }
 NAMES = list(CASES)
-KEEPING = [name for name in NAMES if name not in ("avg_pool2d", "upsample")]  # tensors, that is
+_OF_SIZES = ("avg_pool2d", "adaptive_avg_pool2d", "upsample")
+KEEPING = [name for name in NAMES if name not in _OF_SIZES]  # tensors, that is
 
 
 def make(name, dtype=torch.float32, seed=0):

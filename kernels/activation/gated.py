@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nnarch import arrays, library
+from nnarch.nodes import Backward
 
 from . import kinds, reference
 from .op import _check, activation_grad, activation_grad_grad, activation_op
@@ -65,16 +66,6 @@ def _gate_grad_backward(ctx: Any, a: Tensor, b: Tensor) -> tuple[Tensor | None, 
     return d_grad, bend + slope_of_b * grad, slope_of_a * grad, None, None
 
 
-gate_op = library.declare(
-    "gate(Tensor gate, Tensor value, int activation, float alpha) -> Tensor",
-    reference=reference.gate,
-    fake=lambda gate, value, activation, alpha: library.new_output(gate, gate.shape),
-    check=_check_gate,
-    gpu=f"{_GPU}:gate",
-    setup_context=_setup_gate,
-    backward=_gate_backward,
-)
-
 gate_grad = library.declare(
     "gate_grad(Tensor grad, Tensor gate, Tensor value, int activation, float alpha)"
     " -> (Tensor, Tensor)",
@@ -84,6 +75,24 @@ gate_grad = library.declare(
     gpu=f"{_GPU}:gate_grad",
     setup_context=_setup_gate_grad,
     backward=_gate_grad_backward,
+)
+
+gate_op = library.declare(
+    "gate(Tensor gate, Tensor value, int activation, float alpha) -> Tensor",
+    reference=reference.gate,
+    fake=lambda gate, value, activation, alpha: library.new_output(gate, gate.shape),
+    check=_check_gate,
+    gpu=f"{_GPU}:gate",
+    setup_context=_setup_gate,
+    backward=_gate_backward,
+    nodes=(
+        Backward(
+            op="gate_grad",
+            arguments="grad 0, gate, value, activation, alpha",
+            gradients=(("gate",), ("value",)),
+            formula=lambda *arguments: gate_grad(*arguments),
+        ),
+    ),
 )
 
 

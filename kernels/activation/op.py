@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nnarch import arrays, library
+from nnarch.nodes import NOT_NEGATIVE, Backward, Condition
 
 from . import kinds, reference
 
@@ -76,15 +77,15 @@ def _grad_backward(ctx: Any, gradgrad: Tensor) -> tuple[Tensor | None, ...]:
     return d_grad, d_saved, None, None
 
 
-activation_op = library.declare(
-    "activation(Tensor x, int activation, float alpha) -> Tensor",
-    reference=reference.activation,
-    fake=lambda x, activation, alpha: library.new_output(x, x.shape),
-    check=_check_activation,
-    gpu=f"{_GPU}:activation",
-    setup_context=_setup_activation,
-    backward=_activation_backward,
-)
+def _node(saved: str, given: dict[str, Condition]) -> Backward:
+    return Backward(
+        op="activation_grad",
+        arguments=f"grad 0, {saved}, activation, alpha",
+        gradients=(("x",),),
+        formula=lambda *arguments: (activation_grad(*arguments),),
+        given=given,
+    )
+
 
 activation_grad = library.declare(
     "activation_grad(Tensor grad, Tensor saved, int activation, float alpha) -> Tensor",
@@ -95,6 +96,21 @@ activation_grad = library.declare(
     setup_context=_setup_grad,
     backward=_grad_backward,
 )
+
+activation_op = library.declare(
+    "activation(Tensor x, int activation, float alpha) -> Tensor",
+    reference=reference.activation,
+    fake=lambda x, activation, alpha: library.new_output(x, x.shape),
+    check=_check_activation,
+    gpu=f"{_GPU}:activation",
+    setup_context=_setup_activation,
+    backward=_activation_backward,
+    nodes=(
+        _node("output 0", {"activation": kinds.INVERTIBLE, "alpha": NOT_NEGATIVE}),
+        _node("x", {}),
+    ),
+)
+
 
 # Third derivatives have no kernel: a backward through this operation raises.
 activation_grad_grad = library.declare(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nnarch import arrays, library
+from nnarch.nodes import Backward
 
 from . import reference
 
@@ -131,6 +132,15 @@ def _squash_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return squash_grad(grad, x, ctx.dim), None
 
 
+# Second derivatives have no kernel: a backward through this operation raises.
+squash_grad = library.declare(
+    "squash_grad(Tensor grad, Tensor x, int dim) -> Tensor",
+    reference=reference.squash_grad,
+    fake=lambda grad, x, dim: library.new_output(x, x.shape),
+    check=_check_squash_grad,
+    gpu=f"{_GPU}:squash_grad",
+)
+
 squash_op = library.declare(
     "squash(Tensor x, int dim) -> Tensor",
     reference=reference.squash,
@@ -139,15 +149,14 @@ squash_op = library.declare(
     gpu=f"{_GPU}:squash",
     setup_context=_setup_squash,
     backward=_squash_backward,
-)
-
-# Second derivatives have no kernel: a backward through this operation raises.
-squash_grad = library.declare(
-    "squash_grad(Tensor grad, Tensor x, int dim) -> Tensor",
-    reference=reference.squash_grad,
-    fake=lambda grad, x, dim: library.new_output(x, x.shape),
-    check=_check_squash_grad,
-    gpu=f"{_GPU}:squash_grad",
+    nodes=(
+        Backward(
+            op="squash_grad",
+            arguments="grad 0, x, dim",
+            gradients=(("x",),),
+            formula=lambda *arguments: (squash_grad(*arguments),),
+        ),
+    ),
 )
 
 

@@ -13,9 +13,21 @@ RecordNode record_node = nullptr;
 
 constexpr int kMostArguments = 24, kMostInts = 64;
 
-// Whether an argument is given, and is not 0.
-bool is_given(const Value& value) {
-  return value.kind != Value::kNone && (value.kind != Value::kNumber || value.number != 0);
+bool holds(const Backward::Condition& condition, const Value* values) {
+  using torch::stable::detail::to;
+  const Value& value = values[condition.argument];
+  const bool is_number = value.kind == Value::kNumber;
+  const bool is_given = value.kind != Value::kNone && !(is_number && value.number == 0);
+  switch (condition.is) {
+    case Backward::Condition::kOneOf: {
+      const auto number = is_number ? to<int64_t>(value.number) : -1;
+      return number >= 0 && number < 63 && (condition.bits >> number & 1);
+    }
+    case Backward::Condition::kNotNegative:
+      return is_number && to<double>(value.number) >= 0;
+    default:
+      return is_given == (condition.is == Backward::Condition::kGiven);
+  }
 }
 
 PyObject* constant(PyObject* object) {
@@ -123,8 +135,7 @@ bool call_formula(const Backward& backward, const Given* arguments, AtenTensorHa
 const Backward* backward_of(const Operation& op, const Value* values) {
   for (const auto& backward : op.backwards) {
     bool suits = true;
-    for (int64_t i : backward->with) suits &= is_given(values[i]);
-    for (int64_t i : backward->without) suits &= !is_given(values[i]);
+    for (const auto& condition : backward->conditions) suits = suits && holds(condition, values);
     if (suits) return backward.get();
   }
   return nullptr;
@@ -170,13 +181,13 @@ NNARCH_EXPORT void nnarch_direct_nodes(void* set_up, void* record) {
 }
 
 // Gives a direct function a backward: `number` is its operation's, of `arguments` 3 numbers each
-// (source, index, kind) and of `edges` 3 (input, result, bit); then as in cpu/nodes.h.
+// (source, index, kind), of `edges` 3 (input, result, bit), of `conditions` 3 (what, argument,
+// bits); then as in cpu/nodes.h.
 NNARCH_EXPORT void nnarch_direct_backward(PyObject* function, const char* name, int64_t number,
                                           const int64_t* arguments, int64_t argument_count,
                                           const int64_t* edges, int64_t edge_count, int64_t results,
-                                          int64_t seen, int64_t shown, const int64_t* with,
-                                          int64_t with_count, const int64_t* without,
-                                          int64_t without_count, PyObject* formula) {
+                                          int64_t seen, int64_t shown, const int64_t* conditions,
+                                          int64_t condition_count, PyObject* formula) {
   using namespace nnarch;
   if (argument_count > kMostBackwardArguments || results > kMostBackwardResults) return;
   auto* op =
@@ -193,8 +204,9 @@ NNARCH_EXPORT void nnarch_direct_backward(PyObject* function, const char* name, 
   backward->results = results;
   backward->seen = seen;
   backward->shown = shown;
-  backward->with.assign(with, with + with_count);
-  backward->without.assign(without, without + without_count);
+  for (int64_t c = 0; c < 3 * condition_count; c += 3)
+    backward->conditions.push_back({static_cast<Backward::Condition::Is>(conditions[c]),
+                                    conditions[c + 1], conditions[c + 2]});
   Py_IncRef(formula);
   backward->formula = formula;
   op->backwards.push_back(std::move(backward));

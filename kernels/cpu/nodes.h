@@ -29,6 +29,12 @@ struct Backward {
     int64_t index;  // of the gradient, or of the operation's argument or output
     char kind;      // as in direct_call.cpp, a capital letter where None is taken too
   };
+  // What an argument of the operation has to be.
+  struct Condition {
+    enum Is : int64_t { kAbsent, kGiven, kOneOf, kNotNegative } is;  // 0 counts as absent
+    int64_t argument;
+    int64_t bits;  // of kOneOf: the values from 0 to 62
+  };
   struct Edge {
     int64_t input;   // argument of the operation that may have a gradient
     int64_t result;  // of the backward operation, that is it
@@ -42,8 +48,7 @@ struct Backward {
   int64_t results;  // of the backward operation
   int64_t seen;     // outputs of the operation that have gradients, from the first
   int64_t shown;    // outputs that the caller gets, from the first
-  // Arguments of the operation that must be given (and not 0), and that must not.
-  std::vector<int64_t> with, without;
+  std::vector<Condition> conditions;
   void* formula;  // the Python function of the same arguments, for what is not plain
 };
 

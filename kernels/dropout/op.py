@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nnarch import arrays, library
+from nnarch.nodes import Backward
 
 from . import reference
 from .seed import check_dropout, draw_seed
@@ -37,6 +38,14 @@ dropout_op = library.declare(
     gpu="nnarch.kernels.dropout.triton_kernel:dropout",
     setup_context=_setup,
     backward=_backward,
+    nodes=(
+        Backward(
+            op="dropout",
+            arguments="grad 0, seed, p",
+            gradients=(("x",),),
+            formula=lambda *arguments: (dropout_op(*arguments),),
+        ),
+    ),
 )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from nnarch import arrays, library
+from nnarch.nodes import Backward
 
 from . import reference
 
@@ -53,17 +54,6 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return local_response_norm_grad(grad, x, *ctx.arguments), *[None] * 5
 
 
-local_response_norm_op = library.declare(
-    "local_response_norm(Tensor x, int size, float scale, float beta, float k, bool relu)"
-    " -> Tensor",
-    reference=reference.local_response_norm,
-    fake=lambda x, *_: library.new_output(x, x.shape),
-    check=_check,
-    gpu=f"{_GPU}:local_response_norm",
-    setup_context=_setup,
-    backward=_backward,
-)
-
 # Second derivatives have no kernel: a backward through this operation raises.
 local_response_norm_grad = library.declare(
     "local_response_norm_grad(Tensor grad, Tensor x, int size, float scale, float beta, float k, "
@@ -73,6 +63,26 @@ local_response_norm_grad = library.declare(
     check=_check_grad,
     gpu=f"{_GPU}:local_response_norm_grad",
 )
+
+local_response_norm_op = library.declare(
+    "local_response_norm(Tensor x, int size, float scale, float beta, float k, bool relu)"
+    " -> Tensor",
+    reference=reference.local_response_norm,
+    fake=lambda x, *_: library.new_output(x, x.shape),
+    check=_check,
+    gpu=f"{_GPU}:local_response_norm",
+    setup_context=_setup,
+    backward=_backward,
+    nodes=(
+        Backward(
+            op="local_response_norm_grad",
+            arguments="grad 0, x, size, scale, beta, k, relu",
+            gradients=(("x",),),
+            formula=lambda *arguments: (local_response_norm_grad(*arguments),),
+        ),
+    ),
+)
+
 
 # ------------------------------------------------------------------------------ public function
 
