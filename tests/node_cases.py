@@ -27,6 +27,10 @@ def _batch_norm(x, w, b):
     return F.batch_norm(x, None, None, w, b, training=True)
 
 
+def _batch_norm_relu(x, w, b):
+    return F.batch_norm(x, None, None, w, b, training=True, activation="relu")
+
+
 def _conv(x, w, b):
     return F.conv2d(x, w, b, stride=(1, 2), padding=(1, 0), groups=2)
 
@@ -90,6 +94,7 @@ CASES = {
     "layer_norm": (_norm, [(3, 5), (5,), (5,)], True),
     "layer_norm of a sum": (_norm_of_sum, [(3, 5), (5,), (5,), (3, 5)], True),
     "batch_norm": (_batch_norm, [(2, 3, 4, 2), (3,), (3,)], True),
+    "batch_norm with relu": (_batch_norm_relu, [(2, 3, 4, 2), (3,), (3,)], True),
     "attention": (_attention, [(1, 2, 3, 4), (1, 2, 5, 4), (1, 2, 5, 4), (1, 1, 3, 5)], False),
     "cross_entropy": (_cross_entropy, [(3, 5)], False),
     "relu": (_activation("relu"), [(3, 5)], True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from nnarch import arrays, library
 from nnarch.kernels.activation import kinds
 from nnarch.kernels.activation.op import activation_grad, activation_op
-from nnarch.nodes import Backward
+from nnarch.nodes import Backward, Condition
 
 from . import checks, reference, running
 
@@ -264,6 +265,34 @@ batch_norm_backward_backward = library.declare(
     gpu=f"{_GPU}:batch_norm_backward_backward",
 )
 
+
+def _activated_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    y: Tensor | None,
+    code: int,
+    alpha: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """batch_norm_backward, with the activation's as a node of the graph where one is wanted."""
+    if torch.is_grad_enabled():
+        grad, y, code = activation_grad(grad, y, code, alpha), None, kinds.NONE
+    return batch_norm_backward(grad, x, weight, mean, invstd, y, code, alpha)
+
+
+def _train_node(y: str, formula: Callable[..., Any], activation: Condition) -> Backward:
+    return Backward(
+        op="batch_norm_backward",
+        arguments=f"grad 0, x, weight, output 1, output 2, {y}, activation, alpha",
+        gradients=(("x",), ("weight",), ("bias",)),
+        formula=formula,
+        shown=3,
+        given={"residual": False, "activation": activation},
+    )
+
+
 batch_norm_train = library.declare(
     "batch_norm_train(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
     "int activation, float alpha) -> (Tensor y, Tensor mean, Tensor invstd)",
@@ -274,14 +303,8 @@ batch_norm_train = library.declare(
     setup_context=_setup_train,
     backward=_train_backward,
     nodes=(
-        Backward(
-            op="batch_norm_backward",
-            arguments="grad 0, x, weight, output 1, output 2, none, activation, alpha",
-            gradients=(("x",), ("weight",), ("bias",)),
-            formula=batch_norm_backward,
-            shown=3,
-            given={"residual": False, "activation": False},
-        ),
+        _train_node("none", batch_norm_backward, False),
+        _train_node("output 0", _activated_backward, kinds.INVERTIBLE),
     ),
 )
 
