@@ -298,8 +298,8 @@ PyObject* call(PyObject* self, PyObjects arguments, std::ptrdiff_t count) {
 
 #define NNARCH_EXPORT extern "C" __attribute__((visibility("default")))
 
-// `objects`: what Setup names, in its order; `watched`: in threes, a function, what it returns while
-// nobody watches, and its excuse. All of it is kept.
+// `objects`: what Setup names, in its order; `watched`: in threes, a function, what it returns
+// while nobody watches, and its excuse. All of it is kept.
 NNARCH_EXPORT void nnarch_direct_setup(PyObject* objects, PyObject* watched, int64_t impl_offset,
                                        int64_t keys_offset, uint64_t keys, uint64_t other_keys) {
   using nnarch::python;
