@@ -123,6 +123,43 @@ def _linear(x, weight):
         return F.linear(x, weight)
 
 
+def _formulas():
+    """Backwards that are one native operation on the CPU, and several kernels on a GPU."""
+    from nnarch.kernels.conv2d.op import _gradients as conv2d
+    from nnarch.kernels.linear.op import _gradients as linear
+
+    def linear_arguments():
+        return torch.randn(6, 8), torch.randn(6, 32), torch.randn(8, 32)
+
+    def conv2d_arguments():
+        grad = torch.randn(2, 8, 5, 5).to(memory_format=torch.channels_last)
+        return grad, torch.randn(2, 4, 5, 5), torch.randn(8, 4, 3, 3)
+
+    for wanted in (1, 2, 4, 7):
+        yield f"linear {wanted}", linear, linear_arguments, (wanted,)
+        geometry = ([1, 1], [1, 1, 1, 1], [1, 1], 1)
+        yield f"conv2d {wanted}", conv2d, conv2d_arguments, (*geometry, wanted)
+
+
+@pytest.mark.parametrize(
+    ("formula", "tensors", "rest"), [pytest.param(*rest, id=name) for name, *rest in _formulas()]
+)
+def test_the_formula_of_a_backward_is_one_plan(formula, tensors, rest, replays):
+    planned = plans.planned(formula)
+    with torch.no_grad():
+        for _ in range(2):
+            planned(*tensors(), *rest)
+        assert not replays
+        arguments = tensors()
+        got = planned(*arguments, *rest)
+        assert len(replays) == 1
+        with nnarch.use_backend("triton"):
+            expected = formula(*arguments, *rest)
+    for mine, true in zip(got, expected, strict=True):
+        assert (mine is None) == (true is None)
+        assert mine is None or (mine.stride() == true.stride() and torch.equal(mine, true))
+
+
 def test_what_is_repeated(replays):
     x, weight = torch.randn(6, 32), torch.randn(8, 32)
     for count in (0, 0, 1, 2):
