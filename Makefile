@@ -100,7 +100,8 @@ test-asan: $(STAMPS)/test $(STAMPS)/oracles build/asan/build.ninja
 	LD_PRELOAD="$$runtime $$($(CXX) -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	NNARCH_LIBRARY=$(abspath build/asan/_native.so) \
-	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not no_sanitizer" tests/kernels
+	$(BIN)/python -m pytest -q -n $(JOBS) -m "not slow and not no_sanitizer" \
+	tests/kernels tests/test_direct.py tests/gpu/test_replay.py
 
 # ------------------------------------------------------------------------------------ environment
 

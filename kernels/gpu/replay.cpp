@@ -32,14 +32,14 @@ struct {
 
 // A tensor by where it lies: bytes after the start of an argument or of an earlier step's result.
 struct Place {
-  size_t slot;
-  int64_t offset;
+  size_t slot = 0;
+  int64_t offset = 0;
 };
 
 struct View {
   Place place;
-  bool whole;        // the tensor at the slot itself
-  int64_t elements;  // the offset in elements
+  bool whole = false;    // the tensor at the slot itself
+  int64_t elements = 0;  // the offset in elements
   IntList sizes, strides;
 };
 
