@@ -11,6 +11,7 @@ import ctypes
 import functools
 import importlib
 import os
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -299,8 +300,16 @@ def _warn_fallback(name: str, why: str) -> None:
     warnings.warn(
         f"{NAMESPACE}::{name} runs on its reference implementation: {why}",
         FallbackWarning,
-        stacklevel=4,
+        stacklevel=_callers_level(),
     )
+
+
+def _callers_level() -> int:
+    """For the function that asks: the stack level of who called nnarch, by way of torch or not."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in ("nnarch", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def first_output(call: Any) -> Callable[..., Any]:

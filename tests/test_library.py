@@ -117,9 +117,11 @@ def throwaway():
 def test_fallback_warns_once_and_is_visible(throwaway):
     library._warn_fallback.cache_clear()
     x = torch.randn(3)
-    with pytest.warns(nnarch.FallbackWarning, match="nnarch::test_throwaway"), nnarch.trace() as t:
+    warned = pytest.warns(nnarch.FallbackWarning, match="nnarch::test_throwaway")
+    with warned as warnings, nnarch.trace() as t:
         y = throwaway(x)
     assert torch.equal(y, x + 1)
+    assert warnings[0].filename == __file__  # whoever called, not what is between
     assert [entry.backend for entry in t] == ["reference"]
     throwaway(x)  # a second warning would be an error here (pyproject.toml)
 
