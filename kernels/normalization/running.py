@@ -34,9 +34,9 @@ def update_of(input: Tensor, mean: Tensor | None, var: Tensor | None) -> Callabl
     given = [s for s in (mean, var) if s is not None]
     if not given:
         return None
-    if _is_plain(input, given):
-        if input.is_cpu and _HAS_UPDATE:  # it checks for itself, before it writes
-            return _update_natively
+    if _is_plain(given):
+        if input.is_cpu and _HAS_UPDATE and _are_statistics_of(input, given):
+            return _update_natively  # it checks for itself, before it writes
         if input.is_cuda and _gpu_update() is not None:
             checks.running_statistics(input, mean, var)
             return _update_on_a_gpu
@@ -44,17 +44,19 @@ def update_of(input: Tensor, mean: Tensor | None, var: Tensor | None) -> Callabl
     return _update_in_torch
 
 
-def _is_plain(input: Tensor, given: list[Tensor]) -> bool:
+def _is_plain(given: list[Tensor]) -> bool:
     """Whether nothing but a kernel has to see the update."""
     if torch.compiler.is_compiling():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
+    return all(type(s) is Tensor and not s.requires_grad and not s.is_inference() for s in given)
+
+
+def _are_statistics_of(input: Tensor, given: list[Tensor]) -> bool:
+    """Whether they have the dtype in which the statistics of `input` are computed."""
     dtype = torch.float32 if input.dtype in (torch.float16, torch.bfloat16) else input.dtype
-    for s in given:
-        if type(s) is not Tensor or s.dtype != dtype or s.requires_grad or s.is_inference():
-            return False
-    return True
+    return all(s.dtype == dtype for s in given)
 
 
 def _update_natively(
