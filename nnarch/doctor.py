@@ -76,12 +76,21 @@ def _native() -> list[tuple[str, str]]:
         ("instruction set", f"{isa() or 'none of this CPU'} ({origin})"),
         ("operations", f"{len(names) - len(lacking)} of {len(names)}"),
         ("training calls", "nodes in C++" if _has_nodes() else "torch.autograd.Function (slower)"),
+        *([("GPU calls", _gpu_calls())] if torch.cuda.device_count() else []),
         *([("on the reference instead", ", ".join(lacking))] if lacking else []),
     ]
 
 
 def _has_nodes() -> bool:
     return library.native is not None and nodes.available(library.native._name)
+
+
+def _gpu_calls() -> str:
+    try:
+        from nnarch.kernels.gpu import replay
+    except ImportError as error:
+        return f"on the reference ({error})"
+    return "launched by it" if replay.is_available() else "launched from Python (slower)"
 
 
 def _version(package: str) -> str:

@@ -60,7 +60,7 @@ def give(function: Any, arguments: tuple[Any, ...], plan: Plan, limit: int) -> b
         Whether it will: False where there is no direct function or no CUDA driver, and where the
         plan has a step that only Python can do.
     """
-    if function is library._declined or not _is_set_up():
+    if function is library._declined or not is_available():
         return False
     try:
         words = _words(plan, [a for a in arguments if isinstance(a, torch.Tensor)])
@@ -97,8 +97,8 @@ def _library() -> Any:
 
 
 @functools.cache
-def _is_set_up() -> bool:
-    """Whether the native library can launch kernels here; it is told how, the first time."""
+def is_available() -> bool:
+    """Whether the native library can launch kernels here. It is told how, the first time."""
     if library.native is None or torch.version.cuda is None or not torch.cuda.is_available():
         return False
     try:

@@ -66,7 +66,7 @@ class Driver:
 @pytest.fixture
 def driver(monkeypatch):
     made = Driver()
-    monkeypatch.setattr(replay, "_is_set_up", lambda: True)
+    monkeypatch.setattr(replay, "is_available", lambda: True)
     replay.set_up(made.addresses(), META)
     yield made
     replay.forget()
