@@ -68,10 +68,6 @@ def _dropout(x):
     return F.dropout(x, 0.3)
 
 
-def _adaptive_avg_pool(x):
-    return F.adaptive_avg_pool2d(x, (2, 3))
-
-
 def _local_response_norm(x):
     return F.local_response_norm(x, 3)
 
@@ -104,13 +100,11 @@ CASES = {
     "leaky_relu, negative": (_activation("leaky_relu", -0.2), [(3, 5)], True),
     "gated_activation": (F.gated_activation, [(3, 5), (3, 5)], True),
     "dropout": (_dropout, [(3, 5)], True),
-    "adaptive_avg_pool2d": (_adaptive_avg_pool, [(2, 3, 5, 4)], True),
     "local_response_norm": (_local_response_norm, [(2, 3, 5, 4)], False),
     "squash": (F.squash, [(3, 5)], False),
 }
 NAMES = list(CASES)
-_OF_SIZES = ("avg_pool2d", "adaptive_avg_pool2d", "upsample")
-KEEPING = [name for name in NAMES if name not in _OF_SIZES]  # tensors, that is
+KEEPING = [name for name in NAMES if name not in ("avg_pool2d", "upsample")]  # tensors, that is
 
 
 def make(name, dtype=torch.float32, seed=0):

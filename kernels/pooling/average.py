@@ -85,16 +85,6 @@ avg_pool2d_op = library.declare(
     ),
 )
 
-adaptive_avg_pool2d_input_grad = library.declare(
-    "adaptive_avg_pool2d_input_grad(Tensor grad, int[] input_size) -> Tensor",
-    reference=reference.adaptive_avg_pool2d_input_grad,
-    fake=lambda grad, input_size: library.new_output(grad, input_size),
-    check=checks.adaptive_avg_pool2d_input_grad,
-    gpu=f"{_GPU}:adaptive_avg_pool2d_input_grad",
-    setup_context=_setup_adaptive_avg_grad,
-    backward=_adaptive_avg_grad_backward,
-)
-
 adaptive_avg_pool2d_op = library.declare(
     "adaptive_avg_pool2d(Tensor x, int[2] output_size) -> Tensor",
     reference=reference.adaptive_avg_pool2d,
@@ -103,12 +93,14 @@ adaptive_avg_pool2d_op = library.declare(
     gpu=f"{_GPU}:adaptive_avg_pool2d",
     setup_context=_setup_avg,
     backward=_adaptive_avg_backward,
-    nodes=(
-        Backward(
-            op="adaptive_avg_pool2d_input_grad",
-            arguments="grad 0, sizes x",
-            gradients=(("x",),),
-            formula=lambda *arguments: (adaptive_avg_pool2d_input_grad(*arguments),),
-        ),
-    ),
+)
+
+adaptive_avg_pool2d_input_grad = library.declare(
+    "adaptive_avg_pool2d_input_grad(Tensor grad, int[] input_size) -> Tensor",
+    reference=reference.adaptive_avg_pool2d_input_grad,
+    fake=lambda grad, input_size: library.new_output(grad, input_size),
+    check=checks.adaptive_avg_pool2d_input_grad,
+    gpu=f"{_GPU}:adaptive_avg_pool2d_input_grad",
+    setup_context=_setup_adaptive_avg_grad,
+    backward=_adaptive_avg_grad_backward,
 )
