@@ -161,21 +161,17 @@ def scaled_dot_product_attention(
         key_lengths = whole_lengths(key_lengths)
     if attn_mask is not None and attn_mask.dtype == torch.float32 != query.dtype:
         attn_mask = _mask_beside(attn_mask, query.dtype)
-    sizes, key_sizes, lead = query.shape, key.shape, None
-    batch = -3 if enable_gqa else -2
-    if not sizes[:batch] == key_sizes[:batch] == value.shape[:batch]:
-        query, key, value = _broadcast(query, key, value, batch)
-        sizes, key_sizes = query.shape, key.shape
-    if len(sizes) != 4 or len(key_sizes) != 4 or (attn_mask is not None and attn_mask.dim() != 4):
-        query, key, value, attn_mask, lead = _four_dimensions(query, key, value, attn_mask)
-        sizes, key_sizes = query.shape, key.shape
-    if not enable_gqa and sizes[1] != key_sizes[1]:
-        raise ValueError(
-            f"attention: query has {sizes[1]} heads and key {key_sizes[1]}: "
-            "enable_gqa=True lets heads share them"
-        )
+    lead = None
+    sizes, key_sizes, value_sizes = query.shape, key.shape, value.shape
+    if not (  # slices of sizes would take a tenth of a small call
+        len(sizes) == len(key_sizes) == len(value_sizes) == 4
+        and sizes[0] == key_sizes[0] == value_sizes[0]
+        and (enable_gqa or sizes[1] == key_sizes[1] == value_sizes[1])
+        and (attn_mask is None or attn_mask.dim() == 4)
+    ):
+        query, key, value, attn_mask, lead = _as_heads(query, key, value, attn_mask, enable_gqa)
     if scale is None:
-        scale = 1 / math.sqrt(max(1, sizes[3]))
+        scale = 1 / math.sqrt(query.shape[3] or 1)
     seed = draw_seed(query) if dropout_p > 0 else None
     if not return_lse:
         out = _attention_alone(
@@ -188,6 +184,27 @@ def scaled_dot_product_attention(
     if lead is not None:
         out, lse = out.reshape(*lead, *out.shape[-2:]), lse.reshape(*lead, lse.shape[-1])
     return out, lse
+
+
+def _as_heads(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...] | None]:
+    """All in four dimensions, and those before the last two that the result has, where not two.
+
+    Raises:
+        ValueError: heads that do not match, leading dimensions that do not broadcast.
+    """
+    batch, lead = (-3 if enable_gqa else -2), None
+    if not query.shape[:batch] == key.shape[:batch] == value.shape[:batch]:
+        query, key, value = _broadcast(query, key, value, batch)
+    if query.dim() != 4 or key.dim() != 4 or (attn_mask is not None and attn_mask.dim() != 4):
+        query, key, value, attn_mask, lead = _four_dimensions(query, key, value, attn_mask)
+    if not enable_gqa and query.shape[1] != key.shape[1]:
+        raise ValueError(
+            f"attention: query has {query.shape[1]} heads and key {key.shape[1]}: "
+            "enable_gqa=True lets heads share them"
+        )
+    return query, key, value, attn_mask, lead
 
 
 def band(is_causal: bool, window: int | tuple[int, int] | None, offset: int) -> tuple[int, int]:
