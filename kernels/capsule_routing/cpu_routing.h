@@ -98,6 +98,7 @@ void pack_block(const Transpose& transpose, const T* from, int64_t rows, int64_t
 template <class T>
 void pack_weight(const Routing<T>& r, const T* weight, bool channels_last, T* packed) {
   const int64_t row = r.shape.dim * r.shape.in, tile = row * kCapsuleBlock<T>;
+  if (row == 0) return;  // capsules without values
   const auto& table = NNARCH_SELECT(routing_table<T>());
   const auto transpose = table.transpose;
   // In the order of the weight's memory, which is then read ahead.
