@@ -90,7 +90,7 @@ gate_op = library.declare(
             op="gate_grad",
             arguments="grad 0, gate, value, activation, alpha",
             gradients=(("gate",), ("value",)),
-            formula=lambda *arguments: gate_grad(*arguments),
+            formula=gate_grad,
         ),
     ),
 )

@@ -338,9 +338,11 @@ bool replay_backward(const Backward& backward, const Given* arguments, AtenTenso
         key.number(given.number);
     }
   }
-  const int lock = PyGILState_Ensure();
-  key.settings();
-  PyGILState_Release(lock);
+  if (key.has_settings()) {
+    const int lock = PyGILState_Ensure();
+    key.settings();
+    PyGILState_Release(lock);
+  }
   return replay(backward.number, key, results);
 }
 

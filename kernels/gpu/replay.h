@@ -23,6 +23,7 @@ class ReplayKey {
   void tensor(AtenTensorHandle);
   // What decides how float32 is multiplied, where there is some. Needs Python's lock.
   void settings();
+  bool has_settings() const { return exact_; }
 
   const std::string& bytes() const { return bytes_; }
   const std::vector<AtenTensorHandle>& inputs() const { return inputs_; }
