@@ -16,6 +16,7 @@
 #include "conv2d/winograd_taps.h"
 #include "cpu/arena.h"
 #include "cpu/gather_gemm.h"
+#include "cpu/machine.h"
 #include "cpu/pack_weight.h"
 #include "cpu/parallel.h"
 
@@ -102,19 +103,30 @@ inline WinogradWindows input_windows(const WinogradTiles& tiles, int64_t row, in
   return {tiles.image, corner.dy, corner.dx, tiles.size(), transform, row, plane};
 }
 
-// How many tiles a block has: V stays in L2 as far as it goes, in whole register tiles.
+// Which of two passes over all that a product reads goes through cache again and again. By blocks,
+// V stays in L2, and every block of tiles reads all weights; by panels, these are read once, and V
+// for every panel of columns.
+enum class WinogradOrder { by_blocks, by_panels };
+
+// How many tiles a block has: by blocks as many as V in L2 allows, in whole register tiles.
 struct WinogradBlocking {
   int64_t tiles, row, plane, product_plane;
 
-  explicit WinogradBlocking(const WinogradTiles& all) : row(winograd_row(all.image.depth)) {
-    constexpr int64_t cache = int64_t{512} << 10, most = 112;
-    const int64_t mr = winograd().mr, nr = winograd().nr;
-    const int64_t fit = cache / (all.planes() * row * int64_t{sizeof(float)});
-    tiles = std::clamp(fit / mr * mr, mr, round_up(most, mr));
-    tiles = std::min(tiles, all.count());
+  WinogradBlocking(const WinogradTiles& all, WinogradOrder order)
+      : row(winograd_row(all.image.depth)) {
+    constexpr int64_t cache = int64_t{512} << 10;
+    const int64_t mr = winograd().mr, nr = winograd().nr, most = round_up(112, mr);
+    const int64_t fit = cache / tile_bytes(all);
+    tiles = order == WinogradOrder::by_panels ? most : std::clamp(fit / mr * mr, mr, most);
+    tiles = ceil_div(all.count(), std::max<int64_t>(1, ceil_div(all.count(), tiles)));
     plane = winograd_plane(tiles * row);
     product_plane = winograd_plane(tiles * nr);
   }
+
+  int64_t tile_bytes(const WinogradTiles& all) const {
+    return all.planes() * row * int64_t{sizeof(float)};
+  }
+  int64_t count(const WinogradTiles& all) const { return ceil_div(all.count(), tiles); }
 };
 
 // Where the outputs go and what is done to them.
@@ -147,10 +159,11 @@ struct WinogradOutput {
 
 // Outputs of tiles [first, first + count) in panel p of the channels. Between the products,
 // meanwhile(begin, end) may prefetch for that part of as many other tiles: the memory would wait.
+// `far`: V has left L2.
 template <class Meanwhile>
 void multiply_panel(const WinogradTiles& tiles, const WinogradBlocking& block, const float* v,
                     const float* weights, int64_t first, int64_t count, int64_t p,
-                    const WinogradOutput& output, const Meanwhile& meanwhile) {
+                    const WinogradOutput& output, bool far, const Meanwhile& meanwhile) {
   const WinogradTable& table = winograd();
   const int64_t depth = tiles.image.depth, channel = p * table.nr;
   Scratch<float> products(tiles.planes() * block.product_plane);
@@ -166,7 +179,8 @@ void multiply_panel(const WinogradTiles& tiles, const WinogradBlocking& block, c
                          .c = products.get() + xi * block.product_plane,
                          .c_step = table.nr,
                          .rows = count,
-                         .columns = output.channels - channel});
+                         .columns = output.channels - channel,
+                         .a_next = far ? v + (xi + 1) * block.plane : nullptr});
   }
   const auto transform = winograd_transforms(tiles.m, tiles.taps).output;
   const Epilogue<float> epilogue = output.epilogue.from_channel(channel);
@@ -239,7 +253,7 @@ inline void winograd_by_blocks(const WinogradTiles& tiles, const WinogradBlockin
         for (int64_t t = first + count + begin; t < first + count + end && t < tiles.count(); ++t)
           windows.prefetch(tiles, t, from, channels);
       };
-      multiply_panel(tiles, block, v.get(), packed + p * panel, first, count, p, output,
+      multiply_panel(tiles, block, v.get(), packed + p * panel, first, count, p, output, false,
                      next_block);
     }
   });
@@ -256,6 +270,8 @@ inline void winograd_by_panels(const WinogradTiles& tiles, const WinogradBlockin
   const int64_t parts = ceil_div(depth, channels);
   const auto first = [&](int64_t b) { return b * block.tiles; };
   const auto count = [&](int64_t b) { return std::min(block.tiles, tiles.count() - first(b)); };
+  // Of a few tiles the weights alone are as much as a core can wait for.
+  const bool far = blocks * each * int64_t{sizeof(float)} > l2_bytes() && block.tiles >= 56;
   Scratch<float> v(blocks * each);
   parallel_tasks(blocks * parts, [&](int64_t task) {
     const int64_t b = task / parts, from = task % parts * channels;
@@ -267,9 +283,30 @@ inline void winograd_by_panels(const WinogradTiles& tiles, const WinogradBlockin
     if (!packed) winograd_pack_panel(view, tiles.m, p, transformed.get());
     const float* weights = packed ? packed + p * panel : transformed.get();
     for (int64_t b = 0; b < blocks; ++b)
-      multiply_panel(tiles, block, v.get() + b * each, weights, first(b), count(b), p, output,
+      multiply_panel(tiles, block, v.get() + b * each, weights, first(b), count(b), p, output, far,
                      [](int64_t, int64_t) {});
   });
+}
+
+// The order that reads less from beyond L2. By panels all of V is in memory at once.
+inline WinogradOrder winograd_order(const WinogradTiles& tiles, int64_t panels, bool packed) {
+  constexpr int64_t few = 4, together = int64_t{8} << 20;  // blocks or panels; bytes of V
+  const WinogradBlocking block(tiles, WinogradOrder::by_blocks);
+  const int64_t blocks = block.count(tiles), kept = l2_bytes() / 2;
+  const int64_t v = tiles.count() * block.tile_bytes(tiles);
+  const int64_t weights = panels * winograd_panel(tiles.image.depth, tiles.planes()) * 4;
+  const int64_t by_blocks = v + (weights > kept ? blocks : 1) * weights;
+  const int64_t by_panels = weights + (v > kept ? panels : 1) * v;
+  if (blocks < few || (v <= together && (by_panels < by_blocks || (!packed && panels >= few))))
+    return WinogradOrder::by_panels;
+  return WinogradOrder::by_blocks;
+}
+
+// Rows of a register tile, on average.
+inline double winograd_height(const WinogradTiles& tiles, int64_t columns, bool packed) {
+  const int64_t panels = ceil_div(columns, winograd().nr);
+  const WinogradBlocking block(tiles, winograd_order(tiles, panels, packed));
+  return double(block.tiles) / double(ceil_div(block.tiles, winograd().mr));
 }
 
 // As gather_gemm (cpu/gather_gemm.h): y[position][column] = epilogue(Σ_tap image · weights). The
@@ -279,14 +316,12 @@ inline void winograd_gemm(const GridImage<float>& image, int64_t m, const float*
                           const Epilogue<float>& epilogue) {
   const WinogradTiles tiles{image, m, taps_a_side(view.taps())};
   if (tiles.count() == 0 || view.columns == 0) return;
-  const WinogradBlocking block(tiles);
-  const WinogradWindows windows = input_windows(tiles, block.row, block.plane);
   const WinogradOutput output{y, view.columns, out, epilogue,
                               outgrows_caches<float>(y, image.positions(), out)};
-  constexpr int64_t few = 4, together = int64_t{8} << 20;  // blocks or panels; bytes of V
-  const int64_t bytes = tiles.planes() * tiles.count() * block.row * int64_t{sizeof(float)};
-  const bool transform_late = !packed && output.panels() >= few && bytes <= together;
-  if (transform_late || ceil_div(tiles.count(), block.tiles) < few)
+  const WinogradOrder order = winograd_order(tiles, output.panels(), packed);
+  const WinogradBlocking block(tiles, order);
+  const WinogradWindows windows = input_windows(tiles, block.row, block.plane);
+  if (order == WinogradOrder::by_panels)
     return winograd_by_panels(tiles, block, windows, packed, view, output);
   if (packed) return winograd_by_blocks(tiles, block, windows, packed, output);
   Scratch<float> transformed(winograd_packed_size(view.columns, view.depth, m, tiles.taps));

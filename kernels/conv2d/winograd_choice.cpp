@@ -39,8 +39,7 @@ double winograd_cost(const ConvWork& w, int64_t m) {
   const GridImage<float> image = image_of(w);
   const WinogradTiles tiles{image, m, w.taps};
   const double planes = double(tiles.planes()), count = double(tiles.count());
-  const int64_t block = WinogradBlocking(tiles).tiles, row_tiles = ceil_div(block, winograd().mr);
-  const double rows = double(block) / double(row_tiles);
+  const double rows = winograd_height(tiles, w.columns, w.packed);
   const double weights = planes * double(w.depth) * vectors(w.columns);
   const double step = std::max(1.0, kLeastRowTile / (2 * rows));
   const double products = count * weights * kProduct * step;

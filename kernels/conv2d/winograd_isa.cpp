@@ -23,28 +23,53 @@ NNARCH_INLINE void put(V* left, V* right, float* c, int64_t step, bool add) {
   if constexpr (!Half) ((store(c + I * step + kWidth, right[I])), ...);
 }
 
+// Lines that come into cache while tiles are multiplied, one or two a step: of every tile its share
+// of the panel that follows, and its rows of the values that do. In the first of several tiles
+// alone, all of the panel would be more than a core can wait for.
+struct Ahead {
+  const float *panel, *rows;
+  int64_t share = 0, panel_stride = 0, rows_stride = 0;
+  bool two;
+
+  // `tiles` of at most `height` rows and `count` steps.
+  NNARCH_INLINE Ahead(const PanelProduct& p, int64_t tiles, int64_t height, int64_t count)
+      : panel(p.b), rows(p.a_next), two(p.a_next || tiles == 1) {
+    if (p.fetch_next) {
+      panel += p.depth * 2 * kWidth;
+      share = p.depth * 2 * kWidth / tiles, panel_stride = share / count;
+    }
+    if (rows) rows_stride = height * p.a_step / count;
+  }
+};
+
 // The register tile's rows are a constant distance apart, so a few registers address them all. The
 // bases are opaque, or GCC would keep a pointer for every row. `Half`: the left vector only.
-template <bool Half, int... I>
+template <bool Half, bool Two, int... I>
 NNARCH_INLINE void panel_tile(Indices<I...>, const PanelProduct& p, int64_t row, int64_t from,
-                              int64_t count) {
-  const int64_t step = p.a_step;
+                              int64_t count, const Ahead& ahead, int64_t tile) {
+  const int64_t step = p.a_step, first_stride = ahead.panel_stride;
+  const float* first = ahead.panel + tile * ahead.share;
+  const float* second = ahead.rows ? ahead.rows + row * step : first + kWidth;
+  const int64_t second_stride = ahead.rows ? ahead.rows_stride : first_stride;
   const float* a0 = p.a + row * step + from;
   const float* a7 = a0 + 7 * step;
   const float* b = p.b + from * 2 * kWidth;
-  const int64_t next = p.depth * 2 * kWidth;
   V left[sizeof...(I)] = {(static_cast<void>(I), V{})...};
   V right[sizeof...(I)] = {(static_cast<void>(I), V{})...};
 #pragma GCC unroll 1
   for (int64_t k = 0; k < count; ++k) {
     asm("" : "+r"(a0), "+r"(a7));
-    __builtin_prefetch(b + next, 0, 2);
+    __builtin_prefetch(first, 0, 2);
+    first += first_stride;
+    if constexpr (Two) {
+      __builtin_prefetch(second, 0, 2);
+      second += second_stride;
+    }
     V b0 = load(b), b1, x;
     keep_in_register(b0);
     if constexpr (Half) {
       ((left[I] += broadcast(I < 7 ? a0[I * step] : a7[(I - 7) * step]) * b0), ...);
     } else {
-      __builtin_prefetch(b + next + kWidth, 0, 2);
       b1 = load(b + kWidth);
       keep_in_register(b1);
       ((x = broadcast(I < 7 ? a0[I * step] : a7[(I - 7) * step]), left[I] += x * b0,
@@ -154,10 +179,10 @@ NNARCH_INLINE auto outer_chains_with(Indices<I...>, int64_t rows) {
 }
 #endif
 
-template <bool Half, int Rows>
-NNARCH_NOINLINE void panel_tile_of(const PanelProduct& p, int64_t row, int64_t from,
-                                   int64_t count) {
-  panel_tile<Half>(MakeIndices<Rows>{}, p, row, from, count);
+template <bool Half, bool Two, int Rows>
+NNARCH_NOINLINE void panel_tile_of(const PanelProduct& p, int64_t row, int64_t from, int64_t count,
+                                   const Ahead& ahead, int64_t tile) {
+  panel_tile<Half, Two>(MakeIndices<Rows>{}, p, row, from, count, ahead, tile);
 }
 template <bool Half, int Rows>
 NNARCH_NOINLINE void outer_tile_of(const OuterProduct& p, int64_t row, int64_t column) {
@@ -168,9 +193,10 @@ NNARCH_NOINLINE void outer_tile_of(const OuterProduct& p, int64_t row, int64_t c
   }
 }
 
-template <bool Half, int... I>
+template <bool Half, bool Two, int... I>
 NNARCH_INLINE auto panel_tile_with(Indices<I...>, int64_t rows) {
-  static constexpr decltype(&panel_tile_of<Half, 1>) tiles[] = {panel_tile_of<Half, I + 1>...};
+  static constexpr decltype(&panel_tile_of<Half, Two, 1>) tiles[] = {
+      panel_tile_of<Half, Two, I + 1>...};
   return tiles[rows - 1];
 }
 template <bool Half, int... I>
@@ -198,12 +224,18 @@ void panel_product(const PanelProduct& p) {
     });
 #endif
   const int64_t chains = (p.depth + p.chain - 1) / p.chain;
+  const int64_t tiles = (p.rows + kRows - 1) / kRows;
+  const Ahead ahead(p, chains * tiles, p.rows / tiles + 1, p.depth / chains + 1);
+  const bool half = p.columns <= kWidth;
+  int64_t done = 0;
   for (int64_t i = 0; i < chains; ++i) {
     const int64_t from = p.depth * i / chains, count = p.depth * (i + 1) / chains - from;
     for_row_tiles(p.rows, [&](int64_t row, int64_t rows) {
-      const auto tile = p.columns <= kWidth ? panel_tile_with<true>(MakeIndices<kRows>{}, rows)
-                                            : panel_tile_with<false>(MakeIndices<kRows>{}, rows);
-      tile(p, row, from, count);
+      constexpr MakeIndices<kRows> each;
+      const auto tile = half        ? panel_tile_with<true, true>(each, rows)
+                        : ahead.two ? panel_tile_with<false, true>(each, rows)
+                                    : panel_tile_with<false, false>(each, rows);
+      tile(p, row, from, count, ahead, done++);
     });
   }
 }

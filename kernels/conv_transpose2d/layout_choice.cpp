@@ -49,8 +49,7 @@ Cost winograd_cost(const TransposedShape& p, const TransposedPhase& rows,
   image.depth = p.group_c();
   const WinogradTiles tiles{image, m, static_cast<int64_t>(rows.taps.size())};
   const double planes = double(tiles.planes()), count = double(tiles.count());
-  const int64_t block = WinogradBlocking(tiles).tiles, row_tiles = ceil_div(block, winograd().mr);
-  const double height = double(block) / double(row_tiles);
+  const double height = winograd_height(tiles, p.group_k(), true);
   const double weights = planes * double(p.group_c()) * vectors(p.group_k());
   const double step = std::max(1.0, kLeastRowTile / (2 * height));
   const double values = count * planes * (vectors(p.group_c()) + vectors(p.group_k()));

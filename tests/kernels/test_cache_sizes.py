@@ -86,6 +86,22 @@ def test_pointwise_convolution_and_its_weight_gradient(channels, k, machine):
     assert_as_accurate(weight_grad(g, x, *rest), same, truth, ulps=16.0)
 
 
+@pytest.mark.parametrize(
+    "size", [(4, 96, 96, 40, 37), (1, 160, 200, 14, 14), (9, 256, 70, 14, 13)], ids=str
+)
+def test_winograd_in_the_order_that_reads_less(size, machine):
+    n, c, k, h, w = size
+    x = torch.randn(n, c, h, w).contiguous(memory_format=torch.channels_last)
+    layer = nnarch.nn.Conv2d(c, k, 3, padding=1).eval()
+    with torch.no_grad(), nnarch.trace() as trace:
+        y = layer(x)
+        again = F.conv2d(x, layer.weight, layer.bias, padding=1)  # packs in another order
+    assert [call.algorithm for call in trace][-1].startswith("winograd")
+    assert torch.equal(y, again)
+    truth = TF.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)
+    assert (y - truth).abs().max() <= 5e-6 * truth.abs().max()
+
+
 def test_a_recurrent_layer_whose_weights_leave_the_cache(machine):
     lstm = nnarch.nn.LSTM(320, 320)
     plain = torch.nn.LSTM(320, 320)
