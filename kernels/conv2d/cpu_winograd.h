@@ -118,7 +118,8 @@ struct WinogradBlocking {
     const int64_t mr = winograd().mr, nr = winograd().nr, most = round_up(112, mr);
     const int64_t fit = cache / tile_bytes(all);
     tiles = order == WinogradOrder::by_panels ? most : std::clamp(fit / mr * mr, mr, most);
-    tiles = ceil_div(all.count(), std::max<int64_t>(1, ceil_div(all.count(), tiles)));
+    const int64_t count = std::max<int64_t>(1, all.count());
+    tiles = ceil_div(count, ceil_div(count, tiles));
     plane = winograd_plane(tiles * row);
     product_plane = winograd_plane(tiles * nr);
   }

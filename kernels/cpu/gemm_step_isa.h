@@ -76,9 +76,12 @@ struct Panel {
     meets_rows = column == 0;
     const bool last_panel = column + kColumns<T> >= block.n;
     const int64_t panel = step_of(block);
-    if (!last_panel) next = b + panel;
-    if (last_panel && block.b_after)
-      next = block.b_after + (b - block.b - column / kColumns<T> * panel);
+    if (!last_panel)
+      next = b + panel;
+    else if (!part.last)  // the next chunk's part of the first panel
+      next = b - column / kColumns<T> * panel + next_size;
+    else
+      next = block.b_after;
     if (last_panel && part.last && block.rows_after)
       next = block.rows_after, next_size = block.rows_after_size;
   }

@@ -13,14 +13,14 @@ namespace nnarch::NNARCH_ISA {
 namespace {
 
 // Lines that are fetched ahead: one or two every step, `second` apart, for kFetchSteps steps at a
-// time, in one turn of `pace`.
+// time, in `turns` of `slots`, evenly.
 constexpr int64_t kFetchSteps = (kRows + 3) / 4 * 4;  // a tile's rows, in whole unrolled turns
 template <class T>
 struct Ahead {
   const T* at = nullptr;
   int64_t second = 0, stride = 0, advance = 0;
   int64_t turns = 0;  // that are left
-  int64_t pace = 1, wait = 0;
+  int64_t all = 0, slots = 0, credit = 0;
 
   // The next panel's part of a chunk: at batch 1 a network reads its weights from memory. Spread
   // over the panel's `rows`: a core waits for 16 lines at a time at most, and as many come from
@@ -35,8 +35,7 @@ struct Ahead {
                   slots = p.meets_rows ? all / 2 : all;
     const int64_t each = slots * kFetchSteps * kLine<T> >= p.next_size ? 1 : 2;
     const int64_t turn = kFetchSteps * each * kLine<T>, turns = (p.next_size + turn - 1) / turn;
-    const int64_t pace = slots * 3 / 4 / turns;
-    return {p.next, (each - 1) * kLine<T>, each * kLine<T>, turn, turns, pace > 1 ? pace : 1};
+    return {p.next, (each - 1) * kLine<T>, each * kLine<T>, turn, turns, turns, slots * 7 / 8};
   }
   // The rows of the next tile: a matrix product meets each row of A first in its first panel, and
   // straight from memory.
@@ -44,8 +43,10 @@ struct Ahead {
     return {a, kLine<T>, step, 2 * kLine<T>, (count + 2 * kLine<T> - 1) / (2 * kLine<T>)};
   }
   NNARCH_INLINE bool is_due() {
-    if (turns <= 0 || wait-- > 0) return false;
-    wait = pace - 1;
+    if (turns <= 0) return false;
+    credit += all;
+    if (credit < slots) return false;
+    credit -= slots;
     return true;
   }
   NNARCH_INLINE EvenLines<T> turn() {
