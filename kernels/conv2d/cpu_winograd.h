@@ -289,16 +289,19 @@ inline void winograd_by_panels(const WinogradTiles& tiles, const WinogradBlockin
   });
 }
 
-// The order that reads less from beyond L2. By panels all of V is in memory at once.
+// By panels where that is a few blocks or reads less from a far last-level cache; all of V is in
+// memory at once then.
 inline WinogradOrder winograd_order(const WinogradTiles& tiles, int64_t panels, bool packed) {
   constexpr int64_t few = 4, together = int64_t{8} << 20;  // blocks or panels; bytes of V
   const WinogradBlocking block(tiles, WinogradOrder::by_blocks);
-  const int64_t blocks = block.count(tiles), kept = l2_bytes() / 2;
-  const int64_t v = tiles.count() * block.tile_bytes(tiles);
-  const int64_t weights = panels * winograd_panel(tiles.image.depth, tiles.planes()) * 4;
-  const int64_t by_blocks = v + (weights > kept ? blocks : 1) * weights;
-  const int64_t by_panels = weights + (v > kept ? panels : 1) * v;
-  if (blocks < few || (v <= together && (by_panels < by_blocks || (!packed && panels >= few))))
+  const int64_t blocks = block.count(tiles), v = tiles.count() * block.tile_bytes(tiles);
+  const int64_t weights =
+      panels * winograd_panel(tiles.image.depth, tiles.planes()) * int64_t{sizeof(float)};
+  const int64_t by_blocks = v + (weights > l2_bytes() * 5 / 4 ? blocks : 1) * weights;
+  const int64_t by_panels = weights + (v > l2_bytes() / 2 ? panels : 1) * v;
+  const bool transforms_late = !packed && panels >= few;
+  const bool reads_less = far_l3() && by_panels < by_blocks;
+  if (blocks < few || (v <= together && (transforms_late || reads_less)))
     return WinogradOrder::by_panels;
   return WinogradOrder::by_blocks;
 }

@@ -43,7 +43,7 @@ struct PanelProduct {
   int64_t rows, columns;
   int64_t chain = 128;  // terms that are added up in one go: longer sums lose accuracy
   bool add = false;
-  bool fetch_next = true;  // the panel that follows, meanwhile
+  bool fetch_next = true;         // the panel that follows, meanwhile
   const float* a_next = nullptr;  // rows that will be read next, fetched meanwhile; or null
 };
 

@@ -71,7 +71,7 @@ bool fast_gathers() {
 
 double read_cost(double bytes, double lanes) {
   // Bytes that come during an FMA of one lane: from the last-level cache, far or not, and memory.
-  constexpr double near = 1, far = 0.16, memory = 0.4;
+  constexpr double near = 1, far = 0.2, memory = 0.4;
   if (bytes < double(l2_bytes()) * 0.4) return 0;
   if (far_l3()) return bytes / (lanes * far);
   const double cached = double(l3_bytes()) * 0.75, rest = std::max(0.0, bytes - cached);
