@@ -1,11 +1,12 @@
 // Transposition of a matrix by register tiles.
 #include "cpu/layout.h"
 #include "cpu/simd.h"
+#include "cpu/transpose_isa.h"
 
 namespace nnarch::NNARCH_ISA {
 namespace {
 
-#if defined(NNARCH_ISA_avx2) || defined(NNARCH_ISA_avx512)
+#if defined(NNARCH_ISA_avx2)
 // 8 x 8 floats.
 NNARCH_INLINE void transpose_tile(const float* src, int64_t ss, float* dst, int64_t ds) {
   __m256 r0 = _mm256_loadu_ps(src), r1 = _mm256_loadu_ps(src + ss);
@@ -29,17 +30,31 @@ NNARCH_INLINE void transpose_tile(const float* src, int64_t ss, float* dst, int6
   _mm256_storeu_ps(dst + 6 * ds, _mm256_permute2f128_ps(r2, r6, 0x31));
   _mm256_storeu_ps(dst + 7 * ds, _mm256_permute2f128_ps(r3, r7, 0x31));
 }
-template <class T>
-inline constexpr int kTile = sizeof(T) == 4 ? 8 : 4;
-#else
-template <class T>
-inline constexpr int kTile = 4;
 #endif
 
 template <class T>
+inline constexpr int kTile = kLanes<T> > 4 ? kLanes<T> : 4;
+
+template <class T>
 NNARCH_INLINE void transpose_tile(const T* src, int64_t ss, T* dst, int64_t ds) {
+#if defined(NNARCH_ISA_avx512)
+  transpose_square<T>(src, ss, dst, ds);
+#else
   for (int i = 0; i < kTile<T>; ++i)
     for (int j = 0; j < kTile<T>; ++j) dst[j * ds + i] = src[i * ss + j];
+#endif
+}
+
+// What is no whole tile.
+template <class T>
+NNARCH_INLINE void transpose_rest(const T* src, int64_t ss, T* dst, int64_t ds, int64_t rows,
+                                  int64_t columns) {
+#if defined(NNARCH_ISA_avx512)
+  transpose_part<T>(src, ss, dst, ds, rows, columns);
+#else
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) dst[j * ds + i] = src[i * ss + j];
+#endif
 }
 
 // Vector PART of the interleaved vectors a, b and c: a0 b0 c0 a1 b1 c1 …
@@ -72,16 +87,18 @@ template <class T>
 void transpose(const T* src, int64_t ss, T* dst, int64_t ds, int64_t rows, int64_t columns) {
   if (rows == 3 && ds == 3) return interleave_three(src, ss, dst, columns);
   constexpr int64_t t = kTile<T>;
-  const int64_t full_rows = rows / t * t, full_columns = columns / t * t;
-  // Destination rows stay open for a strip of source rows, so that its lines are written whole.
-  for (int64_t i = 0; i < full_rows; i += t) {
-    for (int64_t j = 0; j < full_columns; j += t)
-      transpose_tile(src + i * ss + j, ss, dst + j * ds + i, ds);
-    for (int64_t j = full_columns; j < columns; ++j)
-      for (int64_t ii = i; ii < i + t; ++ii) dst[j * ds + ii] = src[ii * ss + j];
+  const int64_t full_columns = columns / t * t;
+  // Source rows stay open for a strip of tiles; where these are as wide as a line, each line of the
+  // destination is written once.
+  for (int64_t i = 0; i < rows; i += t) {
+    const T* from = src + i * ss;
+    T* to = dst + i;
+    const int64_t some = rows - i < t ? rows - i : t;
+    if (some == t)
+      for (int64_t j = 0; j < full_columns; j += t) transpose_tile(from + j, ss, to + j * ds, ds);
+    for (int64_t j = some == t ? full_columns : 0; j < columns; j += t)
+      transpose_rest(from + j, ss, to + j * ds, ds, some, columns - j < t ? columns - j : t);
   }
-  for (int64_t i = full_rows; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j) dst[j * ds + i] = src[i * ss + j];
 }
 
 }  // namespace

@@ -1,7 +1,5 @@
 // Transposition by square register tiles of as many rows as a vector has lanes. For *_isa.cpp
 // files.
-//
-// kernels/cpu/layout_isa.cpp moves 8 × 8 floats at a time; here whole lines are written.
 #pragma once
 
 #include "cpu/simd.h"
@@ -22,6 +20,29 @@ NNARCH_INLINE void transpose_rows(Vec<T> (&row)[kLanes<T>]) {
   for (int i = 0; i < kLanes<T>; ++i)
     if ((i & H) == 0) exchange<H>(row[i], row[i + H], MakeIndices<kLanes<T>>{});
   if constexpr (H > 1) transpose_rows<H / 2, T>(row);
+}
+
+// to[j][i] = from[i][j] of a tile.
+template <class T>
+NNARCH_INLINE void transpose_square(const T* from, int64_t from_step, T* to, int64_t to_step) {
+  constexpr int lanes = kLanes<T>;
+  Vec<T> row[lanes];
+  for (int r = 0; r < lanes; ++r) row[r] = load(from + r * from_step);
+  transpose_rows<lanes / 2, T>(row);
+  for (int r = 0; r < lanes; ++r) store(to + r * to_step, row[r]);
+}
+
+// The same of fewer rows and columns.
+template <class T>
+NNARCH_NOINLINE void transpose_part(const T* from, int64_t from_step, T* to, int64_t to_step,
+                                    int64_t rows, int64_t columns) {
+  constexpr int lanes = kLanes<T>;
+  Vec<T> row[lanes];
+  for (int r = 0; r < lanes; ++r)
+    row[r] = r < rows ? load_n(from + r * from_step, columns) : Vec<T>{};
+  transpose_rows<lanes / 2, T>(row);
+  for (int r = 0; r < lanes; ++r)
+    if (r < columns) store_n(to + r * to_step, row[r], rows);
 }
 
 // to[j][i] = from[i][j]. Whole lines go past the caches: stores that jump from line to line wait
