@@ -6,9 +6,9 @@
 namespace nnarch::NNARCH_ISA {
 namespace {
 
-#if defined(NNARCH_ISA_avx2)
+#if defined(NNARCH_ISA_avx2) || defined(NNARCH_ISA_avx512)
 // 8 x 8 floats.
-NNARCH_INLINE void transpose_tile(const float* src, int64_t ss, float* dst, int64_t ds) {
+NNARCH_INLINE void transpose_eight(const float* src, int64_t ss, float* dst, int64_t ds) {
   __m256 r0 = _mm256_loadu_ps(src), r1 = _mm256_loadu_ps(src + ss);
   __m256 r2 = _mm256_loadu_ps(src + 2 * ss), r3 = _mm256_loadu_ps(src + 3 * ss);
   __m256 r4 = _mm256_loadu_ps(src + 4 * ss), r5 = _mm256_loadu_ps(src + 5 * ss);
@@ -32,29 +32,38 @@ NNARCH_INLINE void transpose_tile(const float* src, int64_t ss, float* dst, int6
 }
 #endif
 
-template <class T>
-inline constexpr int kTile = kLanes<T> > 4 ? kLanes<T> : 4;
-
-template <class T>
+// Square tiles: as wide as a cache line under AVX-512, whose every line is written once then, and
+// smaller ones for what is left.
+template <int Side, class T>
 NNARCH_INLINE void transpose_tile(const T* src, int64_t ss, T* dst, int64_t ds) {
 #if defined(NNARCH_ISA_avx512)
-  transpose_square<T>(src, ss, dst, ds);
-#else
-  for (int i = 0; i < kTile<T>; ++i)
-    for (int j = 0; j < kTile<T>; ++j) dst[j * ds + i] = src[i * ss + j];
+  if constexpr (Side == kLanes<T>) return transpose_square<T>(src, ss, dst, ds);
 #endif
+#if defined(NNARCH_ISA_avx2) || defined(NNARCH_ISA_avx512)
+  if constexpr (Side == 8 && sizeof(T) == 4) return transpose_eight(src, ss, dst, ds);
+#endif
+  for (int i = 0; i < Side; ++i)
+    for (int j = 0; j < Side; ++j) dst[j * ds + i] = src[i * ss + j];
 }
 
-// What is no whole tile.
-template <class T>
-NNARCH_INLINE void transpose_rest(const T* src, int64_t ss, T* dst, int64_t ds, int64_t rows,
-                                  int64_t columns) {
-#if defined(NNARCH_ISA_avx512)
-  transpose_part<T>(src, ss, dst, ds, rows, columns);
-#else
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; ++j) dst[j * ds + i] = src[i * ss + j];
-#endif
+// Rows [first, first + Side) while there are so many; the first that is left.
+template <int Side, class T>
+NNARCH_INLINE int64_t transpose_strips(const T* src, int64_t ss, T* dst, int64_t ds, int64_t first,
+                                       int64_t rows, int64_t columns) {
+  const int64_t whole = columns / Side * Side;
+  for (; first + Side <= rows; first += Side) {
+    const T* from = src + first * ss;
+    for (int64_t j = 0; j < whole; j += Side)
+      transpose_tile<Side>(from + j, ss, dst + j * ds + first, ds);
+    if (whole == columns) continue;
+    if constexpr (Side * sizeof(T) == 64) {
+      transpose_columns<T>(from + whole, ss, dst + whole * ds + first, ds, columns - whole);
+    } else {
+      for (int64_t j = whole; j < columns; ++j)
+        for (int i = 0; i < Side; ++i) dst[j * ds + first + i] = from[i * ss + j];
+    }
+  }
+  return first;
 }
 
 // Vector PART of the interleaved vectors a, b and c: a0 b0 c0 a1 b1 c1 …
@@ -86,19 +95,13 @@ void interleave_three(const T* src, int64_t ss, T* dst, int64_t pixels) {
 template <class T>
 void transpose(const T* src, int64_t ss, T* dst, int64_t ds, int64_t rows, int64_t columns) {
   if (rows == 3 && ds == 3) return interleave_three(src, ss, dst, columns);
-  constexpr int64_t t = kTile<T>;
-  const int64_t full_columns = columns / t * t;
-  // Source rows stay open for a strip of tiles; where these are as wide as a line, each line of the
-  // destination is written once.
-  for (int64_t i = 0; i < rows; i += t) {
-    const T* from = src + i * ss;
-    T* to = dst + i;
-    const int64_t some = rows - i < t ? rows - i : t;
-    if (some == t)
-      for (int64_t j = 0; j < full_columns; j += t) transpose_tile(from + j, ss, to + j * ds, ds);
-    for (int64_t j = some == t ? full_columns : 0; j < columns; j += t)
-      transpose_rest(from + j, ss, to + j * ds, ds, some, columns - j < t ? columns - j : t);
-  }
+  constexpr int small = sizeof(T) == 4 && kLanes<T> >= 8 ? 8 : 4;
+  int64_t i = 0;
+  if constexpr (kVectorBytes == 64)
+    i = transpose_strips<kLanes<T>>(src, ss, dst, ds, i, rows, columns);
+  i = transpose_strips<small>(src, ss, dst, ds, i, rows, columns);
+  for (; i < rows; ++i)
+    for (int64_t j = 0; j < columns; ++j) dst[j * ds + i] = src[i * ss + j];
 }
 
 }  // namespace

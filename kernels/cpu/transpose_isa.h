@@ -32,17 +32,16 @@ NNARCH_INLINE void transpose_square(const T* from, int64_t from_step, T* to, int
   for (int r = 0; r < lanes; ++r) store(to + r * to_step, row[r]);
 }
 
-// The same of fewer rows and columns.
+// The same of fewer columns.
 template <class T>
-NNARCH_NOINLINE void transpose_part(const T* from, int64_t from_step, T* to, int64_t to_step,
-                                    int64_t rows, int64_t columns) {
+NNARCH_NOINLINE void transpose_columns(const T* from, int64_t from_step, T* to, int64_t to_step,
+                                       int64_t columns) {
   constexpr int lanes = kLanes<T>;
   Vec<T> row[lanes];
-  for (int r = 0; r < lanes; ++r)
-    row[r] = r < rows ? load_n(from + r * from_step, columns) : Vec<T>{};
+  for (int r = 0; r < lanes; ++r) row[r] = load_n(from + r * from_step, columns);
   transpose_rows<lanes / 2, T>(row);
   for (int r = 0; r < lanes; ++r)
-    if (r < columns) store_n(to + r * to_step, row[r], rows);
+    if (r < columns) store(to + r * to_step, row[r]);
 }
 
 // to[j][i] = from[i][j]. Whole lines go past the caches: stores that jump from line to line wait
