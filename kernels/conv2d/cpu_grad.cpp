@@ -153,20 +153,17 @@ int64_t weight_grad_tile(const ConvShape& p) {
 }
 
 template <class T>
-void weight_grad_group(const Tensor& grad, const Tensor& x, const ConvShape& p, int64_t tile,
-                       int64_t group, T* sums) {
+void weight_grad_group(const Tensor& grad, const Tensor& x, const ConvShape& p, int64_t group,
+                       T* sums) {
   const int64_t plane = p.oh * p.ow;
   const bool planar = is_planar(grad);  // a stem's only: it has one group
   const GradView<T> view{data<T>(grad) + group * p.group_k(), p.k, p.n * plane, p.group_k(),
                          planar ? plane : 0};
-  if (stem_serves(p) && tile == 0)
+  if (stem_serves(p))
     return weight_grad<T>(
         view, 1, p.r * p.s * p.c, [&] { return StemWindows<T>(x, p, WeightGradPlan::positions); },
         sums);
   const GridImage<T> image = forward_image<T>(data<T>(x), p, group);
-  if constexpr (std::is_same_v<T, float>)
-    if (tile > 0)
-      return WinogradWeightGrad(image, grad_image(data<T>(grad), p, group), tile).run(sums);
   weight_grad<T>(
       view, p.taps(), p.group_c(), [&] { return TapRows<T>(image, WeightGradPlan::positions); },
       sums);
@@ -185,12 +182,24 @@ void strided_weight_grad(const Tensor& grad, const Tensor& x_in, const ConvShape
                      dw + g * p.group_k() * taps * depth);
 }
 
+void winograd_weight_grad(const Tensor& grad_in, const Tensor& x_in, const ConvShape& p,
+                          int64_t tile, bool channels_last, float* dw) {
+  set_algorithm("winograd_weight_grad");
+  const Tensor x = as_channels_last(x_in), grad = as_channels_last(grad_in);
+  for (int64_t g = 0; g < p.groups; ++g)
+    WinogradWeightGrad(forward_image<float>(data<float>(x), p, g),
+                       grad_image(data<float>(grad), p, g), tile, channels_last)
+        .run(dw + g * p.group_k() * p.taps() * p.group_c());
+}
+
 template <class T>
 void weight_grad_groups(const Tensor& grad_in, const Tensor& x_in, const ConvShape& p,
                         bool channels_last, T* dw) {
-  const int64_t tile = weight_grad_tile<T>(p);
-  const bool stem = stem_serves(p) && tile == 0;
-  set_algorithm(stem ? "stem_weight_grad" : tile > 0 ? "winograd_weight_grad" : "weight_grad_gemm");
+  if constexpr (std::is_same_v<T, float>)
+    if (const int64_t tile = weight_grad_tile<T>(p); tile > 0)
+      return winograd_weight_grad(grad_in, x_in, p, tile, channels_last, dw);
+  const bool stem = stem_serves(p);
+  set_algorithm(stem ? "stem_weight_grad" : "weight_grad_gemm");
   const Tensor x = stem ? x_in : as_channels_last(x_in);
   // A planar gradient's rows serve as they lie, where an image is long enough for a product.
   const bool planar = stem && is_planar(grad_in) && p.oh * p.ow >= 128;
@@ -199,7 +208,7 @@ void weight_grad_groups(const Tensor& grad_in, const Tensor& x_in, const ConvSha
   const bool in_place = channels_last || p.taps() == 1;  // then sums have the order of dw
   Scratch<T> sums(in_place ? 0 : each);
   for (int64_t g = 0; g < p.groups; ++g) {
-    weight_grad_group<T>(grad, x, p, tile, g, in_place ? dw + g * each : sums.get());
+    weight_grad_group<T>(grad, x, p, g, in_place ? dw + g * each : sums.get());
     if (!in_place) unpack_weight_grad(sums.get(), p, dw + g * each);
   }
 }

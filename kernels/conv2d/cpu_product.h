@@ -37,6 +37,34 @@ void conv_pack(const WeightView<T>& weight, int64_t tile, T* dst) {
   pack_weight(weight, dst);
 }
 
+// Panels of columns that are packed together right before their product, in the second-level cache,
+// or 0: where large weights meet an image that stays there beside them. A packed copy in memory
+// would be written and read again.
+template <class T>
+int64_t panels_packed_late(const GridImage<T>& image, const WeightView<T>& weight) {
+  constexpr int64_t wanted_tasks = 8;
+  const int64_t l2 = l2_bytes(), nr = gemm<T>().nr, panels = ceil_div(weight.columns, nr);
+  const int64_t panel = packed_size<T>(nr, weight.taps(), weight.depth) * int64_t{sizeof(T)};
+  const int64_t pixels = image.n * image.h * image.w * image.pixel * int64_t{sizeof(T)};
+  if (panels * panel <= l2 / 2 || pixels > l2 / 4 || panel > l2 * 5 / 8) return 0;
+  return std::max<int64_t>(1, std::min(l2 / 3 / panel, panels / wanted_tasks));
+}
+
+template <class T>
+void pack_late(const GridImage<T>& image, const WeightView<T>& weight, int64_t panels, T* y,
+               const OutputGrid& out, const Epilogue<T>& epilogue) {
+  const int64_t columns = panels * gemm<T>().nr;
+  parallel_tasks(ceil_div(weight.columns, columns), [&](int64_t task) {
+    const int64_t first = task * columns;
+    WeightView<T> part = weight;
+    part.data += first * weight.column_stride;
+    part.columns = std::min(columns, weight.columns - first);
+    Scratch<T> packed(packed_size<T>(part.columns, part.taps(), part.depth));
+    pack_weight(part, packed.get());
+    gather_gemm<T>(image, packed.get(), part.columns, y + first, out, epilogue.from_channel(first));
+  });
+}
+
 // y[position][column] = epilogue(Σ_tap image · weight); `packed` is what conv_pack made of the
 // weight, or null.
 template <class T>
@@ -46,6 +74,8 @@ void conv_product(const GridImage<T>& image, int64_t tile, const T* packed,
   if constexpr (std::is_same_v<T, float>)
     if (tile > 0) return winograd_gemm(image, tile, packed, weight, y, out, epilogue);
   if (packed) return gather_gemm<T>(image, packed, weight.columns, y, out, epilogue);
+  if (const int64_t panels = panels_packed_late(image, weight); panels > 0)
+    return pack_late(image, weight, panels, y, out, epilogue);
   Scratch<T> own(packed_size<T>(weight.columns, weight.taps(), weight.depth));
   pack_weight(weight, own.get());
   gather_gemm<T>(image, own.get(), weight.columns, y, out, epilogue);

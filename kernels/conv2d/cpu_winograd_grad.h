@@ -7,14 +7,18 @@
 #include <cstdint>
 
 #include "conv2d/cpu_winograd.h"
+#include "cpu/layout.h"
 
 namespace nnarch {
 
 class WinogradWeightGrad {
  public:
-  // grad is an image with its own channels; image.taps are the 3×3 taps.
-  WinogradWeightGrad(const GridImage<float>& image, const GridImage<float>& grad, int64_t m)
+  // grad is an image with its own channels; image.taps are the 3×3 taps. `channels_last`: dw is
+  // [k][tap][c], else [k][c][tap].
+  WinogradWeightGrad(const GridImage<float>& image, const GridImage<float>& grad, int64_t m,
+                     bool channels_last)
       : tiles_{image, m},
+        channels_last_(channels_last),
         depth_(image.depth),
         k_(grad.depth),
         c_row_(winograd_row(depth_)),
@@ -26,11 +30,10 @@ class WinogradWeightGrad {
             grad, 0, 0, m, winograd().transforms(m).grad, k_row_, winograd_plane(block_ * k_row_)} {
   }
 
-  // sums[k][tap][c]
-  void run(float* sums) const {
+  void run(float* dw) const {
     Scratch<float> v(tiles_.planes() * inputs_.plane), g(tiles_.planes() * grads_.plane);
-    if (block_ == tiles_.count()) return by_channels(v.get(), g.get(), sums);
-    by_planes(v.get(), g.get(), sums);
+    if (block_ == tiles_.count()) return by_channels(v.get(), g.get(), dw);
+    by_planes(v.get(), g.get(), dw);
   }
 
  private:
@@ -72,12 +75,16 @@ class WinogradWeightGrad {
   }
 
   // dw of channel k from its sums.
-  void finish(const float* products, int64_t plane, int64_t k, float* sums) const {
-    winograd().transforms(tiles_.m).weight_grad(products, plane, depth_, sums + k * 9 * depth_,
-                                                depth_);
+  void finish(const float* products, int64_t plane, int64_t k, float* dw) const {
+    constexpr int64_t taps = 9;
+    float* const to = dw + k * taps * depth_;
+    Scratch<float> lines(channels_last_ ? 0 : taps * depth_);
+    winograd().transforms(tiles_.m).weight_grad(products, plane, depth_,
+                                                channels_last_ ? to : lines.get(), depth_);
+    if (!channels_last_) transpose_fn<float>()(lines.get(), depth_, to, taps, taps, depth_);
   }
 
-  void by_channels(float* v, float* g, float* sums) const {
+  void by_channels(float* v, float* g, float* dw) const {
     constexpr int64_t cache = int64_t{512} << 10;
     transform(0, tiles_.count(), v, g);
     const int64_t mr = winograd().mr, fit = cache / (tiles_.planes() * columns_ * kFloat);
@@ -88,11 +95,11 @@ class WinogradWeightGrad {
       Scratch<float> products(tiles_.planes() * plane);
       for (int64_t xi = 0; xi < tiles_.planes(); ++xi)
         multiply(xi, k, some, tiles_.count(), false, v, g, products.get() + xi * plane);
-      for (int64_t r = 0; r < some; ++r) finish(products.get() + r * columns_, plane, k + r, sums);
+      for (int64_t r = 0; r < some; ++r) finish(products.get() + r * columns_, plane, k + r, dw);
     });
   }
 
-  void by_planes(float* v, float* g, float* sums) const {
+  void by_planes(float* v, float* g, float* dw) const {
     const int64_t plane = winograd_plane(k_ * columns_);
     Scratch<float> products(tiles_.planes() * plane);
     for (int64_t first = 0; first < tiles_.count(); first += block_) {
@@ -102,10 +109,11 @@ class WinogradWeightGrad {
         multiply(xi, 0, k_, count, first > 0, v, g, products.get() + xi * plane);
       });
     }
-    parallel_tasks(k_, [&](int64_t k) { finish(products.get() + k * columns_, plane, k, sums); });
+    parallel_tasks(k_, [&](int64_t k) { finish(products.get() + k * columns_, plane, k, dw); });
   }
 
   WinogradTiles tiles_;
+  bool channels_last_;
   int64_t depth_, k_, c_row_, k_row_, columns_, block_;
   WinogradWindows inputs_, grads_;
 };

@@ -14,12 +14,19 @@ constexpr double kDirect = 1.06;       // of an FMA in the direct product, with 
 constexpr double kProduct = 1.08;      // of an FMA in the products between the transforms
 constexpr double kLeastRowTile = 4.5;  // of a step of the register tile, however few its rows are
 constexpr double kTransform = 8;       // of a value transformed
-constexpr double kPackDirect = 2, kPackTransformed = 9;  // of a vector of packed weights
-constexpr double kCall = 25000, kStages = 3000;          // of a call, and of its parts in Winograd
+constexpr double kPackDirect = 2;      // of a vector of packed weights
+constexpr double kCall = 25000, kStages = 3000;  // of a call, and of its parts in Winograd
 
 // Of the weight gradient: an FMA of either product, a vector of sums put in order, transformed
 // back.
-constexpr double kGradProduct = 1.15, kGradOrder = 8, kGradBack = 6;
+constexpr double kGradProduct = 1.15, kGradOrder = 8;
+
+// Of a vector that is transformed once: of weights that come unpacked, beside what packing them for
+// the direct product takes, and of sums that become a weight's gradient. Stores to the second-level
+// cache are what counts; Intel Emerald Rapids has twice as many FMAs to each of those as Zen 3
+// and 4.
+double pack_transformed() { return far_l3() ? 18 : 9; }
+double grad_back() { return far_l3() ? 16 : 6; }
 
 double vectors(int64_t channels) { return double(ceil_div(channels, winograd().nr / 2)); }
 
@@ -46,7 +53,7 @@ double winograd_cost(const ConvWork& w, int64_t m) {
   const double values = count * planes * (vectors(w.depth) + vectors(w.columns));
   const double lanes = double(winograd().nr / 2), bytes = weights * lanes * sizeof(float);
   return std::max(products, w.packed ? read_cost(bytes, lanes) : 0) + values * kTransform +
-         (w.packed ? 0 : weights * kPackTransformed) + kCall + kStages;
+         (w.packed ? 0 : weights * pack_transformed()) + kCall + kStages;
 }
 
 double direct_weight_grad_cost(const ConvWork& w) {
@@ -60,7 +67,7 @@ double winograd_weight_grad_cost(const ConvWork& w, int64_t m) {
   const double planes = double(tiles.planes()), count = double(tiles.count());
   const double sums = planes * double(w.columns) * vectors(w.depth);
   const double values = count * planes * (vectors(w.depth) + vectors(w.columns));
-  return sums * (count * kGradProduct + kGradBack) + values * kTransform + kCall;
+  return sums * (count * kGradProduct + grad_back()) + values * kTransform + kCall;
 }
 
 // The tile of least cost, or 0 for the direct product.

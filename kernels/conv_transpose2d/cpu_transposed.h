@@ -175,8 +175,8 @@ void pack_transposed(const Tensor& weight, const TransposedShape& p, int64_t lay
   PackedPhases<T>(p, layout).pack(weight, dst);
 }
 
-// y channels_last; `packed` may be null. Then direct phases are packed first, and Winograd's, whose
-// transformed weights may outgrow the caches, on the way.
+// y channels_last; `packed` may be null. Then several direct phases are packed first, in one pass,
+// and a single one or Winograd's, whose transformed weights may outgrow the caches, on the way.
 template <class T>
 void by_phases(const T* x, const Tensor& weight, const T* packed, int64_t layout, T* y,
                const TransposedShape& p, const Epilogue<T>& epilogue) {
@@ -184,7 +184,7 @@ void by_phases(const T* x, const Tensor& weight, const T* packed, int64_t layout
   const PackedPhases<T> phases(p, layout), direct(p, kPhases);
   const std::vector<TransposedPhase> all_columns = phases_of(column_axis);
   const OutputGrid out{p.oh * p.ow * p.k, p.stride_h * p.ow * p.k, p.stride_w * p.k};
-  const bool own = !packed && phases.any_direct();
+  const bool own = !packed && phases.any_direct() && p.stride_h * p.stride_w > 1;
   Scratch<T> packed_here(own ? checked_product(p.groups, direct.group_size()) : 0);
   if (own) direct.pack(weight, packed_here.get());
   for (const TransposedPhase& rows : phases_of(row_axis))
@@ -192,7 +192,7 @@ void by_phases(const T* x, const Tensor& weight, const T* packed, int64_t layout
       for (int64_t group = 0; group < p.groups; ++group) {
         const int64_t tile = phases.tile(rows.residue, columns.residue);
         const PackedPhases<T>& order = packed ? phases : direct;
-        const T* from = packed ? packed : tile == 0 ? packed_here.get() : nullptr;
+        const T* from = packed ? packed : own && tile == 0 ? packed_here.get() : nullptr;
         const int64_t at = order.begin(group, rows.residue, columns.residue);
         const int64_t first = (rows.first * p.ow + columns.first) * p.k + group * p.group_k();
         Epilogue<T> of_phase = epilogue.from_channel(group * p.group_k());

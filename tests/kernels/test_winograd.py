@@ -225,7 +225,7 @@ def test_past_the_caches():
 
 
 def test_precision_decides():
-    x, weight, _ = tensors((1, 64, 30, 30, 64, 1, 1))
+    x, weight, _ = tensors((1, 64, 60, 60, 64, 1, 1))
     algorithms = {}
     for level in ("highest", "high", "medium"):
         nnarch.set_precision(level)
