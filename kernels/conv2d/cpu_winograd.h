@@ -128,6 +128,15 @@ struct WinogradBlocking {
     return all.planes() * row * int64_t{sizeof(float)};
   }
   int64_t count(const WinogradTiles& all) const { return ceil_div(all.count(), tiles); }
+
+  // Panels whose products a block makes together, where V comes from beyond L2 and is read once for
+  // all of them: as many as leave most of it, and work for some threads.
+  int64_t panels_at_once(const WinogradTiles& all, int64_t panels) const {
+    constexpr int64_t tasks = 4;
+    const int64_t bytes = all.planes() * product_plane * int64_t{sizeof(float)};
+    if (all.count() * tile_bytes(all) <= l2_bytes() / 2) return 1;
+    return std::max<int64_t>(1, std::min(l2_bytes() * 3 / 8 / bytes, panels / tasks));
+  }
 };
 
 // Where the outputs go and what is done to them.
@@ -158,31 +167,24 @@ struct WinogradOutput {
   }
 };
 
-// Outputs of tiles [first, first + count) in panel p of the channels. Between the products,
-// meanwhile(begin, end) may prefetch for that part of as many other tiles: the memory would wait.
-// `far`: V has left L2.
-template <class Meanwhile>
-void multiply_panel(const WinogradTiles& tiles, const WinogradBlocking& block, const float* v,
-                    const float* weights, int64_t first, int64_t count, int64_t p,
-                    const WinogradOutput& output, bool far, const Meanwhile& meanwhile) {
-  const WinogradTable& table = winograd();
-  const int64_t depth = tiles.image.depth, channel = p * table.nr;
-  Scratch<float> products(tiles.planes() * block.product_plane);
-  for (int64_t xi = 0; xi < tiles.planes(); ++xi) {
-    const int64_t begin = count * xi / tiles.planes(), end = count * (xi + 1) / tiles.planes();
-    meanwhile(begin, end);
-    for (int64_t t = begin; t < end && !output.stream; ++t)
-      output.prefetch(tiles, first + t, channel);
-    table.panel_product({.a = v + xi * block.plane,
-                         .a_step = block.row,
-                         .b = weights + xi * winograd_plane(depth * table.nr),
-                         .depth = depth,
-                         .c = products.get() + xi * block.product_plane,
-                         .c_step = table.nr,
-                         .rows = count,
-                         .columns = output.channels - channel,
-                         .a_next = far ? v + (xi + 1) * block.plane : nullptr});
-  }
+inline int64_t winograd_planes(int64_t m, int64_t taps) { return (m + taps - 1) * (m + taps - 1); }
+
+// Elements of a panel of transformed weights, [xi][depth][nr].
+inline int64_t winograd_panel(int64_t depth, int64_t planes) {
+  return planes * winograd_plane(depth * winograd().nr);
+}
+
+// Panels [first, last) of output channels, their transformed weights one behind the other.
+struct WinogradPanels {
+  int64_t first, last;
+  const float* weights;
+};
+
+// Outputs of tiles [first, first + count), back from the products of one panel.
+inline void put_panel(const WinogradTiles& tiles, const WinogradBlocking& block,
+                      const float* products, int64_t first, int64_t count, int64_t p,
+                      const WinogradOutput& output) {
+  const int64_t nr = winograd().nr, channel = p * nr;
   const auto transform = winograd_transforms(tiles.m, tiles.taps).output;
   const Epilogue<float> epilogue = output.epilogue.from_channel(channel);
   const OutputGrid& grid = output.grid;
@@ -193,16 +195,43 @@ void multiply_panel(const WinogradTiles& tiles, const WinogradBlocking& block, c
                            .column_step = grid.column_step,
                            .rows = std::min(tiles.m, tiles.image.grid_h - at.y),
                            .columns = std::min(tiles.m, tiles.image.grid_w - at.x)};
-    transform(products.get() + t * table.nr, block.product_plane, output.channels - channel,
-              epilogue, place, output.y + channel, output.stream);
+    transform(products + t * nr, block.product_plane, output.channels - channel, epilogue, place,
+              output.y + channel, output.stream);
   }
 }
 
-inline int64_t winograd_planes(int64_t m, int64_t taps) { return (m + taps - 1) * (m + taps - 1); }
-
-// Elements of a panel of transformed weights, [xi][depth][nr].
-inline int64_t winograd_panel(int64_t depth, int64_t planes) {
-  return planes * winograd_plane(depth * winograd().nr);
+// Outputs of tiles [first, first + count) in some panels of the channels. Between the products,
+// meanwhile(begin, end) may prefetch for that part of as many other tiles: the memory would wait.
+// `far`: V has left L2.
+template <class Meanwhile>
+void multiply_panels(const WinogradTiles& tiles, const WinogradBlocking& block, const float* v,
+                     const WinogradPanels& panels, int64_t first, int64_t count,
+                     const WinogradOutput& output, bool far, const Meanwhile& meanwhile) {
+  const WinogradTable& table = winograd();
+  const int64_t depth = tiles.image.depth, planes = tiles.planes();
+  const int64_t weights = winograd_panel(depth, planes), sums = planes * block.product_plane;
+  Scratch<float> products((panels.last - panels.first) * sums);
+  for (int64_t xi = 0; xi < planes; ++xi) {
+    const int64_t begin = count * xi / planes, end = count * (xi + 1) / planes;
+    meanwhile(begin, end);
+    for (int64_t p = panels.first; p < panels.last; ++p) {
+      const int64_t i = p - panels.first, channel = p * table.nr;
+      for (int64_t t = begin; t < end && !output.stream; ++t)
+        output.prefetch(tiles, first + t, channel);
+      table.panel_product(
+          {.a = v + xi * block.plane,
+           .a_step = block.row,
+           .b = panels.weights + i * weights + xi * winograd_plane(depth * table.nr),
+           .depth = depth,
+           .c = products.get() + i * sums + xi * block.product_plane,
+           .c_step = table.nr,
+           .rows = count,
+           .columns = output.channels - channel,
+           .a_next = far && p + 1 == panels.last ? v + (xi + 1) * block.plane : nullptr});
+    }
+  }
+  for (int64_t p = panels.first; p < panels.last; ++p)
+    put_panel(tiles, block, products.get() + (p - panels.first) * sums, first, count, p, output);
 }
 
 inline int64_t winograd_packed_size(int64_t columns, int64_t depth, int64_t m, int64_t taps = 3) {
@@ -254,14 +283,15 @@ inline void winograd_by_blocks(const WinogradTiles& tiles, const WinogradBlockin
         for (int64_t t = first + count + begin; t < first + count + end && t < tiles.count(); ++t)
           windows.prefetch(tiles, t, from, channels);
       };
-      multiply_panel(tiles, block, v.get(), packed + p * panel, first, count, p, output, false,
-                     next_block);
+      multiply_panels(tiles, block, v.get(), {p, p + 1, packed + p * panel}, first, count, output,
+                      false, next_block);
     }
   });
 }
 
-// A panel of output channels for a task, which goes through all blocks of tiles; the weights, where
-// they come as they are, are transformed on the way and never leave the cache.
+// A few panels of output channels for a task, which goes through all blocks of tiles; the weights,
+// where they come as they are, are transformed on the way, panel by panel, and never leave the
+// cache.
 inline void winograd_by_panels(const WinogradTiles& tiles, const WinogradBlocking& block,
                                const WinogradWindows& windows, const float* packed,
                                const WeightView<float>& view, const WinogradOutput& output) {
@@ -279,13 +309,17 @@ inline void winograd_by_panels(const WinogradTiles& tiles, const WinogradBlockin
     windows.run(tiles, first(b), count(b), from, std::min(channels, depth - from),
                 v.get() + b * each);
   });
-  parallel_tasks(output.panels(), [&](int64_t p) {
+  const int64_t panels = output.panels();
+  const int64_t at_once = packed ? block.panels_at_once(tiles, panels) : 1;
+  parallel_tasks(ceil_div(panels, at_once), [&](int64_t task) {
+    const int64_t p = task * at_once;
     Scratch<float> transformed(packed ? 0 : panel);
     if (!packed) winograd_pack_panel(view, tiles.m, p, transformed.get());
-    const float* weights = packed ? packed + p * panel : transformed.get();
+    const WinogradPanels some{p, std::min(p + at_once, panels),
+                              packed ? packed + p * panel : transformed.get()};
     for (int64_t b = 0; b < blocks; ++b)
-      multiply_panel(tiles, block, v.get() + b * each, weights, first(b), count(b), p, output, far,
-                     [](int64_t, int64_t) {});
+      multiply_panels(tiles, block, v.get() + b * each, some, first(b), count(b), output, far,
+                      [](int64_t, int64_t) {});
   });
 }
 
@@ -298,7 +332,9 @@ inline WinogradOrder winograd_order(const WinogradTiles& tiles, int64_t panels, 
   const int64_t weights =
       panels * winograd_panel(tiles.image.depth, tiles.planes()) * int64_t{sizeof(float)};
   const int64_t by_blocks = v + (weights > l2_bytes() * 5 / 4 ? blocks : 1) * weights;
-  const int64_t by_panels = weights + (v > l2_bytes() / 2 ? panels : 1) * v;
+  const WinogradBlocking wide(tiles, WinogradOrder::by_panels);
+  const int64_t passes = packed ? ceil_div(panels, wide.panels_at_once(tiles, panels)) : panels;
+  const int64_t by_panels = weights + (v > l2_bytes() / 2 ? passes : 1) * v;
   const bool transforms_late = !packed && panels >= few;
   const bool reads_less = far_l3() && by_panels < by_blocks;
   if (blocks < few || (v <= together && (transforms_late || reads_less)))
