@@ -94,6 +94,7 @@ inline void multiply(PanelProduct product, const Ahead& ahead) {
   const PanelProduct whole = product;
   const int64_t rows = product.rows, tiles = ceil_div(rows, winograd().mr);
   const int64_t blocks = ceil_div(product.depth, most);
+  product.shares = tiles;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = whole.depth * block / blocks;
     product.depth = whole.depth * (block + 1) / blocks - first;
@@ -107,8 +108,7 @@ inline void multiply(PanelProduct product, const Ahead& ahead) {
       ahead.fetch(block * tiles + t, blocks * tiles);
       product.a = whole.a + from * product.a_step + first;
       product.c = whole.c + from * product.c_step;
-      product.rows = to - from;
-      product.fetch_next = t == 0;
+      product.rows = to - from, product.share = t;
       winograd().panel_product(product);
     }
   }

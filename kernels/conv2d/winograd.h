@@ -32,7 +32,7 @@ struct WinogradTransforms {
 };
 
 // c[i][j] = Σ_k a[i][k] · b[k][j] for i < rows, j < columns. b is a dense panel of nr columns; the
-// one that follows it comes into cache meanwhile.
+// one that follows it comes into cache meanwhile, as a whole or in part.
 struct PanelProduct {
   const float* a;
   int64_t a_step;
@@ -43,7 +43,7 @@ struct PanelProduct {
   int64_t rows, columns;
   int64_t chain = 128;  // terms that are added up in one go: longer sums lose accuracy
   bool add = false;
-  bool fetch_next = true;         // the panel that follows, meanwhile
+  int64_t share = 0, shares = 1;  // which part of the panel that follows is fetched meanwhile
   const float* a_next = nullptr;  // rows that will be read next, fetched meanwhile; or null
 };
 

@@ -28,17 +28,17 @@ NNARCH_INLINE void put(V* left, V* right, float* c, int64_t step, bool add) {
 // alone, all of the panel would be more than a core can wait for.
 struct Ahead {
   const float *panel, *rows;
-  int64_t share = 0, panel_stride = 0, rows_stride = 0;
+  int64_t share, panel_stride, rows_stride;
   bool two;
 
   // `tiles` of at most `height` rows and `count` steps.
   NNARCH_INLINE Ahead(const PanelProduct& p, int64_t tiles, int64_t height, int64_t count)
-      : panel(p.b), rows(p.a_next), two(p.a_next || tiles == 1) {
-    if (p.fetch_next) {
-      panel += p.depth * 2 * kWidth;
-      share = p.depth * 2 * kWidth / tiles, panel_stride = share / count;
-    }
-    if (rows) rows_stride = height * p.a_step / count;
+      : rows(p.a_next),
+        share(p.depth * 2 * kWidth / (p.shares * tiles)),
+        panel_stride(share / count),
+        rows_stride(rows ? height * p.a_step / count : 0),
+        two(rows || p.shares * tiles == 1) {
+    panel = p.b + p.depth * 2 * kWidth + p.share * tiles * share;
   }
 };
 
@@ -110,8 +110,10 @@ constexpr int kChainRows = 7;
 constexpr int64_t kChainDepth = 128;  // of a panel that stays in L1 for all tiles of rows
 
 template <int... I>
-NNARCH_INLINE void panel_chains(Indices<I...>, const PanelProduct& p, int64_t row) {
-  const int64_t step = p.a_step, next = p.fetch_next ? p.depth * 2 * kWidth : 0;
+NNARCH_INLINE void panel_chains(Indices<I...>, const PanelProduct& p, int64_t row,
+                                const Ahead& ahead, int64_t tile) {
+  const int64_t step = p.a_step, stride = ahead.panel_stride;
+  const float* fetched = ahead.panel + tile * ahead.share;
   const float* a = p.a + row * step;
   const float* b = p.b;
   V left_total[sizeof...(I)] = {(static_cast<void>(I), V{})...};
@@ -124,8 +126,9 @@ NNARCH_INLINE void panel_chains(Indices<I...>, const PanelProduct& p, int64_t ro
 #pragma GCC unroll 1
     for (; b != end; ++a, b += 2 * kWidth) {
       asm("" : "+r"(a));
-      __builtin_prefetch(b + next, 0, 2);
-      __builtin_prefetch(b + next + kWidth, 0, 2);
+      __builtin_prefetch(fetched, 0, 2);
+      __builtin_prefetch(fetched + kWidth, 0, 2);
+      fetched += stride;
       V b0 = load(b), b1 = load(b + kWidth), x;
       keep_in_register(b0);
       keep_in_register(b1);
@@ -160,8 +163,9 @@ NNARCH_INLINE void outer_chains(Indices<I...>, const OuterProduct& p, int64_t ro
 }
 
 template <int Rows>
-NNARCH_NOINLINE void panel_chains_of(const PanelProduct& p, int64_t row) {
-  panel_chains(MakeIndices<Rows>{}, p, row);
+NNARCH_NOINLINE void panel_chains_of(const PanelProduct& p, int64_t row, const Ahead& ahead,
+                                     int64_t tile) {
+  panel_chains(MakeIndices<Rows>{}, p, row, ahead, tile);
 }
 template <int Rows>
 NNARCH_NOINLINE void outer_chains_of(const OuterProduct& p, int64_t row, int64_t column) {
@@ -215,19 +219,24 @@ NNARCH_INLINE void for_row_tiles(int64_t rows, const F& f) {
   }
 }
 
+// Tiles of nearly equal height; at most so many rows.
+constexpr int64_t tiles_of(int64_t rows, int64_t most) { return (rows + most - 1) / most; }
+
 // A longer chain of additions loses accuracy: one of 1024 has three times the error of its parts.
 void panel_product(const PanelProduct& p) {
+  if (p.rows <= 0 || p.depth <= 0) return;
+  int64_t done = 0;
 #if defined(NNARCH_ISA_avx512)
-  if (p.depth > p.chain && p.depth <= kChainDepth && p.columns > kWidth)
+  if (p.depth > p.chain && p.depth <= kChainDepth && p.columns > kWidth) {
+    const Ahead ahead(p, tiles_of(p.rows, kChainRows), kChainRows, p.depth);
     return for_row_tiles<kChainRows>(p.rows, [&](int64_t row, int64_t rows) {
-      panel_chains_with(MakeIndices<kChainRows>{}, rows)(p, row);
+      panel_chains_with(MakeIndices<kChainRows>{}, rows)(p, row, ahead, done++);
     });
+  }
 #endif
-  const int64_t chains = (p.depth + p.chain - 1) / p.chain;
-  const int64_t tiles = (p.rows + kRows - 1) / kRows;
+  const int64_t chains = (p.depth + p.chain - 1) / p.chain, tiles = tiles_of(p.rows, kRows);
   const Ahead ahead(p, chains * tiles, p.rows / tiles + 1, p.depth / chains + 1);
   const bool half = p.columns <= kWidth;
-  int64_t done = 0;
   for (int64_t i = 0; i < chains; ++i) {
     const int64_t from = p.depth * i / chains, count = p.depth * (i + 1) / chains - from;
     for_row_tiles(p.rows, [&](int64_t row, int64_t rows) {
