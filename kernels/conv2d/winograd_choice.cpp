@@ -22,9 +22,8 @@ constexpr double kCall = 25000, kStages = 3000;  // of a call, and of its parts 
 constexpr double kGradProduct = 1.15, kGradOrder = 8;
 
 // Of a vector that is transformed once: of weights that come unpacked, beside what packing them for
-// the direct product takes, and of sums that become a weight's gradient. Stores to the second-level
-// cache are what counts; Intel Emerald Rapids has twice as many FMAs to each of those as Zen 3
-// and 4.
+// the direct product takes, and of sums that become a weight's gradient. Fitted on Zen 3 and 4 and,
+// where the last-level cache is far, on Intel Emerald Rapids, whose FMAs take half the time.
 double pack_transformed() { return far_l3() ? 18 : 9; }
 double grad_back() { return far_l3() ? 16 : 6; }
 
