@@ -44,7 +44,7 @@ void pack_interleaved_panel(const WeightView<T>& w, const T* src, int64_t n, T* 
   std::fill_n(rows.get(), block * nr, T{0});
   for (int64_t d = 0; d < w.depth; d += at_once) {
     const int64_t some = std::min(at_once, w.depth - d);
-    if (at_once == 1 && n * w.column_stride <= 2 * n * span)  // a run of lines a channel
+    if (at_once == 1 && w.column_stride <= 2 * span)  // a run of lines a channel
       for (int64_t i = 0; i < n * w.column_stride; i += 64 / int64_t{sizeof(T)})
         __builtin_prefetch(src + (d + 2) * w.depth_stride + i);
     transpose_fn<T>()(src + d * w.depth_stride, w.column_stride, rows.get(), nr, n,
