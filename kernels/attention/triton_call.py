@@ -17,8 +17,8 @@ from .triton_tiles import ADDED_MASK, BOOL_MASK, NO_MASK
 
 LEAST_DESCRIBED, LEAST_DESCRIBED_BACKWARD = 2**34, 2**37
 """B·H·L·S·D from which tiles are read by tensor descriptors, 100 µs of an H100 forward, eight times
-that work backward (chosen, not measured). The host makes them anew in every call, in Python (ADR
-13): forward and backward of 2**34 took 777 µs a call with them, their kernels 408."""
+that work backward (chosen, not measured). The host makes them anew in every call, when this was
+chosen in Python: forward and backward of 2**34 took 777 µs a call with them, their kernels 408."""
 
 
 @dataclasses.dataclass(frozen=True)

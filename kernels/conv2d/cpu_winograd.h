@@ -323,8 +323,8 @@ inline void winograd_by_panels(const WinogradTiles& tiles, const WinogradBlockin
   });
 }
 
-// By panels where that is a few blocks or reads less from a far last-level cache; all of V is in
-// memory at once then.
+// By panels where that is a few blocks or reads less from beyond L2; all of V is in memory at once
+// then.
 inline WinogradOrder winograd_order(const WinogradTiles& tiles, int64_t panels, bool packed) {
   constexpr int64_t few = 4, together = int64_t{8} << 20;  // blocks or panels; bytes of V
   const WinogradBlocking block(tiles, WinogradOrder::by_blocks);
@@ -335,8 +335,7 @@ inline WinogradOrder winograd_order(const WinogradTiles& tiles, int64_t panels, 
   const WinogradBlocking wide(tiles, WinogradOrder::by_panels);
   const int64_t passes = packed ? ceil_div(panels, wide.panels_at_once(tiles, panels)) : panels;
   const int64_t by_panels = weights + (v > l2_bytes() / 2 ? passes : 1) * v;
-  const bool transforms_late = !packed && panels >= few;
-  const bool reads_less = far_l3() && by_panels < by_blocks;
+  const bool transforms_late = !packed && panels >= few, reads_less = by_panels < by_blocks;
   if (blocks < few || (v <= together && (transforms_late || reads_less)))
     return WinogradOrder::by_panels;
   return WinogradOrder::by_blocks;
@@ -356,8 +355,11 @@ inline void winograd_gemm(const GridImage<float>& image, int64_t m, const float*
                           const Epilogue<float>& epilogue) {
   const WinogradTiles tiles{image, m, taps_a_side(view.taps())};
   if (tiles.count() == 0 || view.columns == 0) return;
+  // A tile's vectors of one channel block, past the caches, must be whole lines: halves of 16
+  // pixels' lines, and then the others, took 1.2 times as long (64 channels of 56×56, N 8, AVX2).
+  const bool whole_lines = winograd().nr / 2 * int64_t{sizeof(float)} == 64;
   const WinogradOutput output{y, view.columns, out, epilogue,
-                              outgrows_caches<float>(y, image.positions(), out)};
+                              whole_lines && outgrows_caches<float>(y, image.positions(), out)};
   const WinogradOrder order = winograd_order(tiles, output.panels(), packed);
   const WinogradBlocking block(tiles, order);
   const WinogradWindows windows = input_windows(tiles, block.row, block.plane);

