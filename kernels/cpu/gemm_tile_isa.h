@@ -15,6 +15,11 @@ namespace {
 // Lines that are fetched ahead: one or two every step, `second` apart, for kFetchSteps steps at a
 // time, in `turns` of `slots`, evenly.
 constexpr int64_t kFetchSteps = (kRows + 3) / 4 * 4;  // a tile's rows, in whole unrolled turns
+// The steps of a turn. A short tap among others is one: in 8 + 8 + 5 steps a stem's 21 take longer.
+constexpr int64_t steps_of_turn(int64_t taps, int64_t count) {
+  constexpr int64_t short_tap = 32;
+  return taps > 1 && count <= short_tap ? short_tap : kFetchSteps;
+}
 template <class T>
 struct Ahead {
   const T* at = nullptr;
@@ -28,8 +33,9 @@ struct Ahead {
   static NNARCH_INLINE Ahead next_panel(const Panel<T>& p, int64_t rows) {
     if (!p.next || p.next_size <= 0) return {};
     const int64_t tiles = (rows + kRows - 1) / kRows;
-    const int64_t in_tile =
-        (p.chunk.last_tap - p.chunk.first_tap) * ((p.chunk.count + kFetchSteps - 1) / kFetchSteps);
+    const int64_t taps = p.chunk.last_tap - p.chunk.first_tap,
+                  steps = steps_of_turn(taps, p.chunk.count),
+                  in_tile = taps * ((p.chunk.count + steps - 1) / steps);
     // A tile's first turn is that of C's lines; the next rows take every other one.
     const int64_t all = tiles * (in_tile > 1 ? in_tile - 1 : 1),
                   slots = p.meets_rows ? all / 2 : all;
@@ -88,14 +94,15 @@ NNARCH_INLINE LastSteps<T> add_products(Indices<I...> each, const EvenPanel<T>& 
   const T* b = p.b;
   const T* lines = p.stream ? residual : c;
   const int64_t* tap = p.first_tap;
+  const int64_t turn = steps_of_turn(p.last_tap - p.first_tap, p.count);
   while (true) {
     EvenRows<T> rows(a + *tap, p.a_step);
     const bool last_tap = ++tap == p.last_tap;
     const int64_t kept = last_tap && p.count >= staggered ? staggered : 0;
     EvenLines<T> line{b, 0};  // in cache anyway
     int64_t second = 0;
-    for (int64_t k = p.count; k > kept; k -= kFetchSteps) {
-      const int64_t steps = k - kept < kFetchSteps ? k - kept : kFetchSteps;
+    for (int64_t k = p.count; k > kept; k -= turn) {
+      const int64_t steps = k - kept < turn ? k - kept : turn;
       line = {b, 0}, second = 0;
       if (lines) {
         line = {lines, p.c_step}, second = kColumns<T> - 1;

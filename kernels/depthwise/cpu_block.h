@@ -107,12 +107,22 @@ NNARCH_INLINE void block_vector(const Strip<T>& a, const Steps& pixel,
   finish_rows<T, P>(a, k, acc, MakeIndices<rows>{});
 }
 
+// A block's outputs, from where they were gathered, past the caches: see half_lines_collide.
+template <class T, int S, int P>
+NNARCH_INLINE void write_lines(const Strip<T>& a, T* y) {
+  const int64_t row = P * a.channels;
+  for (int r = 0; r < kBlockRows<S>; ++r, y += a.y_row)
+    for (int64_t i = 0; i < row; i += kLanes<T>) stream(y + i, load(a.lines + r * row + i));
+}
+
 // `a.strips` strips; all reach LEFT columns beyond the left edge of the image, or RIGHT beyond the
-// right one, so there is more than one only where both are 0.
-template <class T, int S, int STRIDE, int P, int LEFT, int RIGHT>
-void block_fixed(const Strip<T>& a) {
+// right one, so there is more than one only where both are 0. LINES: outputs are gathered first.
+template <class T, int S, int STRIDE, int P, int LEFT, int RIGHT, bool LINES>
+NNARCH_INLINE void block_strips(const Strip<T>& a) {
   const Steps pixel(a.pixel);
   Strip<T> b = a;
+  if constexpr (LINES)
+    b.y = a.lines, b.y_pixel = a.channels, b.y_row = P * a.channels, b.stream = false;
   for (int64_t strip = 0; strip < a.strips; ++strip) {
     int64_t k = 0;
     for (; k + kLanes<T> <= b.channels; k += kLanes<T>)
@@ -123,9 +133,19 @@ void block_fixed(const Strip<T>& a) {
         block_vector<T, S, STRIDE, P, LEFT, RIGHT>(b, pixel, lanes, k);
       }
     b.x += P * STRIDE * b.pixel;
-    b.y += P * b.y_pixel;
+    if constexpr (LINES)
+      write_lines<T, S, P>(a, a.y + strip * P * a.y_pixel);
+    else
+      b.y += P * b.y_pixel;
     if (b.residual) b.residual += P * b.residual_pixel;
   }
+}
+
+template <class T, int S, int STRIDE, int P, int LEFT, int RIGHT>
+void block_fixed(const Strip<T>& a) {
+  if constexpr (kVectorBytes < 64)
+    if (a.lines) return block_strips<T, S, STRIDE, P, LEFT, RIGHT, true>(a);
+  block_strips<T, S, STRIDE, P, LEFT, RIGHT, false>(a);
 }
 
 }  // namespace nnarch::NNARCH_ISA

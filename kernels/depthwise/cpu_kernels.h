@@ -38,7 +38,7 @@ static inline __attribute__((always_inline)) int64_t strip_pixels(int64_t s, int
 inline constexpr int64_t kGradPixels = 4;
 
 // Output rows of a block (see cpu_block.h), at most.
-inline constexpr int64_t kBlockRowsMost = 2;
+inline constexpr int64_t kBlockRowsMost = 2, kBlockPixelsMost = 8;
 
 // With a dilation, so many neighbouring output columns share no input column. Every so many-th
 // column is a phase: a convolution without dilation over every dilation_w-th input column.
@@ -104,6 +104,7 @@ struct DepthwisePlan {
 
   int64_t tile_size() const { return tile_rows * tile_columns * block; }
   int64_t stage_size() const { return (blocks ? kBlockRowsMost : 1) * columns * block; }
+  int64_t lines_size() const { return kBlockRowsMost * kBlockPixelsMost * block; }
 };
 
 struct DepthwiseTask {
@@ -117,6 +118,8 @@ struct DepthwiseWork {
   T* stage;        // plan.stage_size(), for outputs that are not channels_last, or null
   T* residual;     // the same, for such a residual, or null
   const T** rows;  // 2 · plan.kernel_rows
+  T* lines =
+      nullptr;  // plan.lines_size(), where lines that are written past the caches are gathered
 };
 
 // The weight gradient: partial[k, r, s] += Σ_oy,ox g[oy, ox, k] · x[...], in packed order, for the

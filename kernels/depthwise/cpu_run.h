@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 
 #include "cpu/streaming.h"
 #include "depthwise/cpu_flat.h"
@@ -18,6 +19,21 @@ void set_output(DepthwiseConv<T>* conv, const Tensor& y, const Layout& layout) {
   conv->y_row = layout.row, conv->y_pixel = layout.pixel, conv->y_channel = layout.channel;
 }
 
+// Whether vectors of less than a line, past the caches, meet where the processor puts them
+// together: of two outputs of a block that lie a multiple of 4 KB apart.
+template <class T>
+bool half_lines_collide(const DepthwiseConv<T>& conv) {
+  constexpr int64_t line = 64, page = 4096, size = sizeof(T);
+  if (NNARCH_SELECT(depthwise_lanes<T>()) * size >= line) return false;
+  const int64_t rows = conv.passes->s == 3 ? 2 : 1, pixels = 8 / rows;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 1 - pixels; j < pixels; ++j) {
+      const int64_t apart = std::abs(i * conv.y_row + j * conv.y_pixel) * size % page;
+      if ((i > 0 || j > 0) && (apart < line || page - apart < line)) return true;
+    }
+  return false;
+}
+
 // Runs a convolution that is given for its first image on all of them.
 template <class T>
 void run_images(const DepthwiseConv<T>& conv, int64_t images, int64_t x_image, int64_t y_image) {
@@ -28,11 +44,13 @@ void run_images(const DepthwiseConv<T>& conv, int64_t images, int64_t x_image, i
                 outgrows_caches(conv.y, images * pass.oh * pass.ow, conv.channels);
   const bool staged = conv.y_channel != 1 || conv.group > 1;
   const bool residual_staged = conv.epilogue.residual && conv.y_channel != 1;
+  const bool gathers = plan.stream && conv.y_pixel == conv.channels && half_lines_collide(conv);
   const auto run = NNARCH_SELECT(depthwise_run<T>());
   parallel_tasks(images * planner.tasks(), [&](int64_t i) {
     const Scratch<T> tile(plan.tile_size()), stage(staged ? plan.stage_size() : 0),
         residual(residual_staged ? plan.stage_size() : 0);
     const Scratch<const T*> rows(planner.row_pointers());
+    const Scratch<T> lines(gathers ? plan.lines_size() : 0);
     const int64_t image = i / planner.tasks();
     DepthwiseConv<T> mine = conv;
     mine.x += image * x_image;
@@ -40,7 +58,7 @@ void run_images(const DepthwiseConv<T>& conv, int64_t images, int64_t x_image, i
     if (mine.epilogue.residual) mine.epilogue.residual += image * y_image;
     run(mine, plan, planner.task(i % planner.tasks()),
         {tile.get(), staged ? stage.get() : nullptr, residual_staged ? residual.get() : nullptr,
-         rows.get()});
+         rows.get(), gathers ? lines.get() : nullptr});
   });
 }
 

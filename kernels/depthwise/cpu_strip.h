@@ -30,6 +30,7 @@ struct Strip {
   const Epilogue<T>* epilogue;  // scale and shift are read in whole vectors
   int64_t strips;               // of a block (see cpu_block.h): so many strips in a row
   bool stream;                  // of a block: whole lines of y, written past the caches
+  T* lines;                     // where such lines are gathered from smaller vectors, or null
   const T* ahead;               // of a block: the first input row that the next block adds, or null
   int64_t ahead_row;
 };

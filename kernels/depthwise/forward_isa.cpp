@@ -99,7 +99,7 @@ class Runner {
     a.residual_pixel = c_.y_channel == 1 ? c_.y_pixel : pitch();
     a.residual_row = c_.y_channel == 1 ? c_.y_row : plan_.columns * pitch();
     const T* residual = epilogue_.residual ? residual_rows(offset, n, code.rows) : nullptr;
-    a.stream = plan_.stream;
+    a.stream = plan_.stream, a.lines = work_.lines;
     // Past the last row of an image lies the next one's first, if anything: fetching cannot fail.
     if (plan_.far) a.ahead = tile.row(iy + reach, 0), a.ahead_row = c_.x_row;
     bool all = true;

@@ -339,3 +339,30 @@ def _quick_check() -> None:
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_every_instruction_set(isa):
     check_under_isa(isa, "test_depthwise", "_quick_check")
+
+
+def _past_the_caches() -> None:
+    """A batch whose output is written past the caches, against its images one by one."""
+    for channels, size, kernel, stride in (
+        (128, 56, 3, 1),  # rows of 7 · 4096 bytes: halves of lines are gathered
+        (256, 28, 3, 1),  # pixels of 1024 bytes
+        (128, 64, 3, 2),
+        (256, 32, 5, 1),
+        (144, 56, 3, 1),  # no two lines of a block 4096 bytes apart
+    ):
+        images = -(-(7 << 20) // (channels * (size // stride) ** 2 * 4))
+        x = torch.randn(images, channels, size, size).to(memory_format=torch.channels_last)
+        weight, shift = torch.randn(channels, 1, kernel, kernel), torch.randn(channels)
+        geometry = ((stride, stride), (kernel // 2,) * 4, (1, 1))
+
+        def run(x, weight=weight, shift=shift, geometry=geometry):
+            return op.depthwise_op(x, weight, None, None, shift, None, None, *geometry, 1, 0.0)
+
+        y = run(x)
+        for i in range(images):
+            assert torch.equal(y[i : i + 1], run(x[i : i + 1])), (channels, i)
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+def test_outputs_past_the_caches(isa):
+    check_under_isa(isa, "test_depthwise", "_past_the_caches")
