@@ -1,6 +1,5 @@
 #include "cpu/machine.h"
 
-#include <algorithm>
 #include <atomic>
 #include <fstream>
 #include <string>
@@ -70,12 +69,12 @@ bool fast_gathers() {
 }
 
 double read_cost(double bytes, double lanes) {
-  // Bytes that come during an FMA of one lane: from the last-level cache, far or not, and memory.
+  // Bytes that come during an FMA of one lane: from the last-level cache, far or not, or memory.
   constexpr double near = 1, far = 0.2, memory = 0.4;
   if (bytes < double(l2_bytes()) * 0.4) return 0;
   if (far_l3()) return bytes / (lanes * far);
-  const double cached = double(l3_bytes()) * 0.75, rest = std::max(0.0, bytes - cached);
-  return (bytes - rest) / (lanes * near) + rest / (lanes * memory);
+  // What is read in turn and does not stay as a whole has left before it comes again.
+  return bytes / (lanes * (bytes <= double(l3_bytes()) * 0.75 ? near : memory));
 }
 
 Precision precision() { return chosen_precision.load(std::memory_order_relaxed); }

@@ -37,7 +37,7 @@ static inline __attribute__((always_inline)) int64_t strip_pixels(int64_t s, int
 // Pixels of grad that the weight gradient holds in registers (see cpu_grad_block.h).
 inline constexpr int64_t kGradPixels = 4;
 
-// Output rows of a block (see cpu_block.h), at most.
+// Output rows and pixels of a block (see cpu_block.h), at most.
 inline constexpr int64_t kBlockRowsMost = 2, kBlockPixelsMost = 8;
 
 // With a dilation, so many neighbouring output columns share no input column. Every so many-th
@@ -118,8 +118,8 @@ struct DepthwiseWork {
   T* stage;        // plan.stage_size(), for outputs that are not channels_last, or null
   T* residual;     // the same, for such a residual, or null
   const T** rows;  // 2 · plan.kernel_rows
-  T* lines =
-      nullptr;  // plan.lines_size(), where lines that are written past the caches are gathered
+  // plan.lines_size(), where lines are gathered that are written past the caches, or null
+  T* lines = nullptr;
 };
 
 // The weight gradient: partial[k, r, s] += Σ_oy,ox g[oy, ox, k] · x[...], in packed order, for the
