@@ -25,7 +25,7 @@ template <class T>
 bool half_lines_collide(const DepthwiseConv<T>& conv) {
   constexpr int64_t line = 64, page = 4096, size = sizeof(T);
   if (NNARCH_SELECT(depthwise_lanes<T>()) * size >= line) return false;
-  const int64_t rows = conv.passes->s == 3 ? 2 : 1, pixels = 8 / rows;
+  const int64_t rows = conv.passes->s == 3 ? kBlockRowsMost : 1, pixels = kBlockPixelsMost / rows;
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 1 - pixels; j < pixels; ++j) {
       const int64_t apart = std::abs(i * conv.y_row + j * conv.y_pixel) * size % page;

@@ -18,9 +18,6 @@ def inputs(b: int, h: int, g: int, n: int, s: int, d: int, dv: int) -> list[Tens
 
 
 ULPS = {torch.float32: 32.0, torch.float64: 64.0, torch.float16: 4.0, torch.bfloat16: 4.0}
-# Of an output that one key decides: its weight's relative error is the absolute one of its score.
-# One of 3360 was 9.1 off where torch's 2.5, on a CPU without AVX-512, allowed 8.9 with 4.
-OUTPUT_ULPS = {torch.float32: 6.0}
 
 
 def dense(
@@ -57,7 +54,12 @@ def dense(
     return torch.softmax(scores.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0) @ v
 
 
-def check(tensors: list[Tensor], options: dict[str, Any], gradients: bool = True) -> Tensor:
+def check(
+    tensors: list[Tensor],
+    options: dict[str, Any],
+    gradients: bool = True,
+    output_ulps: float | None = None,
+) -> Tensor:
     """Assert that output and gradients are as accurate as the dense definition in their dtype."""
     floats = {n: o for n, o in options.items() if isinstance(o, Tensor) and o.is_floating_point()}
     rest = {n: o for n, o in options.items() if n not in floats}
@@ -83,7 +85,7 @@ def check(tensors: list[Tensor], options: dict[str, Any], gradients: bool = True
         ["output", "dq", "dk", "dv", *floats], ours, theirs, truth, strict=False
     ):
         # Gradients of scores are differences: rounding stays where torch's softmax has exact zeros.
-        ulps = OUTPUT_ULPS.get(dtype) if name == "output" else ULPS[dtype]
+        ulps = output_ulps if name == "output" else ULPS[dtype]
         assert_as_accurate(mine, their, true, what=name, ulps=ulps)
     return ours[0]
 
