@@ -88,8 +88,9 @@ NNARCH_INLINE Vec<T> lane_numbers() {
   return v;
 }
 
-// weights[c] = 2^(scale · score + bias - lse) for columns [first, end), 0 beside them. None is
-// above 1, whatever large scores, whose rounding is not the forward's, and their lse make of it.
+// weights[c] = 2^(scale · score + bias · log2(e) - lse) for columns [first, end), 0 beside them.
+// None is above 1, whatever large scores, whose rounding is not the forward's, and their lse make
+// of it.
 template <class T, bool Biased>
 NNARCH_INLINE void weights_row(T* row, int64_t width, int64_t first, int64_t end, T scale, T lse,
                                const T* bias) {
@@ -101,7 +102,7 @@ NNARCH_INLINE void weights_row(T* row, int64_t width, int64_t first, int64_t end
       continue;
     }
     Vec<T> score = load(row + c) * scale - lse;
-    if constexpr (Biased) score += load(bias + c);
+    if constexpr (Biased) score += load(bias + c) * T(kLog2E);
     score = score > T(0) ? Vec<T>{} : score;  // NaN stays
     Vec<T> weight = exp2<T>(score);
     if (c < first) weight = lanes >= static_cast<T>(first - c) ? weight : Vec<T>{};

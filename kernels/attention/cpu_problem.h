@@ -34,6 +34,9 @@ struct Attention {
   const int64_t* key_lengths;  // null: all keys
   int64_t key_lengths_step;
   T scale;
+  // The scale in two: queries are multiplied by the first, and scores less their maximum are
+  // logarithms of weights to base 2 times the second.
+  T query_scale, score_unit;
   int64_t low, high;
   bool drops;
   uint64_t seed, threshold;  // words of Philox of at least `threshold` are kept,

@@ -59,6 +59,18 @@ struct AttentionInputs {
     if (seed) holds(seed->scalar_type() == ScalarType::Long && seed->numel() == 1);
   }
 
+  // Queries take the scale's power of two, which rounds nothing; all of it where a mask is added.
+  template <class T>
+  void set_scale(Attention<T>& a) const {
+    constexpr double log2_e = 1.44269504088896340736;
+    int exponent = 0;
+    const double rest = 2 * std::fabs(std::frexp(scale, &exponent));  // in [1, 2)
+    const bool whole = (mask && !a.mask.boolean) || !(rest >= 1 && rest < 2);
+    a.scale = static_cast<T>(scale);
+    a.query_scale = whole ? a.scale : static_cast<T>(scale / rest);
+    a.score_unit = static_cast<T>(whole ? log2_e : rest * log2_e);
+  }
+
   // All but the output and the log-sum-exp.
   template <class T>
   Attention<T> problem() const {
@@ -75,7 +87,7 @@ struct AttentionInputs {
       a.key_lengths = data<int64_t>(*key_lengths);
       a.key_lengths_step = key_lengths->stride(0);
     }
-    a.scale = static_cast<T>(scale);
+    set_scale(a);
     a.low = low, a.high = high;
     if (seed) {
       a.drops = dropout_p > 0;

@@ -243,14 +243,14 @@ NNARCH_INLINE T largest(const T* x, int64_t n, T most) {
 // One row's scores to weights; returns what its earlier sums are multiplied by. `sum` stays a
 // vector: its lanes are added at the end.
 template <class T>
-NNARCH_INLINE T soften_few(T* scores, int64_t n, T& top, T* sum) {
+NNARCH_INLINE T soften_few(T* scores, int64_t n, const Power<T>& power, T& top, T* sum) {
   const T most = largest(scores, n, top);
   const T used = most == -kInfinity<T> ? T(0) : most;
-  const T rescale = exp2<T>(broadcast(top - used))[0];
+  const T rescale = power(broadcast(top - used))[0];
   top = most;
   Vec<T> total = load(sum) * rescale;
   for (int64_t j = 0; j < n; j += kLanes<T>) {
-    const Vec<T> p = exp2<T>(load(scores + j) - used);
+    const Vec<T> p = power(load(scores + j) - used);
     store(scores + j, p);
     total += p;
   }
@@ -281,7 +281,7 @@ NNARCH_NOINLINE void write_few(const Attention<T>& a, const QueryRows& rows,
   char* to = a.out.at(rows.batch, head, query);
   for (int64_t d = 0; d < a.value_depth; d += kLanes<T>)
     store_as<T>(a.out.storage, to + d * a.out.column, load(out + d) * inverse, a.value_depth - d);
-  const T lse = (top + log2<T>(broadcast(sum))[0]) * T(kLn2);
+  const T lse = (top * a.score_unit + log2<T>(broadcast(sum))[0]) * T(kLn2);
   a.lse[(rows.batch * a.heads + head) * a.queries + query] = sum == T(0) ? -kInfinity<T> : lse;
 }
 
@@ -301,14 +301,14 @@ void run_few(const Attention<T>& a, const QueryRows& rows, const KeyRange<T>& ke
   int64_t first_key[kFewRows<T>], end_key[kFewRows<T>];
   const char* mask[kFewRows<T>];
   const int64_t length = a.key_length(rows.batch);
-  const T scale = static_cast<T>(static_cast<double>(a.scale) * kLog2E);
+  const Power<T> power(a.score_unit);
   int64_t begin = keys.end, end = keys.first;
   for (int64_t r = 0; r < count; ++r) {
     const int64_t head = rows.head_of(a, r), query = rows.query_of(a, r);
     const char* from = a.q.at(rows.batch, head, query);
     for (int64_t i = 0; i < d; i += w)
-      store(q + r * d + i,
-            load_as<T>(a.q.storage, from + i * a.q.column, a.q.column, a.depth - i) * scale);
+      store(q + r * d + i, load_as<T>(a.q.storage, from + i * a.q.column, a.q.column, a.depth - i) *
+                               a.query_scale);
     for (int64_t i = 0; i < dv; i += w) store(out + r * dv + i, Vec<T>{});
     store(sums + r * w, Vec<T>{});
     top[r] = -kInfinity<T>;
@@ -330,7 +330,7 @@ void run_few(const Attention<T>& a, const QueryRows& rows, const KeyRange<T>& ke
     for (int64_t r = 0; r < count; ++r) {
       T* s = scores + r * kFewBlock;
       hide_few(a, mask[r], first_key[r], end_key[r], j, n, s);
-      rescale[r] = soften_few(s, n, top[r], sums + r * w);
+      rescale[r] = soften_few(s, n, power, top[r], sums + r * w);
       if (!a.drops) continue;
       alignas(kVectorBytes) T factors[kFewBlock];
       const int64_t outer = rows.batch * a.heads + rows.head_of(a, r);
@@ -353,6 +353,7 @@ template <class T>
 void combine(const Attention<T>& a, const QueryRows& rows, const T* partial, int64_t partial_step,
              int64_t chunks, int64_t chunk_step, T* scratch) {
   const int64_t dv = whole_vectors<T>(a.value_depth);
+  const Power<T> power(a.score_unit);
   for (int64_t r = 0; r < rows.count; ++r) {
     const T* from = partial + r * partial_step;
     T top = -kInfinity<T>, sum = T(0);
@@ -364,7 +365,7 @@ void combine(const Attention<T>& a, const QueryRows& rows, const T* partial, int
     for (int64_t d = 0; d < dv; d += kLanes<T>) store(scratch + d, Vec<T>{});
     for (int64_t c = 0; c < chunks; ++c) {
       const T* part = from + c * chunk_step;
-      const T factor = exp2<T>(broadcast(part[partial_step - 2] - used))[0];
+      const T factor = power(broadcast(part[partial_step - 2] - used))[0];
       sum += part[partial_step - 1] * factor;
       for (int64_t d = 0; d < a.value_depth; d += kLanes<T>)
         store(scratch + d, load(scratch + d) + load_n(part + d, a.value_depth - d) * factor);

@@ -146,19 +146,20 @@ NNARCH_INLINE Seen conditions_of(const Attention<T>& a, const Tile<T>& t, const 
   return Seen::some;
 }
 
-// Scores to weights: scores[j] = 2^(scores[j] - top), and their sums.
+// Scores to weights: scores[j] = 2^(unit · (scores[j] - top)), and their sums.
 template <class T, Used Use>
-NNARCH_NOINLINE void weigh(T* scores, int64_t count, const T* top, T* sums) {
+NNARCH_NOINLINE void weigh(T* scores, int64_t count, T unit, const T* top, T* sums) {
+  const Power<T> power(unit);
   constexpr int w = kLanes<T>;
   const Vec<T> t0 = load(top), t1 = load(top + w);
   Vec<T> s0{}, s1{};
 #pragma GCC unroll 2
   for (int64_t j = 0; j < count; ++j, scores += 2 * w) {
-    const Vec<T> p0 = exp2<T>(load(scores) - t0);
+    const Vec<T> p0 = power(load(scores) - t0);
     s0 += p0;
     store(scores, p0);
     if constexpr (Use == kBothVectors) {
-      const Vec<T> p1 = exp2<T>(load(scores + w) - t1);
+      const Vec<T> p1 = power(load(scores + w) - t1);
       s1 += p1;
       store(scores + w, p1);
     }
@@ -188,7 +189,9 @@ NNARCH_NOINLINE void drop(const Attention<T>& a, const Tile<T>& t, const Block<T
 
 // The running maximum and sum go on; `rescale` is what earlier sums are multiplied by.
 template <class T, Used Use>
-NNARCH_INLINE void soften(Tile<T>& t, const T* block_top, T* scores, int64_t count, T* rescale) {
+NNARCH_INLINE void soften(Tile<T>& t, T unit, const T* block_top, T* scores, int64_t count,
+                          T* rescale) {
+  const Power<T> power(unit);
   constexpr int w = kLanes<T>;
   alignas(kVectorBytes) T top[kTile<T>], sums[kTile<T>];
   for (int half = 0; half < kTile<T>; half += w) {
@@ -197,9 +200,9 @@ NNARCH_INLINE void soften(Tile<T>& t, const T* block_top, T* scores, int64_t cou
     const Vec<T> used = most == -kInfinity<T> ? Vec<T>{} : most;  // -inf - -inf would be NaN
     store(t.top + half, most);
     store(top + half, used);
-    store(rescale + half, exp2<T>(before - used));
+    store(rescale + half, power(before - used));
   }
-  weigh<T, Use>(scores, count, top, sums);
+  weigh<T, Use>(scores, count, unit, top, sums);
   for (int half = 0; half < kTile<T>; half += w)
     store(t.sum + half, load(t.sum + half) * load(rescale + half) + load(sums + half));
 }
@@ -226,7 +229,7 @@ NNARCH_NOINLINE void visit(const Attention<T>& a, Tile<T>& t, const Block<T>& bl
     if (!plain) conditions.apply(work.scores, j, n, top);
   });
   T* const scores = work.scores + begin * kTile<T>;
-  soften<T, Use>(t, top, scores, end - begin, rescale);
+  soften<T, Use>(t, a.score_unit, top, scores, end - begin, rescale);
   if (a.drops) drop(a, t, block, begin, end, work.scores);
   const T* v = block.v.data + begin * block.v.step;
   in_pieces(0, a.value_depth, [&](auto size, int64_t d) NNARCH_INLINE_LAMBDA {

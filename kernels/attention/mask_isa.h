@@ -15,7 +15,7 @@ enum class Seen { nothing, some, all };
 template <class T>
 NNARCH_INLINE T bias_of(const MaskOperand& mask, const char* p) {
   if (mask.boolean) return *p ? T(0) : -kInfinity<T>;
-  return load_as<T>(mask.values.storage, p, mask.values.column, 1)[0] * T(kLog2E);
+  return load_as<T>(mask.values.storage, p, mask.values.column, 1)[0];
 }
 
 // -infinity where a byte is 0, else 0, for as many bytes as a vector has lanes.
@@ -50,7 +50,7 @@ NNARCH_INLINE Vec<T> hidden_where_zero(const char* p) {
 #endif
 }
 
-// One row of a mask for keys [0, n), in units of ln 2: 0 or -infinity where it is boolean. `to`
+// One row of a mask for keys [0, n): 0 or -infinity where it is boolean. `to`
 // holds n rounded up to whole vectors.
 template <class T>
 NNARCH_INLINE void bias_row(const MaskOperand& mask, const char* p, int64_t n, T* to) {
@@ -58,7 +58,7 @@ NNARCH_INLINE void bias_row(const MaskOperand& mask, const char* p, int64_t n, T
   const int64_t step = mask.values.column;
   for (int64_t j = 0; j < n; j += w, p += w * step, to += w) {
     if (!mask.boolean) {
-      store(to, load_as<T>(mask.values.storage, p, step, n - j) * T(kLog2E));
+      store(to, load_as<T>(mask.values.storage, p, step, n - j));
       continue;
     }
     if (step == 1 && n - j >= w) {
@@ -165,7 +165,7 @@ NNARCH_INLINE void turn_added(const MaskOperand& mask, const char* const* row, i
       Vec<T> lanes[w];
       for (int i = 0; i < w; ++i) {
         const char* from = row[half + i < rows ? half + i : rows - 1] + (first + j) * column;
-        lanes[i] = load_as<T>(mask.values.storage, from, column, n - j) * T(kLog2E);
+        lanes[i] = load_as<T>(mask.values.storage, from, column, n - j);
         __builtin_prefetch(from + n * column);  // the next block
       }
       transpose_rows<w / 2, T>(lanes);

@@ -1,7 +1,9 @@
 // What softmax needs on vectors: powers of two, the logarithm of a sum. For *_isa.cpp files.
 //
-// Scores are kept in units of ln 2, so that a weight is 2^(score - maximum). The polynomial is off
-// by 1.3 ulp at most and exactly 1 at 0; a score of -infinity gives exactly 0.
+// A weight is 2^(unit · (score - maximum)): the unit, which holds the rest of the scale and
+// log2(e), is multiplied inside the power, so that nothing is rounded before the maximum is gone.
+// The polynomial is off by 1.3 ulp at most and exactly 1 at 0; a score of -infinity gives exactly
+// 0.
 #pragma once
 
 #include "cpu/math.h"
@@ -43,26 +45,41 @@ struct Exp2Constants<double> {
                                  1.3691488853904128881e-12};
 };
 
-// 2^x for x <= 0 (and for x up to 126). 0 for -infinity, NaN for NaN.
+// 2^(unit · x) for unit > 0 and x <= 0 (and for products up to 126). 0 for -infinity, NaN for NaN.
+template <class T>
+class Power {
+ public:
+  explicit NNARCH_INLINE Power(T unit)
+      : unit_(broadcast(unit)), low_(broadcast(Exp2Constants<T>::low / unit)) {}
+
+  NNARCH_INLINE Vec<T> operator()(Vec<T> x) const {
+    using K = Exp2Constants<T>;
+#if defined(NNARCH_ISA_avx512)
+    // x minus its nearest integer, which is 0 for infinities: nothing to clamp.
+    x *= unit_;
+    if constexpr (sizeof(T) == 4) {
+      const Vec<T> r = (Vec<T>)_mm512_reduce_ps((__m512)x, _MM_FROUND_NO_EXC);
+      return (Vec<T>)_mm512_scalef_ps((__m512)polynomial<T>(r, K::c), (__m512)(x - r));
+    } else {
+      const Vec<T> r = (Vec<T>)_mm512_reduce_pd((__m512d)x, _MM_FROUND_NO_EXC);
+      return (Vec<T>)_mm512_scalef_pd((__m512d)polynomial<T>(r, K::c), (__m512d)(x - r));
+    }
+#else
+    typedef typename Bits<T>::V B;
+    x = at_least<T>(x, low_);
+    const Vec<T> shifted = x * unit_ + K::round;
+    const Vec<T> r = x * unit_ - (shifted - K::round);
+    return polynomial<T>(r, K::c) * (Vec<T>)((B)shifted << K::mantissa_bits);
+#endif
+  }
+
+ private:
+  Vec<T> unit_, low_;
+};
+
 template <class T>
 NNARCH_INLINE Vec<T> exp2(Vec<T> x) {
-  using K = Exp2Constants<T>;
-#if defined(NNARCH_ISA_avx512)
-  // x minus its nearest integer, which is 0 for infinities: nothing to clamp.
-  if constexpr (sizeof(T) == 4) {
-    const Vec<T> r = (Vec<T>)_mm512_reduce_ps((__m512)x, _MM_FROUND_NO_EXC);
-    return (Vec<T>)_mm512_scalef_ps((__m512)polynomial<T>(r, K::c), (__m512)(x - r));
-  } else {
-    const Vec<T> r = (Vec<T>)_mm512_reduce_pd((__m512d)x, _MM_FROUND_NO_EXC);
-    return (Vec<T>)_mm512_scalef_pd((__m512d)polynomial<T>(r, K::c), (__m512d)(x - r));
-  }
-#else
-  typedef typename Bits<T>::V B;
-  x = at_least<T>(x, broadcast<T>(K::low));
-  const Vec<T> shifted = x + K::round;
-  const Vec<T> r = x - (shifted - K::round);
-  return polynomial<T>(r, K::c) * (Vec<T>)((B)shifted << K::mantissa_bits);
-#endif
+  return Power<T>(T(1))(x);
 }
 
 // The distance of two positive numbers' bits, as a number.

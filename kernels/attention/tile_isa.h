@@ -35,6 +35,13 @@ NNARCH_INLINE void in_pieces(int64_t at, int64_t end, const F& f) {
   if (end - at >= 1) f(Size<1>{}, at);
 }
 
+// The parts of a score's sum: the rounding error of a running sum grows with its length, and an
+// output that one key decides carries it whole.
+NNARCH_INLINE int64_t score_parts(int64_t depth) {
+  constexpr int64_t whole = 128, part = 96;
+  return depth <= whole ? 1 : (depth + part - 1) / part;
+}
+
 // Lines that are to come into cache, one a step of a product.
 template <class T>
 using Fetch = EvenLines<T>;
@@ -46,13 +53,27 @@ NNARCH_INLINE void score_rows(Indices<I...> each, const T* q, int64_t depth, con
                               int64_t k_step, Fetch<T> fetch, T* scores, Vec<T>& top0,
                               Vec<T>& top1) {
   constexpr int w = kLanes<T>;
-  Vec<T> left[sizeof...(I)] = {(static_cast<void>(I), Vec<T>{})...};
-  Vec<T> right[sizeof...(I)] = {(static_cast<void>(I), Vec<T>{})...};
   EvenRows<T> rows(k, k_step);
-  multiply<T, Use>(each, rows, 0, depth, q, fetch, 0, left, right);
-  ((store(scores + I * 2 * w, left[I]), top0 = at_least<T>(left[I], top0)), ...);
-  if constexpr (Use == kBothVectors)
-    ((store(scores + I * 2 * w + w, right[I]), top1 = at_least<T>(right[I], top1)), ...);
+  const int64_t parts = score_parts(depth), most = (depth + parts - 1) / parts;
+  for (int64_t from = 0;; from += most) {
+    const int64_t steps = depth - from < most ? depth - from : most;
+    Vec<T> left[sizeof...(I)] = {(static_cast<void>(I), Vec<T>{})...};
+    Vec<T> right[sizeof...(I)] = {(static_cast<void>(I), Vec<T>{})...};
+    multiply<T, Use>(each, rows, 0, steps, q, fetch, 0, left, right);
+    if (from > 0) {
+      ((left[I] += load(scores + I * 2 * w)), ...);
+      if constexpr (Use == kBothVectors) ((right[I] += load(scores + I * 2 * w + w)), ...);
+    }
+    ((store(scores + I * 2 * w, left[I])), ...);
+    if constexpr (Use == kBothVectors) ((store(scores + I * 2 * w + w, right[I])), ...);
+    if (from + steps < depth) {
+      fetch.at += steps * fetch.stride;
+      continue;
+    }
+    ((top0 = at_least<T>(left[I], top0)), ...);
+    if constexpr (Use == kBothVectors) ((top1 = at_least<T>(right[I], top1)), ...);
+    return;
+  }
 }
 
 // Columns of a matrix with rows `step` apart.

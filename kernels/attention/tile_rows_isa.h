@@ -20,7 +20,7 @@ struct Tile {
   const char* mask[kTile<T>];                 // each query's row of the mask
   uint32_t query[kTile<T>], outer[kTile<T>];  // places, for dropout
   bool started;
-  T* q;    // [depth][kTile], times scale / ln 2
+  T* q;    // [depth][kTile], times the query scale
   T* out;  // [value depth][kTile]
   T* top;  // [kTile] the maximum so far
   T* sum;  // [kTile] of the weights
@@ -55,7 +55,7 @@ NNARCH_INLINE void see_keys(const Attention<T>& a, const QueryRows& rows, const 
 template <class T>
 NNARCH_NOINLINE void pack_queries(const Attention<T>& a, const QueryRows& rows, Tile<T>& t) {
   constexpr int w = kLanes<T>;
-  const T scale = static_cast<T>(static_cast<double>(a.scale) * kLog2E);
+  const T scale = a.query_scale;
   for (int64_t half = 0; half < kTile<T>; half += w) {
     const char* from[w];
     for (int i = 0; i < w; ++i) {
@@ -114,7 +114,7 @@ NNARCH_NOINLINE void write_rows(const Attention<T>& a, const QueryRows& rows,
         store_as<T>(storage, to[i] + d * step, lanes[i], a.value_depth - d);
     }
     if (keys.partial) continue;
-    const Vec<T> lse = (top + log2<T>(sum)) * T(kLn2);
+    const Vec<T> lse = (top * a.score_unit + log2<T>(sum)) * T(kLn2);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t r = t.first + half + i;
       const int64_t head = rows.batch * a.heads + rows.head_of(a, r);

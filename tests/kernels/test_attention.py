@@ -92,10 +92,7 @@ def run_everything_forward() -> None:
     """All shapes and conditions, in a process with an instruction set of its own."""
     for shape in (*SHAPES.values(), (1, 1, 1, 300, 277, 64, 64), (1, 2, 1, 3, 1100, 48, 33)):
         for dtype in DTYPES:
-            # Of an output that one key decides, the relative error is the absolute one of its
-            # score: one of 3360 was 9.1 ulps off where 4 and twice torch's 2.5 (AVX2) allowed 8.9.
-            ulps = 6.0 if dtype == torch.float32 else None
-            check([t.to(dtype) for t in inputs(*shape)], {}, False, output_ulps=ulps)
+            check([t.to(dtype) for t in inputs(*shape)], {}, gradients=False)
     for size in ((2, 2, 40, 150), (2, 3, 2, 130)):
         for options in conditions(*size).values():
             check(inputs(size[0], size[1], size[1], *size[2:], 32, 32), options, gradients=False)
