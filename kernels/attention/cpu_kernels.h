@@ -22,8 +22,8 @@ struct QueryRows {
 };
 
 // The keys of a task. Where they are a part of all, the sums go to `partial` instead of the output:
-// per row the unnormalised output, the maximum (in units of ln 2) and the sum of weights,
-// `partial_step` apart.
+// per row the unnormalised output, the maximum (of q · k times the query scale) and the sum of
+// weights, `partial_step` apart.
 template <class T>
 struct KeyRange {
   int64_t first, end;

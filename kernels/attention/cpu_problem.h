@@ -34,9 +34,10 @@ struct Attention {
   const int64_t* key_lengths;  // null: all keys
   int64_t key_lengths_step;
   T scale;
-  // The scale in two: queries are multiplied by the first, and scores less their maximum are
-  // logarithms of weights to base 2 times the second.
-  T query_scale, score_unit;
+  // scale = query_scale · score_scale: queries are multiplied by one, scores less their maximum by
+  // the other.
+  T query_scale;
+  double score_scale;
   int64_t low, high;
   bool drops;
   uint64_t seed, threshold;  // words of Philox of at least `threshold` are kept,

@@ -62,13 +62,12 @@ struct AttentionInputs {
   // Queries take the scale's power of two, which rounds nothing; all of it where a mask is added.
   template <class T>
   void set_scale(Attention<T>& a) const {
-    constexpr double log2_e = 1.44269504088896340736;
     int exponent = 0;
     const double rest = 2 * std::fabs(std::frexp(scale, &exponent));  // in [1, 2)
     const bool whole = (mask && !a.mask.boolean) || !(rest >= 1 && rest < 2);
     a.scale = static_cast<T>(scale);
     a.query_scale = whole ? a.scale : static_cast<T>(scale / rest);
-    a.score_unit = static_cast<T>(whole ? log2_e : rest * log2_e);
+    a.score_scale = whole ? 1 : rest;
   }
 
   // All but the output and the log-sum-exp.

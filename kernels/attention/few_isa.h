@@ -281,7 +281,7 @@ NNARCH_NOINLINE void write_few(const Attention<T>& a, const QueryRows& rows,
   char* to = a.out.at(rows.batch, head, query);
   for (int64_t d = 0; d < a.value_depth; d += kLanes<T>)
     store_as<T>(a.out.storage, to + d * a.out.column, load(out + d) * inverse, a.value_depth - d);
-  const T lse = (top * a.score_unit + log2<T>(broadcast(sum))[0]) * T(kLn2);
+  const T lse = log_sum_exp(a, broadcast(top), broadcast(sum))[0];
   a.lse[(rows.batch * a.heads + head) * a.queries + query] = sum == T(0) ? -kInfinity<T> : lse;
 }
 
@@ -301,7 +301,7 @@ void run_few(const Attention<T>& a, const QueryRows& rows, const KeyRange<T>& ke
   int64_t first_key[kFewRows<T>], end_key[kFewRows<T>];
   const char* mask[kFewRows<T>];
   const int64_t length = a.key_length(rows.batch);
-  const Power<T> power(a.score_unit);
+  const Power<T> power = power_of(a);
   int64_t begin = keys.end, end = keys.first;
   for (int64_t r = 0; r < count; ++r) {
     const int64_t head = rows.head_of(a, r), query = rows.query_of(a, r);
@@ -353,7 +353,7 @@ template <class T>
 void combine(const Attention<T>& a, const QueryRows& rows, const T* partial, int64_t partial_step,
              int64_t chunks, int64_t chunk_step, T* scratch) {
   const int64_t dv = whole_vectors<T>(a.value_depth);
-  const Power<T> power(a.score_unit);
+  const Power<T> power = power_of(a);
   for (int64_t r = 0; r < rows.count; ++r) {
     const T* from = partial + r * partial_step;
     T top = -kInfinity<T>, sum = T(0);

@@ -48,6 +48,7 @@ struct Upcoming {
 
 template <class T>
 struct Workspace {
+  Power<T> power;
   T* scores;    // [kBlock][kTile]
   T* bias;      // [kBlock][kTile], or bytes of a boolean mask
   T* key_bias;  // [kBlock in whole vectors]
@@ -148,8 +149,7 @@ NNARCH_INLINE Seen conditions_of(const Attention<T>& a, const Tile<T>& t, const 
 
 // Scores to weights: scores[j] = 2^(unit · (scores[j] - top)), and their sums.
 template <class T, Used Use>
-NNARCH_NOINLINE void weigh(T* scores, int64_t count, T unit, const T* top, T* sums) {
-  const Power<T> power(unit);
+NNARCH_NOINLINE void weigh(T* scores, int64_t count, Power<T> power, const T* top, T* sums) {
   constexpr int w = kLanes<T>;
   const Vec<T> t0 = load(top), t1 = load(top + w);
   Vec<T> s0{}, s1{};
@@ -189,9 +189,8 @@ NNARCH_NOINLINE void drop(const Attention<T>& a, const Tile<T>& t, const Block<T
 
 // The running maximum and sum go on; `rescale` is what earlier sums are multiplied by.
 template <class T, Used Use>
-NNARCH_INLINE void soften(Tile<T>& t, T unit, const T* block_top, T* scores, int64_t count,
-                          T* rescale) {
-  const Power<T> power(unit);
+NNARCH_INLINE void soften(Tile<T>& t, const Power<T>& power, const T* block_top, T* scores,
+                          int64_t count, T* rescale) {
   constexpr int w = kLanes<T>;
   alignas(kVectorBytes) T top[kTile<T>], sums[kTile<T>];
   for (int half = 0; half < kTile<T>; half += w) {
@@ -202,7 +201,7 @@ NNARCH_INLINE void soften(Tile<T>& t, T unit, const T* block_top, T* scores, int
     store(top + half, used);
     store(rescale + half, power(before - used));
   }
-  weigh<T, Use>(scores, count, unit, top, sums);
+  weigh<T, Use>(scores, count, power, top, sums);
   for (int half = 0; half < kTile<T>; half += w)
     store(t.sum + half, load(t.sum + half) * load(rescale + half) + load(sums + half));
 }
@@ -229,7 +228,7 @@ NNARCH_NOINLINE void visit(const Attention<T>& a, Tile<T>& t, const Block<T>& bl
     if (!plain) conditions.apply(work.scores, j, n, top);
   });
   T* const scores = work.scores + begin * kTile<T>;
-  soften<T, Use>(t, a.score_unit, top, scores, end - begin, rescale);
+  soften<T, Use>(t, work.power, top, scores, end - begin, rescale);
   if (a.drops) drop(a, t, block, begin, end, work.scores);
   const T* v = block.v.data + begin * block.v.step;
   in_pieces(0, a.value_depth, [&](auto size, int64_t d) NNARCH_INLINE_LAMBDA {
@@ -308,7 +307,7 @@ NNARCH_INLINE T* take(T*& scratch, int64_t count) {
 template <class T>
 void run_tiles(const Attention<T>& a, const QueryRows& rows, const KeyRange<T>& keys, T* scratch) {
   const ScratchPlan<T> plan(a);
-  Workspace<T> work;
+  Workspace<T> work{.power = power_of(a)};
   work.scores = take(scratch, plan.scores);
   work.bias = take(scratch, plan.bias);
   work.key_bias = take(scratch, plan.key_bias);

@@ -12,12 +12,6 @@ inline constexpr int kTile = 2 * kLanes<T>;  // queries side by side
 
 enum class Seen { nothing, some, all };
 
-template <class T>
-NNARCH_INLINE T bias_of(const MaskOperand& mask, const char* p) {
-  if (mask.boolean) return *p ? T(0) : -kInfinity<T>;
-  return load_as<T>(mask.values.storage, p, mask.values.column, 1)[0];
-}
-
 // -infinity where a byte is 0, else 0, for as many bytes as a vector has lanes.
 template <class T>
 NNARCH_INLINE Vec<T> hidden_where_zero(const char* p) {
@@ -50,8 +44,8 @@ NNARCH_INLINE Vec<T> hidden_where_zero(const char* p) {
 #endif
 }
 
-// One row of a mask for keys [0, n): 0 or -infinity where it is boolean. `to`
-// holds n rounded up to whole vectors.
+// One row of a mask for keys [0, n): 0 or -infinity where it is boolean. `to` holds n rounded up to
+// whole vectors.
 template <class T>
 NNARCH_INLINE void bias_row(const MaskOperand& mask, const char* p, int64_t n, T* to) {
   constexpr int w = kLanes<T>;

@@ -1,9 +1,8 @@
 // What softmax needs on vectors: powers of two, the logarithm of a sum. For *_isa.cpp files.
 //
-// A weight is 2^(unit · (score - maximum)): the unit, which holds the rest of the scale and
-// log2(e), is multiplied inside the power, so that nothing is rounded before the maximum is gone.
-// The polynomial is off by 1.3 ulp at most and exactly 1 at 0; a score of -infinity gives exactly
-// 0.
+// A weight is 2^(unit · (score - maximum)) with a unit of log2(e) and what is left of the scale: it
+// is multiplied behind the subtraction, where it rounds least. The polynomial is off by 1.3 ulp at
+// most and exactly 1 at 0; a score of -infinity gives exactly 0.
 #pragma once
 
 #include "cpu/math.h"

@@ -35,12 +35,9 @@ NNARCH_INLINE void in_pieces(int64_t at, int64_t end, const F& f) {
   if (end - at >= 1) f(Size<1>{}, at);
 }
 
-// The parts of a score's sum: the rounding error of a running sum grows with its length, and an
-// output that one key decides carries it whole.
-NNARCH_INLINE int64_t score_parts(int64_t depth) {
-  constexpr int64_t whole = 128, part = 96;
-  return depth <= whole ? 1 : (depth + part - 1) / part;
-}
+// The length of a part of a score's sum: the rounding error of a running sum grows with its length,
+// and an output that one key decides carries it whole.
+NNARCH_INLINE int64_t score_part(int64_t depth) { return depth <= 128 ? depth : 96; }
 
 // Lines that are to come into cache, one a step of a product.
 template <class T>
@@ -54,9 +51,9 @@ NNARCH_INLINE void score_rows(Indices<I...> each, const T* q, int64_t depth, con
                               Vec<T>& top1) {
   constexpr int w = kLanes<T>;
   EvenRows<T> rows(k, k_step);
-  const int64_t parts = score_parts(depth), most = (depth + parts - 1) / parts;
-  for (int64_t from = 0;; from += most) {
-    const int64_t steps = depth - from < most ? depth - from : most;
+  const int64_t part = score_part(depth);
+  for (int64_t from = 0;; from += part) {
+    const int64_t steps = depth - from < part ? depth - from : part;
     Vec<T> left[sizeof...(I)] = {(static_cast<void>(I), Vec<T>{})...};
     Vec<T> right[sizeof...(I)] = {(static_cast<void>(I), Vec<T>{})...};
     multiply<T, Use>(each, rows, 0, steps, q, fetch, 0, left, right);

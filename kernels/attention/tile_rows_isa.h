@@ -11,6 +11,18 @@ NNARCH_INLINE int64_t whole_vectors(int64_t n) {
   return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
+// What differences of scores become weights with.
+template <class T>
+NNARCH_INLINE Power<T> power_of(const Attention<T>& a) {
+  return Power<T>(static_cast<T>(a.score_scale * kLog2E));
+}
+
+// The log-sum-exp of scores with this maximum, and weights with this sum.
+template <class T>
+NNARCH_INLINE Vec<T> log_sum_exp(const Attention<T>& a, Vec<T> top, Vec<T> sum) {
+  return top * static_cast<T>(a.score_scale) + log2<T>(sum) * T(kLn2);
+}
+
 // Up to kTile queries and their running softmax. The arrays lie in scratch memory.
 template <class T>
 struct Tile {
@@ -114,7 +126,7 @@ NNARCH_NOINLINE void write_rows(const Attention<T>& a, const QueryRows& rows,
         store_as<T>(storage, to[i] + d * step, lanes[i], a.value_depth - d);
     }
     if (keys.partial) continue;
-    const Vec<T> lse = (top * a.score_unit + log2<T>(sum)) * T(kLn2);
+    const Vec<T> lse = log_sum_exp(a, top, sum);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t r = t.first + half + i;
       const int64_t head = rows.batch * a.heads + rows.head_of(a, r);

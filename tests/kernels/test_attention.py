@@ -88,6 +88,19 @@ def test_every_condition_in_every_dtype(name: str, dtype: torch.dtype) -> None:
         check([t.to(dtype) for t in inputs(b, h, h, n, s, 20, 28)], options, gradients=False)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.7, 1.3, 0.25, 1e-30], ids=str)
+@pytest.mark.parametrize("n", [2, 20])
+def test_scales(n: int, scale: float) -> None:
+    """Split between queries and scores, or whole in queries where a mask is added."""
+    for mask in (None, torch.randn(n, 50)):
+        tensors = inputs(2, 2, 2, n, 50, 24, 16)
+        check(tensors, {"scale": scale, "attn_mask": mask})
+        _, lse = F.scaled_dot_product_attention(*tensors, mask, scale=scale, return_lse=True)
+        q, k, _ = (t.double() for t in tensors)
+        scores = scale * (q @ k.mT) + (0.0 if mask is None else mask.double())
+        torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=2e-6, atol=2e-6)
+
+
 def run_everything_forward() -> None:
     """All shapes and conditions, in a process with an instruction set of its own."""
     for shape in (*SHAPES.values(), (1, 1, 1, 300, 277, 64, 64), (1, 2, 1, 3, 1100, 48, 33)):
