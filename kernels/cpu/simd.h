@@ -116,14 +116,28 @@ NNARCH_INLINE void store_n(T* p, Vec<T> v, int64_t n) {
   else
     _mm512_mask_storeu_pd(p, static_cast<__mmask8>(mask), (__m512d)v);
 #elif defined(NNARCH_ISA_avx2)
+  // In halves of what is left: 2 to 5 cycles. A masked store takes 15 on Zen 3.
   if constexpr (sizeof(T) == 4) {
-    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    const __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), lane);
-    _mm256_maskstore_ps(p, mask, (__m256)v);
+    __m128 part = _mm256_castps256_ps128((__m256)v);
+    if (n & 4) {
+      _mm_storeu_ps(p, part);
+      part = _mm256_extractf128_ps((__m256)v, 1);
+      p += 4;
+    }
+    if (n & 2) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), part);
+      part = _mm_movehl_ps(part, part);
+      p += 2;
+    }
+    if (n & 1) _mm_store_ss(p, part);
   } else {
-    const __m256i lane = _mm256_setr_epi64x(0, 1, 2, 3);
-    const __m256i mask = _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), lane);
-    _mm256_maskstore_pd(p, mask, (__m256d)v);
+    __m128d part = _mm256_castpd256_pd128((__m256d)v);
+    if (n & 2) {
+      _mm_storeu_pd(p, part);
+      part = _mm256_extractf128_pd((__m256d)v, 1);
+      p += 2;
+    }
+    if (n & 1) _mm_store_sd(p, part);
   }
 #else
   for (int64_t i = 0; i < n; ++i) p[i] = v[i];
