@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "cpu/arena.h"
 #include "cpu/gemm.h"
@@ -16,21 +17,21 @@
 
 namespace nnarch {
 
-// How the work is cut. Output channels go to different tasks; where they are few, so do ranges of
-// positions, each with a partial sum of its own that is added in a fixed order afterwards, unless
-// these sums are large.
+// How the work is cut. Threads share blocks of output channels, whose gradient lies transposed in
+// the second-level cache; where they are few, also ranges of positions, each with a partial sum of
+// its own that is added in a fixed order afterwards, unless these sums are large.
 struct WeightGradPlan {
-  int64_t k_block, splits;
+  int64_t k_block, k_blocks, splits;
 
   // Of one block: the depth of its product. Twice as many gain nothing, and round more.
   static constexpr int64_t positions = 256;
 
-  WeightGradPlan(int64_t k, int64_t weights_per_k, int64_t position_blocks) {
-    constexpr int64_t wanted_tasks = 8, partial_limit = int64_t{1} << 19;  // elements
-    // The image is packed again for every block of channels.
+  WeightGradPlan(int64_t k, int64_t weights_per_k, int64_t position_blocks, int64_t mr) {
+    constexpr int64_t wanted_blocks = 8, partial_limit = int64_t{1} << 19;  // elements
     const int64_t most = l2_bytes() >= int64_t{2} << 20 ? 384 : 192;
-    k_block = ceil_div(k, ceil_div(k, most));
-    splits = std::clamp<int64_t>(wanted_tasks / ceil_div(k, k_block), 1, position_blocks);
+    k_block = round_up(ceil_div(k, ceil_div(k, most)), mr);
+    k_blocks = ceil_div(k, k_block);
+    splits = std::clamp<int64_t>(wanted_blocks / k_blocks, 1, position_blocks);
     splits =
         std::clamp<int64_t>(partial_limit / std::max<int64_t>(1, k * weights_per_k), 1, splits);
   }
@@ -67,47 +68,101 @@ struct GradView {
   }
 };
 
-// The product over `count` positions from `first` on, put in or added to sums[k][tap][c]; `rows`
-// points to the image at every position and tap, `depth` values each.
+// Columns [tap][channel, channel + count) of the product.
+struct WeightColumns {
+  int64_t tap, channel, count;
+};
+
+// All columns, in groups of which one block of positions is packed at a time: 1 MB, read from the
+// last-level cache if need be, a panel for every block of output channels. Packing the image for
+// each of these blocks took a tenth of the time, for a larger group the gradient is transposed less
+// often.
+template <class T>
+std::vector<std::vector<WeightColumns>> column_groups(int64_t taps, int64_t depth, int64_t nr) {
+  constexpr int64_t most = 4096 / static_cast<int64_t>(sizeof(T));
+  const int64_t pieces = ceil_div(depth, most), piece = round_up(ceil_div(depth, pieces), nr);
+  std::vector<std::vector<WeightColumns>> groups;
+  int64_t room = 0;
+  for (int64_t tap = 0; tap < taps; ++tap)
+    for (int64_t c = 0; c < depth; c += piece) {
+      if (room < piece) groups.emplace_back(), room = most;
+      groups.back().push_back({tap, c, std::min(piece, depth - c)});
+      room -= piece;
+    }
+  return groups;
+}
+
+// The products of blocks of positions: put in or added to sums[k][tap][c]. `Rows` points to the
+// image at every position and tap, `depth` values each.
 //
 // In the terms of cpu/gemm.h: a row of A is one output channel over the block's positions, so grad
 // is transposed, unless it is planar; a row of B is one position, so the image rows are packed into
 // panels.
 template <class T, class Rows>
-void position_block(const GradView<T>& grad, Rows& rows, int64_t taps, int64_t depth, int64_t first,
-                    int64_t count, bool add, T* sums) {
-  const GemmTable<T>& table = gemm<T>();
-  // Not a power of two apart: rows of grad would share few sets of the cache.
-  const bool planar = grad.plane > 0;
-  const int64_t lda = planar ? grad.plane : WeightGradPlan::positions + 16, nr = table.nr;
-  Scratch<T> grad_t(planar ? 0 : grad.k * lda);
-  if (!planar)
-    transpose_fn<T>()(grad.data + first * grad.stride, grad.stride, grad_t.get(), lda, count,
-                      grad.k);
-  const Strip<T> a{planar ? grad.planar_row(first) : grad_t.get(), 0, grad.k};
-  rows.build(first, count);
-  constexpr int64_t c_block = 128;
-  Scratch<T> panels(count * round_up(std::min(c_block, depth), nr));
-  for (int64_t c = 0; c < depth; c += c_block) {
-    const int64_t columns = std::min(c_block, depth - c);
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      for (int64_t j = 0; j < columns; j += nr)
-        table.pack_rows(rows.get() + tap * rows.stride(), c + j, count, std::min(nr, columns - j),
-                        panels.get() + j * count);
-      table.run({.depth = count,
-                 .b = panels.get(),
-                 .c = sums + tap * depth + c,
-                 .n = columns,
-                 .accumulate = add,
-                 .strips = &a,
-                 .strip_count = 1,
-                 .a_step = lda,
-                 .c_step = taps * depth});
+class PositionBlocks {
+ public:
+  PositionBlocks(Rows& rows, int64_t taps, int64_t depth, int64_t k_block)
+      : rows_(rows),
+        taps_(taps),
+        depth_(depth),
+        k_block_(k_block),
+        groups_(column_groups<T>(taps, depth, table_.nr)) {}
+
+  void add(const GradView<T>& grad, const typename GradView<T>::Block& block, bool add, T* sums) {
+    rows_.build(block.first, block.count);
+    for (const auto& group : groups_) {
+      int64_t columns = 0;
+      for (const WeightColumns& w : group) columns += round_up(w.count, table_.nr);
+      const Scratch<T> panels(columns * block.count);
+      pack(group, block.count, panels.get());
+      for (int64_t k = 0; k < grad.k; k += k_block_)
+        multiply(grad.channels(k, std::min(k_block_, grad.k - k)), block, group, panels.get(), add,
+                 sums + k * taps_ * depth_);
     }
   }
-}
 
-// sums[k][tap][depth]; make_rows() gives the row pointers of one task, as TapRows and StemWindows
+ private:
+  void pack(const std::vector<WeightColumns>& group, int64_t count, T* panel) {
+    const int64_t nr = table_.nr;
+    for (const WeightColumns& w : group)
+      for (int64_t j = 0; j < w.count; j += nr, panel += count * nr)
+        table_.pack_rows(rows_.get() + w.tap * rows_.stride(), w.channel + j, count,
+                         std::min(nr, w.count - j), panel);
+  }
+
+  void multiply(const GradView<T>& grad, const typename GradView<T>::Block& block,
+                const std::vector<WeightColumns>& group, const T* panels, bool add, T* sums) {
+    // Not a power of two apart: rows of grad would share few sets of the cache.
+    const bool planar = grad.plane > 0;
+    const int64_t lda = planar ? grad.plane : WeightGradPlan::positions + 16;
+    const Scratch<T> grad_t(planar ? 0 : grad.k * lda);
+    if (!planar)
+      transpose_fn<T>()(grad.data + block.first * grad.stride, grad.stride, grad_t.get(), lda,
+                        block.count, grad.k);
+    const Strip<T> a{planar ? grad.planar_row(block.first) : grad_t.get(), 0, grad.k};
+    for (const WeightColumns& w : group) {
+      const T* next = panels + round_up(w.count, table_.nr) * block.count;
+      table_.run({.depth = block.count,
+                  .b = panels,
+                  .b_after = &w == &group.back() ? nullptr : next,
+                  .c = sums + w.tap * depth_ + w.channel,
+                  .n = w.count,
+                  .accumulate = add,
+                  .strips = &a,
+                  .strip_count = 1,
+                  .a_step = lda,
+                  .c_step = taps_ * depth_});
+      panels = next;
+    }
+  }
+
+  const GemmTable<T>& table_ = gemm<T>();
+  Rows& rows_;
+  int64_t taps_, depth_, k_block_;
+  std::vector<std::vector<WeightColumns>> groups_;
+};
+
+// sums[k][tap][depth]; make_rows() gives the row pointers of one thread, as TapRows and StemWindows
 // do. The first of several ranges of positions sums up in place, the others beside it.
 template <class T, class MakeRows>
 void weight_grad(const GradView<T>& grad, int64_t taps, int64_t depth, const MakeRows& make_rows,
@@ -115,21 +170,22 @@ void weight_grad(const GradView<T>& grad, int64_t taps, int64_t depth, const Mak
   const int64_t each = taps * depth;
   const int64_t blocks = grad.blocks();
   if (blocks == 0) return std::fill_n(sums, grad.k * each, T{0}), void();
-  const WeightGradPlan plan(grad.k, each, blocks);
-  const int64_t k_blocks = ceil_div(grad.k, plan.k_block);
+  const WeightGradPlan plan(grad.k, each, blocks, gemm<T>().mr);
   Scratch<T> partial((plan.splits - 1) * grad.k * each);
   const auto of_split = [&](int64_t split) {
     return split == 0 ? sums : partial.get() + (split - 1) * grad.k * each;
   };
-  parallel_tasks(k_blocks * plan.splits, [&](int64_t task) {
-    const int64_t split = task / k_blocks, first_k = task % k_blocks * plan.k_block;
-    const GradView<T> part = grad.channels(first_k, std::min(plan.k_block, grad.k - first_k));
-    const int64_t begin = blocks * split / plan.splits, end = blocks * (split + 1) / plan.splits;
+  parallel_ranges(plan.k_blocks * plan.splits, [&](int64_t from, int64_t to) {
     auto rows = make_rows();
-    for (int64_t b = begin; b < end; ++b) {
-      const auto block = grad.block(b);
-      position_block<T>(part, rows, taps, depth, block.first, block.count, b > begin,
-                        of_split(split) + first_k * each);
+    PositionBlocks<T, decltype(rows)> positions(rows, taps, depth, plan.k_block);
+    for (int64_t unit = from, next; unit < to; unit = next) {
+      const int64_t split = unit / plan.k_blocks, past = split * plan.k_blocks;
+      next = std::min(to, past + plan.k_blocks);
+      const int64_t k = (unit - past) * plan.k_block;
+      const GradView<T> part = grad.channels(k, std::min((next - past) * plan.k_block, grad.k) - k);
+      const int64_t begin = blocks * split / plan.splits, end = blocks * (split + 1) / plan.splits;
+      for (int64_t b = begin; b < end; ++b)
+        positions.add(part, grad.block(b), b > begin, of_split(split) + k * each);
     }
   });
   if (plan.splits == 1) return;
