@@ -10,7 +10,7 @@ namespace nnarch {
 NNARCH_PER_ISA(
     // float32 operations per second (an FMA is two).
     double measure_flops();
-    // Bytes per second of reading a buffer of `bytes` from start to end, again and again.
+    // Bytes per second of reading a buffer of `bytes` again and again.
     double measure_read_bandwidth(int64_t bytes);)
 
 }  // namespace nnarch

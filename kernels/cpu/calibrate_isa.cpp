@@ -43,7 +43,8 @@ double measure_flops() {
 }
 
 double measure_read_bandwidth(int64_t bytes) {
-  const int64_t count = bytes / 256 * 64;  // floats, in lines of four 64-byte blocks
+  // In four streams: one gets 17 GB/s of memory where four get 24 (Zen 3).
+  const int64_t quarter = bytes / 256 * 16, count = 4 * quarter;  // floats, whole lines
   if (count == 0) return 0;
   float* buffer = static_cast<float*>(aligned_alloc(4096, (count * 4 + 4095) / 4096 * 4096));
   if (buffer == nullptr) return 0;
@@ -55,9 +56,9 @@ double measure_read_bandwidth(int64_t bytes) {
     for (int64_t pass = 0; pass < passes; ++pass) {
       Vec<float> s0{}, s1{}, s2{}, s3{};
       constexpr int w = kLanes<float>;
-      for (int64_t i = 0; i + 4 * w <= count; i += 4 * w) {
-        s0 += load(buffer + i), s1 += load(buffer + i + w);
-        s2 += load(buffer + i + 2 * w), s3 += load(buffer + i + 3 * w);
+      for (int64_t i = 0; i < quarter; i += w) {
+        s0 += load(buffer + i), s1 += load(buffer + quarter + i);
+        s2 += load(buffer + 2 * quarter + i), s3 += load(buffer + 3 * quarter + i);
       }
       consume(s0 + s1 + (s2 + s3));
     }
