@@ -80,7 +80,8 @@ struct WeightColumns {
 template <class T>
 std::vector<std::vector<WeightColumns>> column_groups(int64_t taps, int64_t depth, int64_t nr) {
   constexpr int64_t most = 4096 / static_cast<int64_t>(sizeof(T));
-  const int64_t pieces = ceil_div(depth, most), piece = round_up(ceil_div(depth, pieces), nr);
+  const int64_t pieces = std::max<int64_t>(1, ceil_div(depth, most));
+  const int64_t piece = round_up(ceil_div(depth, pieces), nr);
   std::vector<std::vector<WeightColumns>> groups;
   int64_t room = 0;
   for (int64_t tap = 0; tap < taps; ++tap)

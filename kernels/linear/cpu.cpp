@@ -26,9 +26,9 @@ void few_rows(const Rows& x, const Tensor& w, T* y, const Epilogue<T>& epilogue)
   set_algorithm("gemv");
   // Four rows of x go past a task's weights at a time; the next four find them in cache.
   constexpr int64_t cache = int64_t{256} << 10;
-  const int64_t n = w.size(0), row_bytes = x.depth * int64_t{sizeof(T)};
-  const int64_t run =
-      std::clamp<int64_t>(cache / row_bytes, x.m <= kFewRows ? 64 : 8, x.m <= kFewRows ? 256 : 64);
+  const int64_t n = w.size(0), in_cache = cache / (x.depth * int64_t{sizeof(T)});
+  const int64_t run = x.m <= kFewRows ? std::clamp<int64_t>(in_cache, 64, 256)
+                                      : std::clamp<int64_t>(in_cache, 8, 64);
   parallel_tasks(ceil_div(n, run), [&](int64_t task) {
     const int64_t first = task * run;
     gemm<T>().few_rows(data<T>(x.tensor), x.stride, x.m, data<T>(w) + first * w.stride(0),
