@@ -59,6 +59,10 @@ LARGE: dict[str, Callable[[], list[Tensor]]] = {
         lambda x, w: F.conv2d(x, w, padding=1, activation="silu"),
         torch.randn(_X), torch.randn(40, 24, 3, 3),
     ),
+    "3x3 stride 2": lambda: _gradients(  # dw: ranges of threads that end within a split
+        lambda x, w: F.conv2d(x, w, stride=2, padding=1),
+        torch.randn(2, 130, 40, 38), torch.randn(200, 130, 3, 3),
+    ),
     "1x1": lambda: _gradients(F.conv2d, torch.randn(_X), torch.randn(50, 24, 1, 1)),
     "stem": lambda: _gradients(
         lambda x, w: F.conv2d(x, w, stride=2, padding=3),

@@ -1,5 +1,5 @@
-// Attention of few queries on many keys: every row of K and V is read once, as it lies, and vectors
-// run along the head dimension. For *_isa.cpp files.
+// Attention of few queries on many keys: every row of K and V is read once, as it lies, in two
+// streams, and vectors run along the head dimension. For *_isa.cpp files.
 #pragma once
 
 #include "attention/drop_isa.h"
@@ -18,7 +18,7 @@ namespace {
 // µs in blocks of 64, 53 in blocks of 256.
 constexpr int64_t kFewBlock = 256;
 
-// Keys rows, `elements` apart, in two streams: the second half of them begins `apart` rows behind
+// `Keys` rows, `elements` apart, in two streams: the second half of them begins `apart` rows behind
 // the first. One core reads 24 GB/s of memory in two or four streams and 17 in one (Zen 3). Row J
 // by at most one addition.
 template <class T, int Keys>

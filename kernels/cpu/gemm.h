@@ -84,8 +84,8 @@ constexpr int64_t kPartDepth = 4096 / static_cast<int64_t>(sizeof(T));
 // Elements of room for rows of the longest part.
 template <class T>
 int64_t room_for(int64_t rows, int64_t depth) {
-  const int64_t longest = kPartDepth<T> * 3 / 2, line = 64 / int64_t{sizeof(T)};
-  return rows * ((depth < longest ? depth : longest) + 2 * line);
+  const int64_t line = 64 / int64_t{sizeof(T)};
+  return rows * ((depth < kPartDepth<T> ? depth : kPartDepth<T>)+2 * line);
 }
 
 template <class T>

@@ -75,7 +75,8 @@ class Conv:
 
 
 # Tiles: 6 or 14 rows, 8 to 32 columns, blocks of 48 to 96 positions and of 256 columns, weight
-# gradients in 256 positions and 192 output channels, sums cut at a depth of 512 to 2048.
+# gradients in 256 positions, 192 output channels and 1024 columns, sums cut at a depth of 512 to
+# 2048.
 CASES = [
     # 1x1 as a matrix product
     Conv(1, 1, 1, 1, 1, (1, 1)),
@@ -100,6 +101,7 @@ CASES = [
     Conv(1, 130, 5, 5, 70, padding=1),
     Conv(1, 600, 4, 4, 20, padding=1),
     Conv(1, 9, 5, 5, 210, padding=1),
+    Conv(1, 130, 40, 38, 200, stride=2, padding=1),
     Conv(1, 10, 30, 31, 12, padding=1),
     Conv(2, 18, 7, 7, 12, padding=1, groups=3),
     Conv(1, 32, 9, 9, 64, stride=2, padding=1, groups=2),

@@ -32,7 +32,8 @@ from torch.nn import functional as TF
 import nnarch
 from nnarch import functional as F
 
-# (rows, depth, outputs). Up to 8 rows go past the weights in fours; up to 96 are packed in the
+# (rows, depth, outputs). Up to 8 rows go past the weights in
+# fours, of which tasks have 64 to 256; up to 96 are packed in the
 # place of unpacked weights; up to 512 go against weights packed in passing by panels of 8 to 32
 # columns; more pack the whole weight. dx of up to 192 rows multiplies with the weight as it lies.
 SIZES = [
@@ -59,6 +60,7 @@ SIZES = [
     (512, 20, 9),
     (513, 20, 9),
     (600, 67, 131),
+    (270, 1100, 400),  # dw: two blocks of rows, of columns and of outputs
 ]
 CORE = [SIZES[i] for i in (2, 6, 11, 15, 17, 22)]
 
