@@ -21,12 +21,18 @@ inline constexpr BlockCode<T> kBlock = {kBlockRows<S>,
                                         block_fixed<T, S, STRIDE, P, 0, S / 2>,
                                         both_edges<T, S, STRIDE, P>()};
 
-// For rows of n pixels: the last block is moved back to end with the row.
+// For rows of n pixels: the last block is moved back to end with the row, so the width that
+// computes fewer pixels twice serves.
 template <class T, int S, int STRIDE>
 const BlockCode<T>* for_rows(int64_t n) {
-  if constexpr (kBlockRows<S> == 1) return &kBlock < T, S, STRIDE, S == 7 ? 7 : 8 > ;
+  const auto covers = [n](int64_t p) { return ceil_div(n, p) * p; };
+  if constexpr (kBlockRows<S> == 1) {
+    if constexpr (S == 7)
+      if (n <= 8 || covers(7) < covers(8)) return &kBlock<T, S, STRIDE, 7>;
+    return &kBlock<T, S, STRIDE, 8>;
+  }
   if constexpr (kVectorBytes == 64 && S < 7)
-    if (ceil_div(n, 7) * 7 <= ceil_div(n, 4) * 4) return &kBlock<T, S, STRIDE, 7>;
+    if (covers(7) <= covers(4)) return &kBlock<T, S, STRIDE, 7>;
   return &kBlock<T, S, STRIDE, 4>;
 }
 
