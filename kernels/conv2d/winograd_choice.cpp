@@ -25,7 +25,10 @@ constexpr double kGradProduct = 1.15, kGradOrder = 8;
 // the direct product takes, and of sums that become a weight's gradient. Fitted on Zen 3 and 4 and,
 // where the last-level cache is far, on Intel Emerald Rapids, whose FMAs take half the time.
 double pack_transformed() { return far_l3() ? 18 : 9; }
-double grad_back() { return far_l3() ? 16 : 6; }
+double grad_back() {
+  const bool spills = winograd().nr == 16;  // AVX2, whose 16 registers do not hold a transform
+  return far_l3() ? 16 : spills ? 20 : 6;
+}
 
 double vectors(int64_t channels) { return double(ceil_div(channels, winograd().nr / 2)); }
 
