@@ -49,12 +49,12 @@ struct Upcoming {
 template <class T>
 struct Workspace {
   Power<T> power;
-  T* scores;    // [kBlock][kTile]
-  T* bias;      // [kBlock][kTile], or bytes of a boolean mask
-  T* key_bias;  // [kBlock in whole vectors]
-  T *k, *v;     // copies of a block
-  Upcoming<T> upcoming;
-  bool query_masks;  // queries have rows of the mask of their own
+  T* scores = nullptr;           // [kBlock][kTile]
+  T* bias = nullptr;             // [kBlock][kTile], or bytes of a boolean mask
+  T* key_bias = nullptr;         // [kBlock in whole vectors]
+  T *k = nullptr, *v = nullptr;  // copies of a block
+  Upcoming<T> upcoming{};
+  bool query_masks = false;  // queries have rows of the mask of their own
 };
 
 // Adds the biases to scores [begin, end) of a tile and hides what it may not see; the maxima.
