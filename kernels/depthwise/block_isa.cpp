@@ -22,7 +22,7 @@ inline constexpr BlockCode<T> kBlock = {kBlockRows<S>,
                                         both_edges<T, S, STRIDE, P>()};
 
 // For rows of n pixels: the last block is moved back to end with the row, so the width that
-// computes fewer pixels twice serves.
+// computes fewer pixels twice serves. One of 8 would reach past both edges of a row of 8.
 template <class T, int S, int STRIDE>
 const BlockCode<T>* for_rows(int64_t n) {
   const auto covers = [n](int64_t p) { return ceil_div(n, p) * p; };
