@@ -23,6 +23,9 @@ IN_TURN = {"dtype", "memory_format", "reverse", "band", "tile"}
 BROKEN_CONTEXT = ("CUDA error", "illegal memory access", "unspecified launch failure")
 
 if INTERPRETED:
+    import interpreter
+
+    interpreter.hasten()
     collect_ignore_glob = ["test_interpreted.py", "test_on_a_gpu*.py", "test_static.py"]
 elif not ON_GPU:
     collect_ignore_glob = ["test_triton_*.py"]
