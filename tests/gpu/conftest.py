@@ -36,7 +36,7 @@ def _for_interpreter_or_gpu(item: pytest.Item) -> bool:
 
 
 def _redundant(items: list[pytest.Item]) -> set[pytest.Item]:
-    """What a GPU need not run of test_triton_*.py: there a test's time is that of compiling.
+    """What need not run of test_triton_*.py, whose time is that of compiling or interpreting.
 
     Where a test has three cases or more, each case keeps one of the dtypes, formats, …, in turn.
     """
@@ -73,11 +73,9 @@ def _in_turn(cases: list[list[pytest.Item]]) -> set[pytest.Item]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what runs on the GPU; leave out what is redundant there."""
-    if not ON_GPU:
-        return
+    """Mark what runs on the GPU; leave out what is redundant."""
     for item in items:
-        if _for_interpreter_or_gpu(item):
+        if ON_GPU and _for_interpreter_or_gpu(item):
             item.add_marker(pytest.mark.gpu)
     if not EVERY_CASE and (left_out := _redundant(items)):
         config.hook.pytest_deselected(items=list(left_out))
@@ -85,7 +83,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_report_header() -> str | None:
-    if ON_GPU and not EVERY_CASE:
+    if (ON_GPU or INTERPRETED) and not EVERY_CASE:
         return "test_triton_*: cases in one dtype and format each; NNARCH_EVERY_CASE=1 runs all"
     return None
 
