@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import pytest
@@ -33,7 +34,8 @@ def _import_torchvision() -> None:
         import torchvision  # noqa: F401
 
 
-_import_torchvision()
+if "TRITON_INTERPRET" not in os.environ:  # takes seconds, and no interpreted kernel needs it
+    _import_torchvision()
 
 
 # Files whose tests are a test process each, some of them minutes long.

@@ -1,4 +1,6 @@
 // Average pooling on the CPU, and its gradient: the same kernel over the inverse windows.
+#include <algorithm>
+#include <numeric>
 #include <optional>
 
 #include "cpu/arena.h"
@@ -81,29 +83,65 @@ void average_contiguous(const Stored& x, int64_t images, int64_t channels, const
       });
 }
 
+// Adds n channels of `pixels` pixels, `step` apart from element `first` on, to sums[n]. Half types
+// pass through scratch memory in parts.
+template <class T>
+void add_pixels(const Stored& x, int64_t first, int64_t pixels, int64_t step, int64_t n,
+                double* sums) {
+  const auto& table = NNARCH_SELECT(pool_table<T>());
+  const int64_t part = x.half ? std::max<int64_t>(1, kMemoryPartBytes / (4 * n)) : pixels;
+  for (int64_t p = 0; p < pixels; p += part) {
+    const int64_t rows = std::min(part, pixels - p), from = first + p * step;
+    const bool dense = step == n;
+    const Reading<T> in(x, dense ? StoredBlock{from, rows * n} : StoredBlock{from, n, rows, step});
+    table.sum_pixels(in.get(), rows, dense ? n : in.step(), n, sums);
+  }
+}
+
+// The mean of a plane that is too large for scratch memory: of pixels of 64 channels and a rest.
+template <class T>
+T mean_of_plane(const Stored& x, int64_t first, int64_t pixels) {
+  constexpr int64_t n = 64;
+  double sums[n] = {};
+  const int64_t rest = pixels % n;
+  add_pixels<T>(x, first, pixels / n, n, n, sums);
+  if (rest > 0) add_pixels<T>(x, first + pixels - rest, 1, rest, rest, sums);
+  return static_cast<T>(std::accumulate(sums, sums + n, 0.0) / static_cast<double>(pixels));
+}
+
 // The mean of every plane: one pass at memory bandwidth.
 template <class T>
-void global_average(const Stored& x, int64_t images, int64_t channels, int64_t pixels,
-                    bool channels_last, const Stored& y) {
+void mean_planes(const Stored& x, int64_t planes, int64_t pixels, const Stored& y) {
   const auto& table = NNARCH_SELECT(pool_table<T>());
-  if (!channels_last) {
-    const int64_t run = std::max<int64_t>(1, 16384 / pixels), planes = images * channels;
-    parallel_tasks(ceil_div(planes, run), [&](int64_t task) {
-      const int64_t first = task * run, count = std::min(run, planes - first);
+  const int64_t run = std::max<int64_t>(1, 16384 / pixels);
+  parallel_tasks(ceil_div(planes, run), [&](int64_t task) {
+    const int64_t first = task * run, count = std::min(run, planes - first);
+    const Writing<T> out(y, {first, count});
+    if (x.half && pixels * 4 > kMemoryPartBytes) {  // one plane
+      *out.get() = mean_of_plane<T>(x, first * pixels, pixels);
+    } else {
       const Reading<T> in(x, {first * pixels, count * pixels});
-      const Writing<T> out(y, {first, count});
       table.mean_planes(in.get(), count, pixels, out.get());
-    });
-    return;
-  }
+    }
+  });
+}
+
+// The same for channels_last.
+template <class T>
+void mean_pixels(const Stored& x, int64_t images, int64_t channels, int64_t pixels,
+                 const Stored& y) {
   // Few images are cut by channels too.
   const int64_t run = images >= 8 ? channels : 256, runs = ceil_div(channels, run);
   parallel_tasks(images * runs, [&](int64_t task) {
-    const int64_t n = task / runs, from = task % runs * run, to = std::min(channels, from + run);
-    Scratch<double> sums(to - from);
-    const Reading<T> in(x, {n * pixels * channels + from, to - from, pixels, channels});
-    const Writing<T> out(y, {n * channels + from, to - from});
-    table.mean_pixels(in.get(), pixels, in.step(), 0, to - from, sums.get(), out.get());
+    const int64_t image = task / runs, from = task % runs * run;
+    const int64_t n = std::min(channels - from, run);
+    Scratch<double> scratch(n);
+    double* const sums = scratch.get();
+    std::fill_n(sums, n, 0.0);
+    add_pixels<T>(x, image * pixels * channels + from, pixels, channels, n, sums);
+    const Writing<T> out(y, {image * channels + from, n});
+    const double scale = 1.0 / static_cast<double>(pixels);
+    for (int64_t c = 0; c < n; ++c) out.get()[c] = static_cast<T>(sums[c] * scale);
   });
 }
 
@@ -121,8 +159,10 @@ void average_into(const Tensor& y, const Tensor& input, bool channels_last, cons
     using T = decltype(scalar);
     const Stored from(input), to(y);
     set_algorithm(global ? "global" : channels_last ? "channels_last" : "planes");
-    if (global)
-      global_average<T>(from, images, channels, h.inputs * w.inputs, channels_last, to);
+    if (global && channels_last)
+      mean_pixels<T>(from, images, channels, h.inputs * w.inputs, to);
+    else if (global)
+      mean_planes<T>(from, images * channels, h.inputs * w.inputs, to);
     else if (channels_last)
       average_channels_last<T>(from, images, channels, h, w, to);
     else

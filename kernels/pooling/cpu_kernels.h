@@ -80,9 +80,9 @@ struct PoolTable {
                      int64_t to, T* y, int64_t* indices, const PlaneBuffer<T>& buffer);
   void (*average_planes)(const T* x, int64_t planes, const Axis& h, const Axis& w, int64_t from,
                          int64_t to, T* y, const PlaneBuffer<T>& buffer);
-  // Means over whole images: of channels [from, to) of one, and of planes that follow each other.
-  void (*mean_pixels)(const T* image, int64_t pixels, int64_t channels, int64_t from, int64_t to,
-                      double* sums, T* y);
+  // Adds n channels of pixels that lie `step` apart to sums[n].
+  void (*sum_pixels)(const T* image, int64_t pixels, int64_t step, int64_t n, double* sums);
+  // The means of planes that follow each other.
   void (*mean_planes)(const T* x, int64_t planes, int64_t pixels, T* y);
 };
 

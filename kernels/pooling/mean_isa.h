@@ -1,4 +1,4 @@
-// Means over whole images. For *_isa.cpp.
+// Sums and means over whole images. For *_isa.cpp.
 #pragma once
 
 #include "cpu/simd.h"
@@ -64,57 +64,51 @@ void mean_planes(const T* x, int64_t planes, int64_t pixels, T* y) {
 
 // `rows` pixels of B vectors of channels, added to sums.
 template <class T, int B>
-NNARCH_INLINE void add_pixels(const T* x, int64_t channels, int64_t rows, Wide<T>* sums) {
+NNARCH_INLINE void add_pixels(const T* x, int64_t step, int64_t rows, Wide<T>* sums) {
   Vec<T> sum[B];
   for (int b = 0; b < B; ++b) sum[b] = load(x + b * kLanes<T>);
   for (int64_t r = 1; r < rows; ++r)
-    for (int b = 0; b < B; ++b) sum[b] += load(x + r * channels + b * kLanes<T>);
+    for (int b = 0; b < B; ++b) sum[b] += load(x + r * step + b * kLanes<T>);
   for (int b = 0; b < B; ++b) sums[b].add(sum[b]);
 }
 
-// The means of B vectors of channels, which stay in registers.
+// B vectors of channels of all pixels, added to sums; in registers until then.
 template <class T, int B>
-NNARCH_INLINE void mean_of_channels(const T* x, int64_t pixels, int64_t channels, T* y) {
-  Wide<T> sums[B];
+NNARCH_INLINE void add_channels(const T* x, int64_t pixels, int64_t step, double* sums) {
+  Wide<T> wide[B];
   int64_t p = 0;
-  for (; p + kBurst <= pixels; p += kBurst)
-    add_pixels<T, B>(x + p * channels, channels, kBurst, sums);
-  if (p < pixels) add_pixels<T, B>(x + p * channels, channels, pixels - p, sums);
-  const double count = static_cast<double>(pixels);
+  for (; p + kBurst <= pixels; p += kBurst) add_pixels<T, B>(x + p * step, step, kBurst, wide);
+  if (p < pixels) add_pixels<T, B>(x + p * step, step, pixels - p, wide);
   for (int b = 0; b < B; ++b)
     for (int i = 0; i < kLanes<T>; ++i)
-      y[b * kLanes<T> + i] =
-          static_cast<T>(sums[b].part[i / kLanes<double>][i % kLanes<double>] / count);
+      sums[b * kLanes<T> + i] += wide[b].part[i / kLanes<double>][i % kLanes<double>];
 }
 
 // Few channels: all pixels of four vectors at a time lie close enough together.
 inline constexpr int64_t kFewChannels = 512;
 
 template <class T>
-void mean_pixels(const T* image, int64_t pixels, int64_t channels, int64_t from, int64_t to,
-                 double* sums, T* y) {
+void sum_pixels(const T* image, int64_t pixels, int64_t step, int64_t n, double* sums) {
   constexpr int64_t w = kLanes<T>;
-  if (channels <= kFewChannels)
-    for (; from + 4 * w <= to; from += 4 * w)
-      mean_of_channels<T, 4>(image + from, pixels, channels, y + from);
-  for (int64_t c = 0; c < to - from; ++c) sums[c] = 0;
-  for (int64_t p = 0; p < pixels && from < to; p += kBurst) {
+  int64_t from = 0;
+  if (step <= kFewChannels)
+    for (; from + 4 * w <= n; from += 4 * w)
+      add_channels<T, 4>(image + from, pixels, step, sums + from);
+  for (int64_t p = 0; p < pixels && from < n; p += kBurst) {
     const int64_t rows = pixels - p < kBurst ? pixels - p : kBurst;
-    for (int64_t c = from; c < to; c += w) {
-      const T* x = image + p * channels + c;
-      const int64_t n = to - c < w ? to - c : w;
+    for (int64_t c = from; c < n; c += w) {
+      const T* x = image + p * step + c;
+      const int64_t lanes = n - c < w ? n - c : w;
       Vec<T> sum{};
-      if (rows == kBurst && n == w)
-        for (int r = 0; r < kBurst; ++r) sum += load(x + r * channels);
-      else if (n == w)
-        for (int64_t r = 0; r < rows; ++r) sum += load(x + r * channels);
+      if (rows == kBurst && lanes == w)
+        for (int r = 0; r < kBurst; ++r) sum += load(x + r * step);
+      else if (lanes == w)
+        for (int64_t r = 0; r < rows; ++r) sum += load(x + r * step);
       else
-        for (int64_t r = 0; r < rows; ++r) sum += load_n(x + r * channels, n);
-      add_wide<T>(sums + (c - from), sum, n);
+        for (int64_t r = 0; r < rows; ++r) sum += load_n(x + r * step, lanes);
+      add_wide<T>(sums + c, sum, lanes);
     }
   }
-  for (int64_t c = from; c < to; ++c)
-    y[c] = static_cast<T>(sums[c - from] / static_cast<double>(pixels));
 }
 
 }  // namespace nnarch::NNARCH_ISA

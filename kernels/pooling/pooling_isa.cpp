@@ -10,7 +10,7 @@ namespace {
 
 template <class T>
 constexpr PoolTable<T> kTable = {max_rows<T>,       average_rows<T>, max_planes<T>,
-                                 average_planes<T>, mean_pixels<T>,  mean_planes<T>};
+                                 average_planes<T>, sum_pixels<T>,   mean_planes<T>};
 
 }  // namespace
 

@@ -7,13 +7,11 @@ would take compiling away from the other tests. To work on one file:
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from alone import run_pytest
 
 pytest.importorskip("triton", reason="needs triton")
 
@@ -27,11 +25,5 @@ FILES = [
 
 @pytest.mark.parametrize("name", FILES)
 def test_interpreted(name):
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / name)]
-    run = subprocess.run(
-        command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, f"{name} interpreted:\n{run.stdout}{run.stderr}"
-    passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed and "skipped" not in run.stdout, run.stdout
+    output = run_pytest(str(HERE / name), environment={"TRITON_INTERPRET": "1"})
+    assert re.search(r"\d+ passed", output) and "skipped" not in output, output

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from alone import run_pytest
 
 pytest.importorskip("numba.cuda", reason="needs numba-cuda")
 pytest.importorskip("triton", reason="needs triton")
@@ -21,18 +19,11 @@ HERE = Path(__file__).parent
 
 def test_simulated():
     """Triton's interpreter runs the input's product in the same process."""
-    environment = os.environ | {
-        "NUMBA_ENABLE_CUDASIM": "1",
-        "TRITON_INTERPRET": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    file = str(HERE / "simulated_recurrent.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
-    run = subprocess.run(
-        command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True
+    output = run_pytest(
+        str(HERE / "simulated_recurrent.py"),
+        environment={"NUMBA_ENABLE_CUDASIM": "1", "TRITON_INTERPRET": "1"},
     )
-    assert run.returncode == 0, f"{run.stdout}{run.stderr}"
-    assert re.search(r"\d+ passed", run.stdout) and "skipped" not in run.stdout, run.stdout
+    assert re.search(r"\d+ passed", output) and "skipped" not in output, output
 
 
 @pytest.mark.parametrize("capability", numba_support.CAPABILITIES, ids=str)

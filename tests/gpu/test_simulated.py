@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from alone import run_pytest
 
 pytest.importorskip("numba_cuda", reason="needs numba-cuda")
 
@@ -24,11 +23,5 @@ FILES = sorted(
 def test_simulated(name):
     if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1":
         pytest.skip("is simulating already")
-    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / name)]
-    run = subprocess.run(
-        command, cwd=HERE.parents[1], env=environment, capture_output=True, text=True
-    )
-    assert run.returncode == 0, f"{name} simulated:\n{run.stdout}{run.stderr}"
-    passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed and "skipped" not in run.stdout, run.stdout
+    output = run_pytest(str(HERE / name), environment={"NUMBA_ENABLE_CUDASIM": "1"})
+    assert re.search(r"\d+ passed", output) and "skipped" not in output, output

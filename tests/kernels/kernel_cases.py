@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from alone import alone
 from tolerances import assert_as_accurate
 from torch import Tensor
 from torch.nn import functional as TF
@@ -280,25 +278,18 @@ needs_poison = pytest.mark.skipif(
 )
 
 
-def check_under_isa(isa: str, module: str, function: str) -> None:
-    """Run ``module.function()`` of this folder in a process of its own, with instruction set `isa`.
+def check_under_isa(isa: str, check: Callable[[], None]) -> None:
+    """Run `check` in a process of its own, with instruction set `isa`.
 
     Skips the test where this CPU lacks the set.
     """
-    script = (
-        f"import sys, torch, {module}\n"
-        "from nnarch.backends import isa\n"
-        "if isa() != sys.argv[1]: sys.exit(77)\n"
-        "torch.manual_seed(0)\n"
-        f"{module}.{function}()\n"
-    )
-    here = Path(__file__).parent
-    path = os.pathsep.join(map(str, (here, here.parent, os.environ.get("PYTHONPATH", ""))))
-    run = subprocess.run(
-        [sys.executable, "-c", script, isa],
-        env={**os.environ, "NNARCH_ISA": isa, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    if run.returncode == 77 or "this CPU lacks it" in run.stderr:
+    if not alone(_check_where_usable, isa, check, environment={"NNARCH_ISA": isa}):
         pytest.skip(f"this CPU lacks {isa}")
-    assert run.returncode == 0, run.stderr
+
+
+def _check_where_usable(isa: str, check: Callable[[], None]) -> bool:
+    used = library.native_string("nnarch_isa")
+    assert used in (isa, "")
+    if used:
+        check()
+    return bool(used)

@@ -114,7 +114,7 @@ def run_everything_forward() -> None:
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_instruction_sets(isa: str) -> None:
-    check_under_isa(isa, "test_attention", "run_everything_forward")
+    check_under_isa(isa, run_everything_forward)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1, 3001), (1, 2, 1, 40, 1500), (2, 3, 3, 130, 70)])

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from alone import alone, measures_memory, peak
 from kernel_cases import DTYPES, name_of, on_fresh_memory
 from tolerances import assert_as_accurate
 from torch import Tensor
@@ -234,48 +233,36 @@ def test_equal_for_any_number_of_threads(size: tuple[int, ...]) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-_LONG = """
-import math, resource, torch
-from nnarch.kernels.attention.op import UNBOUNDED, attention_backward
-n, d = 32768, 16
-q, k, v, grad = (torch.randn(1, 1, n, d) for _ in range(4))
-out = torch.zeros(1, 1, n, d)
-lse = torch.full((1, 1, n), math.log(n))
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-numbers = (0.0, 0.25, -UNBOUNDED, 0, False)
-attention_backward(grad, None, q, k, v, None, None, None, out, lse, *numbers)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
+def _growth_backward() -> int:
+    n, d = 32768, 16
+    q, k, v, grad = (torch.randn(1, 1, n, d) for _ in range(4))
+    out, lse = torch.zeros(1, 1, n, d), torch.full((1, 1, n), math.log(n))
+    before = peak()
+    numbers = (0.0, 0.25, -UNBOUNDED, 0, False)
+    attention_backward(grad, None, q, k, v, None, None, None, out, lse, *numbers)
+    return peak() - before
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+@measures_memory
 def test_memory_is_linear_in_the_length() -> None:
     """The scores of 32,768 positions would be 4 GB."""
-    done = subprocess.run([sys.executable, "-c", _LONG], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 200_000  # KB
+    assert alone(_growth_backward) < 200e6
 
 
-_BOTH = """
-import resource, torch
-from nnarch import functional as F
-def step(n):
-    q, k, v, grad = (torch.randn(1, 1, n, 64) for _ in range(4))
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    F.scaled_dot_product_attention(*leaves, is_causal=True).backward(grad)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak - before - sum(t.grad.nbytes for t in leaves) // 1024
-step(64)  # what is loaded with the first call
-print(step(32768))
-"""
+def _growth_both(n: int) -> int:
+    for length in (64, n):  # the first call loads what is loaded once
+        q, k, v, grad = (torch.randn(1, 1, length, 64) for _ in range(4))
+        leaves = [t.requires_grad_() for t in (q, k, v)]
+        before = peak()
+        F.scaled_dot_product_attention(*leaves, is_causal=True).backward(grad)
+    return peak() - before - q.grad.nbytes - k.grad.nbytes - v.grad.nbytes
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+@measures_memory
 def test_forward_and_backward_of_32768_positions_take_less_than_a_gigabyte() -> None:
     """Beyond inputs and gradients; the scores alone would be 4.3 GB."""
-    done = subprocess.run([sys.executable, "-c", _BOTH], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 1_000_000, done.stdout  # KB
+    assert alone(_growth_both, 32768) < 1e9
 
 
 @pytest.mark.parametrize("size", [30.0, 1e4, 1e9])

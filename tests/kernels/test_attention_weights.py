@@ -232,7 +232,7 @@ def test_no_scores_of_all_heads_in_memory() -> None:
 
 @pytest.mark.parametrize("isa", ["generic", "avx2"])
 def test_other_instruction_sets(isa: str) -> None:
-    check_under_isa(isa, __name__, "check_few")
+    check_under_isa(isa, check_few)
 
 
 def check_few() -> None:

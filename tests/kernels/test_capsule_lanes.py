@@ -131,4 +131,4 @@ def _on_every_isa() -> None:
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    check_under_isa(isa, "test_capsule_lanes", "_on_every_isa")
+    check_under_isa(isa, _on_every_isa)

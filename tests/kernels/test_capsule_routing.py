@@ -278,7 +278,7 @@ def _against_reference() -> None:
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    check_under_isa(isa, "test_capsule_routing", "_against_reference")
+    check_under_isa(isa, _against_reference)
 
 
 X, W, B = torch.randn(2, 9, 5), torch.randn(4, 9, 3, 5), torch.randn(4, 3)

@@ -246,7 +246,7 @@ def test_long_strides_need_no_memory_but_the_output(channels):
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_under_every_instruction_set(isa):
-    check_under_isa(isa, "test_conv_transpose2d", "check_all")
+    check_under_isa(isa, check_all)
 
 
 def check_all() -> None:

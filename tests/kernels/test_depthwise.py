@@ -340,7 +340,7 @@ def _quick_check() -> None:
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    check_under_isa(isa, "test_depthwise", "_quick_check")
+    check_under_isa(isa, _quick_check)
 
 
 def _past_the_caches() -> None:
@@ -367,4 +367,4 @@ def _past_the_caches() -> None:
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_outputs_past_the_caches(isa):
-    check_under_isa(isa, "test_depthwise", "_past_the_caches")
+    check_under_isa(isa, _past_the_caches)

@@ -387,4 +387,4 @@ def _check_quickly() -> None:
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    check_under_isa(isa, "test_depthwise_separable", "_quick_check")
+    check_under_isa(isa, _quick_check)

@@ -6,13 +6,11 @@ small ones.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 import torch
+from alone import alone, measures_memory, peak
 from kernel_cases import FORMATS, check_under_isa, name_of
 from tolerances import assert_as_accurate
 from torch import Tensor
@@ -133,6 +131,15 @@ def test_pooling_is_that_of_floats(dtype, layout):
 
 
 @pytest.mark.parametrize("layout", FORMATS, ids=name_of)
+@pytest.mark.parametrize("dtype", HALVES, ids=name_of)
+@pytest.mark.parametrize("size", [(2, 3, 401, 403), (1, 300, 29, 31), (9, 70, 41, 53)], ids=str)
+def test_global_average_in_parts(size, dtype, layout):
+    x = torch.randn(size).to(dtype).contiguous(memory_format=layout)
+    truth = x.double().mean((2, 3), keepdim=True)
+    assert_as_accurate(F.adaptive_avg_pool2d(x, 1), truth.to(dtype), truth)
+
+
+@pytest.mark.parametrize("layout", FORMATS, ids=name_of)
 def test_gradients_in_parts(layout):
     x = torch.randn(9, 40, 60, 61).bfloat16().contiguous(memory_format=layout)
     w, g = torch.randn(48, 40, 3, 3).bfloat16() / 20, torch.randn(9, 48, 60, 61).bfloat16()
@@ -154,59 +161,55 @@ def check_isa() -> None:
         test_linear(3, False, dtype)
         test_linear(65, True, dtype)
         test_pooling_is_that_of_floats(dtype, torch.contiguous_format)
+        for layout in FORMATS:
+            test_global_average_in_parts((2, 3, 401, 403), dtype, layout)
 
 
 @pytest.mark.parametrize("isa", ["generic", "avx2"])
 def test_instruction_sets(isa):
-    check_under_isa(isa, "test_half_storage", "check_isa")
+    check_under_isa(isa, check_isa)
 
 
 # ----------------------------------------------------------------------------------------- memory
 
-_GROWTH = """
-import resource, sys, torch
-from nnarch import functional as F
-torch.set_num_threads(1)
-name, layout = sys.argv[1], getattr(torch, sys.argv[2])
-tensor = lambda *size: torch.zeros(size, dtype=torch.bfloat16)
-call = {
-    "1x1": lambda x: F.conv2d(x, tensor(32, 32, 1, 1)),
-    "3x3": lambda x: F.conv2d(x, tensor(32, 32, 3, 3), padding=1),
-    "narrow groups": lambda x: F.conv2d(x, tensor(32, 4, 3, 3), padding=1, groups=8),
-    "depthwise": lambda x: F.conv2d(x, tensor(32, 1, 3, 3), padding=1, groups=32),
-    "transposed": lambda x: F.conv_transpose2d(x, tensor(32, 16, 2, 2), stride=2),
+
+def _zeros(*size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.bfloat16)
+
+
+MEMORY: dict[str, Callable[[Tensor], Tensor]] = {
+    "1x1": lambda x: F.conv2d(x, _zeros(32, 32, 1, 1)),
+    "3x3": lambda x: F.conv2d(x, _zeros(32, 32, 3, 3), padding=1),
+    "narrow groups": lambda x: F.conv2d(x, _zeros(32, 4, 3, 3), padding=1, groups=8),
+    "depthwise": lambda x: F.conv2d(x, _zeros(32, 1, 3, 3), padding=1, groups=32),
+    "transposed": lambda x: F.conv_transpose2d(x, _zeros(32, 16, 2, 2), stride=2),
     "maximum": lambda x: F.max_pool2d(x, 3, 2, 1),
     "average": lambda x: F.avg_pool2d(x, 2),
     "global average": lambda x: F.adaptive_avg_pool2d(x, 1),
     "batch norm": lambda x: F.batch_norm(x, None, None, training=True),
     "response norm": lambda x: F.local_response_norm(x, 5),
     "gelu": lambda x: F.activation(x, "gelu"),
-    "linear": lambda x: F.linear(x.permute(0, 2, 3, 1), tensor(48, 32))
-    if x.stride(1) == 1
-    else F.linear(x, tensor(48, 1024)),
-}[name]
-call(tensor(1, 32, 512, 1024)[:, :, :24].contiguous(memory_format=layout))  # what is loaded once
-x = torch.empty((2, 32, 512, 1024), dtype=torch.bfloat16, memory_format=layout).fill_(0.5)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-y = call(x)
-grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-print(grown - 2 * y.numel())
-"""
-
-MEMORY = (
-    "1x1", "3x3", "narrow groups", "depthwise", "transposed", "maximum", "average",
-    "global average", "batch norm", "response norm", "gelu", "linear",
-)  # fmt: skip
+    "linear": lambda x: (
+        F.linear(x.permute(0, 2, 3, 1), _zeros(48, 32))
+        if x.stride(1) == 1
+        else F.linear(x, _zeros(48, 1024))
+    ),
+}
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss is in kB on Linux")
-@pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
+def _growth(name: str, layout: torch.memory_format) -> int:
+    """Bytes by which the peak of memory grows in one call, beside its output."""
+    call = MEMORY[name]
+    call(_zeros(1, 32, 512, 1024)[:, :, :24].contiguous(memory_format=layout))  # loads code
+    x = torch.empty((2, 32, 512, 1024), dtype=torch.bfloat16, memory_format=layout).fill_(0.5)
+    before = peak()
+    y = call(x)
+    return peak() - before - y.nbytes
+
+
+@measures_memory
+@pytest.mark.parametrize("layout", FORMATS, ids=name_of)
 @pytest.mark.parametrize("name", MEMORY)
 def test_no_float_copy_in_memory(name, layout):
     """Beside its output, an operation takes a few MB: a float copy of x would have 134."""
-    run = subprocess.run(
-        [sys.executable, "-c", _GROWTH, name, layout], env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout) < 16 << 20
+    assert alone(_growth, name, layout) < 16 << 20

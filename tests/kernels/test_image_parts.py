@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from alone import alone, measures_memory, peak
 from tolerances import assert_as_accurate
 
 from nnarch import functional as F
@@ -105,39 +102,30 @@ def test_separable(n, h, stride):
     assert_as_accurate(got, torch.nn.functional.conv2d(between, pointwise), truth, factor=3)
 
 
-PEAK = """
-import resource, torch
-from nnarch import functional as F
-
-torch.set_num_threads(1)
-weight = torch.randn(64, 64, 3, 3) / 24
-each, across = torch.randn(64, 1, 3, 3), torch.randn(64, 64, 1, 1)
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-run = {
-    "conv2d": lambda x: F.conv2d(x, weight, padding=1),
-    "conv_transpose2d": lambda x: F.conv_transpose2d(x, weight, padding=1),
-    "depthwise_separable_conv2d": lambda x: F.depthwise_separable_conv2d(
-        x, each, across, padding=1
-    ),
-}[OP]
-run(torch.randn(1, 64, 64, 64))
-x = torch.randn(1, 64, 1024, 1024, requires_grad=GRADIENTS)
-before = peak()
-y = run(x)
-if GRADIENTS:
-    weight.requires_grad_()
-    y = run(x)
-    direction = torch.randn(y.shape)
+def _growth(op: str, gradients: bool) -> float:
+    """MB by which the peak of memory grows in one call, beside its result."""
+    weight = torch.randn(64, 64, 3, 3) / 24
+    each, across = torch.randn(64, 1, 3, 3), torch.randn(64, 64, 1, 1)
+    run = {
+        "conv2d": lambda x: F.conv2d(x, weight, padding=1),
+        "conv_transpose2d": lambda x: F.conv_transpose2d(x, weight, padding=1),
+        "depthwise_separable_conv2d": lambda x: F.depthwise_separable_conv2d(
+            x, each, across, padding=1
+        ),
+    }[op]
+    run(torch.randn(1, 64, 64, 64))
+    x = torch.randn(1, 64, 1024, 1024, requires_grad=gradients)
+    weight.requires_grad_(gradients)
     before = peak()
-    y = torch.autograd.grad(y, (x, weight), direction)[0]
-print(peak() - before - y.numel() * 4 / 2**20)
-"""
+    result = run(x)
+    if gradients:
+        direction = torch.randn(result.shape)
+        before = peak()
+        result = torch.autograd.grad(result, (x, weight), direction)[0]
+    return (peak() - before - result.nbytes) / 2**20
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KB on Linux alone")
+@measures_memory
 @pytest.mark.parametrize(
     "op, gradients",
     [
@@ -150,7 +138,4 @@ print(peak() - before - y.numel() * 4 / 2**20)
 )
 def test_no_copy_of_a_large_image(op, gradients):
     """Beside its 256 MB of output, a convolution of 256 MB of planar image takes a few MB."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", f"OP, GRADIENTS = {op!r}, {gradients}{PEAK}"]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    assert float(run.stdout) < 64
+    assert alone(_growth, op, gradients) < 64

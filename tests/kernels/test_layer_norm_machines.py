@@ -158,7 +158,7 @@ def test_rounding_to_halves_is_torchs():
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    check_under_isa(isa, "test_layer_norm_machines", "_against_reference")
+    check_under_isa(isa, _against_reference)
 
 
 def test_arrays_of_numpy():

@@ -241,7 +241,7 @@ def _against_reference() -> None:
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    check_under_isa(isa, "test_local_response_norm", "_against_reference")
+    check_under_isa(isa, _against_reference)
 
 
 X = torch.randn(1, 6, 4, 4)

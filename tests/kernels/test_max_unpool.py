@@ -218,7 +218,7 @@ def _on_this_isa() -> None:
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    check_under_isa(isa, "test_max_unpool", "_on_this_isa")
+    check_under_isa(isa, _on_this_isa)
 
 
 X = torch.randn(1, 2, 3, 4)

@@ -128,7 +128,7 @@ def _against_reference() -> None:
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    check_under_isa(isa, "test_pooling_memory", "_against_reference")
+    check_under_isa(isa, _against_reference)
 
 
 def test_images_that_leave_the_caches():

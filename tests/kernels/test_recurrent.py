@@ -357,4 +357,4 @@ def check_isa() -> None:
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_instruction_sets(isa):
-    check_under_isa(isa, "test_recurrent", "check_isa")
+    check_under_isa(isa, check_isa)

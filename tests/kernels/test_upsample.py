@@ -250,7 +250,7 @@ def _against_reference() -> None:
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_every_instruction_set(isa):
-    check_under_isa(isa, "test_upsample", "_against_reference")
+    check_under_isa(isa, _against_reference)
 
 
 X = torch.randn(1, 2, 6, 7)

@@ -128,7 +128,7 @@ def test_nan_stays_where_it_is(activation):
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_under_every_instruction_set(isa):
-    check_under_isa(isa, "test_winograd_phases", "check_all")
+    check_under_isa(isa, check_all)
 
 
 def check_all() -> None:

@@ -242,4 +242,4 @@ def check_all():
 
 @pytest.mark.parametrize("isa", ["generic", "avx2"])
 def test_other_instruction_sets(isa):
-    check_under_isa(isa, "test_winograd_strided", "check_all")
+    check_under_isa(isa, check_all)
