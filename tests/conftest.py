@@ -34,7 +34,7 @@ def _import_torchvision() -> None:
         import torchvision  # noqa: F401
 
 
-if "TRITON_INTERPRET" not in os.environ:  # takes seconds, and no interpreted kernel needs it
+if os.environ.get("TRITON_INTERPRET") != "1":  # takes seconds, and no interpreted kernel needs it
     _import_torchvision()
 
 

@@ -56,6 +56,7 @@ struct Description {
   std::vector<uint64_t> sizes, strides;
   std::vector<uint32_t> box;
 };
+
 struct Launch {
   void* function;
   unsigned grid[3], threads, shared;
