@@ -17,7 +17,7 @@ namespace {
 // Bytes of coefficients that a chunk of samples may leave: they are read from the last-level cache.
 // Where that is far, they come from there in any case, and every chunk reads and writes the
 // weight's gradient once more.
-int64_t chunk_bytes() { return int64_t{far_l3() ? 32 : 8} << 20; }
+int64_t chunk_bytes() { return int64_t{far_l3() ? 32 : 16} << 20; }
 
 // A gradient of the weight above this goes past the caches: nothing reads it before they are full
 // of something else.

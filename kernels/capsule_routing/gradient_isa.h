@@ -8,6 +8,13 @@
 
 namespace nnarch::NNARCH_ISA {
 
+// Sums that grow side by side: of so many values of so many samples, or rows.
+#if defined(NNARCH_ISA_avx512)
+inline constexpr int kGradValues = 8, kGradRuns = 2;
+#else
+inline constexpr int kGradValues = 4, kGradRuns = 3;
+#endif
+
 // votes_grad[d] = constant[d] + Σ of N terms (added to what stands there unless `first`).
 template <class T, int N>
 NNARCH_INLINE void form_terms(const T* constant, const T* coefficients, int64_t coefficient_step,
@@ -53,7 +60,8 @@ NNARCH_INLINE void add_x_grad(const T* weight, int64_t weight_step, const T* vot
     Vec<T> g[SAMPLES];
     for (int s = 0; s < SAMPLES; ++s) g[s] = load(votes_grad + s * sample_step + d * kLanes<T>);
     for (int k = 0; k < N; ++k) {
-      const Vec<T> w = load(weight + d * weight_step + k * block);
+      Vec<T> w = load(weight + d * weight_step + k * block);
+      keep_in_register(w);
       for (int s = 0; s < SAMPLES; ++s) sum[s][k] += w * g[s];
     }
   }
@@ -65,7 +73,7 @@ template <class T, int SAMPLES>
 NNARCH_INLINE void x_grad_of_samples(const CapsuleShape& s, const T* weight, const T* votes_grad,
                                      PerSample<T> x_grad, int64_t sample) {
   constexpr int64_t block = kCapsuleBlock<T>;
-  over_values(s.in, [&](auto values, int64_t k) NNARCH_INLINE_LAMBDA {
+  over_values<kGradValues>(s.in, [&](auto values, int64_t k) NNARCH_INLINE_LAMBDA {
     T* to[SAMPLES];
     for (int i = 0; i < SAMPLES; ++i) to[i] = x_grad[sample + i] + k * block;
     add_x_grad<T, decltype(values)::count, SAMPLES>(weight + k * block, s.in * block, votes_grad,
@@ -88,7 +96,8 @@ NNARCH_INLINE void add_weight_grad(const T* votes_grad, int64_t sample_step, con
     Vec<T> g[ROWS];
     for (int d = 0; d < ROWS; ++d) g[d] = load(votes_grad + d * kLanes<T>);
     for (int k = 0; k < N; ++k) {
-      const Vec<T> value = load(x + k * block);
+      Vec<T> value = load(x + k * block);
+      keep_in_register(value);
       for (int d = 0; d < ROWS; ++d) sum[d][k] += value * g[d];
     }
   }
@@ -102,17 +111,15 @@ NNARCH_INLINE void weight_grad_of_samples(const CapsuleShape& s, const T* votes_
                                           T* weight_grad) {
   constexpr int64_t block = kCapsuleBlock<T>;
   const int64_t sample_step = s.dim * kLanes<T>, weight_step = s.in * block;
-  over_values(s.in, [&](auto values, int64_t k) NNARCH_INLINE_LAMBDA {
+  over_values<kGradValues>(s.in, [&](auto values, int64_t k) NNARCH_INLINE_LAMBDA {
     constexpr int n = decltype(values)::count;
     const T* from = x + k * block;
     T* to = weight_grad + k * block;
-    int64_t d = 0;
-    for (; d + kVoteSamples <= s.dim; d += kVoteSamples)
-      add_weight_grad<T, n, kVoteSamples>(votes_grad + d * kLanes<T>, sample_step, from, x_step,
-                                          samples, first, to + d * weight_step, weight_step);
-    for (; d < s.dim; ++d)
-      add_weight_grad<T, n, 1>(votes_grad + d * kLanes<T>, sample_step, from, x_step, samples,
-                               first, to + d * weight_step, weight_step);
+    over_runs<kGradRuns>(s.dim, [&](auto rows, int64_t d) NNARCH_INLINE_LAMBDA {
+      add_weight_grad<T, n, decltype(rows)::count>(votes_grad + d * kLanes<T>, sample_step, from,
+                                                   x_step, samples, first, to + d * weight_step,
+                                                   weight_step);
+    });
   });
 }
 
@@ -133,10 +140,10 @@ NNARCH_INLINE void grad_of_part(const CapsuleShape& s, const GradBlock<T>& g, in
          g.terms, g.scratch + i * step);
   }
   const PerSample<T> x_grad{g.x_grad.first + at, g.x_grad.step};
-  int64_t i = 0;
-  for (; i + kVoteSamples <= n; i += kVoteSamples)
-    x_grad_of_samples<T, kVoteSamples>(s, weight, g.scratch + i * step, x_grad, first + i);
-  for (; i < n; ++i) x_grad_of_samples<T, 1>(s, weight, g.scratch + i * step, x_grad, first + i);
+  over_runs<kGradRuns>(n, [&](auto samples, int64_t i) NNARCH_INLINE_LAMBDA {
+    x_grad_of_samples<T, decltype(samples)::count>(s, weight, g.scratch + i * step, x_grad,
+                                                   first + i);
+  });
   weight_grad_of_samples(s, g.scratch, g.x[first] + at, g.x.step, n, g.first && first == 0,
                          g.weight_grad + o * capsule * s.in + at);
 }

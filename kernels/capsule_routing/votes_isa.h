@@ -10,12 +10,12 @@ namespace nnarch::NNARCH_ISA {
 template <class T>
 inline constexpr int kParts = static_cast<int>(kCapsuleBlock<T>) / kLanes<T>;
 
-// Vectors of votes that are computed side by side, of two samples or of two parts of one: with 32
-// registers, the values of two fit.
+// Vectors of votes that are computed side by side. With 32 registers, the values of two samples, or
+// of two parts of one, fit and stay; with 16, sums of 3 rows of 4 samples do instead.
 #if defined(NNARCH_ISA_avx512)
-inline constexpr int kVoteSamples = 2, kVoteParts = 2;
+inline constexpr int kVoteSamples = 2, kVoteParts = 2, kVoteRows = 1;
 #else
-inline constexpr int kVoteSamples = 1, kVoteParts = 1;
+inline constexpr int kVoteSamples = 4, kVoteParts = 1, kVoteRows = 3;
 #endif
 
 // Calls f(Values<n>{}, k) for runs of n input values that cover [0, in).
@@ -24,13 +24,25 @@ struct Values {
   static constexpr int count = N;
 };
 
-template <class F>
+template <int N = 8, class F>
 NNARCH_INLINE void over_values(int64_t in, const F& f) {
   int64_t k = 0;
-  for (; k + 8 <= in; k += 8) f(Values<8>{}, k);
-  if (in & 4) f(Values<4>{}, k), k += 4;
+  for (; k + N <= in; k += N) f(Values<N>{}, k);
+  if (N > 4 && in & 4) f(Values<4>{}, k), k += 4;
   if (in & 2) f(Values<2>{}, k), k += 2;
   if (in & 1) f(Values<1>{}, k);
+}
+
+// Calls f(Values<n>{}, i) for runs of n <= N that cover [0, count): 3 but no 1 where that can be,
+// else powers of two.
+template <int N, class F>
+NNARCH_INLINE void over_runs(int64_t count, const F& f) {
+  int64_t i = 0;
+  for (; count - i >= N && (N != 3 || count - i != 4); i += N) f(Values<N>{}, i);
+  if constexpr (N > 2)
+    for (; count - i >= 2; i += 2) f(Values<2>{}, i);
+  if constexpr (N > 1)
+    if (i < count) f(Values<1>{}, i);
 }
 
 // votes[d] = Σ_k weight[d][k] · x[k], added to what stands there unless these are the first values.
@@ -71,6 +83,37 @@ NNARCH_INLINE void votes_of_values(const T* weight, int64_t weight_step, const T
   }
 }
 
+// The same for ROWS rows of some samples: their sums are in registers instead of the values.
+template <class T, int N, int ROWS, int SAMPLES, bool sum>
+NNARCH_INLINE void votes_of_rows(const T* weight, int64_t weight_step, const T* const* x,
+                                 T* const* votes, T* const* sums, int64_t d, bool first) {
+  constexpr int64_t block = kCapsuleBlock<T>, lanes = kLanes<T>;
+  Vec<T> v[ROWS][SAMPLES]{};
+  for (int r = 0; r < ROWS && !first; ++r)
+    for (int s = 0; s < SAMPLES; ++s) v[r][s] = load(votes[s] + (d + r) * block);
+#pragma GCC unroll 8
+  for (int k = 0; k < N; ++k) {
+    Vec<T> w[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+      w[r] = load(weight + (d + r) * weight_step + k * block);
+      keep_in_register(w[r]);
+    }
+    for (int s = 0; s < SAMPLES; ++s) {
+      Vec<T> value = load(x[s] + k * block);
+      keep_in_register(value);
+      for (int r = 0; r < ROWS; ++r) v[r][s] += w[r] * value;
+    }
+  }
+  for (int s = 0; s < SAMPLES; ++s)
+    for (int r = 0; r < ROWS; ++r) {
+      store(votes[s] + (d + r) * block, v[r][s]);
+      if constexpr (sum) {
+        T* const total = sums[s] + (d + r) * lanes;
+        store(total, load(total) + v[r][s]);
+      }
+    }
+}
+
 template <class T, int SAMPLES, int PARTS>
 NNARCH_INLINE void votes_of_samples(const CapsuleShape& s, const T* weight, const T* const* x,
                                     T* const* votes, T* const* sums) {
@@ -86,6 +129,14 @@ NNARCH_INLINE void votes_of_samples(const CapsuleShape& s, const T* weight, cons
       }
       const T* w = weight + k * block + at;
       constexpr int n = decltype(values)::count;
+      if constexpr (kVoteRows > 1 && SAMPLES > 1)
+        return over_runs<kVoteRows>(s.dim, [&](auto rows, int64_t d) NNARCH_INLINE_LAMBDA {
+          constexpr int r = decltype(rows)::count;
+          if (sums && k + n == s.in)
+            votes_of_rows<T, n, r, SAMPLES, true>(w, s.in * block, from, to, sums, d, k == 0);
+          else
+            votes_of_rows<T, n, r, SAMPLES, false>(w, s.in * block, from, to, sums, d, k == 0);
+        });
       if (sums && k + n == s.in)
         votes_of_values<T, n, SAMPLES, PARTS, true>(w, s.in * block, from, s.dim, to, sums, k == 0);
       else
