@@ -20,7 +20,7 @@ def _far_cache():
 
 
 # Votes too many for the second cache; samples are as many as there are lanes, one less, and more;
-# values of an output in runs of 16, 8, 4, 2 and 1; samples of more than a chunk.
+# values of an output in runs of 16, 8, 4, 2 and 1; samples of more than a chunk (32 MB of coefficients).
 LANES = [
     (16, 360, 1, 10, 16),
     (15, 359, 2, 7, 23),
@@ -29,7 +29,7 @@ LANES = [
     (30, 359, 5, 7, 23),
     (16, 375, 8, 10, 16),
     (63, 371, 11, 9, 17),
-    (33, 3000, 1, 40, 6),
+    (33, 1600, 1, 40, 6),
 ]
 
 

@@ -12,6 +12,7 @@ from kernel_cases import (
     VIEWS,
     check_under_isa,
     compare,
+    machine_with,
     name_of,
     needs_poison,
     on_fresh_memory,
@@ -186,6 +187,24 @@ def test_gradient_of_a_large_weight():
             torch.randn(3, 8, 16),
             ulps=64,
         )
+
+
+def test_samples_of_more_than_a_chunk():
+    """Coefficients of 18 MB: a second chunk adds to the weight's gradient, in either order."""
+    x, weight, _ = capsules(47, 600, 8, 40, 2)
+    with machine_with(far_l3=False):
+        for format in (torch.contiguous_format, torch.channels_last):
+            w = weight.to(memory_format=format)
+            compare(
+                our_routing(),
+                plain_routing,
+                {"x": x, "weight": w},
+                torch.randn(47, 40, 2),
+                ulps=64,
+            )
+        with nnarch.trace() as trace:
+            F.capsule_routing(x.requires_grad_(), weight).sum().backward()
+    assert [e.algorithm for e in trace if "grad" in e.op] == ["votes in cache"]
 
 
 def test_no_second_derivative_is_an_error():
