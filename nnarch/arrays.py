@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nnarch import library
+
 
 def public(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let a function of tensors also take NumPy, CuPy and other DLPack arrays, without copies.
@@ -54,7 +56,7 @@ def _public(function: Callable[..., Any], lower_precision: bool) -> Callable[...
 
 def _autocast(device: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """The arguments as torch.autocast gives them to torch's own function."""
-    if not torch.is_autocast_enabled(device):
+    if not library.autocasts(device):
         return args, kwargs
     dtype = torch.get_autocast_dtype(device)
 

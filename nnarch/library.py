@@ -312,6 +312,11 @@ def _callers_level() -> int:
     return level
 
 
+def autocasts(device: str) -> bool:
+    """Whether torch.autocast is on for this type of device; some, "meta" say, have none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def first_output(call: Any) -> Callable[..., Any]:
     """What :func:`declare` returned, returning the first output alone, and sooner for it."""
     return calls.first_output(call, OPS[call.__name__].direct_first)

@@ -21,9 +21,8 @@ import torch
 _GRAD, _INPUT, _OUTPUT, _NUMBER, _INTS, _SIZES, _WANTED, _KEEPS_GRAPH, _NONE = range(9)
 
 
-_ABSENT, _GIVEN, _ONE_OF, _NOT_NEGATIVE = range(4)
-NOT_NEGATIVE = "not negative"
-Condition = bool | Set[int] | str
+_ABSENT, _GIVEN, _ONE_OF = range(3)
+Condition = bool | Set[int]
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,8 @@ class Backward:
             a graph of the backward is wanted. It returns as many tensors, or None.
         seen: how many outputs have gradients, from the first.
         shown: how many the caller gets; the others are None. As many as are seen, where None.
-        given: what arguments have to be: given (True; numbers: not 0) or not (False), one of some
-            integers (a set), or :data:`NOT_NEGATIVE`.
+        given: what arguments have to be: given (True; numbers: not 0) or not (False), or one of
+            some integers (a set).
     """
 
     op: str
@@ -150,9 +149,6 @@ def _condition(condition: Condition) -> tuple[int, int]:
     """A condition's number, and its bits."""
     if isinstance(condition, bool):
         return (_GIVEN if condition else _ABSENT), 0
-    if isinstance(condition, str):
-        assert condition == NOT_NEGATIVE
-        return _NOT_NEGATIVE, 0
     return _ONE_OF, sum(1 << value for value in condition)
 
 

@@ -30,6 +30,10 @@ DEFAULT_ALPHA = 0.01
 # Kinds whose gradient follows from their output: a fused kernel need not keep its input.
 INVERTIBLE = frozenset((NONE, RELU, RELU6, LEAKY_RELU, HARDSIGMOID, TANH, SIGMOID))
 
+# Those that keep their output where they stand alone. leaky_relu keeps its input, as in torch: then
+# a residual may be added to its output in place. (A negative slope hides the sign, too.)
+KEEPS_OUTPUT = INVERTIBLE - {LEAKY_RELU}
+
 Activation = str | tuple[str, float] | None
 
 _ENCODED = {

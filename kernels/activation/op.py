@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nnarch import arrays, library
-from nnarch.nodes import NOT_NEGATIVE, Backward, Condition
+from nnarch.nodes import Backward, Condition
 
 from . import kinds, reference
 
@@ -52,9 +52,7 @@ def _check_grad_grad(
 
 def _setup_activation(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, ctx.code, ctx.alpha = inputs
-    # A negative slope hides the sign of x from the output; x itself serves as well.
-    from_output = ctx.code in kinds.INVERTIBLE and ctx.alpha >= 0
-    ctx.save_for_backward(output if from_output else x)
+    ctx.save_for_backward(output if ctx.code in kinds.KEEPS_OUTPUT else x)
 
 
 def _activation_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -106,7 +104,7 @@ activation_op = library.declare(
     setup_context=_setup_activation,
     backward=_activation_backward,
     nodes=(
-        _node("output 0", {"activation": kinds.INVERTIBLE, "alpha": NOT_NEGATIVE}),
+        _node("output 0", {"activation": kinds.KEEPS_OUTPUT}),
         _node("x", {}),
     ),
 )

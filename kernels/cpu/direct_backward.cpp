@@ -23,8 +23,6 @@ bool holds(const Backward::Condition& condition, const Value* values) {
       const auto number = is_number ? to<int64_t>(value.number) : -1;
       return number >= 0 && number < 63 && (condition.bits >> number & 1);
     }
-    case Backward::Condition::kNotNegative:
-      return is_number && to<double>(value.number) >= 0;
     default:
       return is_given == (condition.is == Backward::Condition::kGiven);
   }

@@ -31,7 +31,7 @@ struct Backward {
   };
   // What an argument of the operation has to be.
   struct Condition {
-    enum Is : int64_t { kAbsent, kGiven, kOneOf, kNotNegative } is;  // 0 counts as absent
+    enum Is : int64_t { kAbsent, kGiven, kOneOf } is;  // 0 counts as absent
     int64_t argument;
     int64_t bits;  // of kOneOf: the values from 0 to 62
   };

@@ -68,7 +68,7 @@ def checked_class_weight(op: str, name: str, weight: Tensor | None, x: Tensor) -
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype of the autocast region that we are in, or None."""
-    if not torch._C._is_any_autocast_enabled() or not torch.is_autocast_enabled(x.device.type):
+    if not torch._C._is_any_autocast_enabled() or not library.autocasts(x.device.type):
         return None
     return torch.get_autocast_dtype(x.device.type)
 

@@ -62,7 +62,8 @@ def scaled(
     if torch.is_grad_enabled():
         gradients = _each(lambda r, _: _scaled(grad, r, None), ready, likes)
         return _not_twice(op, gradients, [a for a in anchors if a is not None])
-    if grad.is_cpu and library.native is not None and not _graph_is_kept():
+    alone = not _is_batched(grad) and not _graph_is_kept()
+    if grad.is_cpu and library.native is not None and alone:
         factor = grad.item()
         if factor != 1.0:
             for gradient in ready:
@@ -71,7 +72,7 @@ def scaled(
                     # is as large as the weight; a copy took 30 ms more for 154 MB.
                     _scale_in_place(gradient, factor)
         return tuple(ready)
-    if grad.is_cuda and not _graph_is_kept():
+    if grad.is_cuda and alone:
         return _each(lambda r, _: _times_on_gpu(grad, r), ready, likes)
     return _each(lambda r, _: _scaled(grad, r, None), ready, likes)
 
@@ -115,6 +116,11 @@ def _times_on_gpu(grad: Tensor, ready: Tensor) -> Tensor:
     except (ImportError, NotImplementedError):  # what the forward's reference made
         return _scaled(grad, ready, None)
     return ready
+
+
+def _is_batched(grad: Tensor) -> bool:
+    """Whether it is several gradients at once: autograd.grad's is_grads_batched."""
+    return torch._C._functorch.is_legacy_batchedtensor(grad)  # type: ignore[attr-defined]
 
 
 def _graph_is_kept() -> bool:

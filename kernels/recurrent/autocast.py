@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnarch import library
+
 from . import kinds
 
 is_on = torch._C._is_any_autocast_enabled
@@ -29,7 +31,7 @@ def cast(
     """
     tensors = (x, h, *others)
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    if not library.autocasts(device) or x.dtype == torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     if device == "cpu" and kind in keeps_state:

@@ -38,10 +38,13 @@ class SourceTable {
   }
 
  private:
-  // A source is an integer here, so it is computed as torch computes it: in float but for doubles.
+  // A source is an integer here, so it is computed as torch computes it: in float but for doubles,
+  // and the same size or twice that is a copy or a doubling whatever scale was given.
   void nearest() {
-    const T step = a_.scale > 0 ? static_cast<T>(1.0 / a_.scale)
-                                : static_cast<T>(a_.inputs) / static_cast<T>(a_.outputs);
+    T step = a_.scale > 0 ? static_cast<T>(1.0 / a_.scale)
+                          : static_cast<T>(a_.inputs) / static_cast<T>(a_.outputs);
+    if (a_.outputs == a_.inputs) step = T(1);
+    if (a_.outputs == 2 * a_.inputs) step = T(0.5);
     for (int64_t i = 0; i < a_.outputs; ++i)
       first_[i] = second_[i] = within(std::floor(static_cast<T>(i) * step));
   }

@@ -68,10 +68,9 @@ def sources(
     at = torch.arange(outputs, device=x.device)
     if not bilinear:
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32  # as torch computes it
-        size = torch.tensor(inputs, dtype=dtype, device=x.device)
-        step = (
-            torch.tensor(1 / scale, dtype=dtype, device=x.device) if scale > 0 else size / outputs
-        )
+        step = torch.tensor(inputs, dtype=dtype, device=x.device) / outputs
+        if scale > 0 and outputs not in (inputs, 2 * inputs):  # which torch copies or doubles
+            step = torch.tensor(1 / scale, dtype=dtype, device=x.device)
         first = (at.to(dtype) * step).floor().long().clamp(max=inputs - 1)
         return first, first, None
     if inputs == outputs:

@@ -252,7 +252,8 @@ def _positions(
     """The arguments that say where outputs lie."""
     steps = []
     for inputs, outputs, scale in zip(size, out_size, scales, strict=True):
-        step = 1 / scale if scale > 0 else inputs / outputs
+        given = scale > 0 and (bilinear or outputs not in (inputs, 2 * inputs))
+        step = 1 / scale if given else inputs / outputs
         if bilinear and align_corners:
             step = (inputs - 1) / (outputs - 1) if outputs > 1 else 0.0
         steps.append(float(step))

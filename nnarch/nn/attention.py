@@ -17,6 +17,7 @@ from nnarch.nn.attention_masks import causal_mask, check_mask, merge_masks
 from nnarch.nn.cache import GrowingCache, MemoryCache
 from nnarch.nn.checks import check_dtype
 from nnarch.nn.packing import PackedWeightMixin
+from nnarch.nn.signature import signature_of
 
 _NAME = "MultiheadAttention"
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -50,6 +51,7 @@ class MultiheadAttention(PackedWeightMixin, torch.nn.MultiheadAttention):
     Source: Vaswani et al., 2017, Attention Is All You Need.
     """
 
+    @signature_of(torch.nn.MultiheadAttention)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_dtype(_NAME, self.out_proj.weight.dtype)

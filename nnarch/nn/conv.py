@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+import functools
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from nnarch import functional as F
 from nnarch.kernels.activation.kinds import Activation
 from nnarch.nn.checks import check_dtype
 from nnarch.nn.packing import PackedWeightMixin
+from nnarch.nn.signature import signature_of
 from nnarch.precision import get_precision
 
 
@@ -33,6 +34,7 @@ class Conv2d(PackedWeightMixin, torch.nn.Conv2d):
         ValueError: an argument that torch.nn.Conv2d refuses, or a dtype without kernels.
     """
 
+    @signature_of(torch.nn.Conv2d)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_dtype("Conv2d", self.weight.dtype)
@@ -89,7 +91,7 @@ class Conv2d(PackedWeightMixin, torch.nn.Conv2d):
         return F.pack_conv2d_weight(weight, self.groups, tile=layout)
 
 
-@lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096)
 def _tile(weight_size, dtype, input_size, padding, dilation, groups, precision) -> int:
     """The tile for these sizes at this precision, asked once."""
     with _disable_current_modes():  # who records operations should not see this one

@@ -12,6 +12,7 @@ from nnarch.kernels.activation.kinds import Activation
 from nnarch.nn.checks import check_dtype
 from nnarch.nn.conv_transpose import transposed_layout
 from nnarch.nn.packing import PackedWeightMixin
+from nnarch.nn.signature import signature_of
 from nnarch.precision import get_precision
 
 
@@ -31,6 +32,7 @@ class Conv1d(PackedWeightMixin, torch.nn.Conv1d):
         ValueError: an argument that torch.nn.Conv1d refuses, or a dtype without kernels.
     """
 
+    @signature_of(torch.nn.Conv1d)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_dtype("Conv1d", self.weight.dtype)
@@ -87,6 +89,7 @@ class ConvTranspose1d(PackedWeightMixin, torch.nn.ConvTranspose1d):
         ValueError: an argument that torch.nn.ConvTranspose1d refuses, or a dtype without kernels.
     """
 
+    @signature_of(torch.nn.ConvTranspose1d)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_dtype("ConvTranspose1d", self.weight.dtype)

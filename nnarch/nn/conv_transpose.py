@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+import functools
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from nnarch import functional as F
 from nnarch.kernels.activation.kinds import Activation
 from nnarch.nn.checks import check_dtype
 from nnarch.nn.packing import PackedWeightMixin
+from nnarch.nn.signature import signature_of
 from nnarch.precision import get_precision
 
 
@@ -34,6 +35,7 @@ class ConvTranspose2d(PackedWeightMixin, torch.nn.ConvTranspose2d):
         ValueError: an argument that torch.nn.ConvTranspose2d refuses, or a dtype without kernels.
     """
 
+    @signature_of(torch.nn.ConvTranspose2d)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_dtype("ConvTranspose2d", self.weight.dtype)
@@ -89,7 +91,7 @@ class ConvTranspose2d(PackedWeightMixin, torch.nn.ConvTranspose2d):
         )
 
 
-@lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096)
 def transposed_layout(weight_size, dtype, input_size, *rest) -> int:
     """The layout for these sizes at this precision (the last of `rest`), asked once."""
     with _disable_current_modes():

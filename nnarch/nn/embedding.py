@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nnarch import functional as F
 from nnarch.nn.checks import check_dtype
+from nnarch.nn.signature import signature_of
 
 
 class Embedding(torch.nn.Embedding):
@@ -25,6 +26,7 @@ class Embedding(torch.nn.Embedding):
         ValueError: a dtype without kernels, or sparse together with scale_grad_by_freq.
     """
 
+    @signature_of(torch.nn.Embedding)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_dtype("Embedding", self.weight.dtype)

@@ -11,6 +11,7 @@ from nnarch import functional as F
 from nnarch.kernels.activation.kinds import Activation
 from nnarch.nn.checks import check_dtype
 from nnarch.nn.packing import PackedWeightMixin
+from nnarch.nn.signature import signature_of
 
 
 class Linear(PackedWeightMixin, torch.nn.Linear):
@@ -25,6 +26,7 @@ class Linear(PackedWeightMixin, torch.nn.Linear):
         ValueError: a dtype without kernels.
     """
 
+    @signature_of(torch.nn.Linear)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         check_dtype("Linear", self.weight.dtype)

@@ -3,7 +3,8 @@
 Packing costs about as much as reading the weight twice, which a batch of one feels. The packed
 copy is a cache and nothing else: it is absent from the state_dict, from pickles and from deep
 copies, and it is rebuilt when the weight changes. A change is noticed through the parameter's
-identity, its data pointer and strides and its version counter. Writes that PyTorch does not count
+identity, its data pointer and strides and its version counter; the module's stride, groups and
+dilation, which packing reads too, drop it when they are set. Writes that PyTorch does not count
 (`weight.data.mul_(2)`, a NumPy view) are noticed through a few probed elements, so they are caught
 when they touch the whole weight; after such a write to single elements, call
 :func:`drop_packed_weights`. A weight in shared memory, which another process may write, is never
@@ -123,6 +124,13 @@ class PackedWeightMixin(Module):
     """
 
     _packed: _PackedWeights | None = None
+    # What subclasses read beside the weight when they pack it.
+    _packed_with = frozenset({"stride", "groups", "dilation"})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._packed_with:
+            self._drop_packed()
+        super().__setattr__(name, value)
 
     def _layout(self, weight: Tensor, x: Tensor | None) -> int | None:
         """The layout that serves input `x` best; None where that is open as long as `x` is."""

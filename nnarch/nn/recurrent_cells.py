@@ -17,8 +17,15 @@ class _Cell(RecurrentWeights, RNNCellBase):
     """What the cells share."""
 
     def __init__(
-        self, *args: Any, weight_storage: torch.dtype | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        device: Any = None,
+        weight_storage: torch.dtype | None = None,
+        **kwargs: Any,
     ) -> None:
+        # Named for torch.nn.utils.skip_init, which asks the signature for it.
+        if device is not None:
+            kwargs["device"] = device
         super().__init__(*args, **kwargs)
         self._init_storage(self.weight_ih, weight_storage)
 
@@ -101,6 +108,9 @@ class RNNCell(_Cell, torch.nn.RNNCell):
 
 class GRUCell(_Cell, torch.nn.GRUCell):
     """One step of a GRU, with everything that torch.nn.GRUCell has.
+
+    The state is kept for the backward pass: where a gradient is wanted, ``h = h * mask`` rather
+    than ``h *= mask``, which raises in the backward. The same holds for LSTMCell and RNNCell.
 
     Args:
         input_size, hidden_size, bias, device, dtype, weight_storage: as :class:`RNNCell` has them.

@@ -16,6 +16,7 @@ from nnarch.nn.checks import check_dtype
 from nnarch.nn.dropout import Dropout
 from nnarch.nn.layer_norm import LayerNorm
 from nnarch.nn.linear import Linear
+from nnarch.nn.signature import signature_of
 from nnarch.nn.transformer_steps import attention, feed_forward, run
 
 
@@ -41,6 +42,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     Source: Vaswani et al., 2017, Attention Is All You Need.
     """
 
+    @signature_of(torch.nn.TransformerEncoderLayer)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         adopt(self)
@@ -98,6 +100,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
     Source: Vaswani et al., 2017, Attention Is All You Need.
     """
 
+    @signature_of(torch.nn.TransformerDecoderLayer)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         adopt(self)
@@ -290,6 +293,7 @@ class Transformer(torch.nn.Transformer):
     Source: Vaswani et al., 2017, Attention Is All You Need.
     """
 
+    @signature_of(torch.nn.Transformer)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with warnings.catch_warnings():  # of nested tensors, which are not used here
             warnings.simplefilter("ignore", UserWarning)

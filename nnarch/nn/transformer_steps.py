@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.modules.module import _has_any_global_hook
 
+from nnarch import library
 from nnarch.nn.activation import GELU, ReLU, SiLU
 from nnarch.nn.attention import MultiheadAttention
 from nnarch.nn.dropout import Dropout
@@ -53,7 +55,7 @@ def run(x: Tensor, norm_first: bool, *steps: tuple[Sublayer, Module, Module]) ->
 
 def _narrows(x: Tensor) -> bool:
     """Whether autocast would round a residual that a product adds."""
-    return x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type)
+    return x.dtype == torch.float32 and library.autocasts(x.device.type)
 
 
 def _run_norm_last(x: Tensor, steps: tuple[tuple[Sublayer, Module, Module], ...]) -> Tensor:
@@ -162,4 +164,5 @@ def _is_bare(module: Module) -> bool:
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
         or "forward" in state
+        or _has_any_global_hook()
     )

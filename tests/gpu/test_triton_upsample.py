@@ -19,6 +19,7 @@ SIZES = [
     ((13, 29), (0.0, 0.0)),
     ((5, 7), (0.0, 0.0)),
     ((1, 50), (0.0, 0.0)),
+    ((5, 14), (1.19, 2.1)),  # the same and twice the size
 ]
 MODES = {"nearest": (False, False), "bilinear": (True, False), "corners": (True, True)}
 each_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)

@@ -20,7 +20,7 @@ def _far_cache():
 
 
 # Votes too many for the second cache; samples are as many as there are lanes, one less, and more;
-# values of an output in runs of 16, 8, 4, 2 and 1; samples of more than a chunk (32 MB of coefficients).
+# values of an output in runs of 16, 8, 4, 2 and 1; samples of more than a chunk of 32 MB.
 LANES = [
     (16, 360, 1, 10, 16),
     (15, 359, 2, 7, 23),

@@ -293,6 +293,30 @@ def test_probes_work_in_every_dtype(dtype):
     torch.testing.assert_close(infer(module, x), expected(module, x), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize(
+    ("name", "args", "attribute", "value"),
+    [
+        ("Conv2d", (8, 16, 3), "stride", (2, 2)),
+        ("ConvTranspose2d", (8, 16, 4, 2, 1), "stride", (1, 1)),
+        ("ConvTranspose2d", (8, 16, 4, 2, 1), "dilation", (2, 2)),
+        ("ConvTranspose1d", (8, 16, 4, 2, 1), "stride", (3,)),
+    ],
+)
+def test_what_packing_reads_beside_the_weight(name, args, attribute, value):
+    module = getattr(nn, name)(*args).eval()
+    x = torch.randn(1, 8, *([12] * (module.weight.dim() - 2)))
+    assert_current(module, x)
+    setattr(module, attribute, value)
+    assert_current(module, x)
+
+
+def test_other_groups():
+    module, x = nn.Conv2d(8, 16, 3, groups=2).eval(), torch.randn(1, 8, 12, 12)
+    infer(module, x)
+    module.groups = 1
+    assert_current(module, x[:, :4])
+
+
 def test_empty_weights():
     module = nn.Linear(0, 4).eval()
     for _ in range(2):

@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from tolerances import assert_as_accurate
+from torch.nn.modules.module import register_module_forward_hook
 
 import nnarch
 import nnarch.nn as nn
@@ -291,6 +292,31 @@ def test_hooks_of_parts_are_called(name):
         module.register_forward_hook(lambda *_, part=part: called.append(part))
     torch.testing.assert_close(ours(*leaves), expected)
     assert sorted(called) == sorted(part for part, _ in ours.named_children())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hooks_of_all_modules_are_called(name):
+    """Those that torch keeps for every module: each part runs as a module then."""
+    ours, theirs = pair(name, batch_first=True)
+    leaves = sequences(True, T, S)[: count(name)]
+    called: list[list[str]] = []
+    for layer in (ours, theirs):
+        called.append([])
+        hook = register_module_forward_hook(lambda m, *_: called[-1].append(type(m).__name__))
+        try:
+            layer(*leaves)
+        finally:
+            hook.remove()
+    assert called[0] == called[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("training", [False, True])
+def test_without_memory(name, training):
+    """On the device "meta", which knows no autocast."""
+    layer = pair(name, batch_first=True, device="meta")[0].train(training)
+    leaves = [t.to("meta") for t in sequences(True, T, S)[: count(name)]]
+    assert layer(*leaves).shape == leaves[0].shape
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -185,6 +185,31 @@ def test_in_place_activations_overwrite_their_input():
         assert y.data_ptr() != getattr(nn, name)()(x).data_ptr()
 
 
+def test_a_residual_is_added_in_place():
+    """To the output of leaky_relu, whose input is kept for the backward pass as in torch."""
+    x = torch.randn(4, 5)
+    results = []
+    for module in (nn.LeakyReLU(0.2), torch.nn.LeakyReLU(0.2)):
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        y += 1
+        results.append(torch.autograd.grad(y.square().sum(), leaf)[0])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", sorted({case[0] for case in CASES} | {"MultiheadAttention"}))
+def test_signatures_name_what_torchs_name(name):
+    """torch.nn.utils.skip_init, for one, looks there for `device`."""
+    ours, theirs = (inspect.signature(getattr(space, name)) for space in (nn, torch.nn))
+    assert set(theirs.parameters) <= set(ours.parameters)
+
+
+def test_skip_init():
+    for name, args in (("Linear", (3, 4)), ("Conv2d", (3, 4, 3)), ("GRUCell", (3, 4))):
+        module = torch.nn.utils.skip_init(getattr(nn, name), *args)
+        assert type(module) is getattr(nn, name)
+
+
 def test_lazy_modules_become_ours():
     net = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(2))
     net(torch.randn(2, 3, 5, 5))
