@@ -58,8 +58,10 @@ def accelerate(model: nn.Module, example_input: Any = None) -> Accelerated:
     Layers without a kernel of ours, parametrized layers, and modules with hooks stay as they are.
     A module whose forward pass cannot be traced (its control flow depends on data) keeps its own
     forward pass: its layers are replaced one by one, nothing is fused across them, and a warning
-    says so. Optional arguments of ``forward`` that are None, a bool or a str are fixed at their
-    defaults.
+    says so. That holds for a module that keeps something from one call to the next (an attribute
+    or buffer that it sets), too. ``torch.no_grad`` inside a forward pass is not kept: gradients for
+    the inputs flow past it. Optional arguments of ``forward`` that are None, a bool or a str are
+    fixed at their defaults.
 
     Args:
         model: any module of torch.nn or nnarch.nn layers, such as a torchvision model.

@@ -47,8 +47,8 @@ class Accelerated(nn.Module):
         if len(args) == 1 and isinstance(args[0], Tensor) and not kwargs:
             x = args[0]
             output = self._run_body(x)
-            return _contiguous(output) if _is_planar(x) else output
-        planar = any(_is_planar(leaf) for leaf in _pytree.tree_leaves((args, kwargs)))
+            return _contiguous(output) if _are_planar([x]) else output
+        planar = _are_planar(_pytree.tree_leaves((args, kwargs)))
         args, kwargs = _pytree.tree_map(channels_last, (args, kwargs))
         output = self.body(*args, **kwargs)
         return _contiguous(output) if planar else output
@@ -121,15 +121,18 @@ def channels_last(x: Any) -> Any:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _is_planar(x: Any) -> bool:
-    """Whether `x` is an activation that came in another format than channels_last."""
-    if not isinstance(x, Tensor) or x.dim() != 4 or not x.is_floating_point():
-        return False
-    return x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+def _are_planar(inputs: list[Any]) -> bool:
+    """Whether torch's layers would give tensors in the default format for these inputs: one that
+    is an activation in another format than channels_last, or none that is an activation."""
+    images = [x for x in inputs if isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()]
+    return not images or any(
+        x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last) for x in images
+    )
 
 
 def _contiguous(output: Any) -> Any:
-    """The 4-D tensors of `output` as a model returns them whose input was not channels_last."""
+    """The images of `output`, and what was made of them, as a model returns them whose input was
+    not channels_last."""
     if isinstance(output, Tensor):
-        return output.contiguous() if output.dim() == 4 else output
+        return output.contiguous() if output.dim() >= 3 else output
     return _pytree.tree_map_only(Tensor, _contiguous, output)

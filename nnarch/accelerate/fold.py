@@ -171,6 +171,7 @@ def _flattens(graph_module: GraphModule, node: Node) -> bool:
         dims = argument(node, 1, "start_dim", 0), argument(node, 2, "end_dim", -1)
         return dims == (1, -1)
     if node.op == "call_method" and node.target in ("view", "reshape"):
-        shape = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+        sizes = node.args[1:] or tuple(node.kwargs.values())
+        shape = sizes[0] if sizes and isinstance(sizes[0], (tuple, list)) else sizes
         return len(shape) == 2
     return False

@@ -15,7 +15,14 @@ from torch.fx import GraphModule, Node
 
 from nnarch import nn as layers
 from nnarch.accelerate.activations import activation_of
-from nnarch.accelerate.graph import argument, first_input, layer_of, may_write, only_user, place
+from nnarch.accelerate.graph import (
+    argument,
+    first_input,
+    layer_of,
+    only_user,
+    place,
+    writes_between,
+)
 from nnarch.accelerate.layers import (
     FusedBatchNorm2d,
     ResidualConv1d,
@@ -62,7 +69,10 @@ def _fuse_activations(graph_module: GraphModule) -> None:
             continue
         layer = layer_of(graph_module, producer)
         fused, _ = _FUSED[type(layer)]
-        place(graph_module, producer, fused(layer, *activation).eval())
+        together = fused(layer, *activation).eval()
+        if getattr(layer, "adds_in_place", False):
+            together.adds_in_place = True
+        place(graph_module, producer, together)
         node.replace_all_uses_with(producer)
         graph_module.graph.erase_node(node)
 
@@ -84,7 +94,7 @@ def _fuse_add(graph_module: GraphModule, node: Node, constants: set[Node]) -> No
     producer, residual = _producer_and_residual(graph_module, node)
     if producer is None or not isinstance(residual, Node) or residual in constants:
         return  # the addend is a number, or made of parameters, and broadcasts
-    layer = layer_of(graph_module, producer)
+    layer, adds_in_place = layer_of(graph_module, producer), bool(_adds_in_place(node))
     _, with_residual = _FUSED[type(layer)]
     graph = graph_module.graph
     with graph.inserting_before(node):  # where both operands are known
@@ -92,7 +102,9 @@ def _fuse_add(graph_module: GraphModule, node: Node, constants: set[Node]) -> No
     node.replace_all_uses_with(call)
     graph.erase_node(node)
     graph.erase_node(producer)
-    place(graph_module, call, with_residual(layer).eval())
+    together = with_residual(layer).eval()
+    together.adds_in_place = adds_in_place
+    place(graph_module, call, together)
 
 
 def _producer_and_residual(
@@ -150,9 +162,4 @@ def _can_take_add(graph_module: GraphModule, producer: object, add: Node) -> boo
     if with_residual is None or has_more or list(producer.users) != [add]:
         return False
     # The layer moves to the add: nothing on the way may write what it reads.
-    between = producer.next
-    while between is not add:
-        if may_write(graph_module, between):
-            return False
-        between = between.next
-    return True
+    return not writes_between(graph_module, producer, add)

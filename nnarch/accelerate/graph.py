@@ -97,6 +97,16 @@ def may_write(graph_module: GraphModule, node: Node) -> bool:
     return False
 
 
+def writes_between(graph_module: GraphModule, first: Node, last: Node) -> bool:
+    """Whether a node after `first` and before `last` may overwrite something."""
+    between = first.next
+    while between is not last:
+        if may_write(graph_module, between):
+            return True
+        between = between.next
+    return False
+
+
 def place(graph_module: GraphModule, node: Node, layer: nn.Module) -> None:
     """Let `node` call `layer`, without a change for anyone else who uses its present layer."""
     target = str(node.target)

@@ -19,10 +19,14 @@ class _ResidualConvolution(nn.Module):
 
     The kernel takes a residual of the output's shape and dtype. Whether an addend is one is not in
     the graph; where it broadcasts, or promotes the dtype, the add runs by itself.
+
+    Attributes:
+        adds_in_place: whether the add was ``y += residual``, which does neither.
     """
 
     _convolve: Any
     _epilogue: Any
+    adds_in_place = False
 
     def forward(self, input: Tensor, residual: Any = None) -> Tensor:
         """Convolve `input`, add `residual`, activate."""
@@ -32,7 +36,7 @@ class _ResidualConvolution(nn.Module):
             y = self._convolve(input)
             if _is_like(residual, y):
                 raise
-            return _activate(y + residual, self._epilogue)
+            return _activate(_add(y, residual, self.adds_in_place), self._epilogue)
 
 
 class ResidualConv2d(_ResidualConvolution, FusedConv2d):
@@ -50,6 +54,8 @@ class ResidualConvTranspose2d(_ResidualConvolution, FusedConvTranspose2d):  # ty
 class ResidualLinear(FusedLinear):
     """``activation(linear(x) + residual)`` with the meaning of torch's add for every residual."""
 
+    adds_in_place = False
+
     def forward(self, input: Tensor, residual: Any = None) -> Tensor:
         """Map ``input [..., in_features]``, add `residual`, activate."""
         try:
@@ -58,7 +64,7 @@ class ResidualLinear(FusedLinear):
             y = self._multiply(input)
             if _is_like(residual, y):
                 raise
-            return _activate(y + residual, self._epilogue)
+            return _activate(_add(y, residual, self.adds_in_place), self._epilogue)
 
 
 class ImageUpsample(Upsample):
@@ -138,6 +144,11 @@ class FusedBatchNorm2d(nn.Module):
 
 def _is_like(residual: Any, y: Tensor) -> bool:
     return isinstance(residual, Tensor) and residual.shape == y.shape and residual.dtype == y.dtype
+
+
+def _add(y: Tensor, residual: Any, in_place: bool) -> Tensor:
+    """Their sum; in place, it has the shape and the dtype of `y`."""
+    return y.add_(residual) if in_place else y + residual
 
 
 def _activate(y: Tensor, epilogue: str | tuple[str, float] | None) -> Tensor:

@@ -24,7 +24,15 @@ from nnarch.accelerate.separable import SeparableConv2d
 from nnarch.accelerate.trace import is_layer
 
 # A graph that asks for strides gets the ones that its author saw.
-_READS_STRIDES = {"stride", "as_strided", "is_contiguous", "storage_offset", "data_ptr"}
+_READS_STRIDES = {
+    "stride",
+    "as_strided",
+    "is_contiguous",
+    "storage_offset",
+    "data_ptr",
+    "view_as_complex",
+    "view_as_real",
+}
 _KEEPING_FUNCTIONS = {
     operator.add,
     operator.iadd,
@@ -77,7 +85,9 @@ def keep_channels_last(graph_module: GraphModule) -> bool:
     known: set[Node] = set()  # channels_last if they are 4-D
     for node in list(graph.nodes):
         if _is_view(graph_module, node):
-            node.target = "reshape"  # a view of channels_last memory does not always exist
+            # A view of channels_last memory does not always exist.
+            node.target = "reshape_as" if node.target == "view_as" else "reshape"
+            node.kwargs = {"shape" if k == "size" else k: v for k, v in node.kwargs.items()}
         elif _is_opaque(graph_module, node):
             for source in node.all_input_nodes:
                 _convert(node, source, contiguous)  # its code may ask for views
@@ -97,15 +107,16 @@ def contiguous(x: Any) -> Any:
 
 def _reads_strides(node: Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op == "call_method" and name == "view":  # as another dtype, by the last stride
+        return any(isinstance(x, torch.dtype) for x in (*node.args, *node.kwargs.values()))
     return node.op in ("call_method", "call_function") and name in _READS_STRIDES
 
 
 def _is_view(graph_module: GraphModule, node: Node) -> bool:
-    """Whether `node` is x.view(sizes) that nobody writes through."""
+    """Whether `node` is x.view(sizes), or x.view_as(y), that nobody writes through."""
     return (
         node.op == "call_method"
-        and node.target == "view"
-        and not any(isinstance(size, torch.dtype) for size in node.args)
+        and node.target in ("view", "view_as")
         and not any(may_write(graph_module, user) for user in node.users)
     )
 

@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx import GraphModule
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -45,6 +47,7 @@ _VIEWS = {
     _aten.reshape.default,
     _aten.flatten.using_ints,
 }
+_ADDS = {_aten.add.Tensor, _aten.add_.Tensor}
 # The second only in inference mode.
 _COPIES = {_aten.clone.default, _aten.contiguous.default}
 # Sizes or numbers that follow from values may differ in the next call.
@@ -103,6 +106,8 @@ def can_run(inputs: list[Any]) -> bool:
         or _len_torch_function_stack()
         or _is_any_autocast_enabled()
         or _are_functorch_transforms_active()
+        or _has_any_global_hook()
+        or forward_ad._current_level >= 0
     ):
         return False
     grad = torch.is_grad_enabled()
@@ -153,21 +158,21 @@ class Guard:
             for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
         named = [
-            (tensors, name, tensor)
+            (entries, name, entry)
             for module in modules
-            for tensors in (module._parameters, module._buffers)
-            for name, tensor in tensors.items()
+            for entries in (module._parameters, module._buffers, module._modules)
+            for name, entry in entries.items()
         ]
-        self._owners = [tensors for tensors, _, _ in named]
+        self._owners = [entries for entries, _, _ in named]
         self._names = [name for _, name, _ in named]
-        self._tensors = [tensor for *_, tensor in named]
+        self._entries = [entry for *_, entry in named]
         packing = [m for m in modules if isinstance(m, PackedWeightMixin) and m._packed is not None]
         self._packing = [vars(module) for module in packing]
         self._caches: list[Any] = [module._packed for module in packing]
         sources = [source for cache in self._caches for source in cache.sources]
         self._sources = [source.weight for source in sources]
         self._versions = [source.version for source in sources]
-        self.owned = {id(tensor) for tensor in self._tensors}
+        self.owned = {id(entry) for entry in self._entries}
         self.owned |= {id(packed) for cache in self._caches for packed in cache.packed.values()}
         probes = [probe for source in sources for probe in source.probes]
         self.probes = [
@@ -184,7 +189,7 @@ class Guard:
             or get_precision() != self._precision
             or any(map(_training, self._states))
             or any(map(operator.contains, self._states, repeat("forward")))
-            or not all(map(operator.is_, map(_get, self._owners, self._names), self._tensors))
+            or not all(map(operator.is_, map(_get, self._owners, self._names), self._entries))
             or not all(map(operator.is_, map(_get, self._packing, repeat("_packed")), self._caches))
             or list(map(_version, self._sources)) != self._versions
         )
@@ -210,6 +215,7 @@ class _Recorder(TorchDispatchMode):
         self._constants: list[Tensor] = []
         self._numbers: set[int] = set()  # id of the constants that are numbers of the graph's code
         self._steps: list[_Step] | None = []  # None: an operation that programs do not know
+        self._inputs = len(inputs)
         for x in inputs:
             self._number(x)
 
@@ -226,7 +232,7 @@ class _Recorder(TorchDispatchMode):
 
     def _step(self, func: Any, args: Any, kwargs: Any, result: Any) -> _Step:
         values = positional(func, args, kwargs)
-        step = _Step(values)
+        step = _Step(values, func._schema.is_mutable)
         outputs: list[Any] = list(result) if isinstance(result, (tuple, list)) else [result]
         if not all(isinstance(tensor, Tensor) for tensor in outputs):
             raise _Unknown
@@ -242,8 +248,10 @@ class _Recorder(TorchDispatchMode):
         elif func in _COPIES and _is_image_to_channels_last(*values):
             step.code = [_CHANNELS_LAST, self._read(step, values[0])]
             step.counts_outputs = False
-        elif func is _aten.add.Tensor and outputs[0].is_floating_point():
-            step.code = [_ADD]
+        elif func in _ADDS and outputs[0].is_floating_point():
+            if step.writes and not self._may_replace(*values[:2]):
+                raise _Unknown
+            step.code, step.writes = [_ADD], False
             for operand in values[:2]:
                 self._add_tensor(step, operand)
             step.code += _double(values[2])
@@ -256,6 +264,14 @@ class _Recorder(TorchDispatchMode):
             raise _Unknown
         step.outputs = [self._number(tensor) for tensor in outputs]
         return step
+
+    def _may_replace(self, x: Tensor, other: Any) -> bool:
+        """Whether ``x + other`` may stand for ``x += other``: it is like `x`, of which nobody holds
+        a view, the caller included."""
+        like = isinstance(other, Tensor) and (other.shape, other.dtype) == (x.shape, x.dtype)
+        storage = x.untyped_storage().data_ptr()
+        sharing = [t for t in self._values if t.untyped_storage().data_ptr() == storage]
+        return like and all(t is x for t in sharing) and self._values.get(x, 0) >= self._inputs
 
     def _add_arguments(self, step: _Step, func: Any, values: Sequence[Any]) -> None:
         step.code.append(len(values))
@@ -276,6 +292,8 @@ class _Recorder(TorchDispatchMode):
             step.code += [_INT, int(value)]
         elif name == "FloatType":
             step.code += [_DOUBLE, *_double(value)]
+        elif name == "ListType" and kind.getElementType().kind() == "OptionalType":
+            raise _Unknown  # Tensor?[]: indices
         elif name == "ListType" and all(type(v) is int for v in value):
             step.code += [_INTS, *_ints(value)]
         elif name == "ListType" and all(isinstance(v, Tensor) for v in value):
@@ -335,12 +353,14 @@ class _Step:
         code: the operation and its arguments, as the native code reads them.
         read: the values it reads.
         outputs: the values it makes.
+        writes: whether it writes into one of these.
         counts_outputs: whether their number is written; it is one for some operations.
         weighs_more_than_numbers: whether an argument decides the dtype of the result, so that a
             number may stand there as a tensor of float64.
     """
 
-    def __init__(self, values: Sequence[Any]) -> None:
+    def __init__(self, values: Sequence[Any], writes: bool) -> None:
+        self.writes = writes
         self.code: list[int] = []
         self.read: list[int] = []
         self.outputs: list[int] = []
@@ -381,6 +401,8 @@ def _spare_conversions(steps: list[_Step], results: list[Any]) -> None:
         if made in results or len(readers) != 1 or readers[0].read.count(made) != 1:
             continue
         reader = readers[0]
+        if any(between.writes for between in steps[i + 1 : steps.index(reader)]):
+            continue
         if reader.code[0] == convolution and reader.code[2:4] == [_VALUE, made]:
             reader.code[:4] = [_FROM_ANY_FORMAT, *reader.code[:3], source]
             reader.read[reader.read.index(made)] = source

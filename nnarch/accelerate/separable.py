@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from nnarch import nn as layers
-from nnarch.accelerate.graph import first_input, layer_of, only_user, place
+from nnarch.accelerate.graph import first_input, layer_of, only_user, place, writes_between
 from nnarch.accelerate.layers import ResidualConv2d
 from nnarch.accelerate.swap import has_kernel_dtype
 from nnarch.accelerate.trace import is_customized
@@ -47,7 +47,8 @@ class SeparableConv2d(nn.Module):
 
     def forward(self, input: Tensor, residual: Any = None) -> Tensor:
         """Convolve ``input [N, C, H, W]``, add `residual`, activate."""
-        if torch.is_grad_enabled() and getattr(input, "requires_grad", False):
+        wanted = any(getattr(t, "requires_grad", False) for t in (input, residual))
+        if torch.is_grad_enabled() and wanted:
             return self._apart(input, residual)  # also the derivative of the activations
         try:
             return self._joined(input, residual)
@@ -91,6 +92,9 @@ def join_separable_convolutions(graph_module: GraphModule) -> None:
         expand = _convolution(graph_module, first)
         if expand is None or not _is_pointwise(expand) or len(first.args) > 1:
             first = expand = None
+        # The first of them moves to the last: nothing on the way may write what it reads.
+        if writes_between(graph_module, first or middle, node):
+            continue
         _join(graph_module, node, middle, first, (expand, depthwise, project))
 
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import operator
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Tracer
+from torch.fx import Graph, GraphModule, Node, Proxy, Tracer
+from torch.fx.proxy import TraceError
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree
 
 from nnarch import functional
 
@@ -52,16 +58,20 @@ def trace_model(model: nn.Module) -> TracedModel:
         return TracedModel(frozen_copy(model), None)
     untraced = _customized_containers(model)
     while "" not in untraced:
+        count = len(untraced)
         # Every attempt has a copy of its own: a failed one may have left proxies in attributes.
         module = frozen_copy(model)
         if is_layer(module):
             module = nn.Sequential(module)
-        tracer = LayerTracer(module, untraced)
+        tracer, before = LayerTracer(module, untraced), _attributes(module)
         try:
-            graph = tracer.trace(module, _fixed_arguments(module))
+            with _TRACING, _Watch(module, tracer):
+                graph = tracer.trace(module, _fixed_arguments(module))
         except Exception as error:  # the model's own code, run on proxies, can raise anything
             untraced[tracer.culprit] = f"{type(error).__name__}: {_first_sentence(error)}"
-        else:
+            continue
+        untraced |= _changed(before, module) | _changing_constants(graph)
+        if len(untraced) == count:
             _restore_argument_names(module, graph)
             graph._tracer_cls = None  # unpickling traces the generated code again, with torch's own
             return TracedModel(module, GraphModule(module, graph, type(module).__name__), untraced)
@@ -81,6 +91,7 @@ class LayerTracer(Tracer):
 
     def __init__(self, root: nn.Module, untraced: dict[str, str]) -> None:
         super().__init__((math,), _NNARCH_FUNCTIONS)
+        self._thread, self._autocasts = threading.get_ident(), _autocasts()
         self._autowrap_search.append(functional)  # its functions, read as attributes of the module
         self.culprit = ""
         self._opaque = {id(root.get_submodule(name)) for name in untraced}
@@ -97,6 +108,8 @@ class LayerTracer(Tracer):
         kwargs: dict[str, Any],
     ) -> Any:
         """Trace through `m`, or record a call of it."""
+        if threading.get_ident() != self._thread:  # torch.fx patches modules for all threads
+            return forward(*args, **kwargs)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -104,6 +117,116 @@ class LayerTracer(Tracer):
             if not self.culprit and not self.is_leaf_module(m, name):
                 self.culprit = name
             raise
+
+    def proxy(self, node: Node) -> Proxy:
+        """What stands for the value of `node` in user code."""
+        return _Proxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        """Write down an operation; a graph has no place for the autocast around it."""
+        if _autocasts() != self._autocasts:
+            raise TraceError("it computes under an autocast of its own")
+        return super().create_node(*args, **kwargs)
+
+
+class _Proxy(Proxy):
+    """Writes down ``x += y`` as it is: torch.fx has no such methods, so Python would take x + y."""
+
+
+def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[Proxy, Any], Proxy]:
+    return lambda x, y: x.tracer.create_proxy("call_function", function, (x, y), {})
+
+
+_IN_PLACE = {
+    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor",
+    "ilshift", "irshift",
+}  # fmt: skip
+for _name in _IN_PLACE:
+    setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
+
+# torch.fx patches the class of all modules while it traces.
+_TRACING = threading.RLock()
+_RANDOM = {
+    torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.bernoulli,
+    torch.multinomial, torch.rand_like, torch.randn_like, torch.randint_like,
+}  # fmt: skip
+
+
+_LOGICAL = {"and_", "or_", "not_", "is_"}  # of Python's operators
+_MODULES_OWN = frozenset(vars(nn.Module()))
+
+
+class _Watch(TorchFunctionMode):
+    """What a model does to tensors of its own while it is traced would happen once, for all calls:
+    random numbers go into the graph, and writes into its parameters and buffers raise."""
+
+    def __init__(self, root: nn.Module, tracer: LayerTracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+        self._owned = {_address(t) for t in (*root.parameters(), *root.buffers())} - {0}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if not any(isinstance(leaf, Proxy) for leaf in _pytree.tree_leaves((args, kwargs))):
+            if func in _RANDOM:
+                return self._tracer.create_proxy("call_function", func, args, kwargs)
+            written = args[0] if args and _writes(func) else kwargs.get("out")
+            if isinstance(written, Tensor) and _address(written) in self._owned:
+                raise TraceError("it changes a parameter or buffer")
+        return func(*args, **kwargs)
+
+
+def _writes(function: Any) -> bool:
+    """Whether a function or method writes into its first argument, by its name."""
+    name = function if isinstance(function, str) else getattr(function, "__name__", "")
+    if name.strip("_") in _IN_PLACE or name.strip("_") == "setitem":
+        return True
+    return name.endswith("_") and not name.endswith("__") and name not in _LOGICAL
+
+
+def _address(t: Tensor) -> int:
+    return 0 if t.is_meta else t.untyped_storage().data_ptr()
+
+
+def _autocasts() -> tuple[bool, ...]:
+    return tuple(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+
+
+def _attributes(root: nn.Module) -> dict[str, dict[str, Any]]:
+    """What every module keeps: its own attributes and buffers."""
+    return {
+        name: {k: v for k, v in vars(module).items() if k not in _MODULES_OWN} | module._buffers
+        for name, module in root.named_modules()
+    }
+
+
+def _changed(before: dict[str, dict[str, Any]], root: nn.Module) -> dict[str, str]:
+    """Modules that keep something from one call to the next, of which a graph knows nothing."""
+    found = {}
+    for name, now in _attributes(root).items():
+        then = before.get(name, now)
+        for key in then.keys() | now.keys():
+            if not key.startswith("_tensor_constant") and not _same(then, now, key):
+                found[name] = f"it sets its attribute {key!r}"
+    return found
+
+
+def _same(then: dict[str, Any], now: dict[str, Any], key: str) -> bool:
+    if key not in then or key not in now:
+        return False
+    a, b = then[key], now[key]
+    return a is b or (type(a) is type(b) and isinstance(b, (int, float, str, tuple)) and a == b)
+
+
+def _changing_constants(graph: Graph) -> dict[str, str]:
+    """The whole model, where it writes into a tensor that all of its calls have in common."""
+    for node in graph.nodes:
+        if node.op not in ("call_function", "call_method") or not _writes(node.target):
+            continue
+        written = node.args[0] if node.args else None
+        if isinstance(written, Node) and written.op == "get_attr":
+            return {"": f"it writes into {written.target}, which all calls have in common"}
+    return {}
 
 
 def is_layer(module: nn.Module) -> bool:
@@ -118,15 +241,19 @@ def is_layer(module: nn.Module) -> bool:
 def is_customized(module: nn.Module) -> bool:
     """Whether calling `module` does more than its class says.
 
-    Hooks do (those of pruning, weight_norm or a profiler), and a forward method of its own.
+    Hooks do (those of pruning, weight_norm or a profiler), a forward method of its own, and a class
+    that says what a call is.
     """
-    return "forward" in vars(module) or any(getattr(module, hooks, None) for hooks in _HOOKS)
+    calls = type(module).__call__ is not nn.Module.__call__ and not isinstance(module, GraphModule)
+    return (
+        calls or "forward" in vars(module) or any(getattr(module, hooks, None) for hooks in _HOOKS)
+    )
 
 
 def _customized_containers(model: nn.Module) -> dict[str, str]:
     """Modules that are no layers and that tracing would misread, running their hooks on proxies."""
     return {
-        name: "it has hooks or a forward method of its own"
+        name: "it has hooks, or a forward or __call__ method of its own"
         for name, module in model.named_modules()
         if is_customized(module) and not is_layer(module)
     }
@@ -152,10 +279,9 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 
 def _takes_several(module: nn.Module) -> bool:
-    """Whether a call of `module` needs more than one argument."""
+    """Whether a call of `module` may have more than one argument."""
     parameters = inspect.signature(module.forward).parameters.values()
-    needed = (p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD and p.default is p.empty)
-    return len(list(needed)) > 1
+    return len([p for p in parameters if p.kind == p.POSITIONAL_OR_KEYWORD]) > 1
 
 
 def _fixed_arguments(module: nn.Module) -> dict[str, Any]:
@@ -168,8 +294,9 @@ def _restore_argument_names(module: nn.Module, graph: Graph) -> None:
     """Give fixed arguments their own names back (torch.fx numbers them), for calls by keyword."""
     names = list(_fixed_arguments(module))
     for node in graph.nodes:
-        if node.op == "placeholder" and str(node.target).rpartition("_")[0] in names:
-            node.target = str(node.target).rpartition("_")[0]
+        name, _, number = str(node.target).rpartition("_")
+        if node.op == "placeholder" and name in names and number.isdigit():
+            node.target = name
 
 
 def _first_sentence(error: Exception) -> str:

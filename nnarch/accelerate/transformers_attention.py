@@ -38,8 +38,9 @@ def register_transformers_attention() -> None:
 
 def choose_attention(model: Any) -> None:
     """Let a transformers model use nnarch's attention, where it can be chosen; others stay."""
-    transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+    # Not by transformers.PreTrainedModel, which would import what nobody has imported yet.
+    models = sys.modules.get("transformers.modeling_utils")
+    if models is None or not isinstance(model, models.PreTrainedModel):
         return
     if model.config._attn_implementation in ("eager", "sdpa") and model._supports_sdpa:
         register_transformers_attention()
