@@ -33,6 +33,21 @@ _READS_STRIDES = {
     "view_as_complex",
     "view_as_real",
 }
+# A view in one format may be a copy in another; these are views in all.
+_MAY_COPY = {
+    "contiguous",
+    "flatten",
+    "ravel",
+    "reshape",
+    "reshape_as",
+    "unflatten",
+    "view",
+    "view_as",
+}
+_VIEWS = {
+    "chunk", "detach", "expand", "getitem", "narrow", "permute", "select", "split", "squeeze",
+    "swapaxes", "t", "transpose", "unbind", "unsqueeze",
+}  # fmt: skip
 _KEEPING_FUNCTIONS = {
     operator.add,
     operator.iadd,
@@ -77,10 +92,11 @@ def keep_channels_last(graph_module: GraphModule) -> bool:
     """Make the graph right and fast for channels_last inputs.
 
     Returns:
-        Whether inputs are to be converted; False for a graph that depends on strides.
+        Whether inputs are to be converted; False for a graph that depends on strides, or writes
+        into what is a view in one format and a copy in the other.
     """
     graph = graph_module.graph
-    if any(_reads_strides(node) for node in graph.nodes):
+    if any(_reads_strides(node) or _writes_by_format(graph_module, node) for node in graph.nodes):
         return False
     known: set[Node] = set()  # channels_last if they are 4-D
     for node in list(graph.nodes):
@@ -106,10 +122,43 @@ def contiguous(x: Any) -> Any:
 
 
 def _reads_strides(node: Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = _name(node)
     if node.op == "call_method" and name == "view":  # as another dtype, by the last stride
         return any(isinstance(x, torch.dtype) for x in (*node.args, *node.kwargs.values()))
     return node.op in ("call_method", "call_function") and name in _READS_STRIDES
+
+
+def _writes_by_format(graph_module: GraphModule, node: Node) -> bool:
+    """Whether who reads what `node` writes depends on the format: ``y.flatten(1).mul_(2)`` changes
+    y where that is contiguous."""
+    if not may_write(graph_module, node):
+        return False
+    written = first_input(node)
+    if isinstance(written, Node) and any(_may_copy(user) for user in _users_before(written, node)):
+        return True
+    while isinstance(written, Node) and (_may_copy(written) or _name(written) in _VIEWS):
+        source = first_input(written)
+        if _may_copy(written) and isinstance(source, Node) and len(source.users) > 1:
+            return True
+        written = source
+    return False
+
+
+def _users_before(source: Node, node: Node) -> list[Node]:
+    before = source
+    found = []
+    while (before := before.next) is not node and before.op != "output":
+        if before in source.users:
+            found.append(before)
+    return found
+
+
+def _may_copy(node: Node) -> bool:
+    return node.op in ("call_method", "call_function") and _name(node) in _MAY_COPY
+
+
+def _name(node: Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def _is_view(graph_module: GraphModule, node: Node) -> bool:

@@ -119,6 +119,34 @@ def test_adds_in_place_in_a_program():
         torch.testing.assert_close(model(image), image * 2)
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda y: y.flatten(1).mul_(2),
+        lambda y: y.contiguous().mul_(2),
+        lambda y: y.view(2, -1)[:, :5].zero_(),
+        lambda y: y.transpose(2, 3)[:, 1].zero_(),
+    ],
+)
+def test_writes_through_views(write):
+    def forward(self, x):
+        y = self.c(x)
+        write(y)
+        return y
+
+    assert_same(Model(forward, c=convolution()), X)
+
+
+def test_a_copy_in_another_format_stays_as_it_was():
+    def forward(self, x):
+        y = self.c(x)
+        z = y.contiguous(memory_format=torch.channels_last)
+        y.zero_()
+        return z
+
+    assert_same(Model(forward, c=convolution()), X)
+
+
 def test_an_add_in_place_keeps_the_dtype():
     def forward(self, x, y):
         z = self.c(x)
