@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node, Proxy, Tracer
 from torch.fx.proxy import TraceError
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree
 
 from nnarch import functional
+from nnarch.accelerate.state import IN_PLACE, Watch, attributes, changed, changing_constants
 
 _HOOKS = (
     "_forward_hooks",
@@ -63,14 +62,14 @@ def trace_model(model: nn.Module) -> TracedModel:
         module = frozen_copy(model)
         if is_layer(module):
             module = nn.Sequential(module)
-        tracer, before = LayerTracer(module, untraced), _attributes(module)
+        tracer, before = LayerTracer(module, untraced), attributes(module)
         try:
-            with _TRACING, _Watch(module, tracer):
+            with _TRACING, Watch(module, tracer):
                 graph = tracer.trace(module, _fixed_arguments(module))
         except Exception as error:  # the model's own code, run on proxies, can raise anything
             untraced[tracer.culprit] = f"{type(error).__name__}: {_first_sentence(error)}"
             continue
-        untraced |= _changed(before, module) | _changing_constants(graph)
+        untraced |= changed(before, module) | changing_constants(graph)
         if len(untraced) == count:
             _restore_argument_names(module, graph)
             graph._tracer_cls = None  # unpickling traces the generated code again, with torch's own
@@ -137,96 +136,15 @@ def _in_place(function: Callable[[Any, Any], Any]) -> Callable[[Proxy, Any], Pro
     return lambda x, y: x.tracer.create_proxy("call_function", function, (x, y), {})
 
 
-_IN_PLACE = {
-    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor",
-    "ilshift", "irshift",
-}  # fmt: skip
-for _name in _IN_PLACE:
+for _name in IN_PLACE:
     setattr(_Proxy, f"__{_name}__", _in_place(getattr(operator, _name)))
 
 # torch.fx patches the class of all modules while it traces.
 _TRACING = threading.RLock()
-_RANDOM = {
-    torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.bernoulli,
-    torch.multinomial, torch.rand_like, torch.randn_like, torch.randint_like,
-}  # fmt: skip
-
-
-_LOGICAL = {"and_", "or_", "not_", "is_"}  # of Python's operators
-_MODULES_OWN = frozenset(vars(nn.Module()))
-
-
-class _Watch(TorchFunctionMode):
-    """What a model does to tensors of its own while it is traced would happen once, for all calls:
-    random numbers go into the graph, and writes into its parameters and buffers raise."""
-
-    def __init__(self, root: nn.Module, tracer: LayerTracer) -> None:
-        super().__init__()
-        self._tracer = tracer
-        self._owned = {_address(t) for t in (*root.parameters(), *root.buffers())} - {0}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if not any(isinstance(leaf, Proxy) for leaf in _pytree.tree_leaves((args, kwargs))):
-            if func in _RANDOM:
-                return self._tracer.create_proxy("call_function", func, args, kwargs)
-            written = args[0] if args and _writes(func) else kwargs.get("out")
-            if isinstance(written, Tensor) and _address(written) in self._owned:
-                raise TraceError("it changes a parameter or buffer")
-        return func(*args, **kwargs)
-
-
-def _writes(function: Any) -> bool:
-    """Whether a function or method writes into its first argument, by its name."""
-    name = function if isinstance(function, str) else getattr(function, "__name__", "")
-    if name.strip("_") in _IN_PLACE or name.strip("_") == "setitem":
-        return True
-    return name.endswith("_") and not name.endswith("__") and name not in _LOGICAL
-
-
-def _address(t: Tensor) -> int:
-    return 0 if t.is_meta else t.untyped_storage().data_ptr()
 
 
 def _autocasts() -> tuple[bool, ...]:
     return tuple(map(torch.is_autocast_enabled, ("cpu", "cuda")))
-
-
-def _attributes(root: nn.Module) -> dict[str, dict[str, Any]]:
-    """What every module keeps: its own attributes and buffers."""
-    return {
-        name: {k: v for k, v in vars(module).items() if k not in _MODULES_OWN} | module._buffers
-        for name, module in root.named_modules()
-    }
-
-
-def _changed(before: dict[str, dict[str, Any]], root: nn.Module) -> dict[str, str]:
-    """Modules that keep something from one call to the next, of which a graph knows nothing."""
-    found = {}
-    for name, now in _attributes(root).items():
-        then = before.get(name, now)
-        for key in then.keys() | now.keys():
-            if not key.startswith("_tensor_constant") and not _same(then, now, key):
-                found[name] = f"it sets its attribute {key!r}"
-    return found
-
-
-def _same(then: dict[str, Any], now: dict[str, Any], key: str) -> bool:
-    if key not in then or key not in now:
-        return False
-    a, b = then[key], now[key]
-    return a is b or (type(a) is type(b) and isinstance(b, (int, float, str, tuple)) and a == b)
-
-
-def _changing_constants(graph: Graph) -> dict[str, str]:
-    """The whole model, where it writes into a tensor that all of its calls have in common."""
-    for node in graph.nodes:
-        if node.op not in ("call_function", "call_method") or not _writes(node.target):
-            continue
-        written = node.args[0] if node.args else None
-        if isinstance(written, Node) and written.op == "get_attr":
-            return {"": f"it writes into {written.target}, which all calls have in common"}
-    return {}
 
 
 def is_layer(module: nn.Module) -> bool:
