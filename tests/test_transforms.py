@@ -347,3 +347,14 @@ def test_autocast_under_compile(net, backend):
         y = compiled(x)
     assert y.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(y, expected)
+
+
+def test_batched_gradients_of_a_reduced_loss():
+    """Several gradients of a reduced loss at once: autograd.grad's is_grads_batched."""
+    logits, target = torch.randn(5, 7, requires_grad=True), torch.arange(5)
+    grads = torch.tensor([1.0, -2.0, 0.0])
+    ours, theirs = (
+        torch.autograd.grad(f(logits, target), logits, grads, is_grads_batched=True)[0]
+        for f in (F.cross_entropy, torch.nn.functional.cross_entropy)
+    )
+    torch.testing.assert_close(ours, theirs)

@@ -370,17 +370,6 @@ def test_functorch():
     torch.testing.assert_close(dx, torch.func.grad(lambda x: TF.cross_entropy(x, target) * 3)(x))
 
 
-def test_batched_gradients():
-    """Several gradients of a reduced loss at once: autograd.grad's is_grads_batched."""
-    logits, target = torch.randn(5, 7, requires_grad=True), torch.arange(5)
-    grads = torch.tensor([1.0, -2.0, 0.0])
-    ours, theirs = (
-        torch.autograd.grad(f(logits, target), logits, grads, is_grads_batched=True)[0]
-        for f in (F.cross_entropy, torch.nn.functional.cross_entropy)
-    )
-    torch.testing.assert_close(ours, theirs)
-
-
 def test_legacy_arguments():
     x, target = torch.randn(3, 5), torch.tensor([0, 4, 2])
     with pytest.warns(UserWarning, match="deprecated"):
