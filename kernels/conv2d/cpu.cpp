@@ -33,22 +33,22 @@ bool has_narrow_groups(const ConvShape& p) {
 }
 
 template <class T>
-int64_t group_size(const ConvShape& p, int64_t tile) {
+int64_t group_size(const ConvShape& p, const WinogradTile& tile) {
   return conv_packed_size<T>(p.group_k(), p.taps(), p.group_c(), tile);
 }
 
 template <class T>
-int64_t all_groups_size(const ConvShape& p, int64_t tile) {
-  if (tile == 0 && packs_narrow_groups<T>(p))
+int64_t all_groups_size(const ConvShape& p, const WinogradTile& tile) {
+  if (tile.m == 0 && packs_narrow_groups<T>(p))
     return grouped_packed_size<T>(p.k, p.taps(), p.group_c());
   return checked_product(group_size<T>(p, tile), p.groups);
 }
 
 template <class T>
-Tensor pack_groups(const Tensor& weight, const ConvShape& p, int64_t tile) {
+Tensor pack_groups(const Tensor& weight, const ConvShape& p, const WinogradTile& tile) {
   const int64_t size = group_size<T>(p, tile);
   Tensor packed = new_contiguous({all_groups_size<T>(p, tile)}, weight.scalar_type());
-  if (tile == 0 && packs_narrow_groups<T>(p)) {
+  if (tile.m == 0 && packs_narrow_groups<T>(p)) {
     grouped_pack<T>(grouped_weight(data<T>(weight), weight, p.groups), mutable_data<T>(packed));
     return packed;
   }
@@ -66,24 +66,32 @@ bool writes_planes(const ConvShape& p, const Tensor& x) {
 
 // How a weight that is packed for this convolution should be packed.
 template <class T>
-int64_t forward_tile(const ConvShape& p, bool packed) {
-  if (stem_serves(p) || packs_narrow_groups<T>(p)) return 0;
-  const int64_t side = winograd_side(forward_image<T>(nullptr, p, 0));
-  return side ? choose_tile({p.n, p.oh, p.ow, p.group_c(), p.group_k(), packed, side}) : 0;
+WinogradTile forward_tile(const ConvShape& p, bool packed) {
+  if (stem_serves(p) || packs_narrow_groups<T>(p)) return {};
+  const auto kernel = winograd_kernel(forward_image<T>(nullptr, p, 0));
+  if (!kernel) return {};
+  return choose_tile({p.n, p.oh, p.ow, p.group_c(), p.group_k(), packed, *kernel});
 }
 
-// Whether Winograd has tiles of that size for a kernel of `side` × `side`.
-bool has_tile(int64_t side, int64_t tile) {
-  return tile == 2 ? side == 3 || side == 5 : side == 3 && tile >= 4 && tile <= 6;
+// A tile as conv2d_pack is told of it: m, and 20 more for a stride of 2.
+constexpr int64_t kStrided = 20;
+
+int64_t code_of(const WinogradTile& tile) {
+  return tile.m > 0 && tile.stride == 2 ? kStrided + tile.m : tile.m;
+}
+
+WinogradTile tile_of_code(int64_t code, int64_t rows, int64_t columns) {
+  return {code % kStrided, rows, columns, code / kStrided + 1};
 }
 
 // How a packed weight was packed; throws where it does not belong to this convolution.
 template <class T>
-int64_t tile_of(const Tensor& packed, const ConvShape& p) {
-  const int64_t side = winograd_side(forward_image<T>(nullptr, p, 0));
-  for (int64_t tile : {0, 2, 4, 5, 6})
-    if (packed.numel() == all_groups_size<T>(p, tile) && (tile == 0 || has_tile(side, tile)))
-      return tile;
+WinogradTile tile_of(const Tensor& packed, const ConvShape& p) {
+  if (packed.numel() == all_groups_size<T>(p, {})) return {};
+  if (auto tile = winograd_kernel(forward_image<T>(nullptr, p, 0)))
+    for (tile->m = 2; tile->m <= 6; ++tile->m)
+      if (winograd_serves(*tile, p.group_c()) && packed.numel() == all_groups_size<T>(p, *tile))
+        return *tile;
   throw std::runtime_error(kForeign);
 }
 
@@ -101,22 +109,22 @@ void strided_forward(const Tensor& x, const Tensor& weight, const Tensor& y, con
 
 // `packed` may be null.
 template <class T>
-void forward(const Tensor& x, const Tensor& weight, const T* packed, int64_t tile, const Tensor& y,
-             const ConvShape& p, const Epilogue<T>& epilogue) {
-  if (stem_serves(p) && tile == 0) {
+void forward(const Tensor& x, const Tensor& weight, const T* packed, const WinogradTile& tile,
+             const Tensor& y, const ConvShape& p, const Epilogue<T>& epilogue) {
+  if (stem_serves(p) && tile.m == 0) {
     set_algorithm("stem");
-    const OptTensor own = packed ? std::nullopt : OptTensor(pack_groups<T>(weight, p, 0));
+    const OptTensor own = packed ? std::nullopt : OptTensor(pack_groups<T>(weight, p, {}));
     return stem_forward<T>(x, own ? data<T>(*own) : packed, mutable_data<T>(y), is_planar(y), p,
                            epilogue);
   }
-  if (tile == 0 && has_narrow_groups<T>(p)) {
+  if (tile.m == 0 && has_narrow_groups<T>(p)) {
     set_algorithm("narrow_groups");
     const Tensor image = is_planar(x) ? x : as_channels_last(x);
-    const OptTensor own = packed ? std::nullopt : OptTensor(pack_groups<T>(weight, p, 0));
+    const OptTensor own = packed ? std::nullopt : OptTensor(pack_groups<T>(weight, p, {}));
     return grouped_forward<T>(data<T>(image), is_planar(x), own ? data<T>(*own) : packed,
                               mutable_data<T>(y), is_planar(y), p, epilogue);
   }
-  if (tile == 0 && packs_narrow_groups<T>(p)) packed = nullptr;  // has another form
+  if (tile.m == 0 && packs_narrow_groups<T>(p)) packed = nullptr;  // has another form
   if constexpr (std::is_same_v<T, float>)
     if (!packed && strided_winograd_serves<T>(p)) return strided_forward(x, weight, y, p, epilogue);
   set_algorithm(algorithm_name(p, tile));
@@ -129,15 +137,17 @@ void forward(const Tensor& x, const Tensor& weight, const T* packed, int64_t til
                     epilogue.from_channel(g * p.group_k()));
 }
 
-Tensor conv2d_pack(const Tensor& weight_in, int64_t groups, int64_t tile) {
+Tensor conv2d_pack(const Tensor& weight_in, int64_t groups, int64_t code) {
   require(weight_in.dim() == 4 && groups > 0 && weight_in.size(0) % groups == 0,
           "conv2d_pack: weight must be 4-D and groups must divide its first size");
   const IntList size = sizes_of(weight_in);
-  if (pairs_pack(weight_in.scalar_type(), groups, tile)) return pack_conv_pairs(weight_in);
+  if (pairs_pack(weight_in.scalar_type(), groups, code)) return pack_conv_pairs(weight_in);
   const Tensor weight = to_compute_type(weight_in);
-  require(tile == 0 || (size[2] == size[3] && has_tile(size[2], tile) &&
-                        weight.scalar_type() == ScalarType::Float),
-          "conv2d_pack: tile must be 0, or in float32 2, 4, 5 or 6 for 3x3 and 2 for 5x5");
+  const WinogradTile tile = tile_of_code(code, size[2], size[3]);
+  require(
+      code == 0 || (winograd_serves(tile, size[1]) && weight.scalar_type() == ScalarType::Float),
+      "conv2d_pack: tile must be 0, or in float32 for 3x3 2, 4, 5, 6 or, where 16 divides the "
+      "input channels, 22, 23, 24, for 5x5 2, and for 1x3 and 3x1 2 or 4");
   ConvShape p{};  // packing asks for nothing but the weight's sizes
   p.c = size[1] * groups, p.k = size[0], p.r = size[2], p.s = size[3], p.groups = groups;
   return with_scalar_type(weight.scalar_type(), "conv2d_pack", [&](auto scalar) {
@@ -153,14 +163,19 @@ struct ConvArguments {
   double alpha;
 };
 
+// Signals are read as they lie, unless Winograd saves more than bringing them to channels_last and
+// back costs.
 bool runs_as_signal(const Tensor& x, const ConvShape& p) {
-  return signal_serves(p) && x.is_contiguous() && !StayChannelsLast::holds();
+  constexpr int64_t wide = 48;
+  if (!signal_serves(p) || !x.is_contiguous() || StayChannelsLast::holds()) return false;
+  const bool is_double = x.scalar_type() == ScalarType::Double;
+  return is_double || std::min(p.c, p.k) < wide || forward_tile<float>(p, true).m == 0;
 }
 
 // Whether an algorithm reads and writes planes: the others want channels_last.
 template <class T>
-bool serves_planes(const Tensor& x, const ConvShape& p, int64_t tile, bool packed) {
-  if (!is_planar(x) || tile != 0) return false;
+bool serves_planes(const Tensor& x, const ConvShape& p, const WinogradTile& tile, bool packed) {
+  if (!is_planar(x) || tile.m != 0) return false;
   if (stem_serves(p) || has_narrow_groups<T>(p)) return true;
   return !packed && strided_winograd_serves<T>(p) && StridedWinograd::serves_planar(p);
 }
@@ -169,8 +184,8 @@ bool serves_planes(const Tensor& x, const ConvShape& p, int64_t tile, bool packe
 template <class T>
 void pack_for_parts(ConvArguments& a, const ConvShape& p) {
   if (a.packed) return;
-  const int64_t tile = forward_tile<T>(p, false);
-  if (tile > 0 || !strided_winograd_serves<T>(p)) a.packed = pack_groups<T>(a.weight, p, tile);
+  const WinogradTile tile = forward_tile<T>(p, false);
+  if (tile.m > 0 || !strided_winograd_serves<T>(p)) a.packed = pack_groups<T>(a.weight, p, tile);
 }
 
 // In the memory format of x.
@@ -181,14 +196,14 @@ Tensor conv2d_of(const Tensor& x, const OptTensor& residual, const ConvArguments
   OptTensor res = residual;
   if (res) res = signal ? as_contiguous(*res) : as_channels_last(*res);
   const FoldedEpilogue<T> epilogue({a.bias, a.scale, a.shift, res, a.activation, a.alpha}, p.k);
-  const int64_t tile = a.packed ? tile_of<T>(*a.packed, p) : forward_tile<T>(p, false);
+  const WinogradTile tile = a.packed ? tile_of<T>(*a.packed, p) : forward_tile<T>(p, false);
   if (signal) {
     set_algorithm("signal");
     const Tensor y = new_contiguous(p.output_size(), x.scalar_type());
     signal_forward<T>(data<T>(x), a.weight, mutable_data<T>(y), p, epilogue.get());
     return y;
   }
-  const bool planar = tile == 0 && !res && writes_planes<T>(p, x) && !StayChannelsLast::holds();
+  const bool planar = tile.m == 0 && !res && writes_planes<T>(p, x) && !StayChannelsLast::holds();
   const Tensor y = planar ? new_contiguous(p.output_size(), x.scalar_type())
                           : new_channels_last(p.output_size(), x.scalar_type());
   forward<T>(x, a.weight, a.packed ? data<T>(*a.packed) : nullptr, tile, y, p, epilogue.get());
@@ -200,7 +215,7 @@ Tensor conv2d_of(const Tensor& x, const OptTensor& residual, const ConvArguments
 template <class T>
 bool takes_parts(const Tensor& x, const ConvArguments& a, const ConvShape& p) {
   if (!goes_in_parts(x, p.n * p.oh * part_row_bytes(p)) || runs_as_signal(x, p)) return false;
-  const int64_t tile = a.packed ? tile_of<T>(*a.packed, p) : forward_tile<T>(p, false);
+  const WinogradTile tile = a.packed ? tile_of<T>(*a.packed, p) : forward_tile<T>(p, false);
   return !serves_planes<T>(x, p, tile, a.packed.has_value());
 }
 
@@ -267,7 +282,7 @@ Tensor conv2d(const Tensor& x, const Tensor& weight, const OptTensor& bias, cons
           kForeign);
   const bool signal = runs_as_signal(x, p);
   if (!signal && pairs_pack(type, groups, 0) &&
-      (packed ? of_pairs : forward_tile<float>(p, false) == 0))
+      (packed ? of_pairs : forward_tile<float>(p, false).m == 0))
     return conv2d_of_pairs(x, weight, packed, p, {bias, scale, shift, residual, activation, alpha});
   // A packed weight stands for the weight, but for signals, and where groups are narrow.
   const bool reads_weight = !packed || signal || packs_narrow_groups<float>(p);
@@ -300,10 +315,10 @@ NNARCH_OPS(conv2d, ops) {
 extern "C" __attribute__((visibility("default"))) int64_t nnarch_conv2d_tile(const int64_t* n) {
   using nnarch::IntList;
   try {
-    return nnarch::forward_tile<float>(
+    return nnarch::code_of(nnarch::forward_tile<float>(
         nnarch::conv_shape(IntList(n, n + 4), IntList(n + 4, n + 8), IntList(n + 8, n + 10),
                            IntList(n + 10, n + 14), IntList(n + 14, n + 16), n[16]),
-        true);
+        true));
   } catch (const std::exception&) {
     return -1;
   }

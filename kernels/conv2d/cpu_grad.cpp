@@ -145,11 +145,12 @@ void unpack_weight_grad(const T* sums, const ConvShape& p, T* dw) {
   });
 }
 
-// How the weight's gradient is computed: Winograd's tile, or 0.
+// How the weight's gradient is computed: Winograd's tile, or none.
 template <class T>
-int64_t weight_grad_tile(const ConvShape& p) {
-  if (winograd_side(forward_image<T>(nullptr, p, 0)) != 3) return 0;
-  return choose_weight_grad_tile({p.n, p.oh, p.ow, p.group_c(), p.group_k(), false});
+WinogradTile weight_grad_tile(const ConvShape& p) {
+  const auto kernel = winograd_kernel(forward_image<T>(nullptr, p, 0));
+  if (!kernel || kernel->rows == 5) return {};
+  return choose_weight_grad_tile({p.n, p.oh, p.ow, p.group_c(), p.group_k(), false, *kernel});
 }
 
 template <class T>
@@ -183,7 +184,7 @@ void strided_weight_grad(const Tensor& grad, const Tensor& x_in, const ConvShape
 }
 
 void winograd_weight_grad(const Tensor& grad_in, const Tensor& x_in, const ConvShape& p,
-                          int64_t tile, bool channels_last, float* dw) {
+                          const WinogradTile& tile, bool channels_last, float* dw) {
   set_algorithm("winograd_weight_grad");
   const Tensor x = as_channels_last(x_in), grad = as_channels_last(grad_in);
   for (int64_t g = 0; g < p.groups; ++g)
@@ -196,7 +197,7 @@ template <class T>
 void weight_grad_groups(const Tensor& grad_in, const Tensor& x_in, const ConvShape& p,
                         bool channels_last, T* dw) {
   if constexpr (std::is_same_v<T, float>)
-    if (const int64_t tile = weight_grad_tile<T>(p); tile > 0)
+    if (const WinogradTile tile = weight_grad_tile<T>(p); tile.m > 0)
       return winograd_weight_grad(grad_in, x_in, p, tile, channels_last, dw);
   const bool stem = stem_serves(p);
   set_algorithm(stem ? "stem_weight_grad" : "weight_grad_gemm");
@@ -271,7 +272,7 @@ template <class T>
 Tensor weight_grad_of_float(const Tensor& grad, const Tensor& x, const IntList& weight_size,
                             const ConvShape& p, bool channels_last) {
   if (!takes_parts(grad, p) || follows_channels_last(x) ||
-      (stem_serves(p) && weight_grad_tile<T>(p) == 0))
+      (stem_serves(p) && weight_grad_tile<T>(p).m == 0))
     return weight_grad_of<T>(grad, x, weight_size, p, channels_last);
   return weight_grad_in_parts<T>(p, may_cut_rows(p), kFloatPartBytes, [&](const ImagePart& out) {
     const ConvPart part(p, out);

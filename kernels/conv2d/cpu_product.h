@@ -1,6 +1,6 @@
 // The product behind a convolution and behind the gradient of its input: direct, or by Winograd
-// with m × m output tiles. `tile` is m, or 0 for the direct product (cpu/gather_gemm.h); it says
-// which form the packed weight has.
+// in tiles, whose m is 0 for the direct product (cpu/gather_gemm.h). The tile says which form the
+// packed weight has.
 #pragma once
 
 #include <algorithm>
@@ -16,21 +16,22 @@ namespace nnarch {
 
 // A line behind transformed 5×5 weights: F(2×2, 5×5) and F(4×4, 3×3) have 36 values each, and a
 // packed weight is known by its size.
-inline int64_t line_behind(int64_t taps, int64_t tile) { return tile > 0 && taps == 25 ? 16 : 0; }
-
-template <class T>
-int64_t conv_packed_size(int64_t columns, int64_t taps, int64_t depth, int64_t tile) {
-  if (tile == 0) return packed_size<T>(columns, taps, depth);
-  return checked_sum(winograd_packed_size(columns, depth, tile, taps_a_side(taps)),
-                     line_behind(taps, tile));
+inline int64_t line_behind(const WinogradTile& tile) {
+  return tile.m > 0 && tile.taps() == 25 ? 16 : 0;
 }
 
 template <class T>
-void conv_pack(const WeightView<T>& weight, int64_t tile, T* dst) {
+int64_t conv_packed_size(int64_t columns, int64_t taps, int64_t depth, const WinogradTile& tile) {
+  if (tile.m == 0) return packed_size<T>(columns, taps, depth);
+  return checked_sum(winograd_packed_size(columns, depth, tile), line_behind(tile));
+}
+
+template <class T>
+void conv_pack(const WeightView<T>& weight, const WinogradTile& tile, T* dst) {
   if constexpr (std::is_same_v<T, float>)
-    if (tile > 0) {
-      const int64_t taps = weight.taps(), line = line_behind(taps, tile);
-      const int64_t size = conv_packed_size<T>(weight.columns, taps, weight.depth, tile);
+    if (tile.m > 0) {
+      const int64_t line = line_behind(tile);
+      const int64_t size = conv_packed_size<T>(weight.columns, tile.taps(), weight.depth, tile);
       std::fill_n(dst + size - line, line, T{0});
       return winograd_pack(weight, tile, dst);
     }
@@ -68,11 +69,11 @@ void pack_late(const GridImage<T>& image, const WeightView<T>& weight, int64_t p
 // y[position][column] = epilogue(Σ_tap image · weight); `packed` is what conv_pack made of the
 // weight, or null.
 template <class T>
-void conv_product(const GridImage<T>& image, int64_t tile, const T* packed,
+void conv_product(const GridImage<T>& image, const WinogradTile& tile, const T* packed,
                   const WeightView<T>& weight, T* y, const OutputGrid& out,
                   const Epilogue<T>& epilogue) {
   if constexpr (std::is_same_v<T, float>)
-    if (tile > 0) return winograd_gemm(image, tile, packed, weight, y, out, epilogue);
+    if (tile.m > 0) return winograd_gemm(image, tile, packed, weight, y, out, epilogue);
   if (packed) return gather_gemm<T>(image, packed, weight.columns, y, out, epilogue);
   if (const int64_t panels = panels_packed_late(image, weight); panels > 0)
     return pack_late(image, weight, panels, y, out, epilogue);

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "conv2d/cpu_shape.h"
+#include "conv2d/winograd_tile.h"
 #include "cpu/grid_image.h"
 #include "cpu/pack_weight.h"
 #include "cpu/tensor.h"
@@ -71,13 +72,16 @@ GridImage<T> grad_image(const T* grad, const ConvShape& p, int64_t group) {
           .depth = p.group_k()};
 }
 
-// The algorithm's name in nnarch.trace(); `tile` is Winograd's, or 0.
-inline const char* algorithm_name(const ConvShape& p, int64_t tile) {
-  switch (tile) {
+// The algorithm's name in nnarch.trace(): a string literal.
+inline const char* algorithm_name(const ConvShape& p, const WinogradTile& tile) {
+  const bool strided = tile.stride == 2;
+  switch (tile.m) {
     case 2:
-      return "winograd_2x2";
+      return strided ? "winograd_strided_2x2" : "winograd_2x2";
+    case 3:
+      return "winograd_strided_3x3";
     case 4:
-      return "winograd_4x4";
+      return strided ? "winograd_strided_4x4" : "winograd_4x4";
     case 5:
       return "winograd_5x5";
     case 6:

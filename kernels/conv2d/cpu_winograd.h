@@ -1,10 +1,10 @@
-// Winograd convolution, 2×2, 3×3 or 5×5 with stride 1: blocks of tiles are transformed, multiplied
-// and transformed back while they are in cache.
+// Winograd convolution: blocks of tiles are transformed, multiplied and transformed back while they
+// are in cache.
 //
-// A block of tiles becomes V[xi][tile][channel], (m + r − 1)² small matrices for r × r taps. Panel
-// by panel of output channels, each is multiplied by the panel's transformed weights,
-// [panel][xi][channel][nr] in memory and read strictly in that order; the products [xi][tile][nr]
-// become outputs at once.
+// A block of tiles becomes V[xi][tile][slot][channel], a small matrix for every plane (xi) of
+// values (winograd_tile.h); with stride 1 there is one slot. Panel by panel of output channels,
+// each is multiplied by the panel's transformed weights, [panel][xi][slot][channel][nr] in memory
+// and read strictly in that order; the products [xi][tile][nr] become outputs at once.
 #pragma once
 
 #include <algorithm>
@@ -22,17 +22,15 @@
 
 namespace nnarch {
 
-// The grid of m × m tiles that covers the outputs of such a convolution with step 1. The image's
-// first tap is the upper left one.
+// The grid of tiles that covers the outputs of such a convolution. The image's first tap is the
+// upper left one.
 struct WinogradTiles {
   const GridImage<float>& image;
-  int64_t m;
-  int64_t taps = 3;
+  WinogradTile tile;
 
-  int64_t size() const { return m + taps - 1; }
-  int64_t planes() const { return size() * size(); }
-  int64_t rows() const { return ceil_div(image.grid_h, m); }
-  int64_t columns() const { return ceil_div(image.grid_w, m); }
+  int64_t planes() const { return tile.planes(); }
+  int64_t rows() const { return ceil_div(image.grid_h, tile.output_rows()); }
+  int64_t columns() const { return ceil_div(image.grid_w, tile.output_columns()); }
   int64_t count() const { return image.n * rows() * columns(); }
 };
 
@@ -41,9 +39,24 @@ struct TilePlace {
   int64_t image, y, x;
   TilePlace(const WinogradTiles& tiles, int64_t tile)
       : image(tile / (tiles.rows() * tiles.columns())),
-        y(tile / tiles.columns() % tiles.rows() * tiles.m),
-        x(tile % tiles.columns() * tiles.m) {}
+        y(tile / tiles.columns() % tiles.rows() * tiles.tile.output_rows()),
+        x(tile % tiles.columns() * tiles.tile.output_columns()) {}
+
+  void to_next(const WinogradTiles& tiles) {
+    x += tiles.tile.output_columns();
+    if (x < tiles.image.grid_w) return;
+    x = 0, y += tiles.tile.output_rows();
+    if (y < tiles.image.grid_h) return;
+    y = 0, ++image;
+  }
 };
+
+// f(place) of tiles [first, last), without the divisions of finding each.
+template <class F>
+void for_each_tile(const WinogradTiles& tiles, int64_t first, int64_t last, const F& f) {
+  if (first >= last) return;
+  for (TilePlace at(tiles, first); first < last; ++first, at.to_next(tiles)) f(at);
+}
 
 // Rows a multiple of 4 KB apart share a set of the L1 cache, as do planes: an odd number of lines.
 inline int64_t winograd_row(int64_t channels) {
@@ -59,11 +72,14 @@ void prefetch_line(const float* p, int64_t count) {
   for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(p + i, ForWriting, 2);
 }
 
-// The windows of an image that tiles transform, and where they put them: V[xi][tile][channel].
+// The windows of an image that tiles transform, and where they put them:
+// V[xi][tile][slot][channel].
 struct WinogradWindows {
   const GridImage<float>& image;
-  int64_t dy, dx, size;  // of a tile's window, from its first output on
-  void (*transform)(const float* const* pixels, int64_t channels, float* planes, int64_t plane);
+  int64_t step, dy, dx;   // a tile's window begins at step · (its first output) + (dy, dx)
+  int64_t rows, columns;  // of a window
+  void (*transform)(const float* const* pixels, int64_t channels, float* planes, int64_t plane,
+                    int64_t slot);
   int64_t row, plane;  // elements of V from tile to tile, from plane to plane
 
   // The tiles from `first` on, channels [from, from + channels).
@@ -71,36 +87,48 @@ struct WinogradWindows {
            float* v) const {
     Scratch<float> zeros(channels);
     std::memset(zeros.get(), 0, static_cast<size_t>(channels) * sizeof(float));
-    const float* pixels[64];
-    for (int64_t t = 0; t < count; ++t) {
-      const TilePlace at(tiles, first + t);
+    constexpr int64_t most_pixels = 81;
+    const float* pixels[most_pixels];
+    float* to = v + from;
+    for_each_tile(tiles, first, first + count, [&](const TilePlace& at) {
       const float* base = image.data + at.image * image.h * image.w * image.pixel + from;
       const float** next = pixels;
-      for (int64_t y = at.y + dy; y < at.y + dy + size; ++y)
-        for (int64_t x = at.x + dx; x < at.x + dx + size; ++x)
+      const int64_t top = at.y * step + dy, left = at.x * step + dx;
+      for (int64_t y = top; y < top + rows; ++y)
+        for (int64_t x = left; x < left + columns; ++x)
           *next++ = y >= 0 && y < image.h && x >= 0 && x < image.w
                         ? base + (y * image.w + x) * image.pixel
                         : zeros.get();
-      transform(pixels, channels, v + t * row + from, plane);
-    }
+      transform(pixels, channels, to, plane, image.depth);
+      to += row;
+    });
   }
 
   // Brings what run() will read first of a tile into L2, channels [from, from + channels).
-  void prefetch(const WinogradTiles& tiles, int64_t tile, int64_t from, int64_t channels) const {
-    const TilePlace at(tiles, tile);
+  void prefetch(const WinogradTiles& tiles, const TilePlace& at, int64_t from,
+                int64_t channels) const {
     const float* base = image.data + at.image * image.h * image.w * image.pixel + from;
-    const int64_t y_end = std::min(at.y + tiles.m, image.h),
-                  x_end = std::min(at.x + tiles.m, image.w);
-    for (int64_t y = at.y; y < y_end; ++y)
-      for (int64_t x = at.x; x < x_end; ++x)
+    const int64_t top = at.y * step, left = at.x * step;
+    const int64_t y_end = std::min(top + tiles.tile.output_rows() * step, image.h),
+                  x_end = std::min(left + tiles.tile.output_columns() * step, image.w);
+    for (int64_t y = top; y < y_end; ++y)
+      for (int64_t x = left; x < x_end; ++x)
         prefetch_line<false>(base + (y * image.w + x) * image.pixel, channels);
   }
 };
 
 inline WinogradWindows input_windows(const WinogradTiles& tiles, int64_t row, int64_t plane) {
   const Tap& corner = tiles.image.taps.front();
-  const auto transform = winograd_transforms(tiles.m, tiles.taps).input;
-  return {tiles.image, corner.dy, corner.dx, tiles.size(), transform, row, plane};
+  const WinogradTile& tile = tiles.tile;
+  return {.image = tiles.image,
+          .step = tile.stride,
+          .dy = corner.dy,
+          .dx = corner.dx,
+          .rows = tile.window_rows(),
+          .columns = tile.window_columns(),
+          .transform = winograd_transforms(tile).input,
+          .row = row,
+          .plane = plane};
 }
 
 // Which of two passes over all that a product reads goes through cache again and again. By blocks,
@@ -113,7 +141,7 @@ struct WinogradBlocking {
   int64_t tiles, row, plane, product_plane;
 
   WinogradBlocking(const WinogradTiles& all, WinogradOrder order)
-      : row(winograd_row(all.image.depth)) {
+      : row(winograd_row(all.tile.most_slots() * all.image.depth)) {
     constexpr int64_t cache = int64_t{512} << 10;
     const int64_t mr = winograd().mr, nr = winograd().nr, most = round_up(112, mr);
     const int64_t fit = cache / tile_bytes(all);
@@ -125,7 +153,7 @@ struct WinogradBlocking {
   }
 
   int64_t tile_bytes(const WinogradTiles& all) const {
-    return all.planes() * row * int64_t{sizeof(float)};
+    return all.tile.values() * row / all.tile.most_slots() * int64_t{sizeof(float)};
   }
   int64_t count(const WinogradTiles& all) const { return ceil_div(all.count(), tiles); }
 
@@ -153,10 +181,10 @@ struct WinogradOutput {
     return at.image * grid.image_step + at.y * grid.row_step + at.x * grid.column_step;
   }
 
-  void prefetch(const WinogradTiles& tiles, int64_t tile, int64_t channel) const {
-    const TilePlace at(tiles, tile);
-    const int64_t rows = std::min(tiles.m, tiles.image.grid_h - at.y), from = offset(at) + channel;
-    const int64_t columns = std::min(tiles.m, tiles.image.grid_w - at.x);
+  void prefetch(const WinogradTiles& tiles, const TilePlace& at, int64_t channel) const {
+    const int64_t rows = std::min(tiles.tile.output_rows(), tiles.image.grid_h - at.y);
+    const int64_t columns = std::min(tiles.tile.output_columns(), tiles.image.grid_w - at.x);
+    const int64_t from = offset(at) + channel;
     const int64_t count = std::min(winograd().nr, channels - channel);
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < columns; ++j) {
@@ -167,12 +195,18 @@ struct WinogradOutput {
   }
 };
 
-inline int64_t winograd_planes(int64_t m, int64_t taps) { return (m + taps - 1) * (m + taps - 1); }
+// A panel of transformed weights, [xi][slot][depth][nr].
+struct WinogradPanel {
+  int64_t slot;  // elements of a slot
+  int64_t gap;   // behind the slots of a plane
 
-// Elements of a panel of transformed weights, [xi][depth][nr].
-inline int64_t winograd_panel(int64_t depth, int64_t planes) {
-  return planes * winograd_plane(depth * winograd().nr);
-}
+  explicit WinogradPanel(int64_t depth)
+      : slot(depth * winograd().nr), gap(winograd_plane(slot) - slot) {}
+  int64_t plane(const WinogradTile& tile, int64_t xi) const { return tile.slots(xi) * slot + gap; }
+  int64_t size(const WinogradTile& tile) const {
+    return tile.values() * slot + tile.planes() * gap;
+  }
+};
 
 // Panels [first, last) of output channels, their transformed weights one behind the other.
 struct WinogradPanels {
@@ -185,19 +219,20 @@ inline void put_panel(const WinogradTiles& tiles, const WinogradBlocking& block,
                       const float* products, int64_t first, int64_t count, int64_t p,
                       const WinogradOutput& output) {
   const int64_t nr = winograd().nr, channel = p * nr;
-  const auto transform = winograd_transforms(tiles.m, tiles.taps).output;
+  const auto transform = winograd_transforms(tiles.tile).output;
   const Epilogue<float> epilogue = output.epilogue.from_channel(channel);
   const OutputGrid& grid = output.grid;
-  for (int64_t t = 0; t < count; ++t) {
-    const TilePlace at(tiles, first + t);
-    const OutputTile place{.offset = output.offset(at),
-                           .row_step = grid.row_step,
-                           .column_step = grid.column_step,
-                           .rows = std::min(tiles.m, tiles.image.grid_h - at.y),
-                           .columns = std::min(tiles.m, tiles.image.grid_w - at.x)};
-    transform(products + t * nr, block.product_plane, output.channels - channel, epilogue, place,
+  for_each_tile(tiles, first, first + count, [&](const TilePlace& at) {
+    const OutputTile place{
+        .offset = output.offset(at),
+        .row_step = grid.row_step,
+        .column_step = grid.column_step,
+        .rows = std::min(tiles.tile.output_rows(), tiles.image.grid_h - at.y),
+        .columns = std::min(tiles.tile.output_columns(), tiles.image.grid_w - at.x)};
+    transform(products, block.product_plane, output.channels - channel, epilogue, place,
               output.y + channel, output.stream);
-  }
+    products += nr;
+  });
 }
 
 // Outputs of tiles [first, first + count) in some panels of the channels. Between the products,
@@ -208,21 +243,23 @@ void multiply_panels(const WinogradTiles& tiles, const WinogradBlocking& block, 
                      const WinogradPanels& panels, int64_t first, int64_t count,
                      const WinogradOutput& output, bool far, const Meanwhile& meanwhile) {
   const WinogradTable& table = winograd();
-  const int64_t depth = tiles.image.depth, planes = tiles.planes();
-  const int64_t weights = winograd_panel(depth, planes), sums = planes * block.product_plane;
+  const WinogradPanel panel(tiles.image.depth);
+  const int64_t planes = tiles.planes(), sums = planes * block.product_plane;
+  const int64_t weights = panel.size(tiles.tile);
   Scratch<float> products((panels.last - panels.first) * sums);
-  for (int64_t xi = 0; xi < planes; ++xi) {
+  const float* b = panels.weights;
+  for (int64_t xi = 0; xi < planes; b += panel.plane(tiles.tile, xi), ++xi) {
     const int64_t begin = count * xi / planes, end = count * (xi + 1) / planes;
     meanwhile(begin, end);
     for (int64_t p = panels.first; p < panels.last; ++p) {
       const int64_t i = p - panels.first, channel = p * table.nr;
-      for (int64_t t = begin; t < end && !output.stream; ++t)
-        output.prefetch(tiles, first + t, channel);
+      for_each_tile(tiles, first + begin, output.stream ? 0 : first + end,
+                    [&](const TilePlace& at) { output.prefetch(tiles, at, channel); });
       table.panel_product(
           {.a = v + xi * block.plane,
            .a_step = block.row,
-           .b = panels.weights + i * weights + xi * winograd_plane(depth * table.nr),
-           .depth = depth,
+           .b = b + i * weights,
+           .depth = tiles.tile.slots(xi) * tiles.image.depth,
            .c = products.get() + i * sums + xi * block.product_plane,
            .c_step = table.nr,
            .rows = count,
@@ -234,24 +271,21 @@ void multiply_panels(const WinogradTiles& tiles, const WinogradBlocking& block, 
     put_panel(tiles, block, products.get() + (p - panels.first) * sums, first, count, p, output);
 }
 
-inline int64_t winograd_packed_size(int64_t columns, int64_t depth, int64_t m, int64_t taps = 3) {
-  return checked_product(ceil_div(columns, winograd().nr),
-                         winograd_panel(depth, winograd_planes(m, taps)));
+inline int64_t winograd_packed_size(int64_t columns, int64_t depth, const WinogradTile& tile) {
+  return checked_product(ceil_div(columns, winograd().nr), WinogradPanel(depth).size(tile));
 }
 
-// The side of a square kernel of so many taps.
-inline int64_t taps_a_side(int64_t taps) { return taps == 4 ? 2 : taps == 25 ? 5 : 3; }
-
 // The transformed weights of panel p.
-inline void winograd_pack_panel(const WeightView<float>& view, int64_t m, int64_t p, float* dst) {
+inline void winograd_pack_panel(const WeightView<float>& view, const WinogradTile& tile, int64_t p,
+                                float* dst) {
   const WinogradTable& table = winograd();
   // Channels at once stay in cache, and are several lines of a weight in channels_last, which the
   // hardware then fetches ahead: one line each took 1.5 times as long (512, 1024 channels).
   constexpr int64_t cache = int64_t{64} << 10;
   const int64_t each = view.taps() * table.nr * int64_t{sizeof(float)};
   const int64_t some = std::max<int64_t>(16, cache / each / 16 * 16);
-  const int64_t plane = winograd_plane(view.depth * table.nr), taps = taps_a_side(view.taps());
-  const auto transform = winograd_transforms(m, taps).weight;
+  const WinogradPanel panel(view.depth);
+  const auto transform = winograd_transforms(tile).weight;
   WeightView<float> part = view;
   part.data += p * table.nr * view.column_stride;
   part.columns = std::min(table.nr, view.columns - p * table.nr);
@@ -259,23 +293,25 @@ inline void winograd_pack_panel(const WeightView<float>& view, int64_t m, int64_
   for (int64_t d = 0; d < view.depth; d += some, part.data += some * view.depth_stride) {
     part.depth = std::min(some, view.depth - d);
     pack_weight(part, direct.get());
-    transform(direct.get(), part.depth, dst + d * table.nr, plane);
+    transform(direct.get(), part.depth, dst + d * table.nr, panel.slot, panel.gap);
   }
-  for (int64_t xi = 0; xi < winograd_planes(m, taps); ++xi)  // what lies between the planes
-    std::fill(dst + xi * plane + view.depth * table.nr, dst + (xi + 1) * plane, 0.0f);
+  for (int64_t xi = 0; xi < tile.planes(); ++xi) {  // what lies between the planes
+    dst += panel.plane(tile, xi);
+    std::fill_n(dst - panel.gap, panel.gap, 0.0f);
+  }
 }
 
-inline void winograd_pack(const WeightView<float>& view, int64_t m, float* dst) {
-  const int64_t panel = winograd_panel(view.depth, winograd_planes(m, taps_a_side(view.taps())));
+inline void winograd_pack(const WeightView<float>& view, const WinogradTile& tile, float* dst) {
+  const int64_t panel = WinogradPanel(view.depth).size(tile);
   parallel_tasks(ceil_div(view.columns, winograd().nr),
-                 [&](int64_t p) { winograd_pack_panel(view, m, p, dst + p * panel); });
+                 [&](int64_t p) { winograd_pack_panel(view, tile, p, dst + p * panel); });
 }
 
 // A block of tiles for a task, which goes through all panels.
 inline void winograd_by_blocks(const WinogradTiles& tiles, const WinogradBlocking& block,
                                const WinogradWindows& windows, const float* packed,
                                const WinogradOutput& output) {
-  const int64_t panel = winograd_panel(tiles.image.depth, tiles.planes());
+  const int64_t panel = WinogradPanel(tiles.image.depth).size(tiles.tile);
   parallel_tasks(ceil_div(tiles.count(), block.tiles), [&](int64_t b) {
     const int64_t first = b * block.tiles, count = std::min(block.tiles, tiles.count() - first);
     Scratch<float> v(tiles.planes() * block.plane);
@@ -284,8 +320,8 @@ inline void winograd_by_blocks(const WinogradTiles& tiles, const WinogradBlockin
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t from = depth * p / panels, channels = depth * (p + 1) / panels - from;
       const auto next_block = [&](int64_t begin, int64_t end) {
-        for (int64_t t = first + count + begin; t < first + count + end && t < tiles.count(); ++t)
-          windows.prefetch(tiles, t, from, channels);
+        for_each_tile(tiles, first + count + begin, std::min(first + count + end, tiles.count()),
+                      [&](const TilePlace& at) { windows.prefetch(tiles, at, from, channels); });
       };
       multiply_panels(tiles, block, v.get(), {p, p + 1, packed + p * panel}, first, count, output,
                       false, next_block);
@@ -300,7 +336,7 @@ inline void winograd_by_panels(const WinogradTiles& tiles, const WinogradBlockin
                                const WinogradWindows& windows, const float* packed,
                                const WeightView<float>& view, const WinogradOutput& output) {
   constexpr int64_t channels = 64;
-  const int64_t depth = tiles.image.depth, panel = winograd_panel(depth, tiles.planes());
+  const int64_t depth = tiles.image.depth, panel = WinogradPanel(depth).size(tiles.tile);
   const int64_t blocks = ceil_div(tiles.count(), block.tiles), each = tiles.planes() * block.plane;
   const int64_t parts = ceil_div(depth, channels);
   const auto first = [&](int64_t b) { return b * block.tiles; };
@@ -318,7 +354,7 @@ inline void winograd_by_panels(const WinogradTiles& tiles, const WinogradBlockin
   parallel_tasks(ceil_div(panels, at_once), [&](int64_t task) {
     const int64_t p = task * at_once;
     Scratch<float> transformed(packed ? 0 : panel);
-    if (!packed) winograd_pack_panel(view, tiles.m, p, transformed.get());
+    if (!packed) winograd_pack_panel(view, tiles.tile, p, transformed.get());
     const WinogradPanels some{p, std::min(p + at_once, panels),
                               packed ? packed + p * panel : transformed.get()};
     for (int64_t b = 0; b < blocks; ++b)
@@ -334,7 +370,7 @@ inline WinogradOrder winograd_order(const WinogradTiles& tiles, int64_t panels, 
   const WinogradBlocking block(tiles, WinogradOrder::by_blocks);
   const int64_t blocks = block.count(tiles), v = tiles.count() * block.tile_bytes(tiles);
   const int64_t weights =
-      panels * winograd_panel(tiles.image.depth, tiles.planes()) * int64_t{sizeof(float)};
+      panels * WinogradPanel(tiles.image.depth).size(tiles.tile) * int64_t{sizeof(float)};
   const int64_t by_blocks = v + (weights > l2_bytes() * 5 / 4 ? blocks : 1) * weights;
   const WinogradBlocking wide(tiles, WinogradOrder::by_panels);
   const int64_t passes = packed ? ceil_div(panels, wide.panels_at_once(tiles, panels)) : panels;
@@ -343,6 +379,13 @@ inline WinogradOrder winograd_order(const WinogradTiles& tiles, int64_t panels, 
   if (blocks < few || (v <= together && (transforms_late || reads_less)))
     return WinogradOrder::by_panels;
   return WinogradOrder::by_blocks;
+}
+
+// How often all weights are read from beyond L2.
+inline int64_t winograd_passes(const WinogradTiles& tiles, int64_t columns, bool packed) {
+  const WinogradOrder order = winograd_order(tiles, ceil_div(columns, winograd().nr), packed);
+  if (order == WinogradOrder::by_panels) return 1;
+  return WinogradBlocking(tiles, order).count(tiles);
 }
 
 // Rows of a register tile, on average.
@@ -354,10 +397,10 @@ inline double winograd_height(const WinogradTiles& tiles, int64_t columns, bool 
 
 // As gather_gemm (cpu/gather_gemm.h): y[position][column] = epilogue(Σ_tap image · weights). The
 // weights are what winograd_pack made, or, where that is null, those of the view.
-inline void winograd_gemm(const GridImage<float>& image, int64_t m, const float* packed,
-                          const WeightView<float>& view, float* y, const OutputGrid& out,
-                          const Epilogue<float>& epilogue) {
-  const WinogradTiles tiles{image, m, taps_a_side(view.taps())};
+inline void winograd_gemm(const GridImage<float>& image, const WinogradTile& tile,
+                          const float* packed, const WeightView<float>& view, float* y,
+                          const OutputGrid& out, const Epilogue<float>& epilogue) {
+  const WinogradTiles tiles{image, tile};
   if (tiles.count() == 0 || view.columns == 0) return;
   // A tile's vectors of one channel block, past the caches, must be whole lines: halves of 16
   // pixels' lines, and then the others, took 1.2 times as long (64 channels of 56×56, N 8, AVX2).
@@ -370,8 +413,8 @@ inline void winograd_gemm(const GridImage<float>& image, int64_t m, const float*
   if (order == WinogradOrder::by_panels)
     return winograd_by_panels(tiles, block, windows, packed, view, output);
   if (packed) return winograd_by_blocks(tiles, block, windows, packed, output);
-  Scratch<float> transformed(winograd_packed_size(view.columns, view.depth, m, tiles.taps));
-  winograd_pack(view, m, transformed.get());
+  Scratch<float> transformed(winograd_packed_size(view.columns, view.depth, tile));
+  winograd_pack(view, tile, transformed.get());
   winograd_by_blocks(tiles, block, windows, transformed.get(), output);
 }
 

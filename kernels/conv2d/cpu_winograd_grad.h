@@ -1,6 +1,7 @@
 // The weight gradient by Winograd: an m × m tile of the output's gradient is a filter over the
 // (m + 2)² inputs around it, with 3 × 3 outputs. Transformed, the sum over tiles is a matrix
-// product for each of (m + 2)² planes; one inverse transform at the end makes dw.
+// product for each of (m + 2)² planes; one inverse transform at the end makes dw. With stride 2 it
+// is the transpose of the forward pass: as many products, in planes of several slots.
 #pragma once
 
 #include <algorithm>
@@ -13,22 +14,28 @@ namespace nnarch {
 
 class WinogradWeightGrad {
  public:
-  // grad is an image with its own channels; image.taps are the 3×3 taps. `channels_last`: dw is
-  // [k][tap][c], else [k][c][tap].
-  WinogradWeightGrad(const GridImage<float>& image, const GridImage<float>& grad, int64_t m,
-                     bool channels_last)
-      : tiles_{image, m},
+  // grad is an image with its own channels; image.taps are those of the tile. `channels_last`: dw
+  // is [k][tap][c], else [k][c][tap].
+  WinogradWeightGrad(const GridImage<float>& image, const GridImage<float>& grad,
+                     const WinogradTile& tile, bool channels_last)
+      : tiles_{image, tile},
         channels_last_(channels_last),
         depth_(image.depth),
         k_(grad.depth),
-        c_row_(winograd_row(depth_)),
+        c_row_(winograd_row(tile.most_slots() * depth_)),
         k_row_(winograd_row(k_)),
-        columns_(round_up(depth_, winograd().nr / 2)),
+        columns_(round_up(tile.most_slots() * depth_, winograd().nr / 2)),
         block_(tiles_a_block()),
         inputs_(input_windows(tiles_, c_row_, winograd_plane(block_ * c_row_))),
-        grads_{
-            grad, 0, 0, m, winograd().transforms(m).grad, k_row_, winograd_plane(block_ * k_row_)} {
-  }
+        grads_{.image = grad,
+               .step = 1,
+               .dy = 0,
+               .dx = 0,
+               .rows = tile.output_rows(),
+               .columns = tile.output_columns(),
+               .transform = winograd_transforms(tile).grad,
+               .row = k_row_,
+               .plane = winograd_plane(block_ * k_row_)} {}
 
   void run(float* dw) const {
     Scratch<float> v(tiles_.planes() * inputs_.plane), g(tiles_.planes() * grads_.plane);
@@ -62,25 +69,26 @@ class WinogradWeightGrad {
   // sums of channels [k, k + rows) in plane xi, put in or added to c[row][columns].
   void multiply(int64_t xi, int64_t k, int64_t rows, int64_t count, bool add, const float* v,
                 const float* g, float* c) const {
-    winograd().outer_product({.a = g + xi * grads_.plane + k,
-                              .a_step = k_row_,
-                              .b = v + xi * inputs_.plane,
-                              .b_step = c_row_,
-                              .depth = count,
-                              .c = c,
-                              .c_step = columns_,
-                              .rows = rows,
-                              .columns = columns_,
-                              .add = add});
+    winograd().outer_product(
+        {.a = g + xi * grads_.plane + k,
+         .a_step = k_row_,
+         .b = v + xi * inputs_.plane,
+         .b_step = c_row_,
+         .depth = count,
+         .c = c,
+         .c_step = columns_,
+         .rows = rows,
+         .columns = columns_ * tiles_.tile.slots(xi) / tiles_.tile.most_slots(),
+         .add = add});
   }
 
   // dw of channel k from its sums.
   void finish(const float* products, int64_t plane, int64_t k, float* dw) const {
-    constexpr int64_t taps = 9;
+    const int64_t taps = tiles_.tile.taps();
     float* const to = dw + k * taps * depth_;
     Scratch<float> lines(channels_last_ ? 0 : taps * depth_);
-    winograd().transforms(tiles_.m).weight_grad(products, plane, depth_,
-                                                channels_last_ ? to : lines.get(), depth_);
+    winograd_transforms(tiles_.tile)
+        .weight_grad(products, plane, depth_, depth_, channels_last_ ? to : lines.get(), depth_);
     if (!channels_last_) transpose_fn<float>()(lines.get(), depth_, to, taps, taps, depth_);
   }
 

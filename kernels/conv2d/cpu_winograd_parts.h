@@ -24,16 +24,17 @@ class LargeBuffer : public Scratch<float> {
 // Where transformed values lie: [plane][row][slot][unit], rows `gap` elements longer.
 class StridedPlanes {
  public:
-  StridedPlanes(const StridedTile& tile, int64_t rows, int64_t unit, int64_t gap)
+  StridedPlanes(const WinogradTile& tile, int64_t rows, int64_t unit, int64_t gap)
       : begin_(1, 0), tile_(tile), unit_(unit), gap_(gap) {
     for (int64_t plane = 0; plane < tile.planes(); ++plane)
       begin_.push_back(checked_sum(begin_.back(), checked_product(rows, row(plane))));
     for (int64_t py = 0; py < 2; ++py)
       for (int64_t px = 0; px < 2; ++px)
-        for (int64_t i = 0; i < tile.size(py); ++i)
-          for (int64_t j = 0; j < tile.size(px); ++j) {
-            const int64_t x = tile.point(px, j), plane = tile.point(py, i) * tile.points() + x;
-            const int64_t slot = py * tile.phases_at(x) + px;
+        for (int64_t i = 0; i < tile.points(tile.rows, py); ++i)
+          for (int64_t j = 0; j < tile.points(tile.columns, px); ++j) {
+            const int64_t x = tile.point(tile.columns, px, j);
+            const int64_t plane = tile.point(tile.rows, py, i) * tile.point_columns() + x;
+            const int64_t slot = py * tile.phases_at(tile.columns, x) + px;
             values_.push_back({begin(plane) + slot * unit, row(plane)});
           }
   }
@@ -53,7 +54,7 @@ class StridedPlanes {
   };
   std::vector<int64_t> begin_;
   std::vector<Value> values_;
-  StridedTile tile_;
+  WinogradTile tile_;
   int64_t unit_, gap_;
 };
 

@@ -29,7 +29,7 @@ class StridedWinograd {
         group_(group),
         planar_(planar),
         transforms_(*strided_transforms(p.r)),
-        tile_{transforms_.m, p.r},
+        tile_{transforms_.m, p.r, p.r, 2},
         rows_(ceil_div(p.oh, tile_.m)),
         columns_(ceil_div(p.ow, tile_.m)),
         k_row_(round_up(p.group_k(), winograd().nr) + kGap) {
@@ -223,8 +223,8 @@ class StridedWinograd {
     F* const base = image.data + (at.image - image.first) * plane() * image.pixel;
     for (int64_t py = 0; py < 2; ++py)
       for (int64_t px = 0; px < 2; ++px)
-        for (int64_t i = 0; i < tile_.size(py); ++i)
-          for (int64_t j = 0; j < tile_.size(px); ++j) {
+        for (int64_t i = 0; i < tile_.points(tile_.rows, py); ++i)
+          for (int64_t j = 0; j < tile_.points(tile_.columns, px); ++j) {
             const int64_t y = 2 * (at.y + i) + py - p_.top, x = 2 * (at.x + j) + px - p_.left;
             const bool inside = y >= 0 && y < p_.h && x >= 0 && x < p_.w;
             *pixels++ = inside ? base + (y * p_.w + x) * image.pixel : outside;
@@ -284,7 +284,7 @@ class StridedWinograd {
           *next++ = y < p_.oh && x < p_.ow
                         ? grad + ((at.image * p_.oh + y) * p_.ow + x) * p_.k + group_ * p_.group_k()
                         : zeros.get();
-      transforms_.grad(pixels.get(), p_.group_k(), planes + t * k_row_, plane);
+      transforms_.grad(pixels.get(), p_.group_k(), planes + t * k_row_, plane, 0);
     });
   }
 
@@ -363,7 +363,7 @@ class StridedWinograd {
   int64_t group_;
   bool planar_;
   const StridedTransforms& transforms_;
-  StridedTile tile_;
+  WinogradTile tile_;
   int64_t rows_, columns_, k_row_, block_;
 };
 
@@ -375,7 +375,7 @@ bool strided_winograd_serves(const ConvShape& p) {
   if (p.r != p.s || !strided_transforms(p.r) || p.stride_h != 2 || p.stride_w != 2) return false;
   if (p.dilation_h != 1 || p.dilation_w != 1 || p.group_c() < 16 || p.group_k() < 16) return false;
   const int64_t m = strided_transforms(p.r)->m;
-  const StridedTile tile{m, p.r};
+  const WinogradTile tile{m, p.r, p.r, 2};
   const double tiles = double(p.n * ceil_div(p.oh, m) * ceil_div(p.ow, m));
   const double lanes = double(winograd().nr / 2), c = double(p.group_c()), k = double(p.group_k());
   const double values = double(tile.values()), planes = double(tile.planes());

@@ -28,7 +28,9 @@ from nnarch.nodes import Backward
 
 _EPILOGUE = "Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual"
 _GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation, int groups"
-_TILES = (0, 2, 4, 5, 6)  # 0: as it is; else Winograd's output tile
+# Winograd's output tile: 2×2 and so on, and with stride 2 20 more.
+_TILES = {(3, 3): (2, 4, 5, 6), (5, 5): (2,), (1, 3): (2, 4), (3, 1): (2, 4)}
+_STRIDED_TILES = (22, 23, 24)
 _GPU = "nnarch.kernels.conv2d.triton_kernel"
 _X, _WEIGHT, _BIAS = 1, 2, 4  # what a backward is asked for
 
@@ -210,13 +212,17 @@ def _check_pack(weight: Tensor, groups: int, tile: int) -> None:
         raise ValueError(
             f"conv2d_pack: groups must divide the {weight.shape[0]} output channels, got {groups}"
         )
-    if tile not in _TILES:
-        raise ValueError(f"conv2d_pack: tile must be one of {_TILES}, got {tile}")
-    transformed = weight.shape[2:] == (3, 3) or (weight.shape[2:] == (5, 5) and tile == 2)
-    if tile and (not transformed or weight.dtype == torch.float64):
+    if tile == 0:
+        return
+    tiles = (0,)
+    if weight.dtype != torch.float64:
+        tiles += next((t for kernel, t in _TILES.items() if weight.shape[2:] == kernel), ())
+        if weight.shape[2:] == (3, 3) and weight.shape[1] % 16 == 0:
+            tiles += _STRIDED_TILES
+    if tile not in tiles:
         raise ValueError(
-            "conv2d_pack: only a weight of 3×3, or of 5×5 for tile 2, and at most float32 can be "
-            f"transformed, got {tuple(weight.shape)}, {weight.dtype}"
+            f"conv2d_pack: tile must be one of {tiles} for a weight of {tuple(weight.shape)}, "
+            f"{weight.dtype}, got {tile}"
         )
 
 
@@ -322,7 +328,7 @@ def conv2d_tile(
 
     Returns:
         0 for the direct product, or the size m of the m × m output tiles with which Winograd's
-        algorithm is faster and :func:`nnarch.set_precision` allows it.
+        algorithm is faster and :func:`nnarch.set_precision` allows it; with stride 2 m + 20.
     """
     steps, gaps = two(stride), two(dilation)
     pads = padding_of(padding, weight, steps, gaps)

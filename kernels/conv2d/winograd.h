@@ -15,20 +15,25 @@ struct OutputTile {
   int64_t rows, columns;  // of the m × m that lie in the output
 };
 
-// The transforms of m × m output tiles, (m + 2)² values a tile and channel. Transformed values are
-// (m + 2)² planes, `plane` elements apart.
+// The transforms of a tile (winograd_tile.h). Transformed values are planes, `plane` elements
+// apart, and in these the phases' slots, `slot` elements apart, where there are several.
 struct WinogradTransforms {
-  // planes[xi][c] of one tile; pixels: (m + 2)² pointers, row by row, to `channels` values each.
-  void (*input)(const float* const* pixels, int64_t channels, float* planes, int64_t plane);
-  // One packed panel [9][channels][nr] (cpu/pack_weight.h) to planes [channels][nr].
-  void (*weight)(const float* packed, int64_t channels, float* planes, int64_t plane);
+  // planes[xi][slot][c] of one tile; pixels: of its window, row by row, pointers to `channels`
+  // values each.
+  void (*input)(const float* const* pixels, int64_t channels, float* planes, int64_t plane,
+                int64_t slot);
+  // One packed panel [tap][channels][nr] (cpu/pack_weight.h) to values [xi][slot][channels][nr]:
+  // slots are `slot` elements long and planes as long as their slots and `gap` more.
+  void (*weight)(const float* packed, int64_t channels, float* values, int64_t slot, int64_t gap);
   // y of one tile, two vectors of channels wide or `channels`, whichever is less.
   void (*output)(const float* planes, int64_t plane, int64_t channels,
                  const Epilogue<float>& epilogue, const OutputTile& tile, float* y, bool stream);
   // The weight gradient's counterparts: a tile of m × m gradients to planes, and summed planes to
-  // the 3 × 3 gradients of `channels` weights, `tap` elements from one tap to the next.
-  void (*grad)(const float* const* pixels, int64_t channels, float* planes, int64_t plane);
-  void (*weight_grad)(const float* planes, int64_t plane, int64_t channels, float* dw, int64_t tap);
+  // the gradients of `channels` weights, `tap` elements from one tap to the next.
+  void (*grad)(const float* const* pixels, int64_t channels, float* planes, int64_t plane,
+               int64_t slot);
+  void (*weight_grad)(const float* planes, int64_t plane, int64_t slot, int64_t channels, float* dw,
+                      int64_t tap);
 };
 
 // c[i][j] = Σ_k a[i][k] · b[k][j] for i < rows, j < columns. b is a dense panel of nr columns; the

@@ -34,7 +34,7 @@ double vectors(int64_t channels) { return double(ceil_div(channels, winograd().n
 
 double direct_cost(const ConvWork& w) {
   const double positions = double(w.n) * double(w.grid_h) * double(w.grid_w);
-  const double weights = double(w.taps * w.taps) * double(w.depth) * vectors(w.columns);
+  const double weights = double(w.kernel.taps()) * double(w.depth) * vectors(w.columns);
   return positions * weights * kDirect + (w.packed ? 0 : weights * kPackDirect) + kCall;
 }
 
@@ -44,58 +44,75 @@ GridImage<float> image_of(const ConvWork& w) {
   return image;
 }
 
-double winograd_cost(const ConvWork& w, int64_t m) {
+double winograd_cost(const ConvWork& w, const WinogradTile& tile) {
   const GridImage<float> image = image_of(w);
-  const WinogradTiles tiles{image, m, w.taps};
-  const double planes = double(tiles.planes()), count = double(tiles.count());
-  const double rows = winograd_height(tiles, w.columns, w.packed);
-  const double weights = planes * double(w.depth) * vectors(w.columns);
+  const WinogradTiles tiles{image, tile};
+  const double inputs = double(tile.values()), planes = double(tile.planes());
+  const double rows = winograd_height(tiles, w.columns, w.packed), count = double(tiles.count());
+  const double weights = inputs * double(w.depth) * vectors(w.columns);
   const double step = std::max(1.0, kLeastRowTile / (2 * rows));
   const double products = count * weights * kProduct * step;
-  const double values = count * planes * (vectors(w.depth) + vectors(w.columns));
+  const double values = count * (inputs * vectors(w.depth) + planes * vectors(w.columns));
   const double lanes = double(winograd().nr / 2), bytes = weights * lanes * sizeof(float);
-  return std::max(products, w.packed ? read_cost(bytes, lanes) : 0) + values * kTransform +
-         (w.packed ? 0 : weights * pack_transformed()) + kCall + kStages;
+  const double read = w.packed ? read_cost(bytes, lanes) : 0;
+  const double passes = double(winograd_passes(tiles, w.columns, w.packed));
+  // With stride 2 weights grow 2.8 to 9 times, and what is fetched ahead of products has left L2.
+  const double by_weights =
+      tile.stride == 2 ? products + read_cost(bytes, lanes) * passes : std::max(products, read);
+  return by_weights + values * kTransform + (w.packed ? 0 : weights * pack_transformed()) + kCall +
+         kStages;
 }
 
 double direct_weight_grad_cost(const ConvWork& w) {
   const double positions = double(w.n) * double(w.grid_h) * double(w.grid_w);
-  return 9 * double(w.columns) * vectors(w.depth) * (positions * kGradProduct + kGradOrder) + kCall;
+  return double(w.kernel.taps()) * double(w.columns) * vectors(w.depth) *
+             (positions * kGradProduct + kGradOrder) +
+         kCall;
 }
 
-double winograd_weight_grad_cost(const ConvWork& w, int64_t m) {
+double winograd_weight_grad_cost(const ConvWork& w, const WinogradTile& tile) {
   const GridImage<float> image = image_of(w);
-  const WinogradTiles tiles{image, m};
-  const double planes = double(tiles.planes()), count = double(tiles.count());
-  const double sums = planes * double(w.columns) * vectors(w.depth);
-  const double values = count * planes * (vectors(w.depth) + vectors(w.columns));
+  const WinogradTiles tiles{image, tile};
+  const double inputs = double(tile.values()), planes = double(tile.planes());
+  const double sums = inputs * double(w.columns) * vectors(w.depth), count = double(tiles.count());
+  const double values = count * (inputs * vectors(w.depth) + planes * vectors(w.columns));
   return sums * (count * kGradProduct + grad_back()) + values * kTransform + kCall;
 }
 
 // The tile of least cost, or 0 for the direct product.
 template <class Cost>
-int64_t cheapest(const ConvWork& work, double direct, const Cost& cost_of) {
+WinogradTile cheapest(const ConvWork& work, double direct, const Cost& cost_of) {
   constexpr int64_t most = int64_t{64} << 20;  // values of a transformed weight: memory has an end
-  if (precision() == Precision::highest || work.n == 0) return 0;
-  int64_t best = 0;
+  WinogradTile best = work.kernel, tile = work.kernel;
+  best.m = 0;
+  if (precision() == Precision::highest || work.n == 0) return best;
   double least = direct;
-  for (const int64_t m : {2, 4, 5, 6}) {
-    if (m > 4 && precision() != Precision::medium) break;
-    if (m > 2 && work.taps == 5) break;
-    if (winograd_planes(m, work.taps) * work.depth * work.columns > most) break;
-    const double cost = cost_of(work, m);
-    if (cost < least) best = m, least = cost;
+  for (tile.m = 2; tile.m <= 6; ++tile.m) {
+    if (tile.m > 4 && precision() != Precision::medium) break;
+    if (!winograd_serves(tile, work.depth)) continue;
+    if (tile.values() * work.depth * work.columns > most) break;
+    const double cost = cost_of(work, tile);
+    if (cost < least) best = tile, least = cost;
   }
   return best;
 }
 
 }  // namespace
 
-int64_t choose_tile(const ConvWork& work) {
+bool winograd_serves(const WinogradTile& tile, int64_t depth) {
+  const int64_t m = tile.m, least = std::min(tile.rows, tile.columns);
+  if (std::max(tile.rows, tile.columns) != 3)
+    return tile.rows == 5 && tile.columns == 5 && tile.stride == 1 && m == 2;
+  if (tile.stride == 2) return least == 3 && m >= 2 && m <= 4 && depth % 16 == 0;
+  if (tile.stride != 1 || least == 2 || m == 3) return false;
+  return m >= 2 && m <= (least == 1 ? 4 : 6);
+}
+
+WinogradTile choose_tile(const ConvWork& work) {
   return cheapest(work, direct_cost(work), winograd_cost);
 }
 
-int64_t choose_weight_grad_tile(const ConvWork& work) {
+WinogradTile choose_weight_grad_tile(const ConvWork& work) {
   return cheapest(work, direct_weight_grad_cost(work), winograd_weight_grad_cost);
 }
 

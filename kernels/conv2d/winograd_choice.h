@@ -1,40 +1,50 @@
-// Which algorithm a 3×3 or 5×5 convolution runs: the direct product, or Winograd with which tile.
+// Which algorithm a convolution runs that Winograd serves: the direct product, or Winograd with
+// which tile.
 #pragma once
 
 #include <cstdint>
 #include <iterator>
+#include <optional>
 
+#include "conv2d/winograd_tile.h"
 #include "cpu/grid_image.h"
 
 namespace nnarch {
 
-// What the choice depends on: a `taps` × `taps` kernel over `n` grids of outputs, and whether the
-// weight comes packed.
+// What the choice depends on: the kernel, `n` grids of outputs, and whether the weight comes
+// packed.
 struct ConvWork {
   int64_t n, grid_h, grid_w;
   int64_t depth, columns;  // input and output channels of a group
   bool packed;
-  int64_t taps = 3;
+  WinogradTile kernel = {};  // without a tile
 };
 
-// The size m of the fastest algorithm's output tiles that the precision allows; 0: the direct one.
-int64_t choose_tile(const ConvWork& work);
+// Whether there are tiles of m × m outputs for a kernel with so many input channels a group.
+bool winograd_serves(const WinogradTile& tile, int64_t depth);
+
+// The tile of the fastest algorithm that the precision allows; m = 0: the direct product.
+WinogradTile choose_tile(const ConvWork& work);
 
 // The same for the gradient of the weight.
-int64_t choose_weight_grad_tile(const ConvWork& work);
+WinogradTile choose_weight_grad_tile(const ConvWork& work);
 
-// The side of the kernel if Winograd can compute it, or 0: dense 3×3 or 5×5, its upper left tap
-// first, and stride 1.
+// The kernel if Winograd may compute it: dense 3×3, 5×5, 1×3 or 3×1, its upper left tap first, with
+// one stride of 1 or, 3×3, 2, in float32.
 template <class T>
-int64_t winograd_side(const GridImage<T>& image) {
-  const int64_t taps = std::ssize(image.taps), side = taps == 25 ? 5 : 3;
-  if (sizeof(T) != sizeof(float) || taps != side * side) return 0;
-  if (image.step_y != 1 || image.step_x != 1) return 0;
-  const Tap& corner = image.taps.front();
+std::optional<WinogradTile> winograd_kernel(const GridImage<T>& image) {
+  const int64_t taps = std::ssize(image.taps);
+  if (sizeof(T) != sizeof(float) || (taps != 9 && taps != 25 && taps != 3)) return std::nullopt;
+  if (image.step_y != image.step_x || image.step_y > (taps == 9 ? 2 : 1)) return std::nullopt;
+  const Tap &corner = image.taps.front(), &end = image.taps.back();
+  const WinogradTile tile{
+      .rows = end.dy - corner.dy + 1, .columns = end.dx - corner.dx + 1, .stride = image.step_y};
+  if (tile.taps() != taps) return std::nullopt;
   for (int64_t t = 0; t < taps; ++t)
-    if (image.taps[t].dy != corner.dy + t / side || image.taps[t].dx != corner.dx + t % side)
-      return 0;
-  return side;
+    if (image.taps[t].dy != corner.dy + t / tile.columns ||
+        image.taps[t].dx != corner.dx + t % tile.columns)
+      return std::nullopt;
+  return tile;
 }
 
 }  // namespace nnarch

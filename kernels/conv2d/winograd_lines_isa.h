@@ -48,6 +48,12 @@ struct WeightGradMatrix {
   static constexpr double at(int i, int j) { return kWinograd<M, R>.output_of_grad[j][i]; }
 };
 
+// Of one tap and one output, which are not transformed.
+struct NoMatrix {
+  static constexpr int rows = 1, columns = 1;
+  static constexpr double at(int, int) { return 1; }
+};
+
 // A sum that begins with its first term.
 template <class X>
 struct Sum {
@@ -81,7 +87,7 @@ NNARCH_INLINE X line_sum(Indices<J...>, const X* d, double divisor = 1) {
 // Whether rows i and i + 1 belong to points p and −p: equal in even columns, opposite in odd ones.
 template <class Matrix>
 constexpr bool is_pair(int i) {
-  if (i % 2 == 0 || i + 2 >= Matrix::rows) return false;
+  if (i % 2 == 0 || i + 2 >= Matrix::rows || Matrix::columns < 2) return false;
   for (int j = 0; j < Matrix::columns; ++j) {
     const double twin = j % 2 == 0 ? Matrix::at(i + 1, j) : -Matrix::at(i + 1, j);
     const double gap = Matrix::at(i, j) - twin;

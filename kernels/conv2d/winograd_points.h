@@ -15,6 +15,16 @@ namespace nnarch {
 template <int M, int R>
 struct WinogradPoints;
 template <int M, int R>
+  requires(M + R == 3)
+struct WinogradPoints<M, R> {
+  static constexpr double at[] = {0};
+};
+template <int M, int R>
+  requires(M + R == 4)
+struct WinogradPoints<M, R> {
+  static constexpr double at[] = {0, 1};
+};
+template <int M, int R>
   requires(M + R == 5)
 struct WinogradPoints<M, R> {
   static constexpr double at[] = {0, 1, -1};
@@ -22,6 +32,10 @@ struct WinogradPoints<M, R> {
 template <>
 struct WinogradPoints<4, 2> {  // half the error of ±1 and 2: then that of F(4, 3)
   static constexpr double at[] = {0, 0.75, -0.75, -1.5};
+};
+template <>
+struct WinogradPoints<4, 1> {  // the other phase of three taps with stride 2 shares its points
+  static constexpr double at[] = {0, 0.75, -0.75};
 };
 template <int M, int R>
   requires(M + R == 7)  // F(4, 3) and F(2, 5)

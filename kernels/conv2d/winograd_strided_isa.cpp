@@ -12,26 +12,10 @@ struct Transposed {
   static constexpr double at(int i, int j) { return Matrix::at(j, i); }
 };
 
-// put(i, j, v) for every v of Rows · d · Columnsᵀ, with d[i][j] = get(i, j).
-template <class Rows, class Columns, class X, class Get, class Put>
-NNARCH_INLINE void transform_tile(const Get& get, const Put& put) {
-  X middle[Rows::rows][Columns::columns];
-  for (int j = 0; j < Columns::columns; ++j) {
-    X d[Rows::columns], line[Rows::rows];
-    for (int i = 0; i < Rows::columns; ++i) d[i] = get(i, j);
-    spread<Rows>(d, line);
-    for (int i = 0; i < Rows::rows; ++i) middle[i][j] = line[i];
-  }
-  for (int i = 0; i < Rows::rows; ++i) {
-    X line[Columns::rows];
-    spread<Columns>(middle[i], line);
-    for (int j = 0; j < Columns::rows; ++j) put(i, j, line[j]);
-  }
-}
-
 // The phase that begins with tap (Y, X), and where its values are among all.
 template <int M, int R, int Y, int X>
 struct Phase {
+  static constexpr int phase_y = Y, phase_x = X;
   static constexpr int taps_y = (R + 1 - Y) / 2, taps_x = (R + 1 - X) / 2;
   static constexpr int rows = M + taps_y - 1, columns = M + taps_x - 1;
   static constexpr int even = M + (R + 1) / 2 - 1, all = even + M + R / 2 - 1;
@@ -147,18 +131,99 @@ void phases_weight_grad(const float* values, const int64_t* at, const int64_t* n
   if (stream_out) finish_streaming();
 }
 
+// Where value (i, j) of a phase lies among planes and slots, with M, R as above.
+template <int M, int R, class P>
+struct Place {
+  static constexpr WinogradTile tile{M, R, R, 2};
+  static constexpr int64_t x(int j) { return tile.point(R, P::phase_x, j); }
+  static constexpr int64_t plane(int i, int j) {
+    return tile.point(R, P::phase_y, i) * tile.point_columns() + x(j);
+  }
+  static constexpr int64_t slot(int j) { return P::phase_y * tile.phases_at(R, x(j)) + P::phase_x; }
+};
+
+// The transforms below are those of winograd.h; channels are whole vectors.
 template <int M, int R>
-constexpr StridedTransforms kStrided = {R,
-                                        M,
-                                        phases_input<M, R>,
-                                        phases_input_grad<M, R>,
-                                        spread_channels<Transposed<OutputMatrix<M, (R + 1) / 2>>>,
-                                        output_channels<M, (R + 1) / 2>,
-                                        phases_weight<M, R>,
-                                        phases_weight_grad<M, R>};
+void strided_input(const float* const* pixels, int64_t channels, float* planes, int64_t plane,
+                   int64_t slot) {
+  constexpr WinogradTile tile{M, R, R, 2};
+  for (int64_t c = 0; c < channels; c += kWidth)
+    for_phases<M, R>([&](auto phase) NNARCH_INLINE_LAMBDA {
+      using P = decltype(phase);
+      using At = Place<M, R, P>;
+      transform_tile<InputMatrix<M, P::taps_y>, InputMatrix<M, P::taps_x>, V>(
+          [&](int i, int j) NNARCH_INLINE_LAMBDA {
+            const int64_t row = 2 * i + P::phase_y, column = 2 * j + P::phase_x;
+            return load(pixels[row * tile.window_columns() + column] + c);
+          },
+          [&](int i, int j, V v) NNARCH_INLINE_LAMBDA {
+            store(planes + At::plane(i, j) * plane + At::slot(j) * slot + c, v);
+          });
+    });
+}
+
+template <int M, int R>
+void strided_weight(const float* packed, int64_t channels, float* values, int64_t slot,
+                    int64_t gap) {
+  constexpr WinogradTile tile{M, R, R, 2};
+  int64_t begin[tile.planes()], at[tile.values()], before = 0;
+  for (int64_t xi = 0; xi < tile.planes(); ++xi) {
+    begin[xi] = before * slot + xi * gap;
+    before += tile.slots(xi);
+  }
+  for_phases<M, R>([&](auto phase) {
+    using P = decltype(phase);
+    using At = Place<M, R, P>;
+    for (int i = 0; i < P::rows; ++i)
+      for (int j = 0; j < P::columns; ++j)
+        at[P::value(i, j)] = begin[At::plane(i, j)] + At::slot(j) * slot;
+  });
+  phases_weight<M, R>(packed, channels, values, at, nullptr, 0);
+}
+
+template <int M, int R>
+void strided_weight_grad(const float* planes, int64_t plane, int64_t slot, int64_t channels,
+                         float* dw, int64_t tap) {
+  for (int64_t c = 0; c < channels; c += kWidth)
+    for_phases<M, R>([&](auto phase) NNARCH_INLINE_LAMBDA {
+      using P = decltype(phase);
+      using At = Place<M, R, P>;
+      transform_tile<Transposed<WeightMatrix<M, P::taps_y>>, Transposed<WeightMatrix<M, P::taps_x>>,
+                     V>(
+          [&](int i, int j) NNARCH_INLINE_LAMBDA {
+            return load(planes + At::plane(i, j) * plane + At::slot(j) * slot + c);
+          },
+          [&](int i, int j, V v) NNARCH_INLINE_LAMBDA { store(dw + P::tap(i, j) * tap + c, v); });
+    });
+}
+
+// The gradient of the outputs goes the way of the outputs, back.
+template <int M, int R>
+using GradOf = Transposed<OutputMatrix<M, (R + 1) / 2>>;
+
+template <int M, int R>
+constexpr StridedTransforms kStrided = {
+    R,
+    M,
+    phases_input<M, R>,
+    phases_input_grad<M, R>,
+    spread_channels<GradOf<M, R>, GradOf<M, R>>,
+    output_channels<OutputMatrix<M, (R + 1) / 2>, OutputMatrix<M, (R + 1) / 2>>,
+    phases_weight<M, R>,
+    phases_weight_grad<M, R>};
+
+template <int M>
+constexpr WinogradTransforms kThreeTaps = {strided_input<M, 3>, strided_weight<M, 3>,
+                                           output_channels<OutputMatrix<M, 2>, OutputMatrix<M, 2>>,
+                                           spread_channels<GradOf<M, 3>, GradOf<M, 3>>,
+                                           strided_weight_grad<M, 3>};
 
 }  // namespace
 
 const StridedTransforms& strided_nine_taps() { return kStrided<3, 9>; }
+
+const WinogradTransforms& strided_three_taps(int64_t m) {
+  return m == 2 ? kThreeTaps<2> : m == 3 ? kThreeTaps<3> : kThreeTaps<4>;
+}
 
 }  // namespace nnarch::NNARCH_ISA

@@ -2,6 +2,8 @@
 // winograd_points.h has. For *_isa.cpp files.
 #pragma once
 
+#include <type_traits>
+
 #include "conv2d/winograd.h"
 #include "conv2d/winograd_lines_isa.h"
 #include "cpu/epilogue_isa.h"
@@ -27,33 +29,43 @@ NNARCH_INLINE V rounded(Vec<double> low, Vec<double> high) {
               __builtin_convertvector(high, HalfVector));
 }
 
-// planes[xi][c] = Matrix · d · Matrixᵀ, with d from `pixels`, for one vector of channels.
-template <class Matrix, class Load>
-NNARCH_INLINE void spread_tile(const float* const* pixels, float* planes, int64_t plane,
-                               const Load& load_pixel) {
-  constexpr int from = Matrix::columns, to = Matrix::rows;
-  V middle[to][from];
-  for (int j = 0; j < from; ++j) {
-    V d[from], line[to];
-    for (int i = 0; i < from; ++i) d[i] = load_pixel(pixels[i * from + j]);
-    spread<Matrix>(d, line);
-    for (int i = 0; i < to; ++i) middle[i][j] = line[i];
+// put(i, j, v) for every v of Rows · d · Columnsᵀ, row by row, with d[i][j] = get(i, j).
+template <class Rows, class Columns, class X, class Get, class Put>
+NNARCH_INLINE void transform_tile(const Get& get, const Put& put) {
+  X middle[Rows::rows][Columns::columns];
+  for (int j = 0; j < Columns::columns; ++j) {
+    X d[Rows::columns], line[Rows::rows];
+    for (int i = 0; i < Rows::columns; ++i) d[i] = get(i, j);
+    spread<Rows>(d, line);
+    for (int i = 0; i < Rows::rows; ++i) middle[i][j] = line[i];
   }
-  for (int i = 0; i < to; ++i) {
-    V line[to];
-    spread<Matrix>(middle[i], line);
-    for (int j = 0; j < to; ++j, planes += plane) store(planes, line[j]);
+  for (int i = 0; i < Rows::rows; ++i) {
+    X line[Columns::rows];
+    spread<Columns>(middle[i], line);
+    for (int j = 0; j < Columns::rows; ++j) put(i, j, line[j]);
   }
 }
 
-template <class Matrix>
-void spread_channels(const float* const* pixels, int64_t channels, float* planes, int64_t plane) {
+// planes[xi][c] = Rows · d · Columnsᵀ, with d from `pixels`, for one vector of channels.
+template <class Rows, class Columns, class Load>
+NNARCH_INLINE void spread_tile(const float* const* pixels, float* planes, int64_t plane,
+                               const Load& load_pixel) {
+  transform_tile<Rows, Columns, V>(
+      [&](int i, int j)
+          NNARCH_INLINE_LAMBDA { return load_pixel(pixels[i * Columns::columns + j]); },
+      [&](int, int, V v) NNARCH_INLINE_LAMBDA { store(planes, v), planes += plane; });
+}
+
+template <class Rows, class Columns>
+void spread_channels(const float* const* pixels, int64_t channels, float* planes, int64_t plane,
+                     int64_t) {
   int64_t c = 0;
   for (; c + kWidth <= channels; c += kWidth)
-    spread_tile<Matrix>(pixels, planes + c, plane, [&](const float* p) { return load(p + c); });
+    spread_tile<Rows, Columns>(pixels, planes + c, plane,
+                               [&](const float* p) { return load(p + c); });
   if (c < channels)
-    spread_tile<Matrix>(pixels, planes + c, plane,
-                        [&](const float* p) { return load_n(p + c, channels - c); });
+    spread_tile<Rows, Columns>(pixels, planes + c, plane,
+                               [&](const float* p) { return load_n(p + c, channels - c); });
 }
 
 template <int... I>
@@ -61,21 +73,21 @@ NNARCH_INLINE void load_rows(Indices<I...>, const EvenRows<float>& from, V* to) 
   ((to[I] = load(from.row<I>())), ...);
 }
 
-// finish(i, line) for every row of Matrix · planes · Matrixᵀ.
-template <class Matrix, class Finish>
+// finish(i, line) for every row of Rows · planes · Columnsᵀ.
+template <class Rows, class Columns, class Finish>
 NNARCH_INLINE void collect_tile(const float* planes, int64_t plane, const Finish& finish) {
-  constexpr int from = Matrix::columns, to = Matrix::rows;
-  V middle[to][from];
-  EvenRows<float> column(planes, from * plane);  // 36 offsets of their own were spilled: 83 → 40 ns
-  for (int j = 0; j < from; ++j, column.next(plane)) {
-    V d[from], line[to];
-    load_rows(MakeIndices<from>{}, column, d);
-    collect<Matrix>(d, line);
-    for (int i = 0; i < to; ++i) middle[i][j] = line[i];
+  V middle[Rows::rows][Columns::columns];
+  // 36 offsets of their own were spilled: 83 → 40 ns.
+  EvenRows<float> column(planes, Columns::columns * plane);
+  for (int j = 0; j < Columns::columns; ++j, column.next(plane)) {
+    V d[Rows::columns], line[Rows::rows];
+    load_rows(MakeIndices<Rows::columns>{}, column, d);
+    collect<Rows>(d, line);
+    for (int i = 0; i < Rows::rows; ++i) middle[i][j] = line[i];
   }
-  for (int i = 0; i < to; ++i) {
-    V line[to];
-    collect<Matrix>(middle[i], line);
+  for (int i = 0; i < Rows::rows; ++i) {
+    V line[Columns::rows];
+    collect<Columns>(middle[i], line);
     finish(i, line);
   }
 }
@@ -87,7 +99,7 @@ NNARCH_NOINLINE void activate_line(V* line, int count, int64_t activation, float
 }
 
 // One vector of channels, of which `count` exist.
-template <int M, int R, bool Whole>
+template <class Rows, class Columns, bool Whole>
 NNARCH_INLINE void output_vector(const float* planes, int64_t plane, int64_t count,
                                  const Epilogue<float>& e, const OutputTile& tile, float* y,
                                  bool stream_out) {
@@ -95,7 +107,8 @@ NNARCH_INLINE void output_vector(const float* planes, int64_t plane, int64_t cou
   const V shift = e.shift ? load(e.shift) : V{};
   const bool clamps = is_clamp(e.activation);
   const ClampBounds<float> bounds(clamps ? e.activation : int64_t{kNone});
-  collect_tile<OutputMatrix<M, R>>(planes, plane, [&](int i, V* line) {
+  constexpr int M = Columns::rows;
+  collect_tile<Rows, Columns>(planes, plane, [&](int i, V* line) {
     if (i >= tile.rows) return;
     const int64_t row = tile.offset + i * tile.row_step;
     for (int j = 0; j < M; ++j) line[j] = line[j] * scale + shift;
@@ -118,7 +131,7 @@ NNARCH_INLINE void output_vector(const float* planes, int64_t plane, int64_t cou
   });
 }
 
-template <int M, int R>
+template <class Rows, class Columns>
 void output_channels(const float* planes, int64_t plane, int64_t channels,
                      const Epilogue<float>& epilogue, const OutputTile& tile, float* y,
                      bool stream_out) {
@@ -126,59 +139,57 @@ void output_channels(const float* planes, int64_t plane, int64_t channels,
     const Epilogue<float> e = epilogue.from_channel(c);
     const int64_t count = channels - c;
     if (count >= kWidth)
-      output_vector<M, R, true>(planes + c, plane, kWidth, e, tile, y + c, stream_out);
+      output_vector<Rows, Columns, true>(planes + c, plane, kWidth, e, tile, y + c, stream_out);
     else
-      output_vector<M, R, false>(planes + c, plane, count, e, tile, y + c, false);
+      output_vector<Rows, Columns, false>(planes + c, plane, count, e, tile, y + c, false);
   }
 }
 
-template <int M, int R>
-void weight_grad_channels(const float* planes, int64_t plane, int64_t channels, float* dw,
+template <class Rows, class Columns>
+void weight_grad_channels(const float* planes, int64_t plane, int64_t, int64_t channels, float* dw,
                           int64_t tap) {
+  constexpr int taps = Columns::rows;
   for (int64_t c = 0; c < channels; c += kWidth)
-    collect_tile<WeightGradMatrix<M, R>>(planes + c, plane, [&](int i, const V* line) {
-      for (int j = 0; j < R; ++j) store_n(dw + (i * R + j) * tap + c, line[j], channels - c);
+    collect_tile<Rows, Columns>(planes + c, plane, [&](int i, const V* line) {
+      for (int j = 0; j < taps; ++j) store_n(dw + (i * taps + j) * tap + c, line[j], channels - c);
     });
 }
 
 // In double: these values are rounded once and used in every product. Whole vectors are written at
 // once: half a line to each of 36 planes, and the first would have left L1 before its other half.
-template <int M, int R>
-void weight_panel(const float* packed, int64_t channels, float* planes, int64_t plane) {
-  constexpr int t = M + R - 1;
-  using Matrix = WeightMatrix<M, R>;
-  const int64_t tap = channels * 2 * kWidth;
+template <class Rows, class Columns>
+void weight_panel(const float* packed, int64_t channels, float* values, int64_t slot, int64_t gap) {
+  using Half = Vec<double>;
+  const int64_t tap = channels * 2 * kWidth, plane = slot + gap;
   for (int64_t at = 0; at < tap; at += kWidth) {
-    Vec<double> low[t][R], high[t][R];
-    for (int s = 0; s < R; ++s) {
-      Vec<double> w0[R], w1[R], line0[t], line1[t];
-      for (int r = 0; r < R; ++r) {
-        w0[r] = to_double(packed + at + (R * r + s) * tap);
-        w1[r] = to_double(packed + at + (R * r + s) * tap + kWidth / 2);
-      }
-      spread<Matrix>(w0, line0);
-      spread<Matrix>(w1, line1);
-      for (int i = 0; i < t; ++i) low[i][s] = line0[i], high[i][s] = line1[i];
-    }
-    for (int i = 0; i < t; ++i) {
-      Vec<double> line0[t], line1[t];
-      spread<Matrix>(low[i], line0);
-      spread<Matrix>(high[i], line1);
-      for (int j = 0; j < t; ++j)
-        store(planes + (i * t + j) * plane + at, rounded(line0[j], line1[j]));
-    }
+    Half low[Rows::rows][Columns::rows];
+    const auto from = [&](int i, int j) { return packed + at + (i * Columns::columns + j) * tap; };
+    transform_tile<Rows, Columns, Half>(
+        [&](int i, int j) NNARCH_INLINE_LAMBDA { return to_double(from(i, j)); },
+        [&](int i, int j, Half v) NNARCH_INLINE_LAMBDA { low[i][j] = v; });
+    float* to = values + at;
+    transform_tile<Rows, Columns, Half>(
+        [&](int i, int j) NNARCH_INLINE_LAMBDA { return to_double(from(i, j) + kWidth / 2); },
+        [&](int i, int j, Half v)
+            NNARCH_INLINE_LAMBDA { store(to, rounded(low[i][j], v)), to += plane; });
   }
 }
 
-// Of m × m outputs with R × R taps; without the weight gradient, which only 3 × 3 has.
-template <int M, int R>
-constexpr WinogradTransforms forward_transforms = {spread_channels<InputMatrix<M, R>>,
-                                                   weight_panel<M, R>, output_channels<M, R>,
-                                                   nullptr, nullptr};
-template <int M, int R>
+// Of m outputs by R taps in rows and S in columns; by one tap nothing is transformed. Those of the
+// forward pass alone, and with the weight's gradient.
+template <template <int, int> class Matrix, int M, int R>
+using OfTaps = std::conditional_t<R == 1, NoMatrix, Matrix<M, R>>;
+template <int M, int R, int S = R>
+constexpr WinogradTransforms forward_transforms = {
+    spread_channels<OfTaps<InputMatrix, M, R>, OfTaps<InputMatrix, M, S>>,
+    weight_panel<OfTaps<WeightMatrix, M, R>, OfTaps<WeightMatrix, M, S>>,
+    output_channels<OfTaps<OutputMatrix, M, R>, OfTaps<OutputMatrix, M, S>>, nullptr, nullptr};
+template <int M, int R, int S = R>
 constexpr WinogradTransforms all_transforms = {
-    spread_channels<InputMatrix<M, R>>, weight_panel<M, R>, output_channels<M, R>,
-    spread_channels<GradMatrix<M, R>>, weight_grad_channels<M, R>};
+    forward_transforms<M, R, S>.input, forward_transforms<M, R, S>.weight,
+    forward_transforms<M, R, S>.output,
+    spread_channels<OfTaps<GradMatrix, M, R>, OfTaps<GradMatrix, M, S>>,
+    weight_grad_channels<OfTaps<WeightGradMatrix, M, R>, OfTaps<WeightGradMatrix, M, S>>};
 
 }  // namespace
 }  // namespace nnarch::NNARCH_ISA

@@ -33,14 +33,14 @@ class PackedPhases {
 
   int64_t group_size() const { return begin_.back(); }
 
-  int64_t tile(int64_t row_residue, int64_t column_residue) const {
+  WinogradTile tile(int64_t row_residue, int64_t column_residue) const {
     return phase_tile(rows_, row_residue, columns_, column_residue, layout_);
   }
 
   bool any_direct() const {
     for (const int64_t i : row_residues_)
       for (const int64_t j : column_residues_)
-        if (tile(i, j) == 0) return true;
+        if (tile(i, j).m == 0) return true;
     return false;
   }
 
@@ -190,9 +190,9 @@ void by_phases(const T* x, const Tensor& weight, const T* packed, int64_t layout
   for (const TransposedPhase& rows : phases_of(row_axis))
     for (const TransposedPhase& columns : all_columns)
       for (int64_t group = 0; group < p.groups; ++group) {
-        const int64_t tile = phases.tile(rows.residue, columns.residue);
+        const WinogradTile tile = phases.tile(rows.residue, columns.residue);
         const PackedPhases<T>& order = packed ? phases : direct;
-        const T* from = packed ? packed : own && tile == 0 ? packed_here.get() : nullptr;
+        const T* from = packed ? packed : own && tile.m == 0 ? packed_here.get() : nullptr;
         const int64_t at = order.begin(group, rows.residue, columns.residue);
         const int64_t first = (rows.first * p.ow + columns.first) * p.k + group * p.group_k();
         Epilogue<T> of_phase = epilogue.from_channel(group * p.group_k());

@@ -43,11 +43,11 @@ Cost direct_cost(const TransposedShape& p, const TransposedPhase& rows,
 }
 
 Cost winograd_cost(const TransposedShape& p, const TransposedPhase& rows,
-                   const TransposedPhase& columns, int64_t m) {
+                   const TransposedPhase& columns, const WinogradTile& tile) {
   GridImage<float> image{};
   image.n = p.n, image.grid_h = rows.count, image.grid_w = columns.count;
   image.depth = p.group_c();
-  const WinogradTiles tiles{image, m, static_cast<int64_t>(rows.taps.size())};
+  const WinogradTiles tiles{image, tile};
   const double planes = double(tiles.planes()), count = double(tiles.count());
   const double height = winograd_height(tiles, p.group_k(), true);
   const double weights = planes * double(p.group_c()) * vectors(p.group_k());
@@ -63,9 +63,10 @@ double phases_cost(const TransposedShape& p, int64_t layout, bool packed) {
   Cost sum;
   for (const TransposedPhase& rows : phases_of(row_axis))
     for (const TransposedPhase& columns : phases_of(column_axis)) {
-      const int64_t tile = phase_tile(row_axis, rows.residue, column_axis, columns.residue, layout);
+      const WinogradTile tile =
+          phase_tile(row_axis, rows.residue, column_axis, columns.residue, layout);
       const Cost cost =
-          tile ? winograd_cost(p, rows, columns, tile) : direct_cost(p, rows, columns);
+          tile.m > 0 ? winograd_cost(p, rows, columns, tile) : direct_cost(p, rows, columns);
       sum.products += cost.products, sum.rest += cost.rest, sum.bytes += cost.bytes;
     }
   const double read = read_cost(sum.bytes, lanes());
@@ -78,8 +79,8 @@ bool tiles_serve(const TransposedShape& p, int64_t layout) {
   int64_t planes = 0;
   for (const int64_t i : rows.residues())
     for (const int64_t j : columns.residues())
-      if (phase_tile(rows, i, columns, j, layout) > 0)
-        planes += winograd_planes(layout, rows.dense_taps(i));
+      if (const WinogradTile tile = phase_tile(rows, i, columns, j, layout); tile.m > 0)
+        planes += tile.planes();
   return planes > 0 && p.c <= kMostWeights / planes / p.group_k();
 }
 
@@ -103,8 +104,10 @@ int64_t choose_layout(const TransposedShape& p, bool is_float, bool packed) {
     return kPixel;
   if (!is_float || precision() == Precision::highest || p.n == 0) return kPhases;
   const int64_t steps = p.stride_h * p.stride_w * p.dilation_h * p.dilation_w;
-  if (steps == 1 && p.r == 3 && p.s == 3)  // a convolution with mirrored weights
-    return choose_tile({p.n, p.oh, p.ow, p.group_c(), p.group_k(), packed});
+  if (steps == 1 && std::max(p.r, p.s) == 3 && std::min(p.r, p.s) != 2)
+    return choose_tile(
+               {p.n, p.oh, p.ow, p.group_c(), p.group_k(), packed, {.rows = p.r, .columns = p.s}})
+        .m;  // a convolution with mirrored weights
   int64_t best = kPhases;
   double least = -1;
   for (const int64_t layout :

@@ -1,8 +1,10 @@
 // Which algorithm a transposed convolution runs, and with it the layout of its packed weight.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
+#include "conv2d/winograd_tile.h"
 #include "conv_transpose2d/cpu_phases.h"
 
 namespace nnarch {
@@ -15,13 +17,17 @@ constexpr int64_t kTaps = 7;    // [c][r, s, k]: products with all taps, then ad
 
 inline bool is_layout(int64_t layout) { return layout >= 0 && layout <= 7; }
 
-// The tile of one phase under a layout: 0 where it is a direct product.
-inline int64_t phase_tile(const TransposedAxis& rows, int64_t row_residue,
-                          const TransposedAxis& columns, int64_t column_residue, int64_t layout) {
-  const int64_t side = rows.dense_taps(row_residue);
-  if (layout < 2 || layout > 6 || side != columns.dense_taps(column_residue)) return 0;
-  if (side == 2) return layout == 3 || layout == 4 ? layout : 0;
-  return side == 3 && layout != 3 ? layout : 0;
+// The tile of one phase under a layout; m = 0 where it is a direct product.
+inline WinogradTile phase_tile(const TransposedAxis& rows, int64_t row_residue,
+                               const TransposedAxis& columns, int64_t column_residue,
+                               int64_t layout) {
+  WinogradTile tile{.rows = rows.dense_taps(row_residue),
+                    .columns = columns.dense_taps(column_residue)};
+  const int64_t least = std::min(tile.rows, tile.columns), most = std::max(tile.rows, tile.columns);
+  const bool of_2 = least == 2 && most == 2 && (layout == 3 || layout == 4);
+  const bool of_3 = most == 3 && (least == 3 ? layout != 3 : least == 1 && layout % 2 == 0);
+  if (layout >= 2 && layout <= (least == 1 ? 4 : 6) && (of_2 || of_3)) tile.m = layout;
+  return tile;
 }
 
 // Few output channels would leave most of a vector empty; all taps of them together fill it.

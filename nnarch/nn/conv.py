@@ -16,6 +16,14 @@ from nnarch.nn.packing import PackedWeightMixin
 from nnarch.nn.signature import signature_of
 from nnarch.precision import get_precision
 
+# Of kernels (vertical, horizontal): see nnarch.functional.conv2d_tile.
+_WINOGRAD_STRIDES = {
+    (3, 3): ((1, 1), (2, 2)),
+    (5, 5): ((1, 1),),
+    (1, 3): ((1, 1),),
+    (3, 1): ((1, 1),),
+}
+
 
 class Conv2d(PackedWeightMixin, torch.nn.Conv2d):
     """2-D convolution with the constructor, parameters and state_dict of torch.nn.Conv2d.
@@ -74,8 +82,7 @@ class Conv2d(PackedWeightMixin, torch.nn.Conv2d):
 
     def _layout(self, weight: Tensor, x: Tensor | None) -> int | None:
         """Winograd's tile, or 0: see nnarch.functional.conv2d_tile."""
-        square = self.kernel_size == (3, 3) or self.kernel_size == (5, 5)
-        if not square or self.stride != (1, 1) or weight.shape[1] == 1:
+        if not may_transform(self.kernel_size, self.stride, weight):
             return 0
         if x is None:
             return None
@@ -83,21 +90,26 @@ class Conv2d(PackedWeightMixin, torch.nn.Conv2d):
             return 0
         size = x.shape if x.dim() == 4 else (1, *x.shape)
         padding = self.padding if self.padding_mode == "zeros" else 0
-        return _tile(
-            weight.shape, weight.dtype, size, padding, self.dilation, self.groups, get_precision()
-        )
+        geometry = self.stride, padding, self.dilation, self.groups
+        return chosen_tile(weight.shape, weight.dtype, size, geometry, get_precision())
 
     def _pack(self, weight: Tensor, layout: int) -> Tensor | None:
         return F.pack_conv2d_weight(weight, self.groups, tile=layout)
 
 
+def may_transform(kernel_size, stride, weight: Tensor) -> bool:
+    """Whether Winograd's algorithm may serve the convolution, for some input."""
+    strides = _WINOGRAD_STRIDES.get(kernel_size)
+    return strides is not None and stride in strides and weight.shape[1] > 1
+
+
 @functools.lru_cache(maxsize=4096)
-def _tile(weight_size, dtype, input_size, padding, dilation, groups, precision) -> int:
+def chosen_tile(weight_size, dtype, input_size, geometry, precision) -> int:
     """The tile for these sizes at this precision, asked once."""
     with _disable_current_modes():  # who records operations should not see this one
         weight = torch.empty(1, dtype=dtype).expand(weight_size)
         try:
-            return F.conv2d_tile(weight, input_size, 1, padding, dilation, groups)
+            return F.conv2d_tile(weight, input_size, *geometry)
         except (ValueError, TypeError):
             return 0  # the convolution itself will say what is wrong
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from nnarch import functional as F
 from nnarch.kernels.activation.kinds import Activation
 from nnarch.nn.checks import check_dtype
+from nnarch.nn.conv import chosen_tile, may_transform
 from nnarch.nn.conv_transpose import transposed_layout
 from nnarch.nn.packing import PackedWeightMixin
 from nnarch.nn.signature import signature_of
@@ -50,7 +51,6 @@ class Conv1d(PackedWeightMixin, torch.nn.Conv1d):
         if weight is None:
             weight = self.weight
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 (lazy)
-        packed = self._packed_weight(weight, x)
         if self.padding_mode != "zeros":
             pads = self._reversed_padding_repeated_twice
             x = torch.nn.functional.pad(x, pads, mode=self.padding_mode)
@@ -65,8 +65,24 @@ class Conv1d(PackedWeightMixin, torch.nn.Conv1d):
             self.groups,
             residual=residual,
             activation=activation,
-            packed=packed,
+            packed=self._packed_weight(weight, x),
         )
+
+    def _layout(self, weight: Tensor, x: Tensor | None) -> int | None:
+        """Winograd's tile, or 0, as in Conv2d."""
+        if not may_transform((1, *self.kernel_size), (1, *self.stride), weight):
+            return 0
+        if x is None:
+            return None
+        if not isinstance(x, Tensor):
+            return 0
+        *n, c, length = x.shape
+        padding: Any = 0
+        if self.padding_mode == "zeros":
+            padding = self.padding if isinstance(self.padding, str) else (0, *self.padding)
+        geometry = (1, *self.stride), padding, (1, *self.dilation), self.groups
+        size, kernel = (n[0] if n else 1, c, 1, length), (*weight.shape[:2], 1, weight.shape[2])
+        return chosen_tile(kernel, weight.dtype, size, geometry, get_precision())
 
     def _pack(self, weight: Tensor, layout: int) -> Tensor | None:
         return F.pack_conv2d_weight(weight.unsqueeze(2), self.groups, tile=layout)
