@@ -14,6 +14,7 @@
 #include "conv2d/cpu_shape.h"
 #include "conv2d/winograd.h"
 #include "conv2d/winograd_taps.h"
+#include "conv2d/winograd_tiles.h"
 #include "cpu/arena.h"
 #include "cpu/gather_gemm.h"
 #include "cpu/machine.h"
@@ -21,42 +22,6 @@
 #include "cpu/parallel.h"
 
 namespace nnarch {
-
-// The grid of tiles that covers the outputs of such a convolution. The image's first tap is the
-// upper left one.
-struct WinogradTiles {
-  const GridImage<float>& image;
-  WinogradTile tile;
-
-  int64_t planes() const { return tile.planes(); }
-  int64_t rows() const { return ceil_div(image.grid_h, tile.output_rows()); }
-  int64_t columns() const { return ceil_div(image.grid_w, tile.output_columns()); }
-  int64_t count() const { return image.n * rows() * columns(); }
-};
-
-// The first output of a tile.
-struct TilePlace {
-  int64_t image, y, x;
-  TilePlace(const WinogradTiles& tiles, int64_t tile)
-      : image(tile / (tiles.rows() * tiles.columns())),
-        y(tile / tiles.columns() % tiles.rows() * tiles.tile.output_rows()),
-        x(tile % tiles.columns() * tiles.tile.output_columns()) {}
-
-  void to_next(const WinogradTiles& tiles) {
-    x += tiles.tile.output_columns();
-    if (x < tiles.image.grid_w) return;
-    x = 0, y += tiles.tile.output_rows();
-    if (y < tiles.image.grid_h) return;
-    y = 0, ++image;
-  }
-};
-
-// f(place) of tiles [first, last), without the divisions of finding each.
-template <class F>
-void for_each_tile(const WinogradTiles& tiles, int64_t first, int64_t last, const F& f) {
-  if (first >= last) return;
-  for (TilePlace at(tiles, first); first < last; ++first, at.to_next(tiles)) f(at);
-}
 
 // Rows a multiple of 4 KB apart share a set of the L1 cache, as do planes: an odd number of lines.
 inline int64_t winograd_row(int64_t channels) {
@@ -76,30 +41,33 @@ void prefetch_line(const float* p, int64_t count) {
 // V[xi][tile][slot][channel].
 struct WinogradWindows {
   const GridImage<float>& image;
-  int64_t step, dy, dx;   // a tile's window begins at step · (its first output) + (dy, dx)
-  int64_t rows, columns;  // of a window
-  void (*transform)(const float* const* pixels, int64_t channels, float* planes, int64_t plane,
-                    int64_t slot);
+  int64_t step, dy, dx;  // a tile's window begins at step · (its first output) + (dy, dx)
+  // Of a window, and of one at the end of a column or row.
+  int64_t rows, columns, end_rows, end_columns;
+  decltype(WinogradTransforms::input) transform;
+  const decltype(WinogradTransforms::input)* of_ends;
   int64_t row, plane;  // elements of V from tile to tile, from plane to plane
 
-  // The tiles from `first` on, channels [from, from + channels).
-  void run(const WinogradTiles& tiles, int64_t first, int64_t count, int64_t from, int64_t channels,
+  // Some tiles of a block, channels [from, from + channels), to v and on.
+  void run(const TileBlock& block, const TileBlock::Range& range, int64_t from, int64_t channels,
            float* v) const {
     Scratch<float> zeros(channels);
     std::memset(zeros.get(), 0, static_cast<size_t>(channels) * sizeof(float));
     constexpr int64_t most_pixels = 81;
     const float* pixels[most_pixels];
     float* to = v + from;
-    for_each_tile(tiles, first, first + count, [&](const TilePlace& at) {
+    block.for_each(range, [&](const TilePlace& at, int64_t kind) {
       const float* base = image.data + at.image * image.h * image.w * image.pixel + from;
       const float** next = pixels;
       const int64_t top = at.y * step + dy, left = at.x * step + dx;
-      for (int64_t y = top; y < top + rows; ++y)
-        for (int64_t x = left; x < left + columns; ++x)
+      const int64_t y_end = top + (kind & 2 ? end_rows : rows);
+      const int64_t x_end = left + (kind & 1 ? end_columns : columns);
+      for (int64_t y = top; y < y_end; ++y)
+        for (int64_t x = left; x < x_end; ++x)
           *next++ = y >= 0 && y < image.h && x >= 0 && x < image.w
                         ? base + (y * image.w + x) * image.pixel
                         : zeros.get();
-      transform(pixels, channels, to, plane, image.depth);
+      (kind ? of_ends[kind - 1] : transform)(pixels, channels, to, plane, image.depth);
       to += row;
     });
   }
@@ -126,7 +94,10 @@ inline WinogradWindows input_windows(const WinogradTiles& tiles, int64_t row, in
           .dx = corner.dx,
           .rows = tile.window_rows(),
           .columns = tile.window_columns(),
+          .end_rows = tiles.end_rows() + tile.rows - 1,
+          .end_columns = tiles.end_columns() + tile.columns - 1,
           .transform = winograd_transforms(tile).input,
+          .of_ends = tiles.ends() ? tiles.ends()->input : nullptr,
           .row = row,
           .plane = plane};
 }
@@ -214,61 +185,68 @@ struct WinogradPanels {
   const float* weights;
 };
 
-// Outputs of tiles [first, first + count), back from the products of one panel.
-inline void put_panel(const WinogradTiles& tiles, const WinogradBlocking& block,
-                      const float* products, int64_t first, int64_t count, int64_t p,
+// Outputs of a block, back from the products of one panel.
+inline void put_panel(const WinogradTiles& tiles, const WinogradBlocking& blocking,
+                      const float* products, const TileBlock& block, int64_t p,
                       const WinogradOutput& output) {
   const int64_t nr = winograd().nr, channel = p * nr;
   const auto transform = winograd_transforms(tiles.tile).output;
   const Epilogue<float> epilogue = output.epilogue.from_channel(channel);
   const OutputGrid& grid = output.grid;
-  for_each_tile(tiles, first, first + count, [&](const TilePlace& at) {
+  const WinogradEnds* const ends = tiles.ends();
+  block.for_each(block.all(), [&](const TilePlace& at, int64_t kind) {
     const OutputTile place{
         .offset = output.offset(at),
         .row_step = grid.row_step,
         .column_step = grid.column_step,
         .rows = std::min(tiles.tile.output_rows(), tiles.image.grid_h - at.y),
         .columns = std::min(tiles.tile.output_columns(), tiles.image.grid_w - at.x)};
-    transform(products, block.product_plane, output.channels - channel, epilogue, place,
-              output.y + channel, output.stream);
+    (kind ? ends->output[kind - 1] : transform)(products, blocking.product_plane,
+                                                output.channels - channel, epilogue, place,
+                                                output.y + channel, output.stream);
     products += nr;
   });
 }
 
-// Outputs of tiles [first, first + count) in some panels of the channels. Between the products,
-// meanwhile(begin, end) may prefetch for that part of as many other tiles: the memory would wait.
-// `far`: V has left L2.
+// Outputs of a block in some panels of the channels. Between the products, meanwhile(begin, end)
+// may prefetch for that part of as many other tiles: the memory would wait. `far`: V has left L2.
 template <class Meanwhile>
-void multiply_panels(const WinogradTiles& tiles, const WinogradBlocking& block, const float* v,
-                     const WinogradPanels& panels, int64_t first, int64_t count,
+void multiply_panels(const WinogradTiles& tiles, const WinogradBlocking& blocking, const float* v,
+                     const WinogradPanels& panels, const TileBlock& block,
                      const WinogradOutput& output, bool far, const Meanwhile& meanwhile) {
   const WinogradTable& table = winograd();
   const WinogradPanel panel(tiles.image.depth);
-  const int64_t planes = tiles.planes(), sums = planes * block.product_plane;
+  const int64_t planes = tiles.planes(), sums = planes * blocking.product_plane;
   const int64_t weights = panel.size(tiles.tile);
   Scratch<float> products((panels.last - panels.first) * sums);
+  const auto rows_of = [&](int64_t xi) {
+    return v + xi * blocking.plane + block.with_plane(xi).begin * blocking.row;
+  };
   const float* b = panels.weights;
   for (int64_t xi = 0; xi < planes; b += panel.plane(tiles.tile, xi), ++xi) {
-    const int64_t begin = count * xi / planes, end = count * (xi + 1) / planes;
+    const int64_t begin = block.all().count * xi / planes,
+                  end = block.all().count * (xi + 1) / planes;
+    const TileBlock::Range range = block.with_plane(xi);
     meanwhile(begin, end);
     for (int64_t p = panels.first; p < panels.last; ++p) {
       const int64_t i = p - panels.first, channel = p * table.nr;
-      for_each_tile(tiles, first + begin, output.stream ? 0 : first + end,
-                    [&](const TilePlace& at) { output.prefetch(tiles, at, channel); });
+      if (!output.stream)
+        block.for_each({begin, end - begin},
+                       [&](const TilePlace& at, int64_t) { output.prefetch(tiles, at, channel); });
       table.panel_product(
-          {.a = v + xi * block.plane,
-           .a_step = block.row,
+          {.a = rows_of(xi),
+           .a_step = blocking.row,
            .b = b + i * weights,
            .depth = tiles.tile.slots(xi) * tiles.image.depth,
-           .c = products.get() + i * sums + xi * block.product_plane,
+           .c = products.get() + i * sums + xi * blocking.product_plane + range.begin * table.nr,
            .c_step = table.nr,
-           .rows = count,
+           .rows = range.count,
            .columns = output.channels - channel,
-           .a_next = far && p + 1 == panels.last ? v + (xi + 1) * block.plane : nullptr});
+           .a_next = far && p + 1 == panels.last ? rows_of(xi + 1) : nullptr});
     }
   }
   for (int64_t p = panels.first; p < panels.last; ++p)
-    put_panel(tiles, block, products.get() + (p - panels.first) * sums, first, count, p, output);
+    put_panel(tiles, blocking, products.get() + (p - panels.first) * sums, block, p, output);
 }
 
 inline int64_t winograd_packed_size(int64_t columns, int64_t depth, const WinogradTile& tile) {
@@ -308,14 +286,16 @@ inline void winograd_pack(const WeightView<float>& view, const WinogradTile& til
 }
 
 // A block of tiles for a task, which goes through all panels.
-inline void winograd_by_blocks(const WinogradTiles& tiles, const WinogradBlocking& block,
+inline void winograd_by_blocks(const WinogradTiles& tiles, const WinogradBlocking& blocking,
                                const WinogradWindows& windows, const float* packed,
                                const WinogradOutput& output) {
   const int64_t panel = WinogradPanel(tiles.image.depth).size(tiles.tile);
-  parallel_tasks(ceil_div(tiles.count(), block.tiles), [&](int64_t b) {
-    const int64_t first = b * block.tiles, count = std::min(block.tiles, tiles.count() - first);
-    Scratch<float> v(tiles.planes() * block.plane);
-    windows.run(tiles, first, count, 0, tiles.image.depth, v.get());
+  parallel_tasks(blocking.count(tiles), [&](int64_t b) {
+    const int64_t first = b * blocking.tiles,
+                  count = std::min(blocking.tiles, tiles.count() - first);
+    const TileBlock block(tiles, first, count);
+    Scratch<float> v(tiles.planes() * blocking.plane);
+    windows.run(block, block.all(), 0, tiles.image.depth, v.get());
     const int64_t panels = output.panels(), depth = tiles.image.depth;
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t from = depth * p / panels, channels = depth * (p + 1) / panels - from;
@@ -323,7 +303,7 @@ inline void winograd_by_blocks(const WinogradTiles& tiles, const WinogradBlockin
         for_each_tile(tiles, first + count + begin, std::min(first + count + end, tiles.count()),
                       [&](const TilePlace& at) { windows.prefetch(tiles, at, from, channels); });
       };
-      multiply_panels(tiles, block, v.get(), {p, p + 1, packed + p * panel}, first, count, output,
+      multiply_panels(tiles, blocking, v.get(), {p, p + 1, packed + p * panel}, block, output,
                       false, next_block);
     }
   });
@@ -332,25 +312,27 @@ inline void winograd_by_blocks(const WinogradTiles& tiles, const WinogradBlockin
 // A few panels of output channels for a task, which goes through all blocks of tiles; the weights,
 // where they come as they are, are transformed on the way, panel by panel, and never leave the
 // cache.
-inline void winograd_by_panels(const WinogradTiles& tiles, const WinogradBlocking& block,
+inline void winograd_by_panels(const WinogradTiles& tiles, const WinogradBlocking& blocking,
                                const WinogradWindows& windows, const float* packed,
                                const WeightView<float>& view, const WinogradOutput& output) {
   constexpr int64_t channels = 64;
   const int64_t depth = tiles.image.depth, panel = WinogradPanel(depth).size(tiles.tile);
-  const int64_t blocks = ceil_div(tiles.count(), block.tiles), each = tiles.planes() * block.plane;
+  const int64_t blocks = blocking.count(tiles), each = tiles.planes() * blocking.plane;
   const int64_t parts = ceil_div(depth, channels);
-  const auto first = [&](int64_t b) { return b * block.tiles; };
-  const auto count = [&](int64_t b) { return std::min(block.tiles, tiles.count() - first(b)); };
+  const auto block_of = [&](int64_t b) {
+    const int64_t first = b * blocking.tiles;
+    return TileBlock(tiles, first, std::min(blocking.tiles, tiles.count() - first));
+  };
   // Of a few tiles the weights alone are as much as a core can wait for.
-  const bool far = blocks * each * int64_t{sizeof(float)} > l2_bytes() && block.tiles >= 56;
+  const bool far = blocks * each * int64_t{sizeof(float)} > l2_bytes() && blocking.tiles >= 56;
   Scratch<float> v(blocks * each);
   parallel_tasks(blocks * parts, [&](int64_t task) {
     const int64_t b = task / parts, from = task % parts * channels;
-    windows.run(tiles, first(b), count(b), from, std::min(channels, depth - from),
-                v.get() + b * each);
+    const TileBlock block = block_of(b);
+    windows.run(block, block.all(), from, std::min(channels, depth - from), v.get() + b * each);
   });
   const int64_t panels = output.panels();
-  const int64_t at_once = packed ? block.panels_at_once(tiles, panels) : 1;
+  const int64_t at_once = packed ? blocking.panels_at_once(tiles, panels) : 1;
   parallel_tasks(ceil_div(panels, at_once), [&](int64_t task) {
     const int64_t p = task * at_once;
     Scratch<float> transformed(packed ? 0 : panel);
@@ -358,7 +340,7 @@ inline void winograd_by_panels(const WinogradTiles& tiles, const WinogradBlockin
     const WinogradPanels some{p, std::min(p + at_once, panels),
                               packed ? packed + p * panel : transformed.get()};
     for (int64_t b = 0; b < blocks; ++b)
-      multiply_panels(tiles, block, v.get() + b * each, some, first(b), count(b), output, far,
+      multiply_panels(tiles, blocking, v.get() + b * each, some, block_of(b), output, far,
                       [](int64_t, int64_t) {});
   });
 }

@@ -33,7 +33,10 @@ class WinogradWeightGrad {
                .dx = 0,
                .rows = tile.output_rows(),
                .columns = tile.output_columns(),
+               .end_rows = tiles_.end_rows(),
+               .end_columns = tiles_.end_columns(),
                .transform = winograd_transforms(tile).grad,
+               .of_ends = tiles_.ends() ? tiles_.ends()->grad : nullptr,
                .row = k_row_,
                .plane = winograd_plane(block_ * k_row_)} {}
 
@@ -57,24 +60,27 @@ class WinogradWeightGrad {
     return std::min(std::max(fit, least), tiles_.count());
   }
 
-  void transform(int64_t first, int64_t count, float* v, float* g) const {
+  void transform(const TileBlock& block, float* v, float* g) const {
     constexpr int64_t few = 8;
+    const int64_t count = block.all().count;
     parallel_tasks(ceil_div(count, few), [&](int64_t i) {
-      const int64_t from = i * few, some = std::min(few, count - from);
-      inputs_.run(tiles_, first + from, some, 0, depth_, v + from * c_row_);
-      grads_.run(tiles_, first + from, some, 0, k_, g + from * k_row_);
+      const int64_t from = i * few;
+      const TileBlock::Range some{from, std::min(few, count - from)};
+      inputs_.run(block, some, 0, depth_, v + from * c_row_);
+      grads_.run(block, some, 0, k_, g + from * k_row_);
     });
   }
 
   // sums of channels [k, k + rows) in plane xi, put in or added to c[row][columns].
-  void multiply(int64_t xi, int64_t k, int64_t rows, int64_t count, bool add, const float* v,
-                const float* g, float* c) const {
+  void multiply(int64_t xi, int64_t k, int64_t rows, const TileBlock& block, bool add,
+                const float* v, const float* g, float* c) const {
+    const TileBlock::Range some = block.with_plane(xi);
     winograd().outer_product(
-        {.a = g + xi * grads_.plane + k,
+        {.a = g + xi * grads_.plane + some.begin * k_row_ + k,
          .a_step = k_row_,
-         .b = v + xi * inputs_.plane,
+         .b = v + xi * inputs_.plane + some.begin * c_row_,
          .b_step = c_row_,
-         .depth = count,
+         .depth = some.count,
          .c = c,
          .c_step = columns_,
          .rows = rows,
@@ -94,7 +100,8 @@ class WinogradWeightGrad {
 
   void by_channels(float* v, float* g, float* dw) const {
     constexpr int64_t cache = int64_t{512} << 10;
-    transform(0, tiles_.count(), v, g);
+    const TileBlock block(tiles_, 0, tiles_.count());
+    transform(block, v, g);
     const int64_t mr = winograd().mr, fit = cache / (tiles_.planes() * columns_ * kFloat);
     const int64_t rows = std::clamp(fit / mr * mr, mr, round_up(k_, mr));
     const int64_t plane = winograd_plane(rows * columns_);
@@ -102,7 +109,7 @@ class WinogradWeightGrad {
       const int64_t k = i * rows, some = std::min(rows, k_ - k);
       Scratch<float> products(tiles_.planes() * plane);
       for (int64_t xi = 0; xi < tiles_.planes(); ++xi)
-        multiply(xi, k, some, tiles_.count(), false, v, g, products.get() + xi * plane);
+        multiply(xi, k, some, block, false, v, g, products.get() + xi * plane);
       for (int64_t r = 0; r < some; ++r) finish(products.get() + r * columns_, plane, k + r, dw);
     });
   }
@@ -111,10 +118,10 @@ class WinogradWeightGrad {
     const int64_t plane = winograd_plane(k_ * columns_);
     Scratch<float> products(tiles_.planes() * plane);
     for (int64_t first = 0; first < tiles_.count(); first += block_) {
-      const int64_t count = std::min(block_, tiles_.count() - first);
-      transform(first, count, v, g);
+      const TileBlock block(tiles_, first, std::min(block_, tiles_.count() - first));
+      transform(block, v, g);
       parallel_tasks(tiles_.planes(), [&](int64_t xi) {
-        multiply(xi, 0, k_, count, first > 0, v, g, products.get() + xi * plane);
+        multiply(xi, 0, k_, block, first > 0, v, g, products.get() + xi * plane);
       });
     }
     parallel_tasks(k_, [&](int64_t k) { finish(products.get() + k * columns_, plane, k, dw); });

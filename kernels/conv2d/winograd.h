@@ -36,6 +36,14 @@ struct WinogradTransforms {
                       int64_t tap);
 };
 
+// The transforms of tiles of 4 × 4 outputs and 3 × 3 taps at the ends of lines, where they have
+// fewer outputs, which fewer points give: by kind (winograd_tile.h) less one.
+struct WinogradEnds {
+  decltype(WinogradTransforms::input) input[3];
+  decltype(WinogradTransforms::output) output[3];
+  decltype(WinogradTransforms::grad) grad[3];
+};
+
 // c[i][j] = Σ_k a[i][k] · b[k][j] for i < rows, j < columns. b is a dense panel of nr columns; the
 // one that follows it comes into cache meanwhile, as a whole or in part.
 struct PanelProduct {
@@ -79,8 +87,13 @@ struct WinogradTable {
   }
 };
 
-NNARCH_PER_ISA(const WinogradTable& winograd_table();)
+NNARCH_PER_ISA(const WinogradTable& winograd_table();
+               const WinogradEnds& winograd_ends_table(int64_t outputs);)
 
 inline const WinogradTable& winograd() { return NNARCH_SELECT(winograd_table()); }
+// Of ends with 1, 2 or 3 outputs.
+inline const WinogradEnds& winograd_ends(int64_t outputs) {
+  return NNARCH_SELECT(winograd_ends_table(outputs));
+}
 
 }  // namespace nnarch

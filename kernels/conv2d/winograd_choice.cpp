@@ -47,12 +47,14 @@ GridImage<float> image_of(const ConvWork& w) {
 double winograd_cost(const ConvWork& w, const WinogradTile& tile) {
   const GridImage<float> image = image_of(w);
   const WinogradTiles tiles{image, tile};
-  const double inputs = double(tile.values()), planes = double(tile.planes());
-  const double rows = winograd_height(tiles, w.columns, w.packed), count = double(tiles.count());
-  const double weights = inputs * double(w.depth) * vectors(w.columns);
+  const double inputs = double(tiles.values());
+  const double outputs = inputs * double(tile.planes()) / double(tile.values());
+  const double pairs = double(w.depth) * vectors(w.columns),
+               weights = double(tile.values()) * pairs;
+  const double rows = winograd_height(tiles, w.columns, w.packed);
   const double step = std::max(1.0, kLeastRowTile / (2 * rows));
-  const double products = count * weights * kProduct * step;
-  const double values = count * (inputs * vectors(w.depth) + planes * vectors(w.columns));
+  const double products = inputs * pairs * kProduct * step;
+  const double values = inputs * vectors(w.depth) + outputs * vectors(w.columns);
   const double lanes = double(winograd().nr / 2), bytes = weights * lanes * sizeof(float);
   const double read = w.packed ? read_cost(bytes, lanes) : 0;
   const double passes = double(winograd_passes(tiles, w.columns, w.packed));
@@ -73,10 +75,12 @@ double direct_weight_grad_cost(const ConvWork& w) {
 double winograd_weight_grad_cost(const ConvWork& w, const WinogradTile& tile) {
   const GridImage<float> image = image_of(w);
   const WinogradTiles tiles{image, tile};
-  const double inputs = double(tile.values()), planes = double(tile.planes());
-  const double sums = inputs * double(w.columns) * vectors(w.depth), count = double(tiles.count());
-  const double values = count * (inputs * vectors(w.depth) + planes * vectors(w.columns));
-  return sums * (count * kGradProduct + grad_back()) + values * kTransform + kCall;
+  const double inputs = double(tiles.values());
+  const double outputs = inputs * double(tile.planes()) / double(tile.values());
+  const double pairs = double(w.columns) * vectors(w.depth);
+  const double values = inputs * vectors(w.depth) + outputs * vectors(w.columns);
+  return pairs * (inputs * kGradProduct + double(tile.values()) * grad_back()) +
+         values * kTransform + kCall;
 }
 
 // The tile of least cost, or 0 for the direct product.

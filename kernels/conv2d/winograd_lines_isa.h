@@ -22,35 +22,42 @@ struct ScalarOf<Vec<double>> {
 template <class X>
 using Scalar = typename ScalarOf<X>::Type;
 
-template <int M, int R>
-struct InputMatrix {
-  static constexpr int rows = M + R - 1, columns = M + R - 1;
-  static constexpr double at(int i, int j) { return kWinograd<M, R>.input[i][j]; }
+// The matrices of Winograd<M, R, S>, and where the points lie among all.
+template <int M, int R, int S>
+struct Points {
+  static constexpr int points = Winograd<M, R, S>::points;
+  static constexpr int point(int i) { return Winograd<M, R, S>::point(i); }
+};
+template <int M, int R, int S = M>
+struct InputMatrix : Points<M, R, S> {
+  static constexpr int rows = S + R - 1, columns = S + R - 1;
+  static constexpr double at(int i, int j) { return kWinograd<M, R, S>.input[i][j]; }
+};
+template <int M, int R, int S = M>
+struct GradMatrix : Points<M, R, S> {
+  static constexpr int rows = S + R - 1, columns = S;
+  static constexpr double at(int i, int j) { return kWinograd<M, R, S>.weight_of_grad[i][j]; }
 };
 template <int M, int R>
-struct GradMatrix {
-  static constexpr int rows = M + R - 1, columns = M;
-  static constexpr double at(int i, int j) { return kWinograd<M, R>.weight_of_grad[i][j]; }
-};
-template <int M, int R>
-struct WeightMatrix {
+struct WeightMatrix : Points<M, R, M> {
   static constexpr int rows = M + R - 1, columns = R;
   static constexpr double at(int i, int j) { return kWinograd<M, R>.weight[i][j]; }
 };
-template <int M, int R>
-struct OutputMatrix {
-  static constexpr int rows = M, columns = M + R - 1;
-  static constexpr double at(int i, int j) { return kWinograd<M, R>.output[j][i]; }
+template <int M, int R, int S = M>
+struct OutputMatrix : Points<M, R, S> {
+  static constexpr int rows = S, columns = S + R - 1;
+  static constexpr double at(int i, int j) { return kWinograd<M, R, S>.output[j][i]; }
 };
 template <int M, int R>
-struct WeightGradMatrix {
+struct WeightGradMatrix : Points<M, R, M> {
   static constexpr int rows = R, columns = M + R - 1;
   static constexpr double at(int i, int j) { return kWinograd<M, R>.output_of_grad[j][i]; }
 };
 
 // Of one tap and one output, which are not transformed.
 struct NoMatrix {
-  static constexpr int rows = 1, columns = 1;
+  static constexpr int rows = 1, columns = 1, points = 1;
+  static constexpr int point(int) { return 0; }
   static constexpr double at(int, int) { return 1; }
 };
 

@@ -62,20 +62,25 @@ struct WinogradPoints<6, 3> {
   static constexpr double at[] = {0, 0.5, -0.5, 1, -1, 2, -2};
 };
 
-// Row i of each matrix belongs to point i, the last one to infinity.
-template <int M, int R>
+// Row i of each matrix belongs to point i, the last one to infinity. The tile at the end of a line
+// may have fewer outputs, S of M: then it takes the first S + R − 2 finite points and infinity, and
+// the weights of M outputs: what divides these more than it should multiplies the input.
+template <int M, int R, int S = M>
 struct Winograd {
-  static constexpr int outputs = M, taps = R, size = M + R - 1;
+  static constexpr int outputs = S, taps = R, size = S + R - 1;
+  // Points of all M outputs, and which of them is the tile's i-th.
+  static constexpr int points = M + R - 1;
+  static constexpr int point(int i) { return i == size - 1 ? points - 1 : i; }
 
   double input[size][size] = {};           // Bᵀ
   double weight[size][taps] = {};          // G: of a filter of R taps
-  double output[size][M] = {};             // A: to m outputs
-  double weight_of_grad[size][M] = {};     // G of m taps: the gradient as a filter over the input
+  double output[size][S] = {};             // A: to S outputs
+  double weight_of_grad[size][S] = {};     // G of S taps: the gradient as a filter over the input
   double output_of_grad[size][taps] = {};  // A to R outputs: the gradient of the filter
 
   constexpr Winograd() {
     constexpr int n = size - 1;
-    const auto& point = WinogradPoints<M, R>::at;
+    const auto& at = WinogradPoints<M, R>::at;
     for (int i = 0; i <= n; ++i) {
       double scale = 1;  // Π (p_i − p_j), which divides G
       int degree = 0;
@@ -83,13 +88,17 @@ struct Winograd {
       for (int j = 0; j < n; ++j) {  // input[i] *= (x − p_j)
         if (j == i) continue;
         for (int d = ++degree; d >= 0; --d)
-          input[i][d] = (d > 0 ? input[i][d - 1] : 0) - point[j] * input[i][d];
-        if (i < n) scale *= point[i] - point[j];
+          input[i][d] = (d > 0 ? input[i][d - 1] : 0) - at[j] * input[i][d];
+        if (i < n) scale *= at[i] - at[j];
       }
-      powers(i, output[i], M, 1);
+      for (int j = n; j < points - 1 && i < n; ++j) {
+        for (int d = 0; d <= n; ++d) input[i][d] *= at[i] - at[j];
+        scale *= at[i] - at[j];
+      }
+      powers(i, output[i], S, 1);
       powers(i, output_of_grad[i], taps, 1);
       powers(i, weight[i], taps, scale);
-      powers(i, weight_of_grad[i], M, scale);
+      powers(i, weight_of_grad[i], S, scale);
     }
   }
 
@@ -105,7 +114,7 @@ struct Winograd {
   }
 };
 
-template <int M, int R>
-inline constexpr Winograd<M, R> kWinograd{};
+template <int M, int R, int S = M>
+inline constexpr Winograd<M, R, S> kWinograd{};
 
 }  // namespace nnarch

@@ -8,7 +8,8 @@ namespace {
 
 template <class Matrix>
 struct Transposed {
-  static constexpr int rows = Matrix::columns, columns = Matrix::rows;
+  static constexpr int rows = Matrix::columns, columns = Matrix::rows, points = Matrix::points;
+  static constexpr int point(int i) { return Matrix::point(i); }
   static constexpr double at(int i, int j) { return Matrix::at(j, i); }
 };
 

@@ -33,6 +33,12 @@ struct WinogradTile {
   // The products of a pair of channels.
   constexpr int64_t values() const { return all_points(rows) * all_points(columns); }
 
+  // Whether the last tile of a line may have fewer outputs, and the points that it then takes.
+  constexpr bool has_ends() const { return m == 4 && rows == 3 && columns == 3 && stride == 1; }
+  constexpr bool end_has(int64_t outputs, int64_t point) const {
+    return point < outputs + 1 || point == m + 1;
+  }
+
   constexpr int64_t slots(int64_t plane) const {
     return phases_at(rows, plane / point_columns()) * phases_at(columns, plane % point_columns());
   }

@@ -50,10 +50,15 @@ NNARCH_INLINE void transform_tile(const Get& get, const Put& put) {
 template <class Rows, class Columns, class Load>
 NNARCH_INLINE void spread_tile(const float* const* pixels, float* planes, int64_t plane,
                                const Load& load_pixel) {
+  int at = 0;  // known at compile time, as i and j are
   transform_tile<Rows, Columns, V>(
       [&](int i, int j)
           NNARCH_INLINE_LAMBDA { return load_pixel(pixels[i * Columns::columns + j]); },
-      [&](int, int, V v) NNARCH_INLINE_LAMBDA { store(planes, v), planes += plane; });
+      [&](int i, int j, V v) NNARCH_INLINE_LAMBDA {
+        const int xi = Rows::point(i) * Columns::points + Columns::point(j);
+        planes += (xi - at) * plane, at = xi;
+        store(planes, v);
+      });
 }
 
 template <class Rows, class Columns>
@@ -68,9 +73,9 @@ void spread_channels(const float* const* pixels, int64_t channels, float* planes
                                [&](const float* p) { return load_n(p + c, channels - c); });
 }
 
-template <int... I>
-NNARCH_INLINE void load_rows(Indices<I...>, const EvenRows<float>& from, V* to) {
-  ((to[I] = load(from.row<I>())), ...);
+template <class Matrix, int... I>
+NNARCH_INLINE void load_points(Indices<I...>, const EvenRows<float>& from, V* to) {
+  ((to[I] = load(from.row<Matrix::point(I)>())), ...);
 }
 
 // finish(i, line) for every row of Rows · planes · Columnsᵀ.
@@ -78,10 +83,11 @@ template <class Rows, class Columns, class Finish>
 NNARCH_INLINE void collect_tile(const float* planes, int64_t plane, const Finish& finish) {
   V middle[Rows::rows][Columns::columns];
   // 36 offsets of their own were spilled: 83 → 40 ns.
-  EvenRows<float> column(planes, Columns::columns * plane);
-  for (int j = 0; j < Columns::columns; ++j, column.next(plane)) {
+  EvenRows<float> column(planes, Columns::points * plane);
+  for (int j = 0; j < Columns::columns; ++j) {
     V d[Rows::columns], line[Rows::rows];
-    load_rows(MakeIndices<Rows::columns>{}, column, d);
+    load_points<Rows>(MakeIndices<Rows::columns>{}, column, d);
+    column.next((Columns::point(j + 1) - Columns::point(j)) * plane);
     collect<Rows>(d, line);
     for (int i = 0; i < Rows::rows; ++i) middle[i][j] = line[i];
   }
@@ -160,36 +166,46 @@ void weight_grad_channels(const float* planes, int64_t plane, int64_t, int64_t c
 template <class Rows, class Columns>
 void weight_panel(const float* packed, int64_t channels, float* values, int64_t slot, int64_t gap) {
   using Half = Vec<double>;
+  constexpr int r = Rows::columns, t = Rows::rows;
   const int64_t tap = channels * 2 * kWidth, plane = slot + gap;
   for (int64_t at = 0; at < tap; at += kWidth) {
-    Half low[Rows::rows][Columns::rows];
-    const auto from = [&](int i, int j) { return packed + at + (i * Columns::columns + j) * tap; };
-    transform_tile<Rows, Columns, Half>(
-        [&](int i, int j) NNARCH_INLINE_LAMBDA { return to_double(from(i, j)); },
-        [&](int i, int j, Half v) NNARCH_INLINE_LAMBDA { low[i][j] = v; });
-    float* to = values + at;
-    transform_tile<Rows, Columns, Half>(
-        [&](int i, int j) NNARCH_INLINE_LAMBDA { return to_double(from(i, j) + kWidth / 2); },
-        [&](int i, int j, Half v)
-            NNARCH_INLINE_LAMBDA { store(to, rounded(low[i][j], v)), to += plane; });
+    Half low[t][Columns::columns], high[t][Columns::columns];
+    for (int j = 0; j < Columns::columns; ++j) {
+      Half w0[r], w1[r], line0[t], line1[t];
+      for (int i = 0; i < r; ++i) {
+        w0[i] = to_double(packed + at + (Columns::columns * i + j) * tap);
+        w1[i] = to_double(packed + at + (Columns::columns * i + j) * tap + kWidth / 2);
+      }
+      spread<Rows>(w0, line0);
+      spread<Rows>(w1, line1);
+      for (int i = 0; i < t; ++i) low[i][j] = line0[i], high[i][j] = line1[i];
+    }
+    for (int i = 0; i < t; ++i) {
+      Half line0[Columns::rows], line1[Columns::rows];
+      spread<Columns>(low[i], line0);
+      spread<Columns>(high[i], line1);
+      for (int j = 0; j < Columns::rows; ++j)
+        store(values + (i * Columns::rows + j) * plane + at, rounded(line0[j], line1[j]));
+    }
   }
 }
 
 // Of m outputs by R taps in rows and S in columns; by one tap nothing is transformed. Those of the
 // forward pass alone, and with the weight's gradient.
-template <template <int, int> class Matrix, int M, int R>
-using OfTaps = std::conditional_t<R == 1, NoMatrix, Matrix<M, R>>;
+template <int R, class Matrix>
+using OfTaps = std::conditional_t<R == 1, NoMatrix, Matrix>;
 template <int M, int R, int S = R>
 constexpr WinogradTransforms forward_transforms = {
-    spread_channels<OfTaps<InputMatrix, M, R>, OfTaps<InputMatrix, M, S>>,
-    weight_panel<OfTaps<WeightMatrix, M, R>, OfTaps<WeightMatrix, M, S>>,
-    output_channels<OfTaps<OutputMatrix, M, R>, OfTaps<OutputMatrix, M, S>>, nullptr, nullptr};
+    spread_channels<OfTaps<R, InputMatrix<M, R>>, OfTaps<S, InputMatrix<M, S>>>,
+    weight_panel<OfTaps<R, WeightMatrix<M, R>>, OfTaps<S, WeightMatrix<M, S>>>,
+    output_channels<OfTaps<R, OutputMatrix<M, R>>, OfTaps<S, OutputMatrix<M, S>>>, nullptr,
+    nullptr};
 template <int M, int R, int S = R>
 constexpr WinogradTransforms all_transforms = {
     forward_transforms<M, R, S>.input, forward_transforms<M, R, S>.weight,
     forward_transforms<M, R, S>.output,
-    spread_channels<OfTaps<GradMatrix, M, R>, OfTaps<GradMatrix, M, S>>,
-    weight_grad_channels<OfTaps<WeightGradMatrix, M, R>, OfTaps<WeightGradMatrix, M, S>>};
+    spread_channels<OfTaps<R, GradMatrix<M, R>>, OfTaps<S, GradMatrix<M, S>>>,
+    weight_grad_channels<OfTaps<R, WeightGradMatrix<M, R>>, OfTaps<S, WeightGradMatrix<M, S>>>};
 
 }  // namespace
 }  // namespace nnarch::NNARCH_ISA

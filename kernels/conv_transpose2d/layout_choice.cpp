@@ -48,12 +48,12 @@ Cost winograd_cost(const TransposedShape& p, const TransposedPhase& rows,
   image.n = p.n, image.grid_h = rows.count, image.grid_w = columns.count;
   image.depth = p.group_c();
   const WinogradTiles tiles{image, tile};
-  const double planes = double(tiles.planes()), count = double(tiles.count());
-  const double height = winograd_height(tiles, p.group_k(), true);
-  const double weights = planes * double(p.group_c()) * vectors(p.group_k());
+  const double inputs = double(tiles.values()), height = winograd_height(tiles, p.group_k(), true);
+  const double pairs = double(p.group_c()) * vectors(p.group_k());
+  const double weights = double(tile.values()) * pairs;
   const double step = std::max(1.0, kLeastRowTile / (2 * height));
-  const double values = count * planes * (vectors(p.group_c()) + vectors(p.group_k()));
-  return {count * weights * kProduct * step + values * kTransform + kStages,
+  const double values = inputs * (vectors(p.group_c()) + vectors(p.group_k()));
+  return {inputs * pairs * kProduct * step + values * kTransform + kStages,
           weights * kPackTransformed, weights * lanes() * sizeof(float)};
 }
 

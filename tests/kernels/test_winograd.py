@@ -12,6 +12,7 @@ import nnarch
 from nnarch import functional as F
 from nnarch import library, nn
 from nnarch.kernels.conv2d.geometry import padding_of
+from nnarch.kernels.conv2d.op import weight_grad
 
 pytestmark = pytest.mark.skipif(
     library.native is None, reason="only the native kernels have Winograd"
@@ -33,6 +34,10 @@ SHAPES = [
     (1, 300, 5, 4, 17, "same", 1),  # a sum in two parts
     (5, 24, 28, 31, 16, 1, 1),  # several blocks of tiles
     (1, 17, 1, 2, 33, 1, 1),
+    (3, 24, 14, 14, 33, 1, 1),  # tiles at the ends of both, of columns, of rows
+    (2, 20, 13, 9, 40, 1, 1),
+    (9, 16, 10, 12, 20, 1, 1),
+    (2, 40, 12, 7, 18, 1, 1),
 ]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 tiles = pytest.mark.parametrize("tile", TILES)
@@ -106,11 +111,14 @@ def test_default_error_bound(channels, size):
 
 
 GRADIENT_SHAPES = [s for s in SHAPES if s[2] > 4]
+# Large enough for Winograd in the gradient of the weight, with ends of every size.
+TRAINED = [(2, 64, 29, 27, 72, 1, 1), (8, 64, 14, 14, 64, 1, 1), (7, 64, 13, 13, 72, 1, 1)]
+TRAINED += [(16, 64, 7, 7, 64, 1, 1), (4, 64, 14, 20, 64, 1, 1), (5, 64, 16, 15, 80, 1, 1)]
 
 
 @pytest.mark.parametrize("precision_level", ["high", "medium"])
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
-@pytest.mark.parametrize("shape", [*GRADIENT_SHAPES, (2, 64, 29, 27, 72, 1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [*GRADIENT_SHAPES, *TRAINED], ids=str)
 def test_gradients(shape, memory_format, precision_level):
     nnarch.set_precision(precision_level)
     x, weight, bias = tensors(shape, memory_format)
@@ -133,6 +141,20 @@ def test_gradients_run_by_winograd():
     with nnarch.trace() as record:
         y.sum().backward()
     assert {entry.algorithm for entry in record} == {"winograd_4x4", "winograd_weight_grad"}
+
+
+@pytest.mark.parametrize("shape", TRAINED, ids=str)
+def test_weight_gradients_run_by_winograd(shape):
+    needs_poison()
+    x, weight, _ = tensors(shape)
+    grad = torch.randn(shape[0], shape[4], *shape[2:4])
+
+    def gradient():
+        return weight_grad(grad, x, tuple(weight.shape), (1, 1), (1, 1, 1, 1), (1, 1), 1)
+
+    with nnarch.trace() as record:
+        assert torch.equal(on_fresh_memory(gradient), gradient())
+    assert {entry.algorithm for entry in record} == {"winograd_weight_grad"}
 
 
 def test_double_backward():
