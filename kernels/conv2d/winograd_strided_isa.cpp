@@ -88,21 +88,12 @@ void phases_weight(const float* packed, int64_t count, float* values, const int6
       __builtin_prefetch(ahead[i], 0, 2);
     for_phases<M, R>([&](auto phase) NNARCH_INLINE_LAMBDA {
       using P = decltype(phase);
-      using Rows = WeightMatrix<M, P::taps_y>;
-      using Columns = WeightMatrix<M, P::taps_x>;
-      Vec<double> low[P::rows][P::columns];
-      transform_tile<Rows, Columns, Vec<double>>(
-          [&](int i, int j)
-              NNARCH_INLINE_LAMBDA { return to_double(packed + P::tap(i, j) * tap + w); },
-          [&](int i, int j, Vec<double> v) NNARCH_INLINE_LAMBDA { low[i][j] = v; });
-      transform_tile<Rows, Columns, Vec<double>>(
-          [&](int i, int j) NNARCH_INLINE_LAMBDA {
-            return to_double(packed + P::tap(i, j) * tap + w + kWidth / 2);
-          },
-          [&](int i, int j, Vec<double> v) NNARCH_INLINE_LAMBDA {
+      transform_halves<WeightMatrix<M, P::taps_y>, WeightMatrix<M, P::taps_x>>(
+          [&](int i, int j) NNARCH_INLINE_LAMBDA { return packed + P::tap(i, j) * tap + w; },
+          [&](int i, int j, V v) NNARCH_INLINE_LAMBDA {
             float* const to = values + at[P::value(i, j)] + w;
             __builtin_prefetch(to + 8 * kWidth, 1, 2);
-            store(to, rounded(low[i][j], v));
+            store(to, v);
           });
     });
   }

@@ -161,33 +161,39 @@ void weight_grad_channels(const float* planes, int64_t plane, int64_t, int64_t c
     });
 }
 
-// In double: these values are rounded once and used in every product. Whole vectors are written at
-// once: half a line to each of 36 planes, and the first would have left L1 before its other half.
+// put(i, j, v) for every v of Rows · d · Columnsᵀ, with the vectors d[i][j] at from(i, j). In
+// double: values of a weight are rounded once and used in every product.
+template <class Rows, class Columns, class From, class Put>
+NNARCH_INLINE void transform_halves(const From& from, const Put& put) {
+  using Half = Vec<double>;
+  Half low[Rows::rows][Columns::columns], high[Rows::rows][Columns::columns];
+  for (int j = 0; j < Columns::columns; ++j) {
+    Half d0[Rows::columns], d1[Rows::columns], line0[Rows::rows], line1[Rows::rows];
+    for (int i = 0; i < Rows::columns; ++i)
+      d0[i] = to_double(from(i, j)), d1[i] = to_double(from(i, j) + kWidth / 2);
+    spread<Rows>(d0, line0);
+    spread<Rows>(d1, line1);
+    for (int i = 0; i < Rows::rows; ++i) low[i][j] = line0[i], high[i][j] = line1[i];
+  }
+  for (int i = 0; i < Rows::rows; ++i) {
+    Half line0[Columns::rows], line1[Columns::rows];
+    spread<Columns>(low[i], line0);
+    spread<Columns>(high[i], line1);
+    for (int j = 0; j < Columns::rows; ++j) put(i, j, rounded(line0[j], line1[j]));
+  }
+}
+
+// Whole vectors are written at once: half a line to each of 36 planes, and the first would have
+// left L1 before its other half.
 template <class Rows, class Columns>
 void weight_panel(const float* packed, int64_t channels, float* values, int64_t slot, int64_t gap) {
-  using Half = Vec<double>;
-  constexpr int r = Rows::columns, t = Rows::rows;
   const int64_t tap = channels * 2 * kWidth, plane = slot + gap;
-  for (int64_t at = 0; at < tap; at += kWidth) {
-    Half low[t][Columns::columns], high[t][Columns::columns];
-    for (int j = 0; j < Columns::columns; ++j) {
-      Half w0[r], w1[r], line0[t], line1[t];
-      for (int i = 0; i < r; ++i) {
-        w0[i] = to_double(packed + at + (Columns::columns * i + j) * tap);
-        w1[i] = to_double(packed + at + (Columns::columns * i + j) * tap + kWidth / 2);
-      }
-      spread<Rows>(w0, line0);
-      spread<Rows>(w1, line1);
-      for (int i = 0; i < t; ++i) low[i][j] = line0[i], high[i][j] = line1[i];
-    }
-    for (int i = 0; i < t; ++i) {
-      Half line0[Columns::rows], line1[Columns::rows];
-      spread<Columns>(low[i], line0);
-      spread<Columns>(high[i], line1);
-      for (int j = 0; j < Columns::rows; ++j)
-        store(values + (i * Columns::rows + j) * plane + at, rounded(line0[j], line1[j]));
-    }
-  }
+  for (int64_t at = 0; at < tap; at += kWidth)
+    transform_halves<Rows, Columns>(
+        [&](int i, int j)
+            NNARCH_INLINE_LAMBDA { return packed + at + (i * Columns::columns + j) * tap; },
+        [&](int i, int j, V v)
+            NNARCH_INLINE_LAMBDA { store(values + (i * Columns::rows + j) * plane + at, v); });
 }
 
 // Of m outputs by R taps in rows and S in columns; by one tap nothing is transformed. Those of the
