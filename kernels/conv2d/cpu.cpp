@@ -146,8 +146,8 @@ Tensor conv2d_pack(const Tensor& weight_in, int64_t groups, int64_t code) {
   const WinogradTile tile = tile_of_code(code, size[2], size[3]);
   require(
       code == 0 || (winograd_serves(tile, size[1]) && weight.scalar_type() == ScalarType::Float),
-      "conv2d_pack: tile must be 0, or in float32 for 3x3 2, 4, 5, 6 or, where 16 divides the "
-      "input channels, 22, 23, 24, for 5x5 2, and for 1x3 and 3x1 2 or 4");
+      "conv2d_pack: tile must be 0, or in float32 for 3x3 2, 4, 5, 6, for 5x5 2, for 1x3 and 3x1 "
+      "2 or 4, and but for 5x5, where 16 divides the input channels, 22, 23 or 24");
   ConvShape p{};  // packing asks for nothing but the weight's sizes
   p.c = size[1] * groups, p.k = size[0], p.r = size[2], p.s = size[3], p.groups = groups;
   return with_scalar_type(weight.scalar_type(), "conv2d_pack", [&](auto scalar) {
@@ -166,7 +166,7 @@ struct ConvArguments {
 // Signals are read as they lie, unless Winograd saves more than bringing them to channels_last and
 // back costs.
 bool runs_as_signal(const Tensor& x, const ConvShape& p) {
-  constexpr int64_t wide = 48;
+  const int64_t wide = p.stride_w > 1 ? 128 : 48;
   if (!signal_serves(p) || !x.is_contiguous() || StayChannelsLast::holds()) return false;
   const bool is_double = x.scalar_type() == ScalarType::Double;
   return is_double || std::min(p.c, p.k) < wide || forward_tile<float>(p, true).m == 0;

@@ -41,7 +41,8 @@ void prefetch_line(const float* p, int64_t count) {
 // V[xi][tile][slot][channel].
 struct WinogradWindows {
   const GridImage<float>& image;
-  int64_t step, dy, dx;  // a tile's window begins at step · (its first output) + (dy, dx)
+  // A tile's window begins at its first output times these, and then (dy, dx) away.
+  int64_t row_step, column_step, dy, dx;
   // Of a window, and of one at the end of a column or row.
   int64_t rows, columns, end_rows, end_columns;
   decltype(WinogradTransforms::input) transform;
@@ -59,7 +60,7 @@ struct WinogradWindows {
     block.for_each(range, [&](const TilePlace& at, int64_t kind) {
       const float* base = image.data + at.image * image.h * image.w * image.pixel + from;
       const float** next = pixels;
-      const int64_t top = at.y * step + dy, left = at.x * step + dx;
+      const int64_t top = at.y * row_step + dy, left = at.x * column_step + dx;
       const int64_t y_end = top + (kind & 2 ? end_rows : rows);
       const int64_t x_end = left + (kind & 1 ? end_columns : columns);
       for (int64_t y = top; y < y_end; ++y)
@@ -76,9 +77,9 @@ struct WinogradWindows {
   void prefetch(const WinogradTiles& tiles, const TilePlace& at, int64_t from,
                 int64_t channels) const {
     const float* base = image.data + at.image * image.h * image.w * image.pixel + from;
-    const int64_t top = at.y * step, left = at.x * step;
-    const int64_t y_end = std::min(top + tiles.tile.output_rows() * step, image.h),
-                  x_end = std::min(left + tiles.tile.output_columns() * step, image.w);
+    const int64_t top = at.y * row_step, left = at.x * column_step;
+    const int64_t y_end = std::min(top + tiles.tile.output_rows() * row_step, image.h),
+                  x_end = std::min(left + tiles.tile.output_columns() * column_step, image.w);
     for (int64_t y = top; y < y_end; ++y)
       for (int64_t x = left; x < x_end; ++x)
         prefetch_line<false>(base + (y * image.w + x) * image.pixel, channels);
@@ -89,7 +90,8 @@ inline WinogradWindows input_windows(const WinogradTiles& tiles, int64_t row, in
   const Tap& corner = tiles.image.taps.front();
   const WinogradTile& tile = tiles.tile;
   return {.image = tiles.image,
-          .step = tile.stride,
+          .row_step = tile.row_step(),
+          .column_step = tile.column_step(),
           .dy = corner.dy,
           .dx = corner.dx,
           .rows = tile.window_rows(),

@@ -217,7 +217,7 @@ def _check_pack(weight: Tensor, groups: int, tile: int) -> None:
     tiles = (0,)
     if weight.dtype != torch.float64:
         tiles += next((t for kernel, t in _TILES.items() if weight.shape[2:] == kernel), ())
-        if weight.shape[2:] == (3, 3) and weight.shape[1] % 16 == 0:
+        if len(tiles) > 2 and weight.shape[1] % 16 == 0:  # three taps a side
             tiles += _STRIDED_TILES
     if tile not in tiles:
         raise ValueError(

@@ -107,8 +107,9 @@ bool winograd_serves(const WinogradTile& tile, int64_t depth) {
   const int64_t m = tile.m, least = std::min(tile.rows, tile.columns);
   if (std::max(tile.rows, tile.columns) != 3)
     return tile.rows == 5 && tile.columns == 5 && tile.stride == 1 && m == 2;
-  if (tile.stride == 2) return least == 3 && m >= 2 && m <= 4 && depth % 16 == 0;
-  if (tile.stride != 1 || least == 2 || m == 3) return false;
+  if (least == 2) return false;
+  if (tile.stride == 2) return m >= 2 && m <= 4 && depth % 16 == 0;
+  if (tile.stride != 1 || m == 3) return false;
   return m >= 2 && m <= (least == 1 ? 4 : 6);
 }
 

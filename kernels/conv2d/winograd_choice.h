@@ -2,6 +2,7 @@
 // which tile.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <iterator>
 #include <optional>
@@ -30,16 +31,17 @@ WinogradTile choose_tile(const ConvWork& work);
 WinogradTile choose_weight_grad_tile(const ConvWork& work);
 
 // The kernel if Winograd may compute it: dense 3×3, 5×5, 1×3 or 3×1, its upper left tap first, with
-// one stride of 1 or, 3×3, 2, in float32.
+// a stride of 1 or, but for 5×5, 2, in float32.
 template <class T>
 std::optional<WinogradTile> winograd_kernel(const GridImage<T>& image) {
   const int64_t taps = std::ssize(image.taps);
   if (sizeof(T) != sizeof(float) || (taps != 9 && taps != 25 && taps != 3)) return std::nullopt;
-  if (image.step_y != image.step_x || image.step_y > (taps == 9 ? 2 : 1)) return std::nullopt;
   const Tap &corner = image.taps.front(), &end = image.taps.back();
-  const WinogradTile tile{
-      .rows = end.dy - corner.dy + 1, .columns = end.dx - corner.dx + 1, .stride = image.step_y};
-  if (tile.taps() != taps) return std::nullopt;
+  const WinogradTile tile{.rows = end.dy - corner.dy + 1,
+                          .columns = end.dx - corner.dx + 1,
+                          .stride = std::max(image.step_y, image.step_x)};
+  if (tile.taps() != taps || tile.stride > (taps == 25 ? 1 : 2)) return std::nullopt;
+  if (image.step_y != tile.row_step() || image.step_x != tile.column_step()) return std::nullopt;
   for (int64_t t = 0; t < taps; ++t)
     if (image.taps[t].dy != corner.dy + t / tile.columns ||
         image.taps[t].dx != corner.dx + t % tile.columns)

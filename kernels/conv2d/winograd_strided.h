@@ -37,8 +37,8 @@ struct StridedTransforms {
 };
 
 NNARCH_PER_ISA(const StridedTransforms& strided_nine_taps();)
-// Three taps a side, in tiles of 2 × 2, 3 × 3 or 4 × 4: phases of 2 and 1.
-NNARCH_PER_ISA(const WinogradTransforms& strided_three_taps(int64_t m);)
+// Three taps a side, in a row or in a column, in tiles of m = 2, 3 or 4: phases of 2 and 1.
+NNARCH_PER_ISA(const WinogradTransforms& strided_three_taps(const WinogradTile& tile);)
 
 // Of a kernel with so many taps a side; null where there are none.
 inline const StridedTransforms* strided_transforms(int64_t taps) {

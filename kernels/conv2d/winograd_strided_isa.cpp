@@ -189,6 +189,69 @@ void strided_weight_grad(const float* planes, int64_t plane, int64_t slot, int64
     });
 }
 
+// The same for R taps in a line, a row or a column alike: its two phases, in a tile of M outputs.
+template <int M, int R, int X>
+struct LinePhase {
+  static constexpr WinogradTile tile{M, 1, R, 2};
+  static constexpr int taps = (R + 1 - X) / 2;
+  static constexpr int64_t plane(int j) { return tile.point(R, X, j); }
+  static constexpr int64_t slot(int j) { return tile.phases_at(R, plane(j)) == 2 ? X : 0; }
+  static constexpr int tap(int j) { return 2 * j + X; }
+};
+
+template <int M, int R, class F>
+NNARCH_INLINE void for_line_phases(const F& f) {
+  f(LinePhase<M, R, 0>{}), f(LinePhase<M, R, 1>{});
+}
+
+template <int M, int R>
+void line_input(const float* const* pixels, int64_t channels, float* planes, int64_t plane,
+                int64_t slot) {
+  for (int64_t c = 0; c < channels; c += kWidth)
+    for_line_phases<M, R>([&](auto phase) NNARCH_INLINE_LAMBDA {
+      using P = decltype(phase);
+      transform_tile<NoMatrix, InputMatrix<M, P::taps>, V>(
+          [&](int, int j) NNARCH_INLINE_LAMBDA { return load(pixels[P::tap(j)] + c); },
+          [&](int, int j, V v) NNARCH_INLINE_LAMBDA {
+            store(planes + P::plane(j) * plane + P::slot(j) * slot + c, v);
+          });
+    });
+}
+
+template <int M, int R>
+void line_weight(const float* packed, int64_t channels, float* values, int64_t slot, int64_t gap) {
+  constexpr WinogradTile tile{M, 1, R, 2};
+  int64_t begin[tile.planes()], before = 0;
+  for (int64_t xi = 0; xi < tile.planes(); ++xi) {
+    begin[xi] = before * slot + xi * gap;
+    before += tile.slots(xi);
+  }
+  const int64_t tap = channels * 2 * kWidth;
+  for (int64_t w = 0; w < tap; w += kWidth)
+    for_line_phases<M, R>([&](auto phase) NNARCH_INLINE_LAMBDA {
+      using P = decltype(phase);
+      transform_halves<NoMatrix, WeightMatrix<M, P::taps>>(
+          [&](int, int j) NNARCH_INLINE_LAMBDA { return packed + P::tap(j) * tap + w; },
+          [&](int, int j, V v) NNARCH_INLINE_LAMBDA {
+            store(values + begin[P::plane(j)] + P::slot(j) * slot + w, v);
+          });
+    });
+}
+
+template <int M, int R>
+void line_weight_grad(const float* planes, int64_t plane, int64_t slot, int64_t channels, float* dw,
+                      int64_t tap) {
+  for (int64_t c = 0; c < channels; c += kWidth)
+    for_line_phases<M, R>([&](auto phase) NNARCH_INLINE_LAMBDA {
+      using P = decltype(phase);
+      transform_tile<NoMatrix, Transposed<WeightMatrix<M, P::taps>>, V>(
+          [&](int, int j) NNARCH_INLINE_LAMBDA {
+            return load(planes + P::plane(j) * plane + P::slot(j) * slot + c);
+          },
+          [&](int, int j, V v) NNARCH_INLINE_LAMBDA { store(dw + P::tap(j) * tap + c, v); });
+    });
+}
+
 // The gradient of the outputs goes the way of the outputs, back.
 template <int M, int R>
 using GradOf = Transposed<OutputMatrix<M, (R + 1) / 2>>;
@@ -209,13 +272,28 @@ constexpr WinogradTransforms kThreeTaps = {strided_input<M, 3>, strided_weight<M
                                            output_channels<OutputMatrix<M, 2>, OutputMatrix<M, 2>>,
                                            spread_channels<GradOf<M, 3>, GradOf<M, 3>>,
                                            strided_weight_grad<M, 3>};
+template <int M>
+constexpr WinogradTransforms kThreeInRow = {
+    line_input<M, 3>, line_weight<M, 3>, output_channels<NoMatrix, OutputMatrix<M, 2>>,
+    spread_channels<NoMatrix, GradOf<M, 3>>, line_weight_grad<M, 3>};
+template <int M>
+constexpr WinogradTransforms kThreeInColumn = {
+    line_input<M, 3>, line_weight<M, 3>, output_channels<OutputMatrix<M, 2>, NoMatrix>,
+    spread_channels<GradOf<M, 3>, NoMatrix>, line_weight_grad<M, 3>};
+
+template <int M>
+const WinogradTransforms& three_taps(const WinogradTile& tile) {
+  return tile.rows == 1 ? kThreeInRow<M> : tile.columns == 1 ? kThreeInColumn<M> : kThreeTaps<M>;
+}
 
 }  // namespace
 
 const StridedTransforms& strided_nine_taps() { return kStrided<3, 9>; }
 
-const WinogradTransforms& strided_three_taps(int64_t m) {
-  return m == 2 ? kThreeTaps<2> : m == 3 ? kThreeTaps<3> : kThreeTaps<4>;
+const WinogradTransforms& strided_three_taps(const WinogradTile& tile) {
+  return tile.m == 2   ? three_taps<2>(tile)
+         : tile.m == 3 ? three_taps<3>(tile)
+                       : three_taps<4>(tile);
 }
 
 }  // namespace nnarch::NNARCH_ISA

@@ -20,9 +20,9 @@ struct WinogradTapsTable {
 
 NNARCH_PER_ISA(const WinogradTapsTable& winograd_taps_table();)
 
-// Of a tile: 3 × 3 taps with stride 1 or 2, and with stride 1 5 × 5, 2 × 2, 1 × 3 or 3 × 1.
+// Of a tile: 3 × 3, 1 × 3 or 3 × 1 taps with stride 1 or 2, and with stride 1 5 × 5 or 2 × 2.
 inline const WinogradTransforms& winograd_transforms(const WinogradTile& tile) {
-  if (tile.stride == 2) return NNARCH_SELECT(strided_three_taps(tile.m));
+  if (tile.stride == 2) return NNARCH_SELECT(strided_three_taps(tile));
   if (tile.taps() == 9) return winograd().transforms(tile.m);
   const WinogradTapsTable& table = NNARCH_SELECT(winograd_taps_table());
   if (tile.rows == 5) return table.five_to_2;

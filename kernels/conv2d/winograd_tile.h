@@ -6,9 +6,9 @@
 
 namespace nnarch {
 
-// m × m outputs of a kernel of rows × columns taps, read with a stride of 1 or 2 in both
-// directions. With stride 1 a value belongs to each pair of points of F(m, rows) and F(m, columns).
-// One row of taps has nothing to save: its tiles are 1 × m, one column's m × 1.
+// m × m outputs of a kernel of rows × columns taps, read with a stride of 1 or 2. A value belongs
+// to each pair of points of F(m, rows) and F(m, columns). One row of taps has nothing to save: its
+// tiles are 1 × m, one column's m × 1, and the stride is along the taps.
 //
 // With stride 2 even rows of taps meet even rows of the input and odd ones odd ones, columns alike:
 // the convolution is the sum of four phases with stride 1 over every second pixel. The second phase
@@ -22,10 +22,14 @@ struct WinogradTile {
   int64_t rows = 3, columns = 3, stride = 1;
 
   constexpr int64_t taps() const { return rows * columns; }
+  constexpr int64_t row_step() const { return step(rows); }
+  constexpr int64_t column_step() const { return step(columns); }
   constexpr int64_t output_rows() const { return outputs(rows); }
   constexpr int64_t output_columns() const { return outputs(columns); }
-  constexpr int64_t window_rows() const { return (outputs(rows) - 1) * stride + rows; }
-  constexpr int64_t window_columns() const { return (outputs(columns) - 1) * stride + columns; }
+  constexpr int64_t window_rows() const { return (outputs(rows) - 1) * step(rows) + rows; }
+  constexpr int64_t window_columns() const {
+    return (outputs(columns) - 1) * step(columns) + columns;
+  }
 
   constexpr int64_t point_rows() const { return points(rows, 0); }
   constexpr int64_t point_columns() const { return points(columns, 0); }
@@ -42,25 +46,26 @@ struct WinogradTile {
   constexpr int64_t slots(int64_t plane) const {
     return phases_at(rows, plane / point_columns()) * phases_at(columns, plane % point_columns());
   }
-  constexpr int64_t most_slots() const { return stride * stride; }
+  constexpr int64_t most_slots() const { return step(rows) * step(columns); }
 
   // Of one side with so many taps: the points of a phase, the point that its value i belongs to
   // (the last one is infinity), and how many phases have a point.
   constexpr int64_t points(int64_t taps, int64_t phase) const {
-    return outputs(taps) + (taps + stride - 1 - phase) / stride - 1;
+    return outputs(taps) + (taps + step(taps) - 1 - phase) / step(taps) - 1;
   }
   constexpr int64_t point(int64_t taps, int64_t phase, int64_t i) const {
     return i == points(taps, phase) - 1 ? points(taps, 0) - 1 : i;
   }
   constexpr int64_t phases_at(int64_t taps, int64_t point) const {
-    if (stride == 1) return 1;
+    if (step(taps) == 1) return 1;
     return point < points(taps, 0) - 1 && point >= points(taps, 1) - 1 ? 1 : 2;
   }
 
  private:
+  constexpr int64_t step(int64_t taps) const { return taps == 1 ? 1 : stride; }
   constexpr int64_t outputs(int64_t taps) const { return taps == 1 ? 1 : m; }
   constexpr int64_t all_points(int64_t taps) const {
-    return points(taps, 0) + (stride == 2 ? points(taps, 1) : 0);
+    return points(taps, 0) + (step(taps) == 2 ? points(taps, 1) : 0);
   }
 };
 

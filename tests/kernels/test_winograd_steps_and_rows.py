@@ -1,4 +1,4 @@
-"""Winograd for 3×3 with stride 2, in phases, and for three taps in a row or a column."""
+"""Winograd with stride 2, in phases, and for three taps in a row or a column."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Case:
-    """A convolution of [n, c, h, w] to k channels, dilation 1."""
+    """A convolution of [n, c, h, w] to k channels, dilation 1; the stride is along the taps."""
 
     kernel: tuple[int, int]
     stride: int
@@ -44,13 +44,17 @@ class Case:
     groups: int = 1
 
     @property
+    def steps(self):
+        return tuple(self.stride if taps > 1 else 1 for taps in self.kernel)
+
+    @property
     def pads(self):
         weight = torch.empty(1, 1, *self.kernel)
-        return padding_of(self.padding, weight, (self.stride,) * 2, (1, 1))
+        return padding_of(self.padding, weight, self.steps, (1, 1))
 
     @property
     def geometry(self):
-        return (self.stride,) * 2, self.pads, (1, 1), self.groups
+        return self.steps, self.pads, (1, 1), self.groups
 
     def tensors(self, memory_format=torch.contiguous_format):
         fan_in = self.c // self.groups * self.kernel[0] * self.kernel[1]
@@ -64,7 +68,7 @@ class Case:
     def theirs(self, x, weight, bias=None):
         top, left, bottom, right = self.pads
         x = TF.pad(x, (left, right, top, bottom))
-        return TF.conv2d(x, weight, bias, self.stride, groups=self.groups)
+        return TF.conv2d(x, weight, bias, self.steps, groups=self.groups)
 
     def by_tile(self, tile, x, weight, bias=None, **epilogue):
         packed = F.pack_conv2d_weight(weight, self.groups, tile=tile)
@@ -98,9 +102,12 @@ CASES = [
     Case((1, 3), 1, 2, 300, 1, 70, 17, "same"),
     Case((3, 1), 1, 2, 20, 13, 9, 40, (1, 0)),
     Case((3, 1), 1, 9, 40, 31, 17, 33, (2, 0, 0, 1)),
+    Case((1, 3), 2, 2, 48, 5, 23, 40, (0, 1)),
+    Case((1, 3), 2, 1, 272, 1, 70, 17, (0, 2, 1, 0)),
+    Case((3, 1), 2, 5, 64, 30, 17, 40, (1, 0), 2),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
-FEW = [CASES[i] for i in (2, 3, 7, 12)]
+FEW = [CASES[i] for i in (2, 3, 7, 12, 13, 15)]
 few = pytest.mark.parametrize("case", FEW, ids=str)
 
 
@@ -165,6 +172,8 @@ TRAINED = [
     Case((1, 3), 1, 8, 64, 1, 300, 96, (0, 1)),
     Case((1, 3), 1, 3, 72, 21, 19, 64, (0, 2), 2),
     Case((3, 1), 1, 2, 64, 31, 30, 100, (1, 0)),
+    Case((1, 3), 2, 8, 128, 1, 300, 144, (0, 1)),
+    Case((3, 1), 2, 3, 128, 40, 30, 128, (1, 0)),
 ]
 
 
@@ -265,6 +274,7 @@ def test_when_it_is_chosen():
     assert F.conv2d_tile(weight, (1, 64, 56, 56), 2, 1, 2) == 0
     assert F.conv2d_tile(weight[:, :60], (1, 60, 56, 56), 2, 1) == 0  # a slot is whole vectors
     assert F.conv2d_tile(weight[:, :, :1], (1, 64, 1, 1000), padding=(0, 1)) == 4
+    assert F.conv2d_tile(weight[:, :, :1], (1, 64, 1, 1000), (1, 2), (0, 1)) in (23, 24)
     assert F.conv2d_tile(weight[:, :, :1], (1, 64, 1, 1000), 2, padding=(0, 1)) == 0
     assert F.conv2d_tile(weight[:, :, :2], (1, 64, 56, 56)) == 0
     nnarch.set_precision("highest")
@@ -279,8 +289,10 @@ def test_packed_for_another_convolution():
         F.conv2d(x, weight, padding=1, packed=packed)
     with pytest.raises(ValueError, match=r"tile must be one of \(0, 2, 4, 5, 6\)"):
         F.pack_conv2d_weight(torch.randn(32, 24, 3, 3), tile=24)
-    with pytest.raises(ValueError, match=r"tile must be one of \(0, 2, 4\)"):
-        F.pack_conv2d_weight(torch.randn(32, 32, 1, 3), tile=24)
+    with pytest.raises(ValueError, match=r"tile must be one of \(0, 2, 4, 22, 23, 24\)"):
+        F.pack_conv2d_weight(torch.randn(32, 32, 1, 3), tile=6)
+    with pytest.raises(ValueError, match=r"tile must be one of \(0, 2\)"):
+        F.pack_conv2d_weight(torch.randn(32, 32, 5, 5), tile=22)
 
 
 @pytest.mark.parametrize(
@@ -290,6 +302,7 @@ def test_packed_for_another_convolution():
         (nn.Conv2d(64, 64, (3, 1), padding=(1, 0), padding_mode="circular"), (2, 64, 30, 30)),
         (nn.Conv1d(64, 96, 3, padding=1), (2, 64, 300)),
         (nn.Conv1d(64, 96, 3, padding="same", padding_mode="reflect"), (64, 300)),
+        (nn.Conv1d(128, 144, 3, 2, 1), (2, 128, 300)),
     ],
     ids=str,
 )
