@@ -86,7 +86,9 @@ double winograd_weight_grad_cost(const ConvWork& w, const WinogradTile& tile) {
 // The tile of least cost, or 0 for the direct product.
 template <class Cost>
 WinogradTile cheapest(const ConvWork& work, double direct, const Cost& cost_of) {
-  constexpr int64_t most = int64_t{64} << 20;  // values of a transformed weight: memory has an end
+  // Values of a transformed weight: memory has an end. With stride 2 they are up to nine times the
+  // weight's, for less of a gain.
+  const int64_t most = int64_t{work.kernel.stride == 2 ? 8 : 64} << 20;
   WinogradTile best = work.kernel, tile = work.kernel;
   best.m = 0;
   if (precision() == Precision::highest || work.n == 0) return best;
