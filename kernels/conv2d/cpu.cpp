@@ -164,12 +164,16 @@ struct ConvArguments {
 };
 
 // Signals are read as they lie, unless Winograd saves more than bringing them to channels_last and
-// back costs.
+// back costs. One of them decides: parts of a batch must go the way of the whole, which says
+// whether the weight is read beside its packed form.
 bool runs_as_signal(const Tensor& x, const ConvShape& p) {
   const int64_t wide = p.stride_w > 1 ? 128 : 48;
   if (!signal_serves(p) || !x.is_contiguous() || StayChannelsLast::holds()) return false;
   const bool is_double = x.scalar_type() == ScalarType::Double;
-  return is_double || std::min(p.c, p.k) < wide || forward_tile<float>(p, true).m == 0;
+  if (is_double || std::min(p.c, p.k) < wide) return true;
+  ConvShape one = p;
+  one.n = 1;
+  return forward_tile<float>(one, true).m == 0;
 }
 
 // Whether an algorithm reads and writes planes: the others want channels_last.

@@ -154,15 +154,21 @@ void strided_input(const float* const* pixels, int64_t channels, float* planes, 
     });
 }
 
-template <int M, int R>
-void strided_weight(const float* packed, int64_t channels, float* values, int64_t slot,
-                    int64_t gap) {
-  constexpr WinogradTile tile{M, R, R, 2};
-  int64_t begin[tile.planes()], at[tile.values()], before = 0;
+// Where the planes of transformed weights begin.
+void locate_planes(const WinogradTile& tile, int64_t slot, int64_t gap, int64_t* begin) {
+  int64_t before = 0;
   for (int64_t xi = 0; xi < tile.planes(); ++xi) {
     begin[xi] = before * slot + xi * gap;
     before += tile.slots(xi);
   }
+}
+
+template <int M, int R>
+void strided_weight(const float* packed, int64_t channels, float* values, int64_t slot,
+                    int64_t gap) {
+  constexpr WinogradTile tile{M, R, R, 2};
+  int64_t begin[tile.planes()], at[tile.values()];
+  locate_planes(tile, slot, gap, begin);
   for_phases<M, R>([&](auto phase) {
     using P = decltype(phase);
     using At = Place<M, R, P>;
@@ -221,11 +227,8 @@ void line_input(const float* const* pixels, int64_t channels, float* planes, int
 template <int M, int R>
 void line_weight(const float* packed, int64_t channels, float* values, int64_t slot, int64_t gap) {
   constexpr WinogradTile tile{M, 1, R, 2};
-  int64_t begin[tile.planes()], before = 0;
-  for (int64_t xi = 0; xi < tile.planes(); ++xi) {
-    begin[xi] = before * slot + xi * gap;
-    before += tile.slots(xi);
-  }
+  int64_t begin[tile.planes()];
+  locate_planes(tile, slot, gap, begin);
   const int64_t tap = channels * 2 * kWidth;
   for (int64_t w = 0; w < tap; w += kWidth)
     for_line_phases<M, R>([&](auto phase) NNARCH_INLINE_LAMBDA {

@@ -74,14 +74,14 @@ class Conv1d(PackedWeightMixin, torch.nn.Conv1d):
             return 0
         if x is None:
             return None
-        if not isinstance(x, Tensor):
-            return 0
-        *n, c, length = x.shape
+        if not isinstance(x, Tensor) or x.dim() not in (2, 3):
+            return 0  # the convolution itself will say what is wrong
+        n, c, length = x.shape if x.dim() == 3 else (1, *x.shape)
         padding: Any = 0
         if self.padding_mode == "zeros":
             padding = self.padding if isinstance(self.padding, str) else (0, *self.padding)
         geometry = (1, *self.stride), padding, (1, *self.dilation), self.groups
-        size, kernel = (n[0] if n else 1, c, 1, length), (*weight.shape[:2], 1, weight.shape[2])
+        size, kernel = (n, c, 1, length), (*weight.shape[:2], 1, weight.shape[2])
         return chosen_tile(kernel, weight.dtype, size, geometry, get_precision())
 
     def _pack(self, weight: Tensor, layout: int) -> Tensor | None:

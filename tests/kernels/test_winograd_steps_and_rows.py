@@ -316,10 +316,26 @@ def test_modules_pack_for_it(conv, size):
     assert set(conv._packed.packed) <= {4, 22, 23, 24}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_signals_in_parts(dtype):
+    """The last part of a batch, one signal, goes the way of the whole."""
+    conv, x = nn.Conv1d(128, 128, 3, 2, 1).eval().to(dtype), torch.randn(33, 128, 128).to(dtype)
+    truth = torch_twin(conv.double())(x.double())
+    with torch.no_grad():
+        y = conv.to(dtype)(x)
+    assert_as_accurate(y, truth.to(dtype), truth)
+
+
+def test_bad_input_of_a_signal():
+    with torch.no_grad(), pytest.raises(ValueError, match="conv1d: x must be"):
+        nn.Conv1d(64, 64, 3).eval()(torch.randn(300))
+
+
 def torch_twin(conv):
     kind = torch.nn.Conv1d if isinstance(conv, torch.nn.Conv1d) else torch.nn.Conv2d
     options = dict(stride=conv.stride, padding=conv.padding, padding_mode=conv.padding_mode)
     twin = kind(conv.in_channels, conv.out_channels, conv.kernel_size, **options)
+    twin = twin.to(conv.weight.dtype)
     twin.load_state_dict(conv.state_dict())
     return twin.requires_grad_(False)
 
