@@ -150,7 +150,8 @@ template <class T>
 WinogradTile weight_grad_tile(const ConvShape& p) {
   const auto kernel = winograd_kernel(forward_image<T>(nullptr, p, 0));
   if (!kernel || kernel->rows == 5) return {};
-  return choose_weight_grad_tile({p.n, p.oh, p.ow, p.group_c(), p.group_k(), false, *kernel});
+  return choose_weight_grad_tile(
+      {p.n, p.oh, p.ow, p.group_c(), p.group_k(), false, *kernel, stem_serves(p)});
 }
 
 template <class T>

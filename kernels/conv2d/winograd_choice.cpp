@@ -67,9 +67,9 @@ double winograd_cost(const ConvWork& w, const WinogradTile& tile) {
 
 double direct_weight_grad_cost(const ConvWork& w) {
   const double positions = double(w.n) * double(w.grid_h) * double(w.grid_w);
-  return double(w.kernel.taps()) * double(w.columns) * vectors(w.depth) *
-             (positions * kGradProduct + kGradOrder) +
-         kCall;
+  const int64_t taps = w.kernel.taps();
+  const double width = w.windows ? vectors(taps * w.depth) : double(taps) * vectors(w.depth);
+  return double(w.columns) * width * (positions * kGradProduct + kGradOrder) + kCall;
 }
 
 double winograd_weight_grad_cost(const ConvWork& w, const WinogradTile& tile) {

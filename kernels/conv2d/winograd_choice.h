@@ -19,6 +19,9 @@ struct ConvWork {
   int64_t depth, columns;  // input and output channels of a group
   bool packed;
   WinogradTile kernel = {};  // without a tile
+  // Whether the direct gradient of the weight multiplies whole windows, their taps side by side, as
+  // few channels allow (cpu_stem.h), not tap by tap.
+  bool windows = false;
 };
 
 // Whether there are tiles of m × m outputs for a kernel with so many input channels a group.

