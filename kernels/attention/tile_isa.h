@@ -37,7 +37,10 @@ NNARCH_INLINE void in_pieces(int64_t at, int64_t end, const F& f) {
 
 // The length of a part of a score's sum: the rounding error of a running sum grows with its length,
 // and an output that one key decides carries it whole.
-NNARCH_INLINE int64_t score_part(int64_t depth) { return depth <= 128 ? depth : 96; }
+NNARCH_INLINE int64_t score_part(int64_t depth) {
+  constexpr int64_t most = 96;
+  return depth <= most ? depth : depth <= 2 * most ? (depth + 1) / 2 : most;
+}
 
 // Lines that are to come into cache, one a step of a product.
 template <class T>

@@ -28,16 +28,18 @@ namespace nnarch {
 // for every panel of columns.
 enum class WinogradOrder { by_blocks, by_panels };
 
-// How many tiles a block has: by blocks as many as V in L2 allows, in whole register tiles.
+// How many tiles a block has, in whole register tiles: as many as V allows, by blocks in L2, by
+// panels in memory.
 struct WinogradBlocking {
   int64_t tiles, row, plane, product_plane;
 
+  static constexpr int64_t in_cache = int64_t{512} << 10, in_memory = int64_t{8} << 20;
+
   WinogradBlocking(const WinogradTiles& all, WinogradOrder order)
       : row(winograd_row(all.tile.most_slots() * all.image.depth)) {
-    constexpr int64_t cache = int64_t{512} << 10;
+    const int64_t bytes = order == WinogradOrder::by_panels ? in_memory : in_cache;
     const int64_t mr = winograd().mr, nr = winograd().nr, most = round_up(112, mr);
-    const int64_t fit = cache / tile_bytes(all);
-    tiles = order == WinogradOrder::by_panels ? most : std::clamp(fit / mr * mr, mr, most);
+    tiles = std::clamp(bytes / tile_bytes(all) / mr * mr, mr, most);
     const int64_t count = std::max<int64_t>(1, all.count());
     tiles = ceil_div(count, ceil_div(count, tiles));
     plane = winograd_plane(tiles * row);
@@ -48,6 +50,11 @@ struct WinogradBlocking {
     return all.tile.values() * row / all.tile.most_slots() * int64_t{sizeof(float)};
   }
   int64_t count(const WinogradTiles& all) const { return ceil_div(all.count(), tiles); }
+
+  // By panels: groups of blocks whose V is in memory together; each reads all weights.
+  int64_t groups(const WinogradTiles& all) const {
+    return ceil_div(count(all), std::max<int64_t>(1, in_memory / (tiles * tile_bytes(all))));
+  }
 
   // Panels whose products a block makes together, where V comes from beyond L2 and is read once for
   // all of them: as many as leave most of it, and work for some threads.
@@ -230,19 +237,20 @@ inline void winograd_by_blocks(const WinogradTiles& tiles, const WinogradBlockin
   });
 }
 
-// A few panels of output channels for a task, which goes through all blocks of tiles; the weights,
-// where they come as they are, are transformed on the way, panel by panel, and never leave the
-// cache.
-inline void winograd_by_panels(const WinogradTiles& tiles, const WinogradBlocking& blocking,
-                               const WinogradWindows& windows, const float* packed,
-                               const WeightView<float>& view, const WinogradOutput& output) {
+// A few panels of output channels for a task, which goes through the blocks [first, last) of tiles;
+// the weights, where they come as they are, are transformed on the way, panel by panel, and never
+// leave the cache.
+inline void winograd_group_by_panels(const WinogradTiles& tiles, const WinogradBlocking& blocking,
+                                     int64_t first, int64_t last, const WinogradWindows& windows,
+                                     const float* packed, const WeightView<float>& view,
+                                     const WinogradOutput& output) {
   constexpr int64_t channels = 64;
   const int64_t depth = tiles.image.depth, panel = WinogradPanel(depth).size(tiles.tile);
-  const int64_t blocks = blocking.count(tiles), each = tiles.planes() * blocking.plane;
+  const int64_t blocks = last - first, each = tiles.planes() * blocking.plane;
   const int64_t parts = ceil_div(depth, channels);
   const auto block_of = [&](int64_t b) {
-    const int64_t first = b * blocking.tiles;
-    return TileBlock(tiles, first, std::min(blocking.tiles, tiles.count() - first));
+    const int64_t from = (first + b) * blocking.tiles;
+    return TileBlock(tiles, from, std::min(blocking.tiles, tiles.count() - from));
   };
   // Of a few tiles the weights alone are as much as a core can wait for.
   const bool far = blocks * each * int64_t{sizeof(float)} > l2_bytes() && blocking.tiles >= 56;
@@ -266,29 +274,42 @@ inline void winograd_by_panels(const WinogradTiles& tiles, const WinogradBlockin
   });
 }
 
-// By panels where that is a few blocks or reads less from beyond L2; all of V is in memory at once
-// then.
+inline void winograd_by_panels(const WinogradTiles& tiles, const WinogradBlocking& blocking,
+                               const WinogradWindows& windows, const float* packed,
+                               const WeightView<float>& view, const WinogradOutput& output) {
+  const int64_t blocks = blocking.count(tiles), groups = blocking.groups(tiles);
+  for (int64_t g = 0; g < groups; ++g)
+    winograd_group_by_panels(tiles, blocking, blocks * g / groups, blocks * (g + 1) / groups,
+                             windows, packed, view, output);
+}
+
+// By panels where that is a few blocks or reads less from beyond L2.
 inline WinogradOrder winograd_order(const WinogradTiles& tiles, int64_t panels, bool packed) {
-  constexpr int64_t few = 4, together = int64_t{8} << 20;  // blocks or panels; bytes of V
+  constexpr int64_t few = 4;  // blocks or panels
   const WinogradBlocking block(tiles, WinogradOrder::by_blocks);
   const int64_t blocks = block.count(tiles), v = tiles.count() * block.tile_bytes(tiles);
   const int64_t weights =
       panels * WinogradPanel(tiles.image.depth).size(tiles.tile) * int64_t{sizeof(float)};
   const int64_t by_blocks = v + (weights > l2_bytes() * 5 / 4 ? blocks : 1) * weights;
   const WinogradBlocking wide(tiles, WinogradOrder::by_panels);
-  const int64_t passes = packed ? ceil_div(panels, wide.panels_at_once(tiles, panels)) : panels;
-  const int64_t by_panels = weights + (v > l2_bytes() / 2 ? passes : 1) * v;
-  const bool transforms_late = !packed && panels >= few, reads_less = by_panels < by_blocks;
-  if (blocks < few || (v <= together && (transforms_late || reads_less)))
-    return WinogradOrder::by_panels;
-  return WinogradOrder::by_blocks;
+  const int64_t groups = wide.groups(tiles);
+  // Several groups take their weights transformed.
+  const bool ready = packed || groups > 1;
+  const int64_t passes = ready ? ceil_div(panels, wide.panels_at_once(tiles, panels)) : panels;
+  const int64_t by_panels = groups * weights + (v > l2_bytes() / 2 ? passes : 1) * v;
+  if (blocks < few || (!ready && panels >= few)) return WinogradOrder::by_panels;
+  // A near last-level cache brings weights as fast as they are multiplied; V that outgrows L2 by
+  // far is written and read beside that.
+  const bool near = !far_l3() && weights <= l3_bytes() / 2;
+  const bool reads_less = by_panels < by_blocks && !(near && groups > 1);
+  return reads_less ? WinogradOrder::by_panels : WinogradOrder::by_blocks;
 }
 
 // How often all weights are read from beyond L2.
 inline int64_t winograd_passes(const WinogradTiles& tiles, int64_t columns, bool packed) {
   const WinogradOrder order = winograd_order(tiles, ceil_div(columns, winograd().nr), packed);
-  if (order == WinogradOrder::by_panels) return 1;
-  return WinogradBlocking(tiles, order).count(tiles);
+  const WinogradBlocking block(tiles, order);
+  return order == WinogradOrder::by_panels ? block.groups(tiles) : block.count(tiles);
 }
 
 // Rows of a register tile, on average.
@@ -313,12 +334,13 @@ inline void winograd_gemm(const GridImage<float>& image, const WinogradTile& til
   const WinogradOrder order = winograd_order(tiles, output.panels(), packed);
   const WinogradBlocking block(tiles, order);
   const WinogradWindows windows = input_windows(tiles, block.row, block.plane);
-  if (order == WinogradOrder::by_panels)
-    return winograd_by_panels(tiles, block, windows, packed, view, output);
-  if (packed) return winograd_by_blocks(tiles, block, windows, packed, output);
-  Scratch<float> transformed(winograd_packed_size(view.columns, view.depth, tile));
-  winograd_pack(view, tile, transformed.get());
-  winograd_by_blocks(tiles, block, windows, transformed.get(), output);
+  const bool by_panels = order == WinogradOrder::by_panels;
+  const bool now = !packed && !(by_panels && block.groups(tiles) == 1);
+  Scratch<float> transformed(now ? winograd_packed_size(view.columns, view.depth, tile) : 0);
+  if (now) winograd_pack(view, tile, transformed.get());
+  const float* const weights = now ? transformed.get() : packed;
+  if (by_panels) return winograd_by_panels(tiles, block, windows, weights, view, output);
+  winograd_by_blocks(tiles, block, windows, weights, output);
 }
 
 }  // namespace nnarch

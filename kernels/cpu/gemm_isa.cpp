@@ -122,11 +122,8 @@ void run_chunk(const GemmBlock<T>& g, const Chunk& chunk) {
 // parts of one tap of a large depth.
 template <class T>
 void run_chunks(const GemmBlock<T>& g) {
-  // One chain of 1100 products rounded more than the tests allow; several taps of so many did not,
-  // and cutting 9 of 128 took 2 to 6 % (Zen 3).
-  const int64_t total = g.taps * g.depth,
-                most = g.taps == 1 ? kPartDepth<T> : kPartDepth<T> * 3 / 2;
-  if (total <= most) return run_chunk(g, {0, g.taps, 0, g.depth, true, true});
+  const int64_t total = g.taps * g.depth;
+  if (total <= kPartDepth<T>) return run_chunk(g, {0, g.taps, 0, g.depth, true, true});
   if (g.depth <= kPartDepth<T>) {
     const int64_t chunks = (total + kPartDepth<T> - 1) / kPartDepth<T>;
     int64_t tap = 0;

@@ -256,9 +256,9 @@ def ulps_of_running_sum(depth: int) -> float:
     """The allowance for sums of `depth` random products, in ulp.
 
     Rounding errors of a running sum grow with the root of its length. The matrix product keeps at
-    most 1536 products in one running sum; torch's libraries often keep fewer.
+    most 1024 products in one running sum; torch's libraries often keep fewer.
     """
-    return max(4.0, min(depth, 1536) ** 0.5 / 4)
+    return max(4.0, min(depth, 1024) ** 0.5 / 4)
 
 
 def ulps_of_sum(depth: int, dtype: torch.dtype) -> float | None:

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import FORMATS, VIEWS, compare, name_of, needs_poison, on_fresh_memory
+from kernel_cases import (
+    FORMATS,
+    VIEWS,
+    compare,
+    machine_with,
+    name_of,
+    needs_poison,
+    on_fresh_memory,
+)
 from tolerances import assert_as_accurate
 from torch.nn import functional as TF
 
@@ -207,6 +215,24 @@ def test_transformed_on_the_way_or_before(shape):
         assert torch.equal(ours, theirs)
     else:  # packing weighs more than it gains
         assert record.entries[0].algorithm == "implicit_gemm"
+
+
+def test_more_tiles_than_memory_holds():
+    """Tiles of 10 MB, for weights that outgrow L2: two groups, each through all panels of weights.
+
+    With an L2 that holds the weights, blocks of tiles stay in it; the sums are the same.
+    """
+    shape = (1, 240, 66, 70, 80, 1, 1)
+    x, weight, bias = tensors(shape)
+    results = []
+    for l2_kib in (256, 64 << 10):
+        with machine_with(l2_kib, far_l3=True):
+            results.append(by_tile(x, weight, bias, *shape[5:], 4))
+            results.append(F.conv2d(x, weight, bias, padding=1))
+    assert torch.equal(results[0], results[2])
+    truth = TF.conv2d(x.double(), weight.double(), bias.double(), padding=1)
+    for y in results:
+        assert_as_accurate(y, TF.conv2d(x, weight, bias, padding=1), truth, **TOLERANCE[4])
 
 
 @pytest.mark.parametrize("shape", [(1, 64, 8, 8, 96, 1, 1), (6, 32, 28, 28, 64, 1, 1)], ids=str)
