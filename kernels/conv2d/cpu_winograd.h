@@ -283,33 +283,41 @@ inline void winograd_by_panels(const WinogradTiles& tiles, const WinogradBlockin
                              windows, packed, view, output);
 }
 
-// By panels where that is a few blocks or reads less from beyond L2.
-inline WinogradOrder winograd_order(const WinogradTiles& tiles, int64_t panels, bool packed) {
+// What an order reads from beyond L2: the weights so many times, and of V, of which so much is in
+// memory at once, so much in all. Bytes.
+struct WinogradReads {
+  WinogradOrder order;
+  int64_t weights, passes;
+  int64_t v_at_once, v;
+};
+
+// By panels where that is a few blocks or reads less.
+inline WinogradReads winograd_reads(const WinogradTiles& tiles, int64_t panels, bool packed) {
   constexpr int64_t few = 4;  // blocks or panels
   const WinogradBlocking block(tiles, WinogradOrder::by_blocks);
   const int64_t blocks = block.count(tiles), v = tiles.count() * block.tile_bytes(tiles);
   const int64_t weights =
       panels * WinogradPanel(tiles.image.depth).size(tiles.tile) * int64_t{sizeof(float)};
-  const int64_t by_blocks = v + (weights > l2_bytes() * 5 / 4 ? blocks : 1) * weights;
+  const WinogradReads by_blocks{WinogradOrder::by_blocks, weights, blocks, 0, 0};
   const WinogradBlocking wide(tiles, WinogradOrder::by_panels);
   const int64_t groups = wide.groups(tiles);
   // Several groups take their weights transformed.
   const bool ready = packed || groups > 1;
   const int64_t passes = ready ? ceil_div(panels, wide.panels_at_once(tiles, panels)) : panels;
-  const int64_t by_panels = groups * weights + (v > l2_bytes() / 2 ? passes : 1) * v;
-  if (blocks < few || (!ready && panels >= few)) return WinogradOrder::by_panels;
+  const bool v_stays = v <= l2_bytes() / 2;
+  const WinogradReads by_panels{WinogradOrder::by_panels, weights, groups, v_stays ? 0 : v / groups,
+                                v_stays ? 0 : passes * v};
+  if (blocks < few || (!ready && panels >= few)) return by_panels;
   // A near last-level cache brings weights as fast as they are multiplied; V that outgrows L2 by
   // far is written and read beside that.
-  const bool near = !far_l3() && weights <= l3_bytes() / 2;
-  const bool reads_less = by_panels < by_blocks && !(near && groups > 1);
-  return reads_less ? WinogradOrder::by_panels : WinogradOrder::by_blocks;
+  if (groups > 1 && !far_l3() && weights <= l3_bytes() / 2) return by_blocks;
+  const int64_t again = weights > l2_bytes() * 5 / 4 ? blocks : 1;  // what fits L2 stays there
+  const int64_t once = v_stays ? 0 : v;
+  return groups * weights + by_panels.v < again * weights + once ? by_panels : by_blocks;
 }
 
-// How often all weights are read from beyond L2.
-inline int64_t winograd_passes(const WinogradTiles& tiles, int64_t columns, bool packed) {
-  const WinogradOrder order = winograd_order(tiles, ceil_div(columns, winograd().nr), packed);
-  const WinogradBlocking block(tiles, order);
-  return order == WinogradOrder::by_panels ? block.groups(tiles) : block.count(tiles);
+inline WinogradOrder winograd_order(const WinogradTiles& tiles, int64_t panels, bool packed) {
+  return winograd_reads(tiles, panels, packed).order;
 }
 
 // Rows of a register tile, on average.

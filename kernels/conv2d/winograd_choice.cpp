@@ -44,6 +44,17 @@ GridImage<float> image_of(const ConvWork& w) {
   return image;
 }
 
+// With stride 2 weights grow 2.8 to 9 times, and what is fetched ahead of products has left L2. V
+// counts where it comes in groups, unless the last-level cache is far: then it is asked for ahead.
+double strided_reads(const WinogradTiles& tiles, const ConvWork& w) {
+  const WinogradReads reads = winograd_reads(tiles, ceil_div(w.columns, winograd().nr), w.packed);
+  const double lanes = double(winograd().nr / 2);
+  double live = double(reads.weights), bytes = live * double(reads.passes);
+  if (reads.order == WinogradOrder::by_panels && reads.passes > 1 && !far_l3())
+    live += double(reads.v_at_once), bytes += double(reads.v);
+  return live > 0 ? read_cost(live, lanes) * bytes / live : 0;
+}
+
 double winograd_cost(const ConvWork& w, const WinogradTile& tile) {
   const GridImage<float> image = image_of(w);
   const WinogradTiles tiles{image, tile};
@@ -57,11 +68,9 @@ double winograd_cost(const ConvWork& w, const WinogradTile& tile) {
   const double values = inputs * vectors(w.depth) + outputs * vectors(w.columns);
   const double lanes = double(winograd().nr / 2), bytes = weights * lanes * sizeof(float);
   const double read = w.packed ? read_cost(bytes, lanes) : 0;
-  const double passes = double(winograd_passes(tiles, w.columns, w.packed));
-  // With stride 2 weights grow 2.8 to 9 times, and what is fetched ahead of products has left L2.
-  const double by_weights =
-      tile.stride == 2 ? products + read_cost(bytes, lanes) * passes : std::max(products, read);
-  return by_weights + values * kTransform + (w.packed ? 0 : weights * pack_transformed()) + kCall +
+  const double by_reads =
+      tile.stride == 2 ? products + strided_reads(tiles, w) : std::max(products, read);
+  return by_reads + values * kTransform + (w.packed ? 0 : weights * pack_transformed()) + kCall +
          kStages;
 }
 
