@@ -7,8 +7,9 @@ import inspect
 import math
 import operator
 import threading
+from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from types import FunctionType
 from typing import Any
 
@@ -72,12 +73,26 @@ def trace_model(model: nn.Module) -> TracedModel:
         untraced |= changed(before, module) | changing_constants(graph)
         if len(untraced) == count:
             _restore_argument_names(module, graph)
-            graph._tracer_cls = None  # unpickling traces the generated code again, with torch's own
+            graph._tracer_cls = DictTracer  # unpickling traces the generated code again
             return TracedModel(module, GraphModule(module, graph, type(module).__name__), untraced)
     return TracedModel(frozen_copy(model), None, untraced)
 
 
-class LayerTracer(Tracer):
+class DictTracer(Tracer):
+    """Keeps kinds of dicts: torch's own makes plain ones of all."""
+
+    def create_arg(self, a: Any) -> Any:
+        """What the graph holds for `a`."""
+        if type(a) is OrderedDict:
+            items = [(self.create_arg(k), self.create_arg(v)) for k, v in a.items()]
+            return self.create_node("call_function", OrderedDict, (items,), {})
+        if isinstance(a, dict) and is_dataclass(a):  # outputs of transformers
+            given = {str(k): self.create_arg(v) for k, v in a.items()}
+            return self.create_node("call_function", type(a), (), given)
+        return super().create_arg(a)
+
+
+class LayerTracer(DictTracer):
     """Traces through user code down to the layers of torch.nn and nnarch.nn.
 
     Args:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import pickle
 import threading
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -404,3 +407,32 @@ def test_other_threads_are_left_alone():
     done.set()
     server.join()
     assert errors == []
+
+
+@dataclasses.dataclass
+class Outputs(OrderedDict):
+    """As transformers returns them: a dict whose keys are attributes, too."""
+
+    out: torch.Tensor
+
+    def __post_init__(self):
+        self["out"] = self.out
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, Outputs])
+def test_kinds_of_dicts(kind):
+    def forward(self, x):
+        if kind is Outputs:
+            return Outputs(out=self.c(x))
+        return kind([("b", self.c(x)), ("a", {"c": kind(d=x + 1)})])
+
+    model = Model(forward, c=convolution()).eval()
+    accelerated = nnarch.accelerate(model)
+    for run in (accelerated, copy.deepcopy(accelerated), pickle.loads(pickle.dumps(accelerated))):
+        for _ in range(3):
+            with torch.no_grad():
+                output = run(X)
+            assert type(output) is kind
+            if kind is not Outputs:
+                assert list(output) == ["b", "a"] and type(output["a"]["c"]) is kind
+            torch.testing.assert_close(next(iter(output.values())), model.c(X))
