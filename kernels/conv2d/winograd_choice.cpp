@@ -50,8 +50,7 @@ double strided_reads(const WinogradTiles& tiles, const ConvWork& w) {
   const WinogradReads reads = winograd_reads(tiles, ceil_div(w.columns, winograd().nr), w.packed);
   const double lanes = double(winograd().nr / 2);
   double live = double(reads.weights), bytes = live * double(reads.passes);
-  if (reads.order == WinogradOrder::by_panels && reads.passes > 1 && !far_l3())
-    live += double(reads.v_at_once), bytes += double(reads.v);
+  if (reads.passes > 1 && !far_l3()) live += double(reads.v_at_once), bytes += double(reads.v);
   return live > 0 ? read_cost(live, lanes) * bytes / live : 0;
 }
 

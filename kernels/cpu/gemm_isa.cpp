@@ -122,14 +122,12 @@ void run_chunk(const GemmBlock<T>& g, const Chunk& chunk) {
 // parts of one tap of a large depth.
 template <class T>
 void run_chunks(const GemmBlock<T>& g) {
-  const int64_t total = g.taps * g.depth;
-  if (total <= kPartDepth<T>) return run_chunk(g, {0, g.taps, 0, g.depth, true, true});
+  if (g.taps * g.depth <= kPartDepth<T>) return run_chunk(g, {0, g.taps, 0, g.depth, true, true});
   if (g.depth <= kPartDepth<T>) {
-    const int64_t chunks = (total + kPartDepth<T> - 1) / kPartDepth<T>;
+    const int64_t most = kPartDepth<T> / g.depth, chunks = (g.taps + most - 1) / most;
     int64_t tap = 0;
     for (int64_t i = 0; i < chunks; ++i) {
       const int64_t next = (i + 1) * g.taps / chunks;
-      if (next == tap) continue;
       run_chunk(g, {tap, next, 0, g.depth, tap == 0, next == g.taps});
       tap = next;
     }
