@@ -1,13 +1,17 @@
-"""What the tests of `accelerate` share: trained-looking models, and counting what a graph calls."""
+"""What tests of `accelerate` share: models, their comparison, and counting what a graph calls."""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import Counter
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+import nnarch
 
 
 def randomize(model: nn.Module) -> nn.Module:
@@ -37,3 +41,47 @@ def calls(accelerated: nn.Module) -> Counter[str]:
         elif node.op in ("call_function", "call_method"):
             counter[getattr(node.target, "__name__", str(node.target))] += 1
     return counter
+
+
+class Model(nn.Module):
+    """Some layers, and a function of the model and its input."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        self.function = forward
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+class ModelOfTwo(Model):
+    """The same of two inputs."""
+
+    def forward(self, x, y):
+        return self.function(self, x, y)
+
+
+X = torch.linspace(-1, 1, 96).sin().view(2, 3, 4, 4)
+
+
+def convolution():
+    return nn.Conv2d(3, 3, 3, padding=1)
+
+
+def assert_same(model, *inputs, warns=None):
+    """Three calls, since from the second on a program may run; on copies: models write."""
+    model = model.eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if warns is None:
+            accelerated = nnarch.accelerate(model)
+        else:
+            with pytest.warns(UserWarning, match=warns):
+                accelerated = nnarch.accelerate(model)
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for _ in range(3):
+            actual, expected = (f(*(t.clone() for t in inputs)) for f in (accelerated, model))
+            torch.testing.assert_close(actual, expected)

@@ -2,65 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import pickle
 import threading
 import warnings
-from collections import OrderedDict
 
 import pytest
 import torch
+from accelerate_helpers import Model, ModelOfTwo, X, assert_same, convolution
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import register_module_forward_hook
 
 import nnarch
-
-
-class Model(nn.Module):
-    """Some layers, and a function of the model and its input."""
-
-    def __init__(self, forward, **layers):
-        super().__init__()
-        self.function = forward
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
-class ModelOfTwo(Model):
-    """The same of two inputs."""
-
-    def forward(self, x, y):
-        return self.function(self, x, y)
-
-
-X = torch.linspace(-1, 1, 96).sin().view(2, 3, 4, 4)
-
-
-def convolution():
-    return nn.Conv2d(3, 3, 3, padding=1)
-
-
-def assert_same(model, *inputs, warns=None):
-    """Three calls, since from the second on a program may run; on copies: models write."""
-    model = model.eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        if warns is None:
-            accelerated = nnarch.accelerate(model)
-        else:
-            with pytest.warns(UserWarning, match=warns):
-                accelerated = nnarch.accelerate(model)
-    model = copy.deepcopy(model)
-    with torch.no_grad():
-        for _ in range(3):
-            actual, expected = (f(*(t.clone() for t in inputs)) for f in (accelerated, model))
-            torch.testing.assert_close(actual, expected)
-
 
 # ---------------------------------------------------------------------------------------- writes
 
@@ -292,40 +244,6 @@ def test_the_gradient_of_a_residual_alone():
     assert torch.equal(residual.grad, torch.ones_like(X))
 
 
-@pytest.mark.parametrize(
-    "forward",
-    [
-        lambda self, x: self.c(x).view_as(x.flatten(1)),
-        lambda self, x: torch.view_as_real(torch.view_as_complex(self.c(x)[..., :2])),
-        lambda self, x: self.c(x).view(size=(2, -1)),
-        lambda self, x: self.c(x).flatten(2).view(-1),
-        lambda self, x: self.c(x)[0].view(-1),
-    ],
-)
-def test_views(forward):
-    assert_same(Model(forward, c=convolution()), X)
-
-
-def test_views_of_bits():
-    """Of small integers, whose sums are exact in any order: other bits are not told apart."""
-    layer = convolution()
-    with torch.no_grad():
-        layer.weight.copy_(torch.arange(81).view(3, 3, 3, 3) % 5 - 2)
-        layer.bias.copy_(torch.tensor([1.0, -2.0, 3.0]))
-    assert_same(Model(lambda self, x: self.c(x).view(torch.int16), c=layer), (4 * X).round())
-
-
-@pytest.mark.parametrize(
-    ("layers", "x"),
-    [
-        ([convolution(), nn.Flatten(2)], X),
-        ([nn.Unflatten(1, (3, 4, 4)), convolution()], X.flatten(1)),
-    ],
-)
-def test_outputs_lie_as_the_originals(layers, x):
-    assert nnarch.accelerate(nn.Sequential(*layers).eval())(x).is_contiguous()
-
-
 # -------------------------------------------------------------------------------------- arguments
 
 
@@ -407,32 +325,3 @@ def test_other_threads_are_left_alone():
     done.set()
     server.join()
     assert errors == []
-
-
-@dataclasses.dataclass
-class Outputs(OrderedDict):
-    """As transformers returns them: a dict whose keys are attributes, too."""
-
-    out: torch.Tensor
-
-    def __post_init__(self):
-        self["out"] = self.out
-
-
-@pytest.mark.parametrize("kind", [dict, OrderedDict, Outputs])
-def test_kinds_of_dicts(kind):
-    def forward(self, x):
-        if kind is Outputs:
-            return Outputs(out=self.c(x))
-        return kind([("b", self.c(x)), ("a", {"c": kind(d=x + 1)})])
-
-    model = Model(forward, c=convolution()).eval()
-    accelerated = nnarch.accelerate(model)
-    for run in (accelerated, copy.deepcopy(accelerated), pickle.loads(pickle.dumps(accelerated))):
-        for _ in range(3):
-            with torch.no_grad():
-                output = run(X)
-            assert type(output) is kind
-            if kind is not Outputs:
-                assert list(output) == ["b", "a"] and type(output["a"]["c"]) is kind
-            torch.testing.assert_close(next(iter(output.values())), model.c(X))
