@@ -139,10 +139,9 @@ Tensor conv2d_input_grad(const Tensor& grad, const Tensor& weight_in, const IntL
 // sums[k][tap][c] of one group to dw[k][c][tap].
 template <class T>
 void unpack_weight_grad(const T* sums, const ConvShape& p, T* dw) {
-  const int64_t taps = p.taps(), c = p.group_c();
-  parallel_tasks(p.group_k(), [&](int64_t k) {
-    transpose_fn<T>()(sums + k * taps * c, c, dw + k * taps * c, taps, taps, c);
-  });
+  const int64_t c = p.group_c(), each = p.taps() * c;
+  const WeightRows<T> rows(dw, p.group_k(), p.taps(), c, false);
+  parallel_tasks(p.group_k(), [&](int64_t k) { rows.put(sums + k * each, c, k, 0, c); });
 }
 
 // How the weight's gradient is computed: Winograd's tile, or none.

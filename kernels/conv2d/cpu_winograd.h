@@ -170,7 +170,8 @@ void multiply_panels(const WinogradTiles& tiles, const WinogradBlocking& blockin
            .c_step = table.nr,
            .rows = range.count,
            .columns = output.channels - channel,
-           .a_next = far && p + 1 == panels.last ? rows_of(xi + 1) : nullptr});
+           .a_next = far && p + 1 == panels.last ? rows_of(xi + 1) : nullptr,
+           .far = far_l3()});
     }
   }
   for (int64_t p = panels.first; p < panels.last; ++p)

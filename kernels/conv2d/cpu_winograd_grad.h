@@ -7,8 +7,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "conv2d/cpu_weight_rows.h"
 #include "conv2d/cpu_winograd.h"
-#include "cpu/layout.h"
 
 namespace nnarch {
 
@@ -42,9 +42,10 @@ class WinogradWeightGrad {
                .plane = winograd_plane(block_ * k_row_)} {}
 
   void run(float* dw) const {
+    const WeightRows<float> rows(dw, k_, tiles_.tile.taps(), depth_, channels_last_);
     Scratch<float> v(tiles_.planes() * inputs_.plane), g(tiles_.planes() * grads_.plane);
-    if (block_ == tiles_.count()) return by_channels(v.get(), g.get(), dw);
-    by_planes(v.get(), g.get(), dw);
+    if (block_ == tiles_.count()) return by_channels(v.get(), g.get(), rows);
+    by_planes(v.get(), g.get(), rows);
   }
 
  private:
@@ -90,16 +91,15 @@ class WinogradWeightGrad {
   }
 
   // dw of channel k from its sums.
-  void finish(const float* products, int64_t plane, int64_t k, float* dw) const {
-    const int64_t taps = tiles_.tile.taps();
-    float* const to = dw + k * taps * depth_;
-    Scratch<float> lines(channels_last_ ? 0 : taps * depth_);
+  void finish(const float* products, int64_t plane, int64_t k, const WeightRows<float>& dw) const {
+    float* const row = dw.in_place(k);
+    Scratch<float> lines(row ? 0 : tiles_.tile.taps() * depth_);
     winograd_transforms(tiles_.tile)
-        .weight_grad(products, plane, depth_, depth_, channels_last_ ? to : lines.get(), depth_);
-    if (!channels_last_) transpose_fn<float>()(lines.get(), depth_, to, taps, taps, depth_);
+        .weight_grad(products, plane, depth_, depth_, row ? row : lines.get(), depth_);
+    if (!row) dw.put(lines.get(), depth_, k, 0, depth_);
   }
 
-  void by_channels(float* v, float* g, float* dw) const {
+  void by_channels(float* v, float* g, const WeightRows<float>& dw) const {
     constexpr int64_t cache = int64_t{512} << 10;
     const TileBlock block(tiles_, 0, tiles_.count());
     transform(block, v, g);
@@ -115,7 +115,7 @@ class WinogradWeightGrad {
     });
   }
 
-  void by_planes(float* v, float* g, float* dw) const {
+  void by_planes(float* v, float* g, const WeightRows<float>& dw) const {
     const int64_t plane = winograd_plane(k_ * columns_);
     Scratch<float> products(tiles_.planes() * plane);
     for (int64_t first = 0; first < tiles_.count(); first += block_) {

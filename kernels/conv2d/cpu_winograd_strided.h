@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "conv2d/cpu_views.h"
+#include "conv2d/cpu_weight_rows.h"
 #include "conv2d/cpu_winograd.h"
 #include "conv2d/cpu_winograd_parts.h"
 #include "conv2d/winograd_strided.h"
@@ -16,7 +17,6 @@
 #include "cpu/layout.h"
 #include "cpu/machine.h"
 #include "cpu/parallel.h"
-#include "cpu/streaming.h"
 
 namespace nnarch {
 
@@ -120,6 +120,7 @@ class StridedWinograd {
   // dw of the group, [k][c][tap] or, channels_last, [k][tap][c].
   void weight_grad(const float* x, const float* grad, bool channels_last, float* dw) const {
     const int64_t unit = chunk(), k = p_.group_k();
+    const WeightRows<float> rows(dw, k, p_.taps(), p_.group_c(), channels_last);
     const StridedPlanes v(tile_, block_, unit, kGap), s(tile_, k, unit, kGap);
     const int64_t plane = even_plane();
     LargeBuffer values(v.size()), sums(s.size()), grads(tile_.planes() * plane);
@@ -152,18 +153,13 @@ class StridedWinograd {
                                  last ? 0 : v.begin(xi + 2) - v.begin(xi + 1), panel, panels));
         });
       }
-      const int64_t channels = channels_from(c), taps = p_.taps(), depth = p_.group_c();
-      const bool past_caches = outgrows_caches(dw, k * taps, depth) && channels % 16 == 0;
       parallel_tasks(k, [&](int64_t row) {
         Scratch<int64_t> at(tile_.values()), next(tile_.values());
         s.locate(row, at.get()), s.locate(std::min(row + 1, k - 1), next.get());
-        float* const to = dw + row * taps * depth + (channels_last ? c : c * taps);
-        if (channels_last)
-          return transforms_.weight_grad(sums.get(), at.get(), next.get(), channels, to, depth,
-                                         past_caches);
-        Scratch<float> own(taps * unit);
-        transforms_.weight_grad(sums.get(), at.get(), next.get(), channels, own.get(), unit, false);
-        transpose_fn<float>()(own.get(), unit, to, taps, taps, channels);
+        Scratch<float> lines(p_.taps() * unit);
+        transforms_.weight_grad(sums.get(), at.get(), next.get(), channels_from(c), lines.get(),
+                                unit);
+        rows.put(lines.get(), unit, row, c, channels_from(c));
       });
     }
   }

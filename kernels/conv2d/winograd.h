@@ -58,6 +58,7 @@ struct PanelProduct {
   bool add = false;
   int64_t share = 0, shares = 1;  // which part of the panel that follows is fetched meanwhile
   const float* a_next = nullptr;  // rows that will be read next, fetched meanwhile; or null
+  bool far = false;               // the last-level cache is far (cpu/machine.h)
 };
 
 // c[i][j] = or += Σ_k a[k][i] · b[k][j] for i < rows, j < columns: the sum over tiles of a weight
@@ -76,8 +77,9 @@ struct OuterProduct {
 };
 
 struct WinogradTable {
-  int64_t nr;  // columns of a panel
-  int64_t mr;  // rows of the register tile
+  int64_t nr;       // columns of a panel
+  int64_t mr;       // rows of the register tile
+  int64_t readers;  // so few rows read a panel as fast as memory gives it
   WinogradTransforms of_2, of_4, of_5, of_6;
   void (*panel_product)(const PanelProduct& p);
   void (*outer_product)(const OuterProduct& p);

@@ -8,8 +8,11 @@ namespace {
 
 #if defined(NNARCH_ISA_avx512)
 constexpr int kRows = 14, kUnrolled = 1;
+// So few rows read a panel as fast as memory gives it; what they are of more, up to kRows.
+constexpr int kReaders = 7, kFirstReaders = 4;
 #else
 constexpr int kRows = 6, kUnrolled = 4;  // steps at once: 2 % at 6 rows
+constexpr int kReaders = 4, kFirstReaders = 0;
 #endif
 
 // c = or += the accumulators, whose indices are constants everywhere, or they would be in memory.
@@ -23,28 +26,44 @@ NNARCH_INLINE void put(V* left, V* right, float* c, int64_t step, bool add) {
   if constexpr (!Half) ((store(c + I * step + kWidth, right[I])), ...);
 }
 
-// Lines that come into cache while tiles are multiplied, one or two a step: of every tile its share
-// of the panel that follows, and its rows of the values that do. In the first of several tiles
+// How the lines that come next are asked for, one or two a step. Those that several steps ask for
+// come into the first-level cache, where asking again ends.
+enum class Fetch { nothing, line, two_lines, line_again, two_lines_again };
+constexpr bool asks_two(Fetch f) { return f == Fetch::two_lines || f == Fetch::two_lines_again; }
+constexpr bool asks_again(Fetch f) { return f == Fetch::line_again || f == Fetch::two_lines_again; }
+
+template <Fetch F>
+NNARCH_INLINE void fetch(const float* first, const float* second) {
+  constexpr int level = asks_again(F) ? 3 : 2;
+  if constexpr (F != Fetch::nothing) __builtin_prefetch(first, 0, level);
+  if constexpr (asks_two(F)) __builtin_prefetch(second, 0, level);
+}
+
+// Lines that come into cache while tiles are multiplied: of every tile its share of the panel that
+// follows, or of a part of that, and its rows of the values that do. In the first of several tiles
 // alone, all of the panel would be more than a core can wait for.
 struct Ahead {
   const float *panel, *rows;
   int64_t share, panel_stride, rows_stride;
-  bool two;
+  Fetch fetch;
 
   // `tiles` of at most `height` rows and `count` steps.
-  NNARCH_INLINE Ahead(const PanelProduct& p, int64_t tiles, int64_t height, int64_t count)
+  NNARCH_INLINE Ahead(const PanelProduct& p, int64_t tiles, int64_t height, int64_t count,
+                      int64_t part = 1)
       : rows(p.a_next),
-        share(p.depth * 2 * kWidth / (p.shares * tiles)),
+        share(p.depth * 2 * kWidth / (part * p.shares * tiles)),
         panel_stride(share / count),
-        rows_stride(rows ? height * p.a_step / count : 0),
-        two(rows || p.shares * tiles == 1) {
+        rows_stride(rows ? height * p.a_step / count : 0) {
     panel = p.b + p.depth * 2 * kWidth + p.share * tiles * share;
+    const bool two = rows || part * p.shares * tiles == 1, again = !p.far && panel_stride < 12;
+    fetch = two ? (again ? Fetch::two_lines_again : Fetch::two_lines)
+                : (again ? Fetch::line_again : Fetch::line);
   }
 };
 
 // The register tile's rows are a constant distance apart, so a few registers address them all. The
 // bases are opaque, or GCC would keep a pointer for every row. `Half`: the left vector only.
-template <bool Half, bool Two, int... I>
+template <bool Half, Fetch F, int... I>
 NNARCH_INLINE void panel_tile(Indices<I...>, const PanelProduct& p, int64_t row, int64_t from,
                               int64_t count, const Ahead& ahead, int64_t tile) {
   const int64_t step = p.a_step, first_stride = ahead.panel_stride;
@@ -59,12 +78,9 @@ NNARCH_INLINE void panel_tile(Indices<I...>, const PanelProduct& p, int64_t row,
 #pragma GCC unroll kUnrolled
   for (int64_t k = 0; k < count; ++k) {
     asm("" : "+r"(a0), "+r"(a7));
-    __builtin_prefetch(first, 0, 2);
+    fetch<F>(first, second);
     first += first_stride;
-    if constexpr (Two) {
-      __builtin_prefetch(second, 0, 2);
-      second += second_stride;
-    }
+    if constexpr (asks_two(F)) second += second_stride;
     V b0 = load(b), b1, x;
     keep_in_register(b0);
     if constexpr (Half) {
@@ -126,8 +142,7 @@ NNARCH_INLINE void panel_chains(Indices<I...>, const PanelProduct& p, int64_t ro
 #pragma GCC unroll 1
     for (; b != end; ++a, b += 2 * kWidth) {
       asm("" : "+r"(a));
-      __builtin_prefetch(fetched, 0, 2);
-      __builtin_prefetch(fetched + kWidth, 0, 2);
+      fetch<Fetch::two_lines_again>(fetched, fetched + kWidth);
       fetched += stride;
       V b0 = load(b), b1 = load(b + kWidth), x;
       keep_in_register(b0);
@@ -183,10 +198,10 @@ NNARCH_INLINE auto outer_chains_with(Indices<I...>, int64_t rows) {
 }
 #endif
 
-template <bool Half, bool Two, int Rows>
+template <bool Half, Fetch F, int Rows>
 NNARCH_NOINLINE void panel_tile_of(const PanelProduct& p, int64_t row, int64_t from, int64_t count,
                                    const Ahead& ahead, int64_t tile) {
-  panel_tile<Half, Two>(MakeIndices<Rows>{}, p, row, from, count, ahead, tile);
+  panel_tile<Half, F>(MakeIndices<Rows>{}, p, row, from, count, ahead, tile);
 }
 template <bool Half, int Rows>
 NNARCH_NOINLINE void outer_tile_of(const OuterProduct& p, int64_t row, int64_t column) {
@@ -197,11 +212,29 @@ NNARCH_NOINLINE void outer_tile_of(const OuterProduct& p, int64_t row, int64_t c
   }
 }
 
-template <bool Half, bool Two, int... I>
-NNARCH_INLINE auto panel_tile_with(Indices<I...>, int64_t rows) {
-  static constexpr decltype(&panel_tile_of<Half, Two, 1>) tiles[] = {
-      panel_tile_of<Half, Two, I + 1>...};
+using PanelTile = void (*)(const PanelProduct&, int64_t row, int64_t from, int64_t count,
+                           const Ahead&, int64_t tile);
+template <bool Half, Fetch F, int... I>
+NNARCH_INLINE PanelTile panel_tile_with(Indices<I...>, int64_t rows) {
+  static constexpr PanelTile tiles[] = {panel_tile_of<Half, F, I + 1>...};
   return tiles[rows - 1];
+}
+NNARCH_INLINE PanelTile panel_tile_with(Fetch f, bool half, int64_t rows) {
+  constexpr MakeIndices<kRows> each;
+  if (f == Fetch::nothing)
+    return half ? panel_tile_with<true, Fetch::nothing>(each, rows)
+                : panel_tile_with<false, Fetch::nothing>(each, rows);
+  if (half) return panel_tile_with<true, Fetch::two_lines_again>(each, rows);
+  switch (f) {
+    case Fetch::line:
+      return panel_tile_with<false, Fetch::line>(each, rows);
+    case Fetch::two_lines:
+      return panel_tile_with<false, Fetch::two_lines>(each, rows);
+    case Fetch::line_again:
+      return panel_tile_with<false, Fetch::line_again>(each, rows);
+    default:
+      return panel_tile_with<false, Fetch::two_lines_again>(each, rows);
+  }
 }
 template <bool Half, int... I>
 NNARCH_INLINE auto outer_tile_with(Indices<I...>, int64_t rows) {
@@ -222,6 +255,15 @@ NNARCH_INLINE void for_row_tiles(int64_t rows, const F& f) {
 // Tiles of nearly equal height; at most so many rows.
 constexpr int64_t tiles_of(int64_t rows, int64_t most) { return (rows + most - 1) / most; }
 
+// How many rows, alone at first, read the panel from where it is. A core has some 20 steps of a
+// tile under way: of few rows those reach as many lines ahead as memory can serve, in the order
+// that the hardware follows, and instructions that ask for others would break it. Of more rows they
+// do not reach far enough. A far last-level cache (`far`) brings what it is asked for early.
+NNARCH_INLINE int64_t reading_rows(const PanelProduct& p) {
+  if (p.far || p.shares > 1) return 0;
+  return p.rows <= kReaders ? p.rows : p.rows <= kRows ? kFirstReaders : 0;
+}
+
 // A longer chain of additions loses accuracy: one of 1024 has three times the error of its parts.
 void panel_product(const PanelProduct& p) {
   if (p.rows <= 0 || p.depth <= 0) return;
@@ -234,17 +276,15 @@ void panel_product(const PanelProduct& p) {
     });
   }
 #endif
-  const int64_t chains = (p.depth + p.chain - 1) / p.chain, tiles = tiles_of(p.rows, kRows);
-  const Ahead ahead(p, chains * tiles, p.rows / tiles + 1, p.depth / chains + 1);
+  const int64_t chains = (p.depth + p.chain - 1) / p.chain, readers = reading_rows(p);
+  const int64_t rest = p.rows - readers, tiles = rest > 0 ? tiles_of(rest, kRows) : 1;
+  const Ahead ahead(p, chains * tiles, rest / tiles + 1, p.depth / chains + 1, readers ? 4 : 1);
   const bool half = p.columns <= kWidth;
   for (int64_t i = 0; i < chains; ++i) {
     const int64_t from = p.depth * i / chains, count = p.depth * (i + 1) / chains - from;
-    for_row_tiles(p.rows, [&](int64_t row, int64_t rows) {
-      constexpr MakeIndices<kRows> each;
-      const auto tile = half        ? panel_tile_with<true, true>(each, rows)
-                        : ahead.two ? panel_tile_with<false, true>(each, rows)
-                                    : panel_tile_with<false, false>(each, rows);
-      tile(p, row, from, count, ahead, done++);
+    if (readers) panel_tile_with(Fetch::nothing, half, readers)(p, 0, from, count, ahead, 0);
+    for_row_tiles(rest, [&](int64_t row, int64_t rows) {
+      panel_tile_with(ahead.fetch, half, rows)(p, readers + row, from, count, ahead, done++);
     });
   }
 }
@@ -271,10 +311,15 @@ void outer_product(const OuterProduct& p) {
 }  // namespace
 
 const WinogradTable& winograd_table() {
-  static constexpr WinogradTable table = {2 * kWidth,           kRows,
-                                          all_transforms<2, 3>, all_transforms<4, 3>,
-                                          all_transforms<5, 3>, all_transforms<6, 3>,
-                                          panel_product,        outer_product};
+  static constexpr WinogradTable table = {2 * kWidth,
+                                          kRows,
+                                          kReaders,
+                                          all_transforms<2, 3>,
+                                          all_transforms<4, 3>,
+                                          all_transforms<5, 3>,
+                                          all_transforms<6, 3>,
+                                          panel_product,
+                                          outer_product};
   return table;
 }
 

@@ -30,10 +30,9 @@ struct StridedTransforms {
   // into cache.
   void (*weight)(const float* packed, int64_t count, float* values, const int64_t* at,
                  const float* const* ahead, int64_t lines);
-  // From the values of summed products to taps, `tap` elements apart; past the caches where that is
-  // asked for, whose lines are then written whole and aligned.
+  // From the values of summed products to taps, `tap` elements apart.
   void (*weight_grad)(const float* values, const int64_t* at, const int64_t* next, int64_t channels,
-                      float* dw, int64_t tap, bool past_caches);
+                      float* dw, int64_t tap);
 };
 
 NNARCH_PER_ISA(const StridedTransforms& strided_nine_taps();)

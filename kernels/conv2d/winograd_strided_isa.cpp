@@ -101,8 +101,7 @@ void phases_weight(const float* packed, int64_t count, float* values, const int6
 
 template <int M, int R>
 void phases_weight_grad(const float* values, const int64_t* at, const int64_t* next,
-                        int64_t channels, float* dw, int64_t tap, bool past_caches) {
-  const bool stream_out = past_caches && kVectorBytes == 64;
+                        int64_t channels, float* dw, int64_t tap) {
   for (int64_t c = 0; c < channels; c += kWidth)
     for_phases<M, R>([&](auto phase) NNARCH_INLINE_LAMBDA {
       using P = decltype(phase);
@@ -112,15 +111,9 @@ void phases_weight_grad(const float* values, const int64_t* at, const int64_t* n
             __builtin_prefetch(values + next[P::value(i, j)] + c, 0, 2);
             return load(values + at[P::value(i, j)] + c);
           },
-          [&](int i, int j, V v) NNARCH_INLINE_LAMBDA {
-            float* const to = dw + P::tap(i, j) * tap + c;
-            if (stream_out)
-              stream(to, v);
-            else
-              store_n(to, v, channels - c);
-          });
+          [&](int i, int j, V v)
+              NNARCH_INLINE_LAMBDA { store_n(dw + P::tap(i, j) * tap + c, v, channels - c); });
     });
-  if (stream_out) finish_streaming();
 }
 
 // Where value (i, j) of a phase lies among planes and slots, with M, R as above.

@@ -20,4 +20,9 @@ TransposeFn<T> transpose_fn() {
   return NNARCH_SELECT(transpose_kernel<T>());
 }
 
+// Copies rows past the caches (cpu/streaming.h); strides are in bytes. Where `dst` and its rows are
+// not whole cache lines, through them.
+NNARCH_PER_ISA(void stream_rows(const void* src, int64_t src_stride, void* dst, int64_t dst_stride,
+                                int64_t rows, int64_t bytes);)
+
 }  // namespace nnarch

@@ -106,6 +106,25 @@ void transpose(const T* src, int64_t ss, T* dst, int64_t ds, int64_t rows, int64
 
 }  // namespace
 
+void stream_rows(const void* src, int64_t src_stride, void* dst, int64_t dst_stride, int64_t rows,
+                 int64_t bytes) {
+  constexpr int64_t line = 64;
+  const auto* from = static_cast<const char*>(src);
+  auto* to = static_cast<char*>(dst);
+  const bool lines = (reinterpret_cast<uintptr_t>(to) | static_cast<uintptr_t>(dst_stride) |
+                      static_cast<uintptr_t>(bytes)) %
+                         line ==
+                     0;
+  for (; rows > 0; --rows, from += src_stride, to += dst_stride) {
+    if (!lines)
+      __builtin_memcpy(to, from, static_cast<size_t>(bytes));
+    else
+      for (int64_t i = 0; i < bytes; i += kVectorBytes)
+        stream(reinterpret_cast<float*>(to + i), load(reinterpret_cast<const float*>(from + i)));
+  }
+  if (lines) finish_streaming();
+}
+
 template <>
 TransposeFn<float> transpose_kernel<float>() {
   return transpose<float>;

@@ -36,23 +36,25 @@ struct SoftmaxTable {
   void (*add_bias)(T* z, int64_t step, int64_t classes, int64_t columns, const T* bias);
   // The running maximum, and the running sum of exp(z - max). They begin as -infinity and 0.
   void (*observe)(const T* z, int64_t step, int64_t classes, int64_t columns, T* max, T* sum);
-  // lse[n] = max[n] + log(sum[n])
-  void (*log_sums)(const T* max, const T* sum, int64_t columns, double* lse);
+  // logs[n] = log(sum[n])
+  void (*log_sums)(const T* sum, int64_t columns, double* logs);
   // weighted[n] += Σ_c a·z, total[n] += Σ_c a. Differences to `near` are summed: it is a number
   // near the largest z of the column, such as its maximum.
   void (*weigh)(const T* z, int64_t step, int64_t classes, int64_t columns, const T* near,
                 const ClassFactors<T>& a, double* weighted, double* total);
-  // g = alpha[n]·exp(z - lse[n]) - scale[n]·a; g may be z.
-  void (*gradient)(const T* z, int64_t step, int64_t classes, int64_t columns, const T* lse,
+  // g = alpha[n]·exp(z - max[n]) - scale[n]·a; g may be z.
+  void (*gradient)(const T* z, int64_t step, int64_t classes, int64_t columns, const T* max,
                    const T* alpha, const T* scale, const ClassFactors<T>& a, T* g, int64_t g_step);
-  // g = scale[n]·weight[c]·of_target·(lse[n] - z): the gradient of the target probabilities.
-  void (*target_gradient)(const T* z, int64_t step, int64_t classes, int64_t columns, const T* lse,
-                          const T* scale, const ClassFactors<T>& a, T* g, int64_t g_step);
+  // g = scale[n]·weight[c]·of_target·(max[n] - z + rest[n]): the gradient of the target
+  // probabilities.
+  void (*target_gradient)(const T* z, int64_t step, int64_t classes, int64_t columns, const T* max,
+                          const T* rest, const T* scale, const ClassFactors<T>& a, T* g,
+                          int64_t g_step);
   // The same three of one column whose classes lie side by side.
   void (*row_observe)(const T* z, int64_t classes, T* max, T* sum);
   void (*row_weigh)(const T* z, int64_t classes, T near, const ClassFactors<T>& a, double* weighted,
                     double* total);
-  void (*row_gradient)(const T* z, int64_t classes, T lse, T alpha, T scale,
+  void (*row_gradient)(const T* z, int64_t classes, T max, T alpha, T scale,
                        const ClassFactors<T>& a, T* g, bool stream);
   // Σ_n x[n]
   double (*row_sum)(const T* x, int64_t n);

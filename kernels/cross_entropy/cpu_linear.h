@@ -234,7 +234,7 @@ class Statistics {
   Seen of(int64_t i) const {
     T top = max(0)[i];
     for (int64_t g = 1; g < groups_; ++g) top = max(g)[i] > top ? max(g)[i] : top;
-    Seen seen{0, static_cast<double>(at_target_[i]), 0, 0};
+    Seen seen{{}, static_cast<double>(at_target_[i]), 0, 0};
     double total = 0;
     for (int64_t g = 0; g < groups_; ++g) {
       const double below = static_cast<double>(max(g)[i]) - static_cast<double>(top);
@@ -242,7 +242,7 @@ class Statistics {
       if (sum(g)[i] != T{0}) total += static_cast<double>(sum(g)[i]) * std::exp(below);
       if (weighs_) seen.weighted += weighted(g)[i], seen.total += weighted(g)[n_ + i];
     }
-    seen.lse = static_cast<double>(top) + std::log(total);
+    seen.lse = LogSum::of(static_cast<double>(top), total);
     return seen;
   }
 

@@ -75,7 +75,7 @@ class TileGradients {
 
   void to_gradient(int64_t first, int64_t classes, T* z, int64_t step, const SlopeRows<T>& slopes,
                    const ClassFactors<T>& a, const int64_t* target) const {
-    softmax<T>().gradient(z, step, classes, p_.samples, slopes.lse, slopes.alpha, slopes.scale,
+    softmax<T>().gradient(z, step, classes, p_.samples, slopes.max, slopes.alpha, slopes.scale,
                           a.from(first), z, step);
     for (int64_t i = 0; i < p_.samples; ++i) {
       const int64_t c = target[i] - first;

@@ -96,9 +96,35 @@ class Targets {
   double weights_ = 0, kept_ = 0, per_weight_ = 0, per_count_ = 0;
 };
 
+// log Σ exp(z) of a sample as the largest logit and what the others add: a sum of both would lose
+// the second where logits are large, those of a masked sample say.
+struct LogSum {
+  double max, rest;
+  double share;  // exp(-rest): of the largest logit
+
+  static LogSum of(double max, double sum) { return {max, std::log(sum), 1 / sum}; }
+
+  // From their sum, for kernels that compute in T: what rounding it to T leaves is the rest.
+  template <class T>
+  static LogSum of_value(double value) {
+    const double max = static_cast<double>(static_cast<T>(value)), d = max - value;
+    constexpr double small = 1e-4;  // exp(d) takes as long as all else of a position
+    const double near = 1 + d * (1 + d * (0.5 + d * (1.0 / 6)));
+    return {max, -d, std::abs(d) <= small ? near : std::exp(d)};
+  }
+  // Whether the sum of both says what each was, as exactly as T tells.
+  template <class T>
+  static bool is_exact(double value) {
+    return std::abs(value) < (sizeof(T) == sizeof(float) ? 0x1p20 : 0x1p6);
+  }
+
+  double value() const { return max + rest; }
+  double above(double z) const { return (max - z) + rest; }
+};
+
 // What is known of a sample once all its logits were seen.
 struct Seen {
-  double lse;
+  LogSum lse;
   double at_target;        // its logit; unused for probabilities
   double weighted, total;  // Σ a·z and Σ a of probabilities and smoothing
 };
@@ -107,14 +133,9 @@ struct Seen {
 struct Slopes {
   double alpha = 0, beta = 0, scale = 0;
 
-  // Kernels take exp(z - lse) with lse rounded to T; alpha makes up for the rounding, which would
-  // be a relative error of 4e-6 where logits are near 100.
-  template <class T>
-  void round_to(double log_sum) {
-    const double d = static_cast<double>(static_cast<T>(log_sum)) - log_sum;
-    constexpr double small = 1e-4;  // exp(d) takes as long as all else of a position
-    const double near = 1 + d * (1 + d * (0.5 + d * (1.0 / 6)));
-    if (alpha != 0) alpha *= std::abs(d) <= small ? near : std::exp(d);
+  // Kernels take exp(z - max) in place of p: alpha is what that is multiplied by.
+  void take_share(const LogSum& lse) {
+    if (alpha != 0) alpha *= lse.share;
   }
 };
 
@@ -131,10 +152,11 @@ class Loss {
   // Of sample i, divided by what the reduction divides by.
   double value(int64_t i, const Seen& s) const {
     if (!t_.kept(i)) return 0;
-    double loss = spread_ ? s.total * s.lse - s.weighted : 0;
-    if (of_target_ != 0) loss += of_target_ * t_.weight_of(i) * (s.lse - s.at_target);
+    double loss = spread_ ? (s.total * s.lse.max - s.weighted) + s.total * s.lse.rest : 0;
+    if (of_target_ != 0) loss += of_target_ * t_.weight_of(i) * s.lse.above(s.at_target);
     loss *= t_.per_weight();
-    if (o_.z_loss != 0) loss += o_.z_loss * s.lse * s.lse * t_.per_count();
+    const double lse = s.lse.value();
+    if (o_.z_loss != 0) loss += o_.z_loss * lse * lse * t_.per_count();
     return loss;
   }
 
@@ -148,7 +170,7 @@ class Loss {
       g.beta = g.scale * of_target_ * t_.weight_of(i);
       g.alpha += g.beta;
     }
-    if (o_.z_loss != 0) g.alpha += grad * t_.per_count() * 2 * o_.z_loss * s.lse;
+    if (o_.z_loss != 0) g.alpha += grad * t_.per_count() * 2 * o_.z_loss * s.lse.value();
     return g;
   }
 
@@ -168,24 +190,24 @@ class Loss {
   double of_target_;
 };
 
-template <class T>
-double log_sum_exp(T max, T sum) {
-  return static_cast<double>(max) + std::log(static_cast<double>(sum));
-}
-
 // Of every sample in a block; the memory is the caller's scratch.
 template <class T>
 struct SlopeRows {
-  T *lse, *alpha, *beta, *scale;
+  T *max, *rest, *alpha, *beta, *scale;
 
-  static constexpr int64_t kArrays = 4;
+  static constexpr int64_t kArrays = 5;
   SlopeRows(T* memory, int64_t n)
-      : lse(memory), alpha(memory + n), beta(memory + 2 * n), scale(memory + 3 * n) {}
+      : max(memory),
+        rest(memory + n),
+        alpha(memory + 2 * n),
+        beta(memory + 3 * n),
+        scale(memory + 4 * n) {}
 
-  void set(int64_t i, double log_sum, Slopes s) const {
-    s.round_to<T>(log_sum);
-    lse[i] = static_cast<T>(log_sum), alpha[i] = static_cast<T>(s.alpha);
-    beta[i] = static_cast<T>(s.beta), scale[i] = static_cast<T>(s.scale);
+  void set(int64_t i, const LogSum& lse, Slopes s) const {
+    s.take_share(lse);
+    max[i] = static_cast<T>(lse.max), rest[i] = static_cast<T>(lse.rest);
+    alpha[i] = static_cast<T>(s.alpha), beta[i] = static_cast<T>(s.beta);
+    scale[i] = static_cast<T>(s.scale);
   }
 };
 

@@ -49,12 +49,12 @@ class RowPass {
       const T* z = p_.x.at(b.outer, b.inner + i);
       T top, total;
       softmax<T>().row_observe(z, p_.x.classes, &top, &total);
-      Seen seen{log_sum_exp(top, total), 0, 0, 0};
+      Seen seen{LogSum::of(top, total), 0, 0, 0};
       if (p_.factors.any())
         softmax<T>().row_weigh(z, p_.x.classes, top, p_.factors, &seen.weighted, &seen.total);
       if (p_.loss.targets().kept(at)) seen.at_target = z[p_.target[at]];
       const double value = p_.loss.value(at, seen);
-      to_.lse[at] = seen.lse;
+      to_.lse[at] = seen.lse.value();
       if (!p_.loss.reduces()) to_.loss[at] = static_cast<T>(value);
       sum += value;
       if (to_.dx.data) gradient(b, i, seen.lse, p_.loss.slopes(at, seen, 1.0));
@@ -64,18 +64,26 @@ class RowPass {
   void backward(const PositionBlock& b, double total) const {
     for (int64_t i = 0; i < b.count; ++i) {
       const int64_t at = b.first + i;
-      const Seen seen{to_.lse[at], 0, 0, total};
-      gradient(b, i, to_.lse[at], p_.loss.slopes(at, seen, to_.grad[to_.each ? at : 0]));
+      const Seen seen{log_sum(b, i), 0, 0, total};
+      gradient(b, i, seen.lse, p_.loss.slopes(at, seen, to_.grad[to_.each ? at : 0]));
     }
   }
 
  private:
-  void gradient(const PositionBlock& b, int64_t i, double log_sum, Slopes s) const {
-    s.round_to<T>(log_sum);
-    const T lse = static_cast<T>(log_sum);
+  // As the forward pass left it, or, where that cannot be, made again.
+  LogSum log_sum(const PositionBlock& b, int64_t i) const {
+    const double value = to_.lse[b.first + i];
+    if (LogSum::is_exact<T>(value)) return LogSum::of_value<T>(value);
+    T top, total;
+    softmax<T>().row_observe(p_.x.at(b.outer, b.inner + i), p_.x.classes, &top, &total);
+    return LogSum::of(top, total);
+  }
+
+  void gradient(const PositionBlock& b, int64_t i, const LogSum& lse, Slopes s) const {
+    s.take_share(lse);
     const int64_t at = b.first + i;
     T* g = to_.dx.at(b.outer, b.inner + i);
-    softmax<T>().row_gradient(p_.x.at(b.outer, b.inner + i), p_.x.classes, lse,
+    softmax<T>().row_gradient(p_.x.at(b.outer, b.inner + i), p_.x.classes, static_cast<T>(lse.max),
                               static_cast<T>(s.alpha), static_cast<T>(s.scale), p_.factors, g,
                               stream_);
     if (s.beta != 0) g[p_.target[at]] -= static_cast<T>(s.beta);
@@ -100,8 +108,7 @@ class TilePass {
     T top[most], total[most];
     double weighted[most] = {}, factors[most] = {};
     T at_target[most] = {};
-    std::fill_n(top, most, -static_cast<T>(INFINITY));
-    std::fill_n(total, most, T{0});
+    begin_sums(top, total);
     each_class_tile(p_.x.classes, Tiles::kClasses, [&](int64_t c, int64_t classes) {
       const T* z = x.read(b, c, classes);
       softmax<T>().observe(z, x.step(), classes, b.count, top, total);
@@ -118,16 +125,18 @@ class TilePass {
     double sum = 0;
     const Loss<T> loss = p_.loss;
     double* lse = to_.lse + b.first;
-    softmax<T>().log_sums(top, total, b.count, lse);
+    softmax<T>().log_sums(total, b.count, lse);
     Scratch<T> memory(SlopeRows<T>::kArrays * most);
     const SlopeRows<T> slopes(memory.get(), most);
     for (int64_t i = 0; i < b.count; ++i) {
       const int64_t at = b.first + i;
-      const Seen seen{lse[i], static_cast<double>(at_target[i]), weighted[i], factors[i]};
+      const LogSum log_sum{top[i], lse[i], 1 / static_cast<double>(total[i])};
+      const Seen seen{log_sum, static_cast<double>(at_target[i]), weighted[i], factors[i]};
+      lse[i] = log_sum.value();
       const double value = loss.value(at, seen);
       if (!loss.reduces()) to_.loss[at] = static_cast<T>(value);
       sum += value;
-      if (to_.dx.data) slopes.set(i, seen.lse, loss.slopes(at, seen, 1.0));
+      if (to_.dx.data) slopes.set(i, log_sum, loss.slopes(at, seen, 1.0));
     }
     if (to_.dx.data) gradients(b, x, q, slopes);
     return sum;
@@ -137,6 +146,10 @@ class TilePass {
     const Tiles x(p_.x), q(p_.q);
     constexpr int64_t most = Tiles::kPlaneColumns;
     double weighted[most] = {}, factors[most] = {};
+    T top[most], sums[most];
+    const bool again =
+        !std::all_of(to_.lse + b.first, to_.lse + b.first + b.count, LogSum::is_exact<T>);
+    if (again) observe(b, x, top, sums);
     if (p_.q.data)
       each_class_tile(p_.x.classes, Tiles::kClasses, [&](int64_t c, int64_t classes) {
         const T* z = x.read(b, c, classes);
@@ -148,13 +161,27 @@ class TilePass {
     const SlopeRows<T> slopes(memory.get(), most);
     for (int64_t i = 0; i < b.count; ++i) {
       const int64_t at = b.first + i;
-      const Seen seen{to_.lse[at], 0, 0, p_.q.data ? factors[i] : total};
+      const LogSum log_sum = again ? LogSum::of(top[i], sums[i]) : LogSum::of_value<T>(to_.lse[at]);
+      const Seen seen{log_sum, 0, 0, p_.q.data ? factors[i] : total};
       slopes.set(i, seen.lse, p_.loss.slopes(at, seen, to_.grad[to_.each ? at : 0]));
     }
     gradients(b, x, q, slopes);
   }
 
  private:
+  static void begin_sums(T* top, T* total) {
+    std::fill_n(top, Tiles::kPlaneColumns, -static_cast<T>(INFINITY));
+    std::fill_n(total, Tiles::kPlaneColumns, T{0});
+  }
+
+  // The forward pass' sums, where its logarithms do not tell them (LogSum::is_exact).
+  void observe(const PositionBlock& b, const Tiles& x, T* top, T* total) const {
+    begin_sums(top, total);
+    each_class_tile(p_.x.classes, Tiles::kClasses, [&](int64_t c, int64_t classes) {
+      softmax<T>().observe(x.read(b, c, classes), x.step(), classes, b.count, top, total);
+    });
+  }
+
   ClassFactors<T> factors_at(const Tiles& q, const PositionBlock& b, int64_t c,
                              int64_t classes) const {
     ClassFactors<T> a = p_.factors;
@@ -171,7 +198,7 @@ class TilePass {
       const ClassFactors<T> a = factors_at(q, b, c, classes);
       if (to_.dx.data) {
         T* g = dx.to_write(b, c);
-        softmax<T>().gradient(z, x.step(), classes, b.count, s.lse, s.alpha, s.scale, a, g,
+        softmax<T>().gradient(z, x.step(), classes, b.count, s.max, s.alpha, s.scale, a, g,
                               dx.step());
         for (int64_t i = 0; p_.target && i < b.count; ++i) {
           const int64_t t = p_.target[b.first + i] - c;
@@ -180,7 +207,7 @@ class TilePass {
         dx.wrote(b, c, classes);
       }
       if (to_.dq.data) {
-        softmax<T>().target_gradient(z, x.step(), classes, b.count, s.lse, s.scale, a,
+        softmax<T>().target_gradient(z, x.step(), classes, b.count, s.max, s.rest, s.scale, a,
                                      dq.to_write(b, c), dq.step());
         dq.wrote(b, c, classes);
       }

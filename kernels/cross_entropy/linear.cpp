@@ -101,7 +101,7 @@ void forward_only(const LinearArguments<T>& args, T* loss, double* lse) {
     for (int64_t i = 0; i < p.samples; ++i) {
       const Seen seen = statistics.of(i);
       sink.put(args.loss, first + i, args.loss.value(first + i, seen), loss);
-      lse[first + i] = seen.lse;
+      lse[first + i] = seen.lse.value();
     }
   }
   if (args.loss.reduces()) *loss = static_cast<T>(args.loss.reduced(sink.sum));
@@ -130,7 +130,7 @@ void forward_and_gradients(const LinearArguments<T>& args, T* loss, double* lse,
       for (int64_t i = 0; i < p.samples; ++i) {
         const Seen seen = statistics.of(i);
         sink.put(args.loss, first + i, args.loss.value(first + i, seen), loss);
-        lse[first + i] = seen.lse;
+        lse[first + i] = seen.lse.value();
         slopes.set(i, seen.lse, args.loss.slopes(first + i, seen, 1.0));
       }
     }
@@ -163,7 +163,7 @@ void backward(const LinearArguments<T>& args, const T* grad, bool each, const do
     const int64_t step = padded_step<T>(p.samples);
     const SlopeRows<T> slopes(slope_memory.get(), p.samples);
     for (int64_t i = 0; i < p.samples; ++i) {
-      const Seen seen{lse[first + i], 0, 0, total};
+      const Seen seen{LogSum::of_value<T>(lse[first + i]), 0, 0, total};
       slopes.set(i, seen.lse, args.loss.slopes(first + i, seen, grad[each ? first + i : 0]));
     }
     LinearGradients<T> part = to;

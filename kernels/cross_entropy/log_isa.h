@@ -31,17 +31,16 @@ NNARCH_INLINE Vec<double> log(Vec<double> x) {
   return x == Vec<double>{} ? -infinity : any;
 }
 
-// lse[n] = max[n] + log(sum[n])
+// logs[n] = log(sum[n])
 template <class T>
-void log_sums(const T* max, const T* sum, int64_t columns, double* lse) {
+void log_sums(const T* sum, int64_t columns, double* logs) {
   constexpr int64_t lanes = kLanes<double>;
   for (int64_t n = 0; n < columns; n += kLanes<T>) {
     const int64_t some = columns - n < kLanes<T> ? columns - n : kLanes<T>;
-    Wide<T> top, total;
-    top.add(load_n(max + n, some));
+    Wide<T> total;
     total.add(load_n(sum + n, some));
     for (int64_t i = 0, left = some; i < Wide<T>::parts && left > 0; ++i, left -= lanes)
-      store_n(lse + n + i * lanes, top.part[i] + log(total.part[i]), left < lanes ? left : lanes);
+      store_n(logs + n + i * lanes, log(total.part[i]), left < lanes ? left : lanes);
   }
 }
 

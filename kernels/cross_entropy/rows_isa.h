@@ -107,12 +107,12 @@ void row_weigh(const T* z, int64_t classes, T near, const ClassFactors<T>& a, do
 }
 
 template <class T>
-void row_gradient(const T* z, int64_t classes, T lse, T alpha, T scale, const ClassFactors<T>& a,
+void row_gradient(const T* z, int64_t classes, T max, T alpha, T scale, const ClassFactors<T>& a,
                   T* g, bool past_caches) {
   constexpr int64_t w = kLanes<T>;
   const bool factors = a.any();
   const auto value = [&](int64_t c, int64_t n) {
-    Vec<T> v = alpha * exp<T>(load_n(z + c, n) - lse);
+    Vec<T> v = alpha * exp<T>(load_n(z + c, n) - max);
     if (factors) v -= scale * row_factor(a, c, n);
     return v;
   };

@@ -116,12 +116,12 @@ void weigh(const T* z, int64_t step, int64_t classes, int64_t columns, const T* 
 }
 
 template <class T>
-void gradient(const T* z, int64_t step, int64_t classes, int64_t columns, const T* lse,
+void gradient(const T* z, int64_t step, int64_t classes, int64_t columns, const T* max,
               const T* alpha, const T* scale, const ClassFactors<T>& a, T* g, int64_t g_step) {
   const bool factors = a.any();
   for (int64_t n = 0; n < columns; n += kLanes<T>) {
     const int64_t some = lanes_left<T>(columns, n);
-    const Vec<T> high = load_n(lse + n, some), of_p = load_n(alpha + n, some);
+    const Vec<T> high = load_n(max + n, some), of_p = load_n(alpha + n, some);
     const Vec<T> of_a = factors ? load_n(scale + n, some) : Vec<T>{};
     const T* at = z + n;
     T* to = g + n;
@@ -134,13 +134,14 @@ void gradient(const T* z, int64_t step, int64_t classes, int64_t columns, const 
 }
 
 template <class T>
-void target_gradient(const T* z, int64_t step, int64_t classes, int64_t columns, const T* lse,
-                     const T* scale, const ClassFactors<T>& a, T* g, int64_t g_step) {
+void target_gradient(const T* z, int64_t step, int64_t classes, int64_t columns, const T* max,
+                     const T* rest, const T* scale, const ClassFactors<T>& a, T* g,
+                     int64_t g_step) {
   for (int64_t c = 0; c < classes; ++c, z += step, g += g_step) {
     const T weight = a.weight ? a.weight[c] * a.of_target : a.of_target;
     for (int64_t n = 0; n < columns; n += kLanes<T>) {
       const int64_t some = lanes_left<T>(columns, n);
-      const Vec<T> below = load_n(lse + n, some) - load_n(z + n, some);
+      const Vec<T> below = load_n(max + n, some) - load_n(z + n, some) + load_n(rest + n, some);
       store_n(g + n, load_n(scale + n, some) * weight * below, some);
     }
   }
