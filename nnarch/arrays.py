@@ -87,11 +87,16 @@ def _on_arrays(function: Callable[..., Any], first: str, x: Any, args: tuple, kw
         raise TypeError(f"{op}: {error}") from None
     back = _array_converter(op, x)
     with torch.no_grad():
-        result = function(**{name: _to_tensor(op, name, a) for name, a in arguments.items()})
+        result = function(**{name: to_tensor(op, name, a) for name, a in arguments.items()})
     return tuple(map(back, result)) if isinstance(result, tuple) else back(result)
 
 
-def _to_tensor(op: str, name: str, value: Any) -> Any:
+def to_tensor(op: str, name: str, value: Any) -> Any:
+    """An array as a tensor, without a copy where that can be; anything else as it is.
+
+    Raises:
+        TypeError: an array that no tensor can be.
+    """
     if isinstance(value, torch.Tensor) or not hasattr(value, "__dlpack__"):
         return value
     try:

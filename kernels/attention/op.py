@@ -153,14 +153,15 @@ def scaled_dot_product_attention(
     Papers: Vaswani et al., Attention Is All You Need, 2017; Dao et al., FlashAttention, 2022;
     Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
     """
-    if window is None:
-        low, high = -UNBOUNDED, query_offset if is_causal else UNBOUNDED
-    else:
-        low, high = band(is_causal, window, query_offset)
+    low, high = band(is_causal, window, query_offset)
+    if not (isinstance(key, Tensor) and isinstance(value, Tensor)):
+        _refuse(key=key, value=value)
+    if attn_mask is not None or key_lengths is not None:
+        _refuse(attn_mask=attn_mask, key_lengths=key_lengths)
     if key_lengths is not None and key_lengths.dtype != torch.int64:
         key_lengths = whole_lengths(key_lengths)
     if attn_mask is not None and attn_mask.dtype == torch.float32 != query.dtype:
-        attn_mask = _mask_beside(attn_mask, query.dtype)
+        attn_mask = mask_beside(attn_mask, query.dtype)
     lead = None
     sizes, key_sizes, value_sizes = query.shape, key.shape, value.shape
     if not (  # slices of sizes would take a tenth of a small call
@@ -209,12 +210,23 @@ def _as_heads(
 
 def band(is_causal: bool, window: int | tuple[int, int] | None, offset: int) -> tuple[int, int]:
     """The least and the greatest j - i at which query i sees key j."""
+    if isinstance(offset, (bool, float, str)):
+        raise TypeError(f"attention: query_offset must be an int, got {offset!r}")
+    if isinstance(window, (bool, float, str)):
+        raise TypeError(f"attention: window must be an int or two, got {window!r}")
     if window is None:
         return -UNBOUNDED, offset if is_causal else UNBOUNDED
     left, right = (window - 1, 0) if isinstance(window, int) else window
     if left < 0 or right < 0:
         raise ValueError(f"attention: window must be at least (0, 0) or 1, got {window}")
     return offset - left, offset + (0 if is_causal else right)
+
+
+def _refuse(**arguments: Any) -> None:
+    """Raise for what is neither a tensor nor None."""
+    for name, given in arguments.items():
+        if not isinstance(given, Tensor) and (given is not None or name in ("key", "value")):
+            raise TypeError(f"attention: {name} must be a tensor, got {type(given).__name__}")
 
 
 def whole_lengths(key_lengths: Tensor) -> Tensor:
@@ -240,8 +252,10 @@ def _broadcast(
     )
 
 
-def _mask_beside(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float32 mask in the query's dtype. A finite number stays one: finfo.min is no -infinity."""
+def mask_beside(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """An added mask in the query's dtype. A finite number stays one: finfo.min is no -infinity."""
+    if mask.dtype == dtype:
+        return mask
     limits = torch.finfo(dtype)
     if limits.max > torch.finfo(mask.dtype).max:
         return mask.to(dtype)

@@ -181,7 +181,8 @@ void squash_capsules_grad(const CapsuleShape& shape, const T* dv, const T* s, T*
     T energy{0}, dot{0};
     for (int64_t d = 0; d < shape.dim; ++d) energy += s[d] * s[d], dot += s[d] * dv[d];
     const T norm = std::sqrt(energy), factor = 1 + energy;
-    const T along = norm == 0 ? T{0} : dot * (1 - energy) / (norm * factor * factor);
+    // In this order no factor leaves the range of T as long as the energy does not.
+    const T along = norm == 0 ? T{0} : dot / norm * ((1 - energy) / factor) / factor;
     for (int64_t d = 0; d < shape.dim; ++d) ds[d] = dv[d] * (norm / factor) + s[d] * along;
   }
 }

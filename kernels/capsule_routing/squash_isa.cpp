@@ -12,11 +12,12 @@ NNARCH_INLINE T root(T x) {
                         : static_cast<T>(__builtin_sqrt(static_cast<double>(x)));
 }
 
-// What multiplies ⟨grad, x⟩·x, where the norm is not zero.
+// What multiplies x, with dot = ⟨grad, x⟩, where the norm is not zero. In this order no factor
+// leaves the range of T as long as the energy does not.
 template <class T, class V>
-NNARCH_INLINE V across_of(V norm, V energy) {
+NNARCH_INLINE V through_of(V dot, V norm, V energy) {
   const V factor = energy + T(1);
-  return (T(1) - energy) / (norm * factor * factor);
+  return dot / norm * ((T(1) - energy) / factor) / factor;
 }
 
 // One vector whose values lie side by side.
@@ -63,7 +64,7 @@ void backward(const T* grad, const T* x, int64_t outer, int64_t dim, int64_t inn
       Vec<T> dot{};
       for (int64_t d = 0; d < dim; d += kLanes<T>)
         dot += load_n(grad + d, dim - d) * load_n(x + d, dim - d);
-      const T through = norm == T(0) ? T(0) : horizontal_sum<T>(dot) * across_of<T>(norm, energy);
+      const T through = norm == T(0) ? T(0) : through_of<T>(horizontal_sum<T>(dot), norm, energy);
       for (int64_t d = 0; d < dim; d += kLanes<T>)
         store_n(dx + d, load_n(grad + d, dim - d) * scale + load_n(x + d, dim - d) * through,
                 dim - d);
@@ -80,8 +81,8 @@ void backward(const T* grad, const T* x, int64_t outer, int64_t dim, int64_t inn
         dot += v * load_n(grad + d * inner + j, n);
       }
       const Vec<T> norm = square_root<T>(energy), scale = norm / (energy + T(1));
-      const Vec<T> across = dot * across_of<T>(norm, energy);
-      const Vec<T> through = norm == T(0) ? Vec<T>{} : across;
+      const Vec<T> moving = through_of<T>(dot, norm, energy);
+      const Vec<T> through = norm == T(0) ? Vec<T>{} : moving;
       for (int64_t d = 0; d < dim; ++d) {
         const int64_t at = d * inner + j;
         store_n(dx + at, load_n(grad + at, n) * scale + load_n(x + at, n) * through, n);

@@ -258,7 +258,9 @@ void run_linear(const Rows& x, const Tensor& weight, const OptTensor& packed, T*
 void run_half_linear(const HalfProduct& p, const Tensor& weight, const OptTensor& packed) {
   if (p.m == 0 || p.n == 0) return;
   if (p.m <= kFewRows && weight.stride(1) == 1 && p.depth > 0) return few_half_rows(p, weight);
-  if (takes_pairs(weight.scalar_type())) {
+  // A weight that was packed before autocast rounded it is float32.
+  const bool wide = packed && packed->scalar_type() == ScalarType::Float;
+  if (takes_pairs(weight.scalar_type()) && !wide) {
     if (!packed) return pack_and_multiply_pairs(p, dense_weight(weight));
     require(packed->numel() == pairs_packed_size(p.n, p.depth) && packed->is_contiguous() &&
                 packed->scalar_type() == weight.scalar_type(),

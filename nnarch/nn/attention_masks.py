@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nnarch.kernels.attention.op import mask_beside
+
 _UNSEEN = float("-inf")
 
 
@@ -48,12 +50,13 @@ def merge_masks(
     elif attn_mask.dtype == key_padding_mask.dtype == torch.bool:
         mask = attn_mask | key_padding_mask
     else:
-        mask = _added(attn_mask, dtype) + _added(key_padding_mask, dtype)
+        wide = torch.promote_types(dtype, torch.float32)
+        mask = _added(attn_mask, wide) + _added(key_padding_mask, wide)
     if mask is None:
         return None
     if extra_keys:
         mask = torch.nn.functional.pad(mask, (0, extra_keys))
-    return ~mask if mask.dtype == torch.bool else mask.to(dtype)
+    return ~mask if mask.dtype == torch.bool else mask_beside(mask, dtype)
 
 
 def causal_mask(length: int, keys: int, offset: int, device: torch.device) -> Tensor:

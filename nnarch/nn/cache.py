@@ -33,12 +33,18 @@ class GrowingCache:
             Keys and values ``[B, H, T + L, D]``: views, valid until the next change of the cache.
 
         Raises:
-            ValueError: other batch, heads, sizes or dtype than what is stored.
+            ValueError: other batch, heads, sizes or dtype than what is stored, or a key and a value
+                of different lengths.
             RuntimeError: a gradient is wanted.
         """
         if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
             raise RuntimeError(
                 f"{type(self).__name__}: caches are for inference; append under torch.no_grad()"
+            )
+        if key.shape[2] != value.shape[2]:
+            raise ValueError(
+                f"{type(self).__name__}: key and value must be equally long, got "
+                f"{tuple(key.shape)} and {tuple(value.shape)}"
             )
         if self._key is not None and self._value is not None:
             _check_fits(type(self).__name__, "key", key, self._key)

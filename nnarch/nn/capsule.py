@@ -85,6 +85,10 @@ class PrimaryCapsules(torch.nn.Module):
 
 def split_capsules(images: Tensor, dim: int, layout: str) -> Tensor:
     """Capsules ``[N, count, dim]`` of ``[N, C, H, W]``: see :class:`PrimaryCapsules`."""
+    if images.dim() != 4:
+        raise ValueError(
+            f"PrimaryCapsules: input must be [N, C, H, W], got {images.dim()} dimensions"
+        )
     if layout == "channels":
         images = images.permute(0, 2, 3, 1)
     values = math.prod(images.shape[1:])
@@ -283,8 +287,12 @@ class CapsuleDecoder(torch.nn.Sequential):
         hidden: tuple[int, int] = (512, 1024),
         **options: Any,
     ) -> None:
-        _positive("CapsuleDecoder", capsules=capsules, dim=dim)
+        channels, height, width = image_size
         first, second = hidden
+        _positive(
+            "CapsuleDecoder", capsules=capsules, dim=dim, channels=channels, height=height,
+            width=width, first_hidden=first, second_hidden=second,
+        )  # fmt: skip
         super().__init__(
             Linear(capsules * dim, first, **options),
             ReLU(),
@@ -293,6 +301,7 @@ class CapsuleDecoder(torch.nn.Sequential):
             Linear(second, math.prod(image_size), **options),
             Sigmoid(),
         )
+        self.capsules, self.dim = capsules, dim
         self.image_size = tuple(image_size)
 
     def forward(self, input: Tensor, target: Tensor | None = None) -> Tensor:
@@ -302,9 +311,25 @@ class CapsuleDecoder(torch.nn.Sequential):
             input: the capsules.
             target: ``[N]``, int64: the class whose capsule is kept. The longest one where it is
                 None.
+
+        Raises:
+            ValueError, TypeError: capsules or classes that are none of this decoder's.
         """
+        if input.dim() != 3 or input.shape[1:] != (self.capsules, self.dim):
+            raise ValueError(
+                f"CapsuleDecoder: input must be [N, {self.capsules}, {self.dim}], got "
+                f"{tuple(input.shape)}"
+            )
         images = super().forward(mask_capsules(input, target).flatten(1))
         return images.unflatten(1, self.image_size)
+
+
+def check_classes(op: str, target: Tensor, samples: int) -> None:
+    """Raise unless `target` is one class a sample, ``[N]`` of int64."""
+    if not isinstance(target, Tensor) or target.dtype != torch.int64:
+        raise TypeError(f"{op}: target must be int64, got {getattr(target, 'dtype', type(target))}")
+    if tuple(target.shape) != (samples,):
+        raise ValueError(f"{op}: target must be [{samples}], got {tuple(target.shape)}")
 
 
 def mask_capsules(capsules: Tensor, target: Tensor | None = None) -> Tensor:
@@ -312,10 +337,14 @@ def mask_capsules(capsules: Tensor, target: Tensor | None = None) -> Tensor:
 
     Args:
         capsules: as a layer gives them.
-        target: ``[N]``, the capsule that stays; the longest where it is None.
+        target: ``[N]``, int64, the capsule that stays; the longest where it is None.
+
+    Raises:
+        ValueError, TypeError: a target of another shape or dtype.
     """
     if target is None:
         target = capsules.detach().square().sum(-1).argmax(1)
+    check_classes("mask_capsules", target, capsules.shape[0])
     kept = torch.nn.functional.one_hot(target, capsules.shape[1]).to(capsules.dtype)
     return capsules * kept.unsqueeze(-1)
 

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nnarch import arrays
 from nnarch import functional as F
 from nnarch.nn.echo_state_options import check_fit, check_network, per_input
 from nnarch.nn.linear import Linear
 from nnarch.nn.readout import Readout
-from nnarch.nn.reservoir import Scaling
+from nnarch.nn.reservoir import Scaling, in_own_precision
 from nnarch.nn.reservoir_stack import chunks, make_stack, reservoirs, run_in_chunks, run_stack
 
 Array = Tensor | np.ndarray
@@ -53,7 +54,8 @@ class EchoStateNetwork(nn.Module):
         bidirectional: a second stack of reservoirs reads the sequence backwards; the network then
             needs whole sequences and cannot run freely.
         seed: the same seed gives the same network.
-        device, dtype: of weights and states. The fit itself is float64 always.
+        device, dtype: of weights and states. The fit itself is float64 always. torch.autocast
+            leaves all of it alone: errors of a state go on for as long as the reservoir remembers.
     """
 
     def __init__(
@@ -127,16 +129,22 @@ class EchoStateNetwork(nn.Module):
 
     def _sequence(self, op: str, name: str, value: Array, width: int) -> Tensor:
         """Any accepted shape as [T, B, width]."""
+        op = f"EchoStateNetwork.{op}"
         if not isinstance(value, (Tensor, np.ndarray)):
             value = np.asarray(value)
-        x = torch.as_tensor(value).to(**self._kind)
+        if not isinstance(value, Tensor) and not value.dtype.isnative:
+            value = value.astype(value.dtype.newbyteorder("="))
+        x = arrays.to_tensor(op, name, value)
+        if x.is_complex():
+            raise TypeError(f"{op}: {name} must be real, got {x.dtype}")
+        x = x.to(**self._kind)
         if x.dim() == 1 and width == 1:
             x = x[:, None]
         if x.dim() == 2:
             x = x[:, None]
         if x.dim() != 3 or x.shape[2] != width:
             raise ValueError(
-                f"EchoStateNetwork.{op}: {name} must be [T, {width}] or [T, B, {width}], "
+                f"{op}: {name} must be [T, {width}] or [T, B, {width}], "
                 f"got {tuple(np.shape(value))}"
             )
         return x
@@ -164,6 +172,7 @@ class EchoStateNetwork(nn.Module):
 
     # --------------------------------------------------------------------------------- the public
 
+    @in_own_precision
     @torch.no_grad()
     def fit(self, x: Array | None, y: Array, *, reset: bool = True) -> EchoStateNetwork:
         """Fit the readout to sequences.
@@ -190,6 +199,8 @@ class EchoStateNetwork(nn.Module):
             )
         if not bool(torch.isfinite(target[self.washout :]).all()):
             raise ValueError("EchoStateNetwork.fit: y must be finite after the washout")
+        if x.shape[1] == 0:
+            raise ValueError("EchoStateNetwork.fit: x has a batch of 0: there is nothing to fit")
         readout = Readout(self.readout.in_features, self.outputs, self.solver, self.ridge)
         states = None if reset else self._states
         for first, end, features, after in self._features(x, states, self.noise):
@@ -236,6 +247,7 @@ class EchoStateNetwork(nn.Module):
             u = torch.cat((u, fed), 2)
         return u, target
 
+    @in_own_precision
     @torch.no_grad()
     def predict(self, x: Array, *, reset: bool = True) -> Any:
         """The output at every step of a sequence.
@@ -260,6 +272,7 @@ class EchoStateNetwork(nn.Module):
             y = self._read(u, None if reset else self._states)
         return self._like(y, x, np.ndim(x) == 1, np.ndim(x) == 3)
 
+    @in_own_precision
     def forward(self, x: Tensor) -> Tensor:
         """``[T, B, I]`` to ``[T, B, O]``: the readout's gradient flows, so it can be trained."""
         if self.feedback:
@@ -278,6 +291,7 @@ class EchoStateNetwork(nn.Module):
             self._output, self._unsaid = y[-1].detach(), False
         return y
 
+    @in_own_precision
     @torch.no_grad()
     def warm_up(self, x: Array | None = None, y: Array | None = None) -> EchoStateNetwork:
         """Bring the network to the end of a sequence, from a zero state, for :meth:`generate`.
@@ -301,6 +315,7 @@ class EchoStateNetwork(nn.Module):
             self._unsaid = True  # nobody has seen what it makes of the last input
         return self
 
+    @in_own_precision
     @torch.no_grad()
     def generate(self, steps: int | None = None, x: Array | None = None) -> Any:
         """Run freely from where the last call (fit, predict, warm_up, generate) stopped.

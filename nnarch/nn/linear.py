@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from nnarch import functional as F
+from nnarch import library
 from nnarch.kernels.activation.kinds import Activation
 from nnarch.nn.checks import check_dtype
 from nnarch.nn.packing import PackedWeightMixin
 from nnarch.nn.signature import signature_of
+
+_ROUNDED = (torch.float32, torch.bfloat16, torch.float16)  # by layout of a packed float32 weight
 
 
 class Linear(PackedWeightMixin, torch.nn.Linear):
@@ -53,8 +56,15 @@ class Linear(PackedWeightMixin, torch.nn.Linear):
             packed=self._packed_weight(weight, x),
         )
 
+    def _layout(self, weight: Tensor, x: Tensor | None) -> int:
+        # Under autocast the weight is rounded, and packed for the kernels of what it then is.
+        if not torch._C._is_any_autocast_enabled() or not library.autocasts("cpu"):
+            return 0
+        rounded = torch.get_autocast_dtype("cpu")
+        return _ROUNDED.index(rounded) if weight.dtype == torch.float32 else 0
+
     def _pack(self, weight: Tensor, layout: int) -> Tensor | None:
-        return F.pack_linear_weight(weight)
+        return F.pack_linear_weight(weight.to(_ROUNDED[layout]) if layout else weight)
 
 
 class LazyLinear(torch.nn.LazyLinear):

@@ -157,6 +157,8 @@ class _Recurrent(RecurrentWeights, RNNBase):
             x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
             if self.dropout and self.training and last + 1 < count:
                 x = torch.dropout(x, self.dropout, True)
+        if self.mode != "LSTM" and directions == 1 and torch.is_grad_enabled() and x.requires_grad:
+            x = x.clone()  # the backward reads it: as torch.nn's, what is returned may be written
         if count == 1:
             return x, [end.unsqueeze(0) for end in ends[0]]
         return x, [torch.stack(end) for end in zip(*ends, strict=True)]

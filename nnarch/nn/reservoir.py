@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
+import functools
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nnarch import functional as F
+from nnarch.kernels.reservoir.op import ACTIVATIONS
 from nnarch.nn.reservoir_weights import input_weights, sparse_reservoir
 
 Scaling = float | Sequence[float]
+
+
+def in_own_precision(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let torch.autocast leave a method alone: a reservoir's state is in its own dtype, and what
+    autocast has rounded comes back to that."""
+
+    @functools.wraps(method)
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not torch._C._is_any_autocast_enabled():
+            return method(self, *args, **kwargs)
+        buffer = next(self.buffers())
+
+        def own(value: Any) -> Any:
+            rounded = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+            return value.to(buffer.dtype) if rounded else value
+
+        with torch.autocast(buffer.device.type, enabled=False):
+            return method(self, *map(own, args), **{k: own(v) for k, v in kwargs.items()})
+
+    return wrapper
 
 
 class Reservoir(nn.Module):
@@ -58,6 +80,10 @@ class Reservoir(nn.Module):
         super().__init__()
         if not 0 < leak <= 1:
             raise ValueError(f"Reservoir: leak must be above 0 and at most 1, got {leak}")
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"Reservoir: activation must be one of {list(ACTIVATIONS)}, got {activation!r}"
+            )
         self.inputs, self.units = inputs, units
         self.connectivity, self.spectral_radius = connectivity, spectral_radius
         self.leak, self.activation, self.seed = float(leak), activation, seed
@@ -92,6 +118,7 @@ class Reservoir(nn.Module):
             self._packed = known = tensors, state, F.pack_reservoir(tensors)
         return known[2]
 
+    @in_own_precision
     def forward(
         self, x: Tensor, state: Tensor | None = None, *, skip: int = 0
     ) -> tuple[Tensor, Tensor]:

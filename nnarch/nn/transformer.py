@@ -148,13 +148,19 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
             memory_is_causal,
             None if cache is None else cache.memory,
         )
-        return run(
-            tgt,
-            self.norm_first,
+        stages = (
             (attend, parts["dropout1"], parts["norm1"]),
             (look, parts["dropout2"], parts["norm2"]),
             (feed_forward(self), parts["dropout3"], parts["norm3"]),
         )
+        if cache is None:
+            return run(tgt, self.norm_first, *stages)
+        length = cache.target.length
+        try:
+            return run(tgt, self.norm_first, *stages)
+        except BaseException:
+            cache.target.length = length  # a call that failed may be tried again
+            raise
 
 
 class TransformerEncoder(torch.nn.TransformerEncoder):
@@ -327,7 +333,9 @@ def adopt(module: Module) -> None:
 
 
 def _length(x: Tensor, layers: Any) -> int:
-    """The length of the sequences."""
+    """The length of the sequences; 0 for those that are nested, which take no mask."""
+    if x.is_nested:
+        return 0
     if x.dim() == 2:
         return x.shape[0]
     first = getattr(layers[0], "self_attn", None) if len(layers) else None

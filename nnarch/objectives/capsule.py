@@ -35,12 +35,15 @@ def margin_loss(
 
     Raises:
         ValueError: shapes that do not fit together, an unknown reduction.
+        TypeError: classes that are not int64.
     """
     if lengths.dim() != 2:
         raise ValueError(f"margin_loss: lengths must be [N, classes], got {tuple(lengths.shape)}")
     if target.shape == lengths.shape:
         there = target.to(lengths.dtype)
     elif target.dim() == 1 and target.shape[0] == lengths.shape[0]:
+        if target.dtype != torch.int64:
+            raise TypeError(f"margin_loss: a target of classes must be int64, got {target.dtype}")
         there = torch.nn.functional.one_hot(target, lengths.shape[1]).to(lengths.dtype)
     else:
         raise ValueError(
@@ -71,8 +74,15 @@ def reconstruction_loss(
             f"reconstruction_loss: reconstruction must have the shape of images, "
             f"{tuple(images.shape)}, got {tuple(reconstruction.shape)}"
         )
-    loss = weight * (reconstruction - images).square().flatten(1).sum(1)
-    return _reduce("reconstruction_loss", loss, reduction)
+    if images.dim() < 2:
+        raise ValueError(
+            f"reconstruction_loss: images must be [N, ...], got {images.dim()} dimensions"
+        )
+    difference = reconstruction - images
+    dtype = difference.dtype
+    wide = torch.promote_types(dtype, torch.float32)  # float16 ends at 65504
+    loss = weight * difference.to(wide).square().flatten(1).sum(1)
+    return _reduce("reconstruction_loss", loss, reduction).to(dtype)
 
 
 def _reduce(name: str, loss: Tensor, reduction: str) -> Tensor:

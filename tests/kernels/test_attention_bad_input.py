@@ -27,6 +27,11 @@ _BAD: dict[str, tuple[dict[str, Any], str]] = {
     "lengths dtype": ({"key_lengths": torch.ones(1)}, "must be whole numbers"),
     "dropout": ({"dropout_p": 1.5}, "between 0 and 1"),
     "window": ({"window": 0}, "window must be"),
+    "window type": ({"window": "a"}, "window must be an int or two"),
+    "offset type": ({"query_offset": 1.5}, "query_offset must be an int"),
+    "no key": ({"key": None}, "key must be a tensor, got NoneType"),
+    "a list as a mask": ({"attn_mask": [[1]]}, "attn_mask must be a tensor, got list"),
+    "a list of lengths": ({"key_lengths": [1]}, "key_lengths must be a tensor, got list"),
 }
 
 

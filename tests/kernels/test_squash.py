@@ -76,6 +76,13 @@ def test_squash_is_safe_at_zero(inner):
     assert bool((y.norm(dim=1) < 1).all())
 
 
+@pytest.mark.parametrize("inner", [1, 3])
+@pytest.mark.parametrize("scale", [1e-12, 1e9, 1e17])
+def test_the_gradient_of_long_vectors(scale, inner):
+    x = torch.randn(4, 8, inner) * scale
+    compare(lambda x: F.squash(x, 1), lambda x: plain_squash(x, 1), {"x": x}, torch.randn_like(x))
+
+
 def test_squash_gradcheck():
     for shape, dim in (((3, 4, 5), -1), ((2, 5, 3), 1)):
         x = torch.randn(shape, dtype=torch.float64, requires_grad=True)

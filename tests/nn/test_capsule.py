@@ -171,6 +171,11 @@ BAD = [
     (lambda: nn.ConvCapsules2d(3, 4, 5, 6, 0), "kernel_size must be at least 1, got 0"),
     (lambda: nn.PrimaryCapsules(3, 5, 8, 3, layout="spatial")(torch.randn(1, 3, 5, 5)),
      r"45 values of an image are no multiple of dim \(8\)"),
+    (lambda: nn.PrimaryCapsules(3, 16, 8, 3, layout="spatial")(torch.randn(3, 9, 9)),
+     r"input must be \[N, C, H, W\], got 3 dimensions"),
+    (lambda: nn.CapsuleDecoder(4, 3, (1, 0, 5)), "height must be a positive int, got 0"),
+    (lambda: nn.CapsuleDecoder(4, 3, (1, 5, 5))(torch.randn(2, 3, 4)), r"must be \[N, 4, 3\]"),
+    (lambda: mask_capsules(torch.randn(3, 4, 3), torch.tensor([2])), r"target must be \[3\]"),
     (lambda: F.conv_capsule_routing2d(X5[0], W6), r"x must be \[N, C, D_in, H, W\]"),
     (lambda: F.conv_capsule_routing2d(X5, W6[..., :3]), "3 capsules of 4 values.*3 of 3"),
     (lambda: F.conv_capsule_routing2d(X5[..., :2], W6), "window of 3×3 is larger.*6×2"),
@@ -179,6 +184,7 @@ BAD = [
     (lambda: margin_loss(torch.rand(3, 2), torch.rand(2)), r"target must be \[N\] or"),
     (lambda: margin_loss(torch.rand(1, 2), torch.tensor([1]), reduction="x"), "reduction.*'x'"),
     (lambda: reconstruction_loss(torch.rand(3), torch.rand(2)), "must have the shape of images"),
+    (lambda: reconstruction_loss(torch.rand(3), torch.rand(3)), r"images must be \[N, ...\]"),
 ]  # fmt: skip
 
 
@@ -186,6 +192,22 @@ BAD = [
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_classes_are_whole_numbers():
+    for call in (
+        lambda t: margin_loss(torch.rand(3, 4), t),
+        lambda t: mask_capsules(torch.rand(3, 4, 2), t),
+    ):
+        with pytest.raises(TypeError, match=r"must be int64, got torch\.int32"):
+            call(torch.tensor([0, 1, 2], dtype=torch.int32))
+
+
+def test_the_reconstruction_of_large_images_in_half_types():
+    a, b = torch.ones(2, 160_000), torch.zeros(2, 160_000)
+    for dtype in (torch.float16, torch.bfloat16):
+        loss = reconstruction_loss(a.to(dtype), b.to(dtype))
+        assert loss.dtype == dtype and float(loss) == 80
 
 
 def test_a_window_that_is_none():

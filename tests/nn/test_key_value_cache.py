@@ -101,6 +101,8 @@ def test_bad_input_is_named():
         cache.append(x[:1], x[:1])
     with pytest.raises(ValueError, match="value must be torch"):
         cache.append(x, x.double())
+    with pytest.raises(ValueError, match="equally long"):
+        cache.append(x, x[:, :, :1])
     with pytest.raises(RuntimeError, match="caches are for inference"):
         cache.append(x.clone().requires_grad_(), x)
     assert cache.length == 2
@@ -110,3 +112,17 @@ def test_bad_input_is_named():
         module(y, y, y, cache=nn.GrowingCache())
     with pytest.raises(ValueError, match="cache must be for 2 layers, got 3"):
         decoder()(y, y, cache=nn.DecoderCache(3))
+
+
+def test_a_call_that_fails_leaves_the_cache():
+    layer = nn.TransformerDecoderLayer(E, H, 16, 0.0, batch_first=True).eval()
+    x, cache = torch.randn(B, 5, E), nn.LayerCache()
+    with torch.no_grad():
+        layer(x, x, cache=cache)
+        with pytest.raises(ValueError, match="attn_mask must have shape"):
+            layer(x[:, :1], None, memory_mask=torch.zeros(1, 99), cache=cache)
+        assert cache.target.length == 5
+        y = layer(x[:, :1], None, cache=cache)
+        again = nn.LayerCache()
+        layer(x, x, cache=again)
+        torch.testing.assert_close(y, layer(x[:, :1], None, cache=again))

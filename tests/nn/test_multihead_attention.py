@@ -270,6 +270,21 @@ def test_autocast():
             assert wanted == (weights is not None)
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_large_number_beside_half_types_is_no_infinity(dtype, need_weights):
+    """float32's least number hides no key that all others are hidden with."""
+    module = nn.MultiheadAttention(E, H, batch_first=True).to(dtype).eval()
+    x, hidden = torch.randn(B, L, E).to(dtype), torch.zeros(B, L)
+    hidden[0] = hidden[1, 2] = torch.finfo(torch.float32).min
+    y, weights = module(x, x, x, key_padding_mask=hidden, need_weights=need_weights)
+    seen, _ = module(x[1:], x[1:], x[1:], key_padding_mask=hidden[1:] < 0)
+    torch.testing.assert_close(y[1:], seen, rtol=0.02, atol=0.02)
+    assert y[0].abs().amin(0).count_nonzero() > 0
+    if need_weights:
+        assert weights.amin() >= 0 and weights.amax() <= 1
+
+
 @pytest.mark.parametrize("build", [nn.MultiheadAttention, torch.nn.MultiheadAttention])
 def test_a_constructor_refuses(build):
     with pytest.raises((ValueError, AssertionError)):

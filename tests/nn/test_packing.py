@@ -12,6 +12,7 @@ import torch.nn.utils.prune
 
 import nnarch
 import nnarch.nn as nn
+from nnarch import functional as F
 
 MODULES = {
     "conv": (lambda: nn.Conv2d(3, 8, 3), (1, 3, 6, 6)),
@@ -198,6 +199,29 @@ def test_half_precision_and_double(module_and_input):
     module.double()
     assert module._packed is None
     assert_current(module, x.double())
+
+
+@pytest.mark.parametrize("rows", [1, 5, 300])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype, rows, module_and_input):
+    """A packed weight was made of float32, and autocast rounds what it multiplies."""
+    module, x = module_and_input
+    x = x[:1].expand(rows, *x.shape[1:])
+    infer(module, x)
+    with torch.autocast("cpu", dtype):
+        for _ in range(2):
+            found, wanted = infer(module, x), expected(module, x)
+            assert found.dtype == wanted.dtype == dtype
+            torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.02)
+    assert_current(module, x)
+
+
+def test_a_weight_packed_before_autocast():
+    weight, x = torch.randn(40, 30), torch.randn(5, 30)
+    packed = F.pack_linear_weight(weight)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = F.linear(x, weight, packed=packed)
+    torch.testing.assert_close(y.float(), x @ weight.t(), rtol=0.02, atol=0.1)
 
 
 def test_a_weight_in_shared_memory_is_never_packed(large):

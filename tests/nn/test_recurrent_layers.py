@@ -229,3 +229,17 @@ def test_second_derivatives_are_refused():
     (grad,) = torch.autograd.grad(ours(x)[0].sum(), x, create_graph=True)
     with pytest.raises((NotImplementedError, RuntimeError), match="differentiable"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if "lstm" not in k.lower()])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_what_comes_back_may_be_written(kind, bidirectional):
+    ours, theirs = twins(kind, num_layers=2, bidirectional=bidirectional)
+    x = torch.randn(TIME, BATCH, IN, dtype=torch.float64)
+    for module in (ours, theirs):
+        y, h = module(x)
+        y *= 2
+        h += 1
+        (y.square().sum() + h.sum()).backward()
+    for mine, wanted in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, wanted.grad)

@@ -393,3 +393,17 @@ def test_empty_and_single(batch, length):
     for module in (nn.TransformerEncoderLayer(E, H), nn.TransformerEncoderLayer(E, H).eval()):
         x = torch.randn(length, batch, E)
         assert module(x).shape == x.shape
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_stack_of_nested_sequences():
+    stacks = []
+    for space in (nn, torch.nn):
+        layer = space.TransformerEncoderLayer(E, 2, FF, batch_first=True)
+        stacks.append(space.TransformerEncoder(layer, 2).eval())
+    ours, theirs = stacks
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.nested.nested_tensor([torch.randn(3, E), torch.randn(5, E)])
+    with torch.no_grad():
+        for found, wanted in zip(ours(x).unbind(), theirs(x).unbind(), strict=True):
+            torch.testing.assert_close(found, wanted)
