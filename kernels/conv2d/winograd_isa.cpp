@@ -8,7 +8,8 @@ namespace {
 
 #if defined(NNARCH_ISA_avx512)
 constexpr int kRows = 14, kUnrolled = 1;
-// So few rows read a panel as fast as memory gives it; what they are of more, up to kRows.
+// Rows that read a panel as fast as memory gives it: all of a plane that has no more, and the first
+// of one that has up to kRows (reading_rows).
 constexpr int kReaders = 7, kFirstReaders = 4;
 #else
 constexpr int kRows = 6, kUnrolled = 4;  // steps at once: 2 % at 6 rows
