@@ -79,9 +79,9 @@ def reconstruction_loss(
             f"reconstruction_loss: images must be [N, ...], got {images.dim()} dimensions"
         )
     difference = reconstruction - images
-    dtype = difference.dtype
-    wide = torch.promote_types(dtype, torch.float32)  # float16 ends at 65504
+    wide = torch.promote_types(difference.dtype, torch.float32)  # float16 ends at 65504
     loss = weight * difference.to(wide).square().flatten(1).sum(1)
+    dtype = difference.dtype if difference.is_floating_point() else wide
     return _reduce("reconstruction_loss", loss, reduction).to(dtype)
 
 
