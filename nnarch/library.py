@@ -317,6 +317,13 @@ def autocasts(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype of the autocast region that we are in, or None."""
+    if not torch._C._is_any_autocast_enabled() or not autocasts(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
 def first_output(call: Any) -> Callable[..., Any]:
     """What :func:`declare` returned, returning the first output alone, and sooner for it."""
     return calls.first_output(call, OPS[call.__name__].direct_first)

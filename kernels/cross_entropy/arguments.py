@@ -66,13 +66,6 @@ def checked_class_weight(op: str, name: str, weight: Tensor | None, x: Tensor) -
     return weight.to(compute_dtype(x.dtype))
 
 
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype of the autocast region that we are in, or None."""
-    if not torch._C._is_any_autocast_enabled() or not library.autocasts(x.device.type):
-        return None
-    return torch.get_autocast_dtype(x.device.type)
-
-
 def cast(t: Any, dtype: torch.dtype) -> Any:
     eligible = isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64
     return t.to(dtype) if eligible else t

@@ -16,7 +16,7 @@ from nnarch.calls import wants_gradient
 from nnarch.kernels.linear.op import linear
 
 from . import reference
-from .arguments import autocast_dtype, cast, checked_class_weight, checked_numbers, reduction_code
+from .arguments import cast, checked_class_weight, checked_numbers, reduction_code
 from .autograd import anchor, if_functorch, scaled
 from .checks import check_integers, check_linear_backward, check_linear_forward
 from .op import NUMBERS, cross_entropy
@@ -154,7 +154,7 @@ def linear_cross_entropy(
     ignore_index, label_smoothing, z_loss = checked_numbers(
         op, ignore_index, label_smoothing, z_loss
     )
-    dtype = autocast_dtype(x)
+    dtype = library.autocast_dtype(x)
     if dtype is not None:
         x, weight, bias = (cast(t, dtype) for t in (x, weight, bias))
     if not isinstance(target, Tensor):

@@ -19,7 +19,6 @@ from nnarch.nodes import Backward
 
 from . import reference
 from .arguments import (
-    autocast_dtype,
     checked_class_weight,
     checked_numbers,
     reduction_code,
@@ -178,7 +177,7 @@ def cross_entropy(
     ignore_index, label_smoothing, z_loss = checked_numbers(
         op, ignore_index, label_smoothing, z_loss
     )
-    if input.dtype in (torch.float16, torch.bfloat16) and autocast_dtype(input) is not None:
+    if input.dtype in (torch.float16, torch.bfloat16) and library.autocast_dtype(input) is not None:
         input = input.float()
     if not isinstance(target, Tensor):
         raise TypeError(f"{op}: target must be a tensor, got {type(target).__name__}")

@@ -58,10 +58,8 @@ class Linear(PackedWeightMixin, torch.nn.Linear):
 
     def _layout(self, weight: Tensor, x: Tensor | None) -> int:
         # Under autocast the weight is rounded, and packed for the kernels of what it then is.
-        if not torch._C._is_any_autocast_enabled() or not library.autocasts("cpu"):
-            return 0
-        rounded = torch.get_autocast_dtype("cpu")
-        return _ROUNDED.index(rounded) if weight.dtype == torch.float32 else 0
+        rounded = library.autocast_dtype(weight)
+        return _ROUNDED.index(rounded) if rounded and weight.dtype == torch.float32 else 0
 
     def _pack(self, weight: Tensor, layout: int) -> Tensor | None:
         return F.pack_linear_weight(weight.to(_ROUNDED[layout]) if layout else weight)

@@ -396,28 +396,3 @@ def test_options_are_checked_at_once():
             nn.EchoStateNetwork(1, 20, 1, **option)
     with pytest.raises(ValueError, match="fit: y is missing"):
         nn.EchoStateNetwork(1, 20, 1).fit(torch.zeros(200), None)
-
-
-def test_numbers_of_numpy_are_numbers():
-    network = nn.EchoStateNetwork(1, np.int64(20), 1, input_scaling=np.float32(0.5))
-    assert network.readout.in_features == 20
-
-
-def test_arrays_of_any_order_of_bytes_and_steps():
-    x = sine(300)
-    expected = network(washout=9).fit(x[::-1].copy(), x[::-1].copy()).predict(x[::-1].copy())
-    for view in (x[::-1], x[::-1].astype(">f8")):
-        np.testing.assert_array_equal(network(washout=9).fit(view, view).predict(view), expected)
-
-
-@pytest.mark.parametrize("options", [{}, {"units": (30, 20)}, {"noise": 1e-3}], ids=str)
-def test_autocast_leaves_it_alone(options):
-    x = sine(300)
-    plain = nn.EchoStateNetwork(1, **({"units": 30} | options), outputs=1).fit(x[:-1], x[1:])
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = nn.EchoStateNetwork(1, **({"units": 30} | options), outputs=1)
-        inside.fit(x[:-1], x[1:])
-        np.testing.assert_array_equal(inside.predict(x), plain.predict(x))
-        states, _ = inside.layers[0](torch.randn(5, 2, 1, dtype=torch.bfloat16))
-        assert states.dtype == torch.float32
-    np.testing.assert_array_equal(inside.generate(5), plain.generate(5))

@@ -252,14 +252,6 @@ def test_the_published_count():
     assert sum(p.numel() for p in model.parameters()) == 44_140_544
 
 
-def test_nothing_is_said_about_nested_tensors():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model = nn.Transformer(E, H, 1, 1, FF)
-        nn.TransformerEncoder(nn.TransformerEncoderLayer(E, H, norm_first=True), 1)
-    assert model.encoder.enable_nested_tensor and not model.encoder.use_nested_tensor
-
-
 @pytest.mark.parametrize("norm_first", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_parts_that_were_replaced_are_called(name, norm_first):
@@ -393,17 +385,3 @@ def test_empty_and_single(batch, length):
     for module in (nn.TransformerEncoderLayer(E, H), nn.TransformerEncoderLayer(E, H).eval()):
         x = torch.randn(length, batch, E)
         assert module(x).shape == x.shape
-
-
-@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_a_stack_of_nested_sequences():
-    stacks = []
-    for space in (nn, torch.nn):
-        layer = space.TransformerEncoderLayer(E, 2, FF, batch_first=True)
-        stacks.append(space.TransformerEncoder(layer, 2).eval())
-    ours, theirs = stacks
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.nested.nested_tensor([torch.randn(3, E), torch.randn(5, E)])
-    with torch.no_grad():
-        for found, wanted in zip(ours(x).unbind(), theirs(x).unbind(), strict=True):
-            torch.testing.assert_close(found, wanted)
