@@ -43,7 +43,7 @@ def _public(function: Callable[..., Any], lower_precision: bool) -> Callable[...
             if "input" in kwargs and name not in kwargs:  # torch's name for it
                 kwargs[name] = kwargs.pop("input")
             x = kwargs.get(name)
-        if isinstance(x, Tensor):
+        if type(x) is Tensor or isinstance(x, Tensor):  # its metaclass answers, slowly
             if lower_precision and in_autocast():
                 args, kwargs = _autocast(x.device.type, args, kwargs)
             return function(*args, **kwargs)

@@ -40,6 +40,22 @@ def test_same_bits_as_through_the_dispatcher(name, mode):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize(
+    "name", ["attention", "cross_entropy", "layer_norm_train", "max_pool2d_taps"]
+)
+def test_a_first_output_alone(name):
+    op = library.OPS[name]
+    for args in samples(name):
+        with torch.no_grad():
+            first = op.direct_first(*args)  # makes no others
+            after = op.direct(*args)
+            expected = outputs(op.overload(*args))
+        torch.testing.assert_close(first, expected[0], rtol=0, atol=0, equal_nan=True)
+        assert first._use_count() == 1
+        for a, b in zip(outputs(after), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_keeps_tensors(name):
     args = samples(name)[0]

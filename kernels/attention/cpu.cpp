@@ -5,6 +5,7 @@
 #include "attention/cpu_kernels.h"
 #include "attention/cpu_setup.h"
 #include "cpu/arena.h"
+#include "cpu/first_output.h"
 #include "cpu/parallel.h"
 #include "cpu/registry.h"
 
@@ -90,19 +91,22 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
                                      const OptTensor& mask, const OptTensor& key_lengths,
                                      const OptTensor& seed, double dropout_p, double scale,
                                      int64_t low, int64_t high) {
+  const bool alone = takes_first_output_alone();
   const AttentionInputs inputs{query, key,       value, mask, key_lengths,
                                seed,  dropout_p, scale, low,  high};
   inputs.check("attention: tensors, mask, lengths or dropout do not fit together");
   const Tensor out = new_attention_output(query, value.size(3));
   const ScalarType type = query.scalar_type();
-  const Tensor lse = new_contiguous({query.size(0), query.size(1), query.size(2)},
-                                    is_half(type) ? ScalarType::Float : type);
+  const Tensor lse =
+      alone ? out
+            : new_contiguous({query.size(0), query.size(1), query.size(2)}, compute_type(type));
   if (lse.numel() == 0) return {out, lse};
   with_scalar_type(type, "attention", [&](auto scalar) {
     using T = decltype(scalar);
     Attention<T> a = inputs.problem<T>();
     a.out = operand_of(out);
-    a.lse = mutable_data<T>(lse);
+    const Scratch<T> unseen(alone ? out.numel() / value.size(3) : 0);
+    a.lse = alone ? unseen.get() : mutable_data<T>(lse);
     run(a);
   });
   return {out, lse};

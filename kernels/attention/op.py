@@ -154,25 +154,28 @@ def scaled_dot_product_attention(
     Milakov and Gimelshein, Online normalizer calculation for softmax, 2018.
     """
     low, high = band(is_causal, window, query_offset)
-    if not (isinstance(key, Tensor) and isinstance(value, Tensor)):
-        _refuse(key=key, value=value)
-    if attn_mask is not None or key_lengths is not None:
-        _refuse(attn_mask=attn_mask, key_lengths=key_lengths)
+    if not (type(key) is type(value) is Tensor and attn_mask is None is key_lengths):
+        _refuse(key=key, value=value, attn_mask=attn_mask, key_lengths=key_lengths)
     if key_lengths is not None and key_lengths.dtype != torch.int64:
         key_lengths = whole_lengths(key_lengths)
     if attn_mask is not None and attn_mask.dtype == torch.float32 != query.dtype:
         attn_mask = mask_beside(attn_mask, query.dtype)
     lead = None
     sizes, key_sizes, value_sizes = query.shape, key.shape, value.shape
-    if not (  # slices of sizes would take a tenth of a small call
+    if not (  # slices of sizes would take a tenth of a small call, and looking inside half of that
         len(sizes) == len(key_sizes) == len(value_sizes) == 4
-        and sizes[0] == key_sizes[0] == value_sizes[0]
-        and (enable_gqa or sizes[1] == key_sizes[1] == value_sizes[1])
+        and (
+            sizes == key_sizes == value_sizes
+            or (
+                sizes[0] == key_sizes[0] == value_sizes[0]
+                and (enable_gqa or sizes[1] == key_sizes[1] == value_sizes[1])
+            )
+        )
         and (attn_mask is None or attn_mask.dim() == 4)
     ):
         query, key, value, attn_mask, lead = _as_heads(query, key, value, attn_mask, enable_gqa)
     if scale is None:
-        scale = 1 / math.sqrt(query.shape[3] or 1)
+        scale = 1 / math.sqrt(sizes[-1] or 1)
     seed = draw_seed(query) if dropout_p > 0 else None
     if not return_lse:
         out = _attention_alone(
@@ -210,6 +213,8 @@ def _as_heads(
 
 def band(is_causal: bool, window: int | tuple[int, int] | None, offset: int) -> tuple[int, int]:
     """The least and the greatest j - i at which query i sees key j."""
+    if window is None and type(offset) is int:
+        return -UNBOUNDED, offset if is_causal else UNBOUNDED
     if isinstance(offset, (bool, float, str)):
         raise TypeError(f"attention: query_offset must be an int, got {offset!r}")
     if isinstance(window, (bool, float, str)):

@@ -1,4 +1,6 @@
 // cross_entropy of logits on the CPU: one pass over them, one more for the gradient.
+#include "cpu/arena.h"
+#include "cpu/first_output.h"
 #include "cpu/registry.h"
 #include "cross_entropy/cpu_args.h"
 #include "cross_entropy/cpu_passes.h"
@@ -72,6 +74,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& x, const Tensor& 
                                                  const OptTensor& weight, int64_t ignore_index,
                                                  double smoothing, double z_loss, int64_t reduction,
                                                  int64_t wanted) {
+  const bool alone = takes_first_output_alone() && wanted == 0;
   const char* op = "cross_entropy";
   check_logits(op, x, target, weight);
   const LossOptions o = loss_options(op, ignore_index, smoothing, z_loss, reduction, x.size(1));
@@ -85,10 +88,11 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& x, const Tensor& 
     const int64_t positions = args.problem.x.positions();
     const Tensor loss =
         new_contiguous(args.loss.reduces() ? IntList{} : IntList{positions}, compute);
-    const Tensor lse = new_contiguous({positions}, ScalarType::Double);
-    const Tensor dx = wanted ? new_in(args.order, x, compute) : nothing(compute);
+    const Tensor lse = alone ? loss : new_contiguous({positions}, ScalarType::Double);
+    const Scratch<double> unseen(alone ? positions : 0);
+    const Tensor dx = alone ? loss : wanted ? new_in(args.order, x, compute) : nothing(compute);
     const LogitResults<T> to{mutable_data<T>(loss),
-                             mutable_data<double>(lse),
+                             alone ? unseen.get() : mutable_data<double>(lse),
                              wanted ? LogitView<T>(dx, args.order) : LogitView<T>(),
                              {},
                              nullptr,
@@ -97,7 +101,8 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& x, const Tensor& 
                            ? run_forward(args.problem, RowPass<T>(args.problem, to))
                            : run_forward(args.problem, TilePass<T>(args.problem, to));
     if (args.loss.reduces()) *to.loss = static_cast<T>(args.loss.reduced(sum));
-    return std::make_tuple(to_type(loss, type), lse, to_type(dx, type));
+    const Tensor result = to_type(loss, type);
+    return std::make_tuple(result, lse, alone ? result : to_type(dx, type));
   });
 }
 
