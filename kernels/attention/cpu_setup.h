@@ -18,11 +18,12 @@ inline int64_t element_bytes(ScalarType type) {
 inline Operand operand_of(const Tensor& t) {
   const ScalarType type = t.scalar_type();
   const int64_t bytes = element_bytes(type);
-  const auto stride = [&](int d) { return t.size(d) == 1 ? 0 : t.stride(d) * bytes; };
+  const auto sizes = t.sizes(), strides = t.strides();  // asked once: each costs a call
+  const auto stride = [&](size_t d) { return sizes[d] == 1 ? 0 : strides[d] * bytes; };
   Operand o;
   o.data = static_cast<char*>(mutable_data<void>(t));
   o.batch = stride(0), o.head = stride(1), o.row = stride(2);
-  o.column = t.size(3) == 1 ? bytes : t.stride(3) * bytes;
+  o.column = sizes[3] == 1 ? bytes : strides[3] * bytes;
   o.storage = type == ScalarType::Half       ? Storage::half
               : type == ScalarType::BFloat16 ? Storage::bfloat16
                                              : Storage::native;
@@ -42,14 +43,15 @@ struct AttentionInputs {
     const ScalarType type = q.scalar_type();
     holds(is_half(type) || type == ScalarType::Float || type == ScalarType::Double);
     holds(k.scalar_type() == type && v.scalar_type() == type);
-    const int64_t b = q.size(0), h = q.size(1), g = k.size(1), s = k.size(2);
-    holds(k.size(0) == b && k.size(3) == q.size(3));
-    holds(v.size(0) == b && v.size(1) == g && v.size(2) == s);
+    const auto of_q = q.sizes(), of_k = k.sizes(), of_v = v.sizes();
+    const int64_t b = of_q[0], h = of_q[1], g = of_k[1], s = of_k[2];
+    holds(of_k[0] == b && of_k[3] == of_q[3]);
+    holds(of_v[0] == b && of_v[1] == g && of_v[2] == s);
     holds(h == 0 || (g > 0 && h % g == 0));
     if (mask) {
       holds(mask->dim() == 4);
       holds(mask->scalar_type() == ScalarType::Bool || mask->scalar_type() == type);
-      const int64_t full[] = {b, h, q.size(2), s};
+      const int64_t full[] = {b, h, of_q[2], s};
       for (int d = 0; d < 4; ++d) holds(mask->size(d) == full[d] || mask->size(d) == 1);
     }
     if (key_lengths)
@@ -74,8 +76,9 @@ struct AttentionInputs {
   template <class T>
   Attention<T> problem() const {
     Attention<T> a{};
-    a.batch = q.size(0), a.heads = q.size(1), a.groups = k.size(1);
-    a.queries = q.size(2), a.keys = k.size(2), a.depth = q.size(3), a.value_depth = v.size(3);
+    const auto sizes = q.sizes(), of_k = k.sizes();
+    a.batch = sizes[0], a.heads = sizes[1], a.queries = sizes[2], a.depth = sizes[3];
+    a.groups = of_k[1], a.keys = of_k[2], a.value_depth = v.size(3);
     a.q = operand_of(q), a.k = operand_of(k), a.v = operand_of(v);
     if (mask) {
       a.mask.values = operand_of(*mask);
@@ -113,9 +116,10 @@ inline void check_weights(const AttentionInputs& inputs, const Tensor& weights, 
 
 // As kernels/attention/reference.py's new_output: heads and positions in the order of `query`'s.
 inline Tensor new_attention_output(const Tensor& query, int64_t value_depth) {
-  const int64_t b = query.size(0), h = query.size(1), n = query.size(2);
+  const auto of = query.sizes(), strides = query.strides();
+  const int64_t b = of[0], h = of[1], n = of[2];
   const IntList sizes = {b, h, n, value_depth};
-  if (query.stride(1) >= query.stride(2)) return new_contiguous(sizes, query.scalar_type());
+  if (strides[1] >= strides[2]) return new_contiguous(sizes, query.scalar_type());
   const IntList dense = contiguous_strides({b, n, h, value_depth});
   return new_strided(sizes, {dense[0], dense[2], dense[1], dense[3]}, query.scalar_type());
 }

@@ -27,7 +27,8 @@ class StridedPlanes {
   StridedPlanes(const WinogradTile& tile, int64_t rows, int64_t unit, int64_t gap)
       : begin_(1, 0), tile_(tile), unit_(unit), gap_(gap) {
     for (int64_t plane = 0; plane < tile.planes(); ++plane)
-      begin_.push_back(checked_sum(begin_.back(), checked_product(rows, row(plane))));
+      begin_.push_back(
+          checked_sum(begin_.back(), winograd_plane(checked_product(rows, row(plane)))));
     for (int64_t py = 0; py < 2; ++py)
       for (int64_t px = 0; px < 2; ++px)
         for (int64_t i = 0; i < tile.points(tile.rows, py); ++i)
