@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import statistics
 
 import pytest
 import torch
@@ -174,6 +175,27 @@ def _with_gradients(function, x, weight, grad) -> tuple[Tensor, ...]:
     leaves = [t.clone().requires_grad_() for t in (x, weight)]
     v = function(*leaves)
     return v.detach(), *torch.autograd.grad(v, leaves, grad.to(v.dtype))
+
+
+def test_long_capsules_are_as_exact_as_torchs():
+    """Iterations amplify what a dot product of 64 values loses: in one chain 1.4 times torch's."""
+    ratios = []
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        sizes = (2, 5, 8), (10, 5, 64, 8), (2, 10, 64)
+        x, weight, grad = (torch.randn(size, generator=generator) for size in sizes)
+
+        def weight_grad(route, dtype, x=x, weight=weight, grad=grad):
+            w = (weight * 8**-0.5).to(dtype).requires_grad_()
+            return torch.autograd.grad(route(x.to(dtype), w, iterations=5), w, grad.to(dtype))[0]
+
+        exact = weight_grad(plain_routing, torch.float64)
+        ours, theirs = (
+            (weight_grad(route, torch.float32) - exact).norm()
+            for route in (F.capsule_routing, plain_routing)
+        )
+        ratios.append(float(ours / theirs))
+    assert statistics.geometric_mean(ratios) < 1.2
 
 
 def test_gradient_of_a_large_weight():
