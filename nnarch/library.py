@@ -364,16 +364,32 @@ def check_device(
         raise ValueError(f"{op}: {name} must be on {like.device} as {of}, got {tensor.device}")
 
 
-def output_format(x: torch.Tensor) -> torch.memory_format:
-    """The memory format of a 4-D output that follows `x` (the native code has the same rule)."""
-    if x.dim() != 4 or x.is_contiguous():
+def output_format(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.memory_format:
+    """The memory format of a 4-D output that follows `x` (the native code has the same rule).
+
+    An image of one channel or of one pixel is dense both ways: a convolution's `weight` decides.
+    """
+    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
         return torch.contiguous_format
-    if x.is_contiguous(memory_format=torch.channels_last):
+    if not x.is_contiguous() or (weight is not None and _looks_channels_last(weight)):
         return torch.channels_last
     return torch.contiguous_format
 
 
-def new_output(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+def _looks_channels_last(t: torch.Tensor) -> bool:
+    """Whether strides tell of channels_last, those of size 1 among them, as torch reads them."""
+    least = 0
+    for d in (1, 3, 2, 0):
+        stride = t.stride(d)
+        if stride < max(least, 1) or t.shape[d] == 0 or (d == 0 and least == t.stride(1)):
+            return False
+        least = stride * max(t.shape[d], 1)
+    return True
+
+
+def new_output(
+    x: torch.Tensor, size: Sequence[int], weight: torch.Tensor | None = None
+) -> torch.Tensor:
     """An uninitialised tensor of `size` in the dtype, device and memory format of `x`."""
-    format = output_format(x) if len(size) == 4 else torch.contiguous_format
+    format = output_format(x, weight) if len(size) == 4 else torch.contiguous_format
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=format)

@@ -284,6 +284,8 @@ Tensor conv2d(const Tensor& x, const Tensor& weight, const OptTensor& bias, cons
   require(!packed || (packed->is_contiguous() && (packed->scalar_type() == compute_type(type) ||
                                                   (of_pairs && pairs_pack(type, groups, 0)))),
           kForeign);
+  std::optional<StayChannelsLast> stay;
+  if (follows_channels_last(x, weight)) stay.emplace();
   const bool signal = runs_as_signal(x, p);
   if (!signal && pairs_pack(type, groups, 0) &&
       (packed ? of_pairs : forward_tile<float>(p, false).m == 0))

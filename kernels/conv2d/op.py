@@ -58,7 +58,8 @@ def _check(
 
 
 def _fake(x, weight, bias, scale, shift, residual, packed, stride, padding, dilation, *_):
-    return library.new_output(x, output_size(x.shape, weight.shape, stride, padding, dilation))
+    size = output_size(x.shape, weight.shape, stride, padding, dilation)
+    return library.new_output(x, size, weight)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

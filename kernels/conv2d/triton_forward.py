@@ -194,7 +194,7 @@ def conv2d(
     n = x.shape[0]
     k, c_group, r, s = weight.shape
     _, _, oh, ow = size = output_size(x.shape, weight.shape, stride, padding, dilation)
-    y = library.new_output(x, size)
+    y = library.new_output(x, size, weight)
     if y.numel() == 0:
         return y
     x = channels_innermost(x, c_group)

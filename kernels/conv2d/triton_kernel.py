@@ -59,7 +59,7 @@ def conv2d(
             x, weight, *terms, packed, stride, padding, dilation, groups, activation, alpha
         )
     check_dtype("conv2d", x, weight, residual)
-    y = library.new_output(x, size)
+    y = library.new_output(x, size, weight)
     epilogue = epilogue_arguments(*terms, activation, alpha)
     winograd_forward(x, weight, y, padding, groups, epilogue, tile)
     return y

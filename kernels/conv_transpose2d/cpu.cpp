@@ -107,6 +107,8 @@ Tensor conv_transpose2d(const Tensor& x, const Tensor& weight_in, const OptTenso
     require(sizes_of(*residual) == p.output_size() && residual->scalar_type() == type,
             "conv_transpose2d: residual must have the shape and dtype of the output");
   check_epilogue({bias, scale, shift, residual, activation, alpha}, p.k, type);
+  std::optional<StayChannelsLast> stay;
+  if (follows_channels_last(x, weight_in)) stay.emplace();
   const Tensor weight = packed ? weight_in : to_compute_type(weight_in);
   const OptTensor b = to_compute_type(bias), sc = to_compute_type(scale),
                   sh = to_compute_type(shift);
@@ -119,7 +121,8 @@ Tensor conv_transpose2d(const Tensor& x, const Tensor& weight_in, const OptTenso
     const bool large = layout != kPixel && goes_in_parts(x, p.n * p.oh * part_row_bytes(p));
     if (is_half(type) || large)
       return transposed_in_parts<T>(x, weight, residual, from, layout, p, tensors);
-    return in_format_of(forward<T>(x, weight, residual, from, layout, p, tensors), x);
+    const Tensor y = forward<T>(x, weight, residual, from, layout, p, tensors);
+    return stay ? as_channels_last(y) : in_format_of(y, x);
   });
 }
 

@@ -137,7 +137,7 @@ def _check(
 
 
 def _fake(x, weight, bias, scale, shift, residual, packed, *rest):
-    return library.new_output(x, output_size(x.shape, weight.shape, *rest[:5]))
+    return library.new_output(x, output_size(x.shape, weight.shape, *rest[:5]), weight)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -34,7 +34,7 @@ def conv_transpose2d(
     """nnarch::conv_transpose2d on a GPU; `packed` is a CPU matter and not read."""
     check_dtype("conv_transpose2d", x, weight, residual)
     geometry = (stride, padding, output_padding, dilation, groups)
-    y = library.new_output(x, output_size(x.shape, weight.shape, *geometry))
+    y = library.new_output(x, output_size(x.shape, weight.shape, *geometry), weight)
     if y.numel() == 0:
         return y
     epilogue = {

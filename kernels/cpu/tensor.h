@@ -105,6 +105,25 @@ inline bool follows_channels_last(const Tensor& t) {
   return t.dim() == 4 && !t.is_contiguous() && is_channels_last(t);
 }
 
+// Whether strides tell of channels_last, those of size 1 among them: an image of one channel or of
+// one pixel is dense both ways. (torch's suggest_memory_format.)
+inline bool looks_channels_last(const Tensor& t) {
+  if (t.dim() != 4 || t.stride(1) == 0) return false;
+  int64_t least = 0;
+  for (int d : {1, 3, 2, 0}) {
+    const int64_t size = t.size(d), stride = t.stride(d);
+    if (size == 0 || stride < least || (d == 0 && least == t.stride(1))) return false;
+    least = stride * (size > 1 ? size : 1);
+  }
+  return true;
+}
+
+// The same of a convolution's output: where x is dense both ways, its weight decides.
+inline bool follows_channels_last(const Tensor& x, const Tensor& weight) {
+  return x.is_contiguous() && is_channels_last(x) ? looks_channels_last(weight)
+                                                  : follows_channels_last(x);
+}
+
 // Whether a 4-D tensor lies dense in memory channel by channel, and no other way.
 inline bool is_planar(const Tensor& t) { return t.is_contiguous() && !is_channels_last(t); }
 

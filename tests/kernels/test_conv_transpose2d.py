@@ -66,7 +66,7 @@ def test_forward_and_gradients(case, dtype, memory_format):
     tensors = case.tensors(dtype, memory_format)
     grad = torch.randn_like(case.theirs(**tensors))
     y = compare(case.ours, case.theirs, tensors, grad, ulps=ulps_of_sum(case.depth, dtype))
-    assert y.is_contiguous(memory_format=library.output_format(tensors["x"]))
+    assert y.is_contiguous(memory_format=library.output_format(tensors["x"], tensors["weight"]))
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
