@@ -194,7 +194,7 @@ class KeyBlocks {
     };
     over_keys({q.data, q.step, 1, s_.keys_t, kTileKeys, s_.weights, kTileKeys, Finish::store},
               keys_, f_.depth);
-    tile_weights(f_, p, seen, s_.lse + at, s_.weights, s_.kept);
+    tile_weights(f_, p, seen, RowSums<T>(s_.lse + at, f_, a_.large, p), s_.weights, s_.kept);
     multiply_all<T>({s_.kept, 1, kTileKeys, grad.data, grad.step, dv_, value_depth_, Finish::add},
                     band.columns, value_depth_, fetch_, by_keys);
     const bool mask_gradient = a_.d_mask.data != nullptr;

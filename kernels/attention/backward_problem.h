@@ -17,6 +17,21 @@ struct RowValues {
   T at(int64_t b, int64_t h, int64_t i) const { return data[b * batch + h * head + i * row]; }
 };
 
+// A large log-sum-exp has lost the logarithm of the sum: 2^(score - it) is off by that factor. Such
+// rows have a maximum and one over the sum instead (large_rows.h), others 0. Null where no row
+// does.
+template <class T>
+struct LargeSums {
+  const T *top, *inverse;  // [batch][heads][queries]
+};
+
+// Such rounding is up to 6e-5 of a weight in float, 1e-10 in double.
+template <class T>
+constexpr bool is_large_sum(T lse) {
+  constexpr T large = sizeof(T) == 4 ? T(1024) : T(1048576);
+  return (lse >= large || lse <= -large) && lse - lse == T(0);
+}
+
 // Sums in the type that kernels compute in. Strides in elements; 0 where a dimension is summed.
 template <class T>
 struct Sums {
@@ -31,6 +46,7 @@ struct AttentionBackward {
   Attention<T> forward;  // `out` is what it gave
   Operand grad, dq, dk, dv;
   RowValues<T> lse, grad_lse;
+  LargeSums<T> large;
   // Where dq is summed: in place (one chunk of keys), or in one part for each chunk, which `finish`
   // adds up. A row holds the depth rounded up to whole vectors.
   Sums<T> dq_sum;

@@ -111,6 +111,45 @@ NNARCH_INLINE void weights_row(T* row, int64_t width, int64_t first, int64_t end
   }
 }
 
+// Scores of a row, in place: scale · score + bias in columns [first, end), -infinity beside them.
+template <class T>
+NNARCH_NOINLINE void whole_scores(T* row, int64_t width, int64_t first, int64_t end, T scale,
+                                  const T* bias) {
+  constexpr int w = kLanes<T>;
+  const Vec<T> lanes = lane_numbers<T>(), hidden = broadcast(-kInfinity<T>);
+  for (int64_t c = 0; c < width; c += w) {
+    Vec<T> score = load(row + c) * scale;
+    if (bias) score += load(bias + c);
+    score = lanes >= static_cast<T>(first - c) ? score : hidden;
+    store(row + c, lanes < static_cast<T>(end - c) ? score : hidden);
+  }
+}
+
+// Such scores to weights, where the log-sum-exp is large.
+template <class T>
+NNARCH_NOINLINE void large_weights(T* row, int64_t width, T top, T inverse) {
+  for (int64_t c = 0; c < width; c += kLanes<T>) {
+    Vec<T> score = load(row + c) - top;
+    score = score > T(0) ? Vec<T>{} : score;  // of products that rounded otherwise; NaN stays
+    store(row + c, exp2<T>(score * T(kLog2E)) * inverse);
+  }
+}
+
+// What the rows of a tile are normalized by.
+template <class T>
+struct RowSums {
+  const T* lse;            // in units of ln 2
+  const T *top, *inverse;  // LargeSums, or null
+
+  RowSums(const T* lse_, const Attention<T>& a, const LargeSums<T>& large, const TilePlace& p)
+      : lse(lse_), top(large.top), inverse(large.inverse) {
+    if (!top) return;
+    const int64_t row = (p.batch * a.heads + p.head) * a.queries + p.query;
+    top += row, inverse += row;
+  }
+  bool is_large(int64_t r) const { return inverse && inverse[r] > T(0); }
+};
+
 // What a boolean mask leaves of a tile; Seen::some for a mask that is added.
 template <class T>
 NNARCH_INLINE Seen seen_in_tile(const Attention<T>& a, const TilePlace& p) {
@@ -129,10 +168,10 @@ NNARCH_INLINE Seen seen_in_tile(const Attention<T>& a, const TilePlace& p) {
   return all ? Seen::all : any ? Seen::some : Seen::nothing;
 }
 
-// Scores to weights, in place: kTileKeys a row. `lse` is that of each row in units of ln 2.
+// Scores to weights, in place: kTileKeys a row.
 template <class T>
 NNARCH_NOINLINE void tile_weights(const Attention<T>& a, const TilePlace& p, Seen seen,
-                                  const T* lse, T* weights, T* kept) {
+                                  const RowSums<T>& sums, T* weights, T* kept) {
   const Band& band = p.band;
   const Operand& m = a.mask.values;
   const T scale = a.scale * T(kLog2E);
@@ -140,13 +179,17 @@ NNARCH_NOINLINE void tile_weights(const Attention<T>& a, const TilePlace& p, See
   for (int64_t r = 0; r < band.rows; ++r) {
     T* row = weights + r * kTileKeys;
     const int64_t first = band.first_column(r), end = band.end_column(r);
-    if (seen == Seen::all) {
-      weights_row<T, false>(row, p.width, first, end, scale, lse[r], nullptr);
+    const bool biased = seen != Seen::all;
+    if (biased && (r == 0 || m.row != 0))
+      bias_row<T>(a.mask, m.at(p.batch, p.head, p.query + r) + p.key * m.column, band.columns,
+                  bias);
+    if (sums.is_large(r)) [[unlikely]] {
+      whole_scores<T>(row, p.width, first, end, a.scale, biased ? bias : nullptr);
+      large_weights<T>(row, p.width, sums.top[r], sums.inverse[r]);
+    } else if (biased) {
+      weights_row<T, true>(row, p.width, first, end, scale, sums.lse[r], bias);
     } else {
-      if (r == 0 || m.row != 0)
-        bias_row<T>(a.mask, m.at(p.batch, p.head, p.query + r) + p.key * m.column, band.columns,
-                    bias);
-      weights_row<T, true>(row, p.width, first, end, scale, lse[r], bias);
+      weights_row<T, false>(row, p.width, first, end, scale, sums.lse[r], nullptr);
     }
     if (a.drops)
       drop_row<T>(a, static_cast<uint32_t>(p.batch * a.heads + p.head),

@@ -5,6 +5,7 @@
 
 #include "attention/backward_problem.h"
 #include "attention/cpu_setup.h"
+#include "attention/large_rows.h"
 #include "cpu/arena.h"
 #include "cpu/parallel.h"
 #include "cpu/registry.h"
@@ -186,6 +187,8 @@ Four attention_backward(const Tensor& grad, const OptTensor& grad_lse, const Ten
       a.dq = operand_of(dq), a.dk = operand_of(dk), a.dv = operand_of(dv);
       a.lse = rows_of<T>(lse);
       if (grad_lse) a.grad_lse = rows_of<T>(*grad_lse);
+      const LargeRows<T> large(a.forward, a.lse);
+      a.large = large.sums();
       run(a, dq, d_mask);
     });
   }
@@ -238,6 +241,8 @@ Four attention_weights_backward(const Tensor& grad, const Tensor& query, const T
       const Tensor parts =
           cut.chunks == 1 ? d_lse : new_contiguous({cut.chunks, lse.numel()}, lse.scalar_type());
       a.d_lse = mutable_data<T>(parts);
+      const LargeRows<T> large(a.forward, a.lse);
+      a.large = large.sums();
       run(a, dq, d_mask);
       if (cut.chunks == 1) return;
       add_parts(a.d_lse, cut.chunks, lse.numel());

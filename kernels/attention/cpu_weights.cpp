@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "attention/cpu_setup.h"
+#include "attention/large_rows.h"
 #include "attention/weights_problem.h"
 #include "cpu/arena.h"
 #include "cpu/parallel.h"
@@ -70,6 +71,8 @@ Tensor attention_weights(const Tensor& query, const Tensor& key, const OptTensor
     a.forward.out = operand_of(out);
     a.lse = {data<T>(lse), lse.stride(0), lse.stride(1), lse.stride(2)};
     a.averaged = averaged;
+    const LargeRows<T> large(a.forward, a.lse);
+    a.large = large.sums();
     run(a);
   });
   return out;

@@ -11,6 +11,7 @@ template <class T>
 struct AttentionWeights {
   Attention<T> forward;  // without values; `out` are the weights [batch, heads or 1, queries, keys]
   RowValues<T> lse;
+  LargeSums<T> large;
   bool averaged;  // over heads
 };
 
@@ -24,6 +25,10 @@ struct AttentionWeightsTable {
   int64_t queries, keys;  // of a task, at most
   int64_t (*scratch)(const AttentionWeights<T>& a);
   void (*run)(const AttentionWeights<T>& a, const WeightsTask& task, T* scratch);
+  // Of the task's queries of one head: maxima and one over the sums where their log-sum-exp is
+  // large, 0 elsewhere.
+  void (*large_sums)(const AttentionWeights<T>& a, const WeightsTask& task, T* top, T* inverse,
+                     T* scratch);
 };
 
 NNARCH_PER_ISA(template <class T> const AttentionWeightsTable<T>& attention_weights_table();)
