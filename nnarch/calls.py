@@ -35,7 +35,7 @@ def cheap_call(
     direct, on_a_gpu = op.direct, _gpu_call(op, run_on_a_gpu)
     is_grad_enabled = torch.is_grad_enabled
     is_inference_mode = torch.is_inference_mode_enabled
-    is_compiling = torch.compiler.is_compiling
+    is_compiling, in_dynamo = torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling
     tracing_state = torch._C._get_tracing_state
     in_functorch = torch._C._are_functorch_transforms_active
     Tensor = torch.Tensor
@@ -51,11 +51,13 @@ def cheap_call(
 
     def call(*args: Any) -> Any:
         try:
+            result = DECLINED
+            if not in_dynamo():  # answers sooner; other tracers' tensors are not plain
+                result = direct(*args)
+                if result is not DECLINED and result is not WANTS_GRADIENT:
+                    return result
             if is_compiling():
                 return overload(*args)
-            result = direct(*args)
-            if result is not DECLINED and result is not WANTS_GRADIENT:
-                return result
             if tracing_state() is not None:
                 return overload(*args)
             if dual_level() != NO_DUAL_LEVEL:
@@ -128,10 +130,10 @@ def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
 
 def first_output(call: Callable[..., Any], direct: Callable[..., Any]) -> Callable[..., Any]:
     """`call` for the first of its outputs; a plain call makes no tensors of the others."""
-    is_compiling = torch.compiler.is_compiling
+    in_dynamo = torch.compiler.is_dynamo_compiling
 
     def first(*args: Any) -> Any:
-        if not is_compiling():
+        if not in_dynamo():
             result = direct(*args)
             if result is not DECLINED and result is not WANTS_GRADIENT:
                 return result
