@@ -51,11 +51,11 @@ def cheap_call(
 
     def call(*args: Any) -> Any:
         try:
-            result = DECLINED
-            if not in_dynamo():  # answers sooner; other tracers' tensors are not plain
-                result = direct(*args)
-                if result is not DECLINED and result is not WANTS_GRADIENT:
-                    return result
+            if in_dynamo():  # answers sooner than is_compiling
+                return overload(*args)
+            result = direct(*args)  # other tracers' tensors are not plain
+            if result is not DECLINED and result is not WANTS_GRADIENT:
+                return result
             if is_compiling():
                 return overload(*args)
             if tracing_state() is not None:

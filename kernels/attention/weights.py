@@ -85,7 +85,8 @@ def attention_weights(
 
     Attention itself has them nowhere; here they are made again from the log-sum-exp that
     :func:`scaled_dot_product_attention` returns with `return_lse`. Averaged over heads, nothing
-    of size H·L·S is in memory.
+    of size H·L·S is in memory. On the CPU a row whose log-sum-exp is 1024 or more (2**20 in
+    float64), which has lost the sum, is divided by its own sum: there `lse` is that of these keys.
 
     Args:
         query: [B, H, L, D], any strides.

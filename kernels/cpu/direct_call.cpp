@@ -247,17 +247,16 @@ bool run(bool alone, const Function& function) {
   return done;
 }
 
-bool run_on_cpu(const Operation& op, const Value* values, StableIValue* stack, bool recorded) {
+bool run_on_cpu(const Operation& op, const Value* values, StableIValue* stack) {
   const size_t size = op.kinds.size();
   for (size_t i = 0; i < size; ++i) stack[i] = hand_over(op.kinds[i], values[i]);
   return run(is_small(values, static_cast<std::ptrdiff_t>(size)), [&] {
-    const FirstOutputAlone enough(op.first && !recorded);
     op.function(stack, size, op.outputs);
     return true;
   });
 }
 
-bool run_on_gpu(const Operation& op, const Value* values, StableIValue* stack, bool) {
+bool run_on_gpu(const Operation& op, const Value* values, StableIValue* stack) {
   const ReplayKey key = replay_key(op, values);
   return run(false,
              [&] { return replay(op.number, key, reinterpret_cast<AtenTensorHandle*>(stack)); });
@@ -273,11 +272,11 @@ PyObject* call_operation(const Operation& op, PyObjects arguments, std::ptrdiff_
   if (!nobody_watches()) return answer(wanted ? python.wants_gradient : python.declined);
   const auto run_kernel = where == Where::kOnGpu ? &run_on_gpu : &run_on_cpu;
   StableIValue stack[kMostArguments];
+  const FirstOutputAlone enough(op.first && !wanted);  // a node keeps the others
   if (!wanted)
-    return run_kernel(op, values, stack, false) ? results(op, stack, op.outputs)
-                                                : answer(python.declined);
+    return run_kernel(op, values, stack) ? results(op, stack, op.outputs) : answer(python.declined);
   aoti_torch_grad_mode_set_enabled(false);  // the kernel may call operations of torch's
-  const bool done = run_kernel(op, values, stack, true);
+  const bool done = run_kernel(op, values, stack);
   aoti_torch_grad_mode_set_enabled(true);
   if (!done) return answer(python.wants_gradient);
   const auto shown = static_cast<uint64_t>(backward->shown);
