@@ -23,10 +23,10 @@ inline constexpr int kLaneRows = 8;
 // values, 10 of sums and 10 of outputs are in the first cache.
 inline constexpr int kLaneCapsules = 2;
 
-// Calls f(Values<n>{}, d) for runs of n values that cover [0, dim).
+// Calls f(Count<n>{}, d) for runs of n values that cover [0, dim).
 template <int N, class F>
 NNARCH_INLINE void over_rows(int64_t dim, const F& f, int64_t d = 0) {
-  for (; d + N <= dim; d += N) f(Values<N>{}, d);
+  for (; d + N <= dim; d += N) f(Count<N>{}, d);
   if constexpr (N > 1) over_rows<N / 2>(dim, f, d);
 }
 
@@ -216,18 +216,18 @@ NNARCH_INLINE void lane_iteration_grad_of(const CapsuleShape& s, const LaneCapsu
   }
 }
 
-// Calls f(Values<D_in>{}) for the usual numbers of values, f(Values<0>{}) for others.
+// Calls f(Count<D_in>{}) for the usual numbers of values, f(Count<0>{}) for others.
 template <class F>
 NNARCH_INLINE void with_values(int64_t in, const F& f) {
   switch (in) {
     case 4:
-      return f(Values<4>{});
+      return f(Count<4>{});
     case 8:
-      return f(Values<8>{});
+      return f(Count<8>{});
     case 16:
-      return f(Values<16>{});
+      return f(Count<16>{});
     default:
-      return f(Values<0>{});
+      return f(Count<0>{});
   }
 }
 
@@ -238,13 +238,13 @@ void lane_sums(const CapsuleShape& s, const LaneCapsules<T>& c, T* sums) {
   });
 }
 
-// Calls f(Values<D_in>{}, Values<n>{}, i) for runs of n capsules that cover them all.
+// Calls f(Count<D_in>{}, Count<n>{}, i) for runs of n capsules that cover them all.
 template <class F>
 NNARCH_INLINE void over_lane_capsules(int64_t in, int64_t count, const F& f) {
   with_values(in, [&](auto values) NNARCH_INLINE_LAMBDA {
     int64_t i = 0;
-    for (; i + kLaneCapsules <= count; i += kLaneCapsules) f(values, Values<kLaneCapsules>{}, i);
-    for (; i < count; ++i) f(values, Values<1>{}, i);
+    for (; i + kLaneCapsules <= count; i += kLaneCapsules) f(values, Count<kLaneCapsules>{}, i);
+    for (; i < count; ++i) f(values, Count<1>{}, i);
   });
 }
 

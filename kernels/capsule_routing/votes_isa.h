@@ -18,31 +18,26 @@ inline constexpr int kVoteSamples = 2, kVoteParts = 2, kVoteRows = 1;
 inline constexpr int kVoteSamples = 4, kVoteParts = 1, kVoteRows = 3;
 #endif
 
-// Calls f(Values<n>{}, k) for runs of n input values that cover [0, in).
-template <int N>
-struct Values {
-  static constexpr int count = N;
-};
-
+// Calls f(Count<n>{}, k) for runs of n input values that cover [0, in).
 template <int N = 8, class F>
 NNARCH_INLINE void over_values(int64_t in, const F& f) {
   int64_t k = 0;
-  for (; k + N <= in; k += N) f(Values<N>{}, k);
-  if (N > 4 && in & 4) f(Values<4>{}, k), k += 4;
-  if (in & 2) f(Values<2>{}, k), k += 2;
-  if (in & 1) f(Values<1>{}, k);
+  for (; k + N <= in; k += N) f(Count<N>{}, k);
+  if (N > 4 && in & 4) f(Count<4>{}, k), k += 4;
+  if (in & 2) f(Count<2>{}, k), k += 2;
+  if (in & 1) f(Count<1>{}, k);
 }
 
-// Calls f(Values<n>{}, i) for runs of n <= N that cover [0, count): 3 but no 1 where that can be,
+// Calls f(Count<n>{}, i) for runs of n <= N that cover [0, count): 3 but no 1 where that can be,
 // else powers of two.
 template <int N, class F>
 NNARCH_INLINE void over_runs(int64_t count, const F& f) {
   int64_t i = 0;
-  for (; count - i >= N && (N != 3 || count - i != 4); i += N) f(Values<N>{}, i);
+  for (; count - i >= N && (N != 3 || count - i != 4); i += N) f(Count<N>{}, i);
   if constexpr (N > 2)
-    for (; count - i >= 2; i += 2) f(Values<2>{}, i);
+    for (; count - i >= 2; i += 2) f(Count<2>{}, i);
   if constexpr (N > 1)
-    if (i < count) f(Values<1>{}, i);
+    if (i < count) f(Count<1>{}, i);
 }
 
 // votes[d] = Σ_k weight[d][k] · x[k], added to what stands there unless these are the first values.

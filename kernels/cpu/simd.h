@@ -204,6 +204,12 @@ NNARCH_INLINE void keep_in_register(V& v) {
 #endif
 }
 
+// A number known to the compiler, as an argument.
+template <int N>
+struct Count {
+  static constexpr int count = N;
+};
+
 // Compile-time index lists (std::index_sequence would bring std templates into ISA sources).
 template <int... I>
 struct Indices {};

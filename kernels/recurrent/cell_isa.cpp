@@ -34,73 +34,48 @@ struct CellRow {
   }
 };
 
-#if defined(NNARCH_ISA_avx512)
-// The LSTM's cell in float32, from σ = 1 / (1 + e) and tanh as a quotient: factors share a
-// division, of which one takes as long as 12 multiplications.
-template <int N, class F>
-NNARCH_INLINE void lstm_of_parts(const CellRow<float>& r, int64_t u, int64_t n, float* cell,
-                                 Vec<float> (&before)[N], Vec<float> (&i)[N], Vec<float> (&f)[N],
-                                 Vec<float> (&g)[N], Vec<float> (&o)[N], const F& add_peephole) {
-  constexpr int64_t w = kLanes<float>;
-  Vec<float> below[N], c[N];
-  cell_exp_minus<N>(i), cell_exp_minus<N>(f);
-  quotient_parts<N>(g, below, CellTanh::p, CellTanh::q, CellTanh::most);
-  for (int k = 0; k < N; ++k) {
-    const int64_t at = u + k * w;
-    c[k] = before[k] / (f[k] + 1.0f) + g[k] / (below[k] + below[k] * i[k]);
-    add_peephole(k, c[k]);
-    store_n(cell + k * w, c[k], n);
-    if (r.p.kept)
-      r.keep(0, at, n, one_over_one_plus<float>(i[k])),
-          r.keep(1, at, n, one_over_one_plus<float>(f[k])), r.keep(2, at, n, g[k] / below[k]),
-          r.keep(4, at, n, c[k]);
-  }
-  cell_exp_minus<N>(o);
-  quotient_parts<N>(c, below, CellTanh::p, CellTanh::q, CellTanh::most);
-  for (int k = 0; k < N; ++k) {
-    if (r.p.kept) r.keep(3, u + k * w, n, one_over_one_plus<float>(o[k]));
-    r.finish(u + k * w, n, c[k] / (below[k] + below[k] * o[k]));
-  }
-}
-#endif
-
-// Of N vectors of units: with two, one's chain of dependent operations fills the gaps of the
-// other's.
-template <class T, int N>
-NNARCH_INLINE void lstm(const CellRow<T>& r, int64_t u, int64_t n) {
+// c' = σ(f)·c + σ(i)·tanh(g) of N vectors of units.
+template <int N, bool Kept, class T>
+NNARCH_INLINE void lstm_state(const CellRow<T>& r, int64_t u, int64_t n) {
   constexpr int64_t w = kLanes<T>;
   const CellBlock<T>& p = r.p;
   T* cell = p.c + r.row * p.c_step + u;
-  Vec<T> before[N], i[N], f[N], g[N], o[N], c[N], h[N];
-  for (int k = 0; k < N; ++k) {
-    before[k] = load_n(cell + k * w, n);
-    i[k] = r.both(0, u + k * w, n), f[k] = r.both(1, u + k * w, n);
-    g[k] = r.both(2, u + k * w, n), o[k] = r.both(3, u + k * w, n);
-    if (p.peephole) {
-      i[k] += load_n(p.peephole + u + k * w, n) * before[k];
-      f[k] += load_n(p.peephole + p.hidden + u + k * w, n) * before[k];
-    }
-  }
-  const auto add_peephole = [&](int k, Vec<T> c) NNARCH_INLINE_LAMBDA {
-    if (p.peephole) o[k] += load_n(p.peephole + 2 * p.hidden + u + k * w, n) * c;
-  };
-#if defined(NNARCH_ISA_avx512)
-  if constexpr (sizeof(T) == 4)
-    return lstm_of_parts<N>(r, u, n, cell, before, i, f, g, o, add_peephole);
-#endif
-  cell_sigmoid<N>(i), cell_sigmoid<N>(f), cell_tanh<N>(g);
-  for (int k = 0; k < N; ++k) {
-    h[k] = c[k] = f[k] * before[k] + i[k] * g[k];
-    add_peephole(k, c[k]);
-    store_n(cell + k * w, c[k], n);
-  }
-  cell_sigmoid<N>(o), cell_tanh<N>(h);
+  Vec<T> before[N], i[N], f[N], g[N], fresh[N];
   for (int k = 0; k < N; ++k) {
     const int64_t at = u + k * w;
-    if (p.kept)
-      r.keep(0, at, n, i[k]), r.keep(1, at, n, f[k]), r.keep(2, at, n, g[k]),
-          r.keep(3, at, n, o[k]), r.keep(4, at, n, c[k]);
-    r.finish(at, n, o[k] * h[k]);
+    before[k] = load_n(cell + k * w, n);
+    i[k] = r.both(0, at, n), f[k] = r.both(1, at, n), g[k] = r.both(2, at, n);
+    if (p.peephole) {
+      i[k] += load_n(p.peephole + at, n) * before[k];
+      f[k] += load_n(p.peephole + p.hidden + at, n) * before[k];
+    }
+  }
+  sigmoid_times_tanh<Kept>(i, g, fresh);
+  cell_sigmoid<N>(f);
+  for (int k = 0; k < N; ++k) {
+    const int64_t at = u + k * w;
+    const Vec<T> c = f[k] * before[k] + fresh[k];
+    store_n(cell + k * w, c, n);
+    if constexpr (Kept)
+      r.keep(0, at, n, i[k]), r.keep(1, at, n, f[k]), r.keep(2, at, n, g[k]), r.keep(4, at, n, c);
+  }
+}
+
+// h' = σ(o)·tanh(c').
+template <int N, bool Kept, class T>
+NNARCH_INLINE void lstm_output(const CellRow<T>& r, int64_t u, int64_t n) {
+  constexpr int64_t w = kLanes<T>;
+  const CellBlock<T>& p = r.p;
+  Vec<T> c[N], o[N], h[N];
+  for (int k = 0; k < N; ++k) {
+    const int64_t at = u + k * w;
+    c[k] = load_n(p.c + r.row * p.c_step + at, n), o[k] = r.both(3, at, n);
+    if (p.peephole) o[k] += load_n(p.peephole + 2 * p.hidden + at, n) * c[k];
+  }
+  sigmoid_times_tanh<Kept>(o, c, h);
+  for (int k = 0; k < N; ++k) {
+    if constexpr (Kept) r.keep(3, u + k * w, n, o[k]);
+    r.finish(u + k * w, n, h[k]);
   }
 }
 
@@ -119,9 +94,7 @@ NNARCH_INLINE void gru(const CellRow<T>& row, int64_t u, int64_t n) {
 
 template <class T, int64_t Kind>
 NNARCH_INLINE void unit(const CellRow<T>& r, int64_t u, int64_t n) {
-  if constexpr (Kind == 2)
-    lstm<T, 1>(r, u, n);
-  else if constexpr (Kind == 3)
+  if constexpr (Kind == 3)
     gru(r, u, n);
   else if constexpr (Kind == 1)
     r.finish(u, n, at_least<T>(r.both(0, u, n), Vec<T>{}));
@@ -129,25 +102,43 @@ NNARCH_INLINE void unit(const CellRow<T>& r, int64_t u, int64_t n) {
     r.finish(u, n, cell_tanh(r.both(0, u, n)));
 }
 
+// f(Count<vectors>{}, row, first unit, units a vector) for all of a block, N vectors at a time.
+template <int N, class T, class F>
+NNARCH_INLINE void over_units(const CellBlock<T>& p, const F& f) {
+  constexpr int64_t w = kLanes<T>;
+  const auto over_rows = [&](auto vectors, int64_t u, int64_t n) NNARCH_INLINE_LAMBDA {
+    for (int64_t row = 0; row < p.rows; ++row) f(vectors, CellRow<T>{p, row}, u, n);
+  };
+  int64_t u = 0;
+  if constexpr (N > 1)
+    for (; u + N * w <= p.units; u += N * w) over_rows(Count<N>{}, u, w);
+  for (; u + w <= p.units; u += w) over_rows(Count<1>{}, u, w);
+  if (u < p.units) over_rows(Count<1>{}, u, p.units - u);
+}
+
 template <class T, int64_t Kind>
 NNARCH_NOINLINE void cell_of(const CellBlock<T>& p) {
-  constexpr int64_t w = kLanes<T>;
-  const int64_t whole = p.units / w * w;
-  for (int64_t row = 0; row < p.rows; ++row) {
-    const CellRow<T> r{p, row};
-    int64_t u = 0;
-    if constexpr (Kind == 2)
-      for (; u + 2 * w <= whole; u += 2 * w) lstm<T, 2>(r, u, w);
-    for (; u < whole; u += w) unit<T, Kind>(r, u, w);
-    if (whole < p.units) unit<T, Kind>(r, whole, p.units - whole);
-  }
+  over_units<1>(p, [](auto, const CellRow<T>& r, int64_t u, int64_t n)
+                       NNARCH_INLINE_LAMBDA { unit<T, Kind>(r, u, n); });
+}
+
+// All states, then all outputs: each is a chain of dependent operations, and of half a chain more
+// vectors are under way at once.
+template <class T, bool Kept>
+NNARCH_NOINLINE void lstm(const CellBlock<T>& p) {
+  over_units<2>(p,
+                [](auto vectors, const CellRow<T>& r, int64_t u, int64_t n)
+                    NNARCH_INLINE_LAMBDA { lstm_state<decltype(vectors)::count, Kept>(r, u, n); });
+  over_units<2>(p,
+                [](auto vectors, const CellRow<T>& r, int64_t u, int64_t n)
+                    NNARCH_INLINE_LAMBDA { lstm_output<decltype(vectors)::count, Kept>(r, u, n); });
 }
 
 template <class T>
 void cell(const CellBlock<T>& p) {
   if (p.kind == 0) return cell_of<T, 0>(p);
   if (p.kind == 1) return cell_of<T, 1>(p);
-  if (p.kind == 2) return cell_of<T, 2>(p);
+  if (p.kind == 2) return p.kept ? lstm<T, true>(p) : lstm<T, false>(p);
   cell_of<T, 3>(p);
 }
 

@@ -56,12 +56,12 @@ NNARCH_INLINE void all_panels(const FewRows<T, W>& p) {
     panels_of<T, W, R, decltype(panels)::count>(p, p.a, p.b + j * p.depth * nr, p.c + j * nr,
                                                 p.start ? p.start + j * nr : nullptr);
   };
-  for (; j + most <= p.panels; j += most) at(Panels<most>{});
+  for (; j + most <= p.panels; j += most) at(Count<most>{});
   if constexpr (most > 2)
-    if (p.panels - j == 3) return at(Panels<3>{});
+    if (p.panels - j == 3) return at(Count<3>{});
   if constexpr (most > 1)
-    if (p.panels - j >= 2) at(Panels<2>{}), j += 2;
-  if (j < p.panels) at(Panels<1>{});
+    if (p.panels - j >= 2) at(Count<2>{}), j += 2;
+  if (j < p.panels) at(Count<1>{});
 }
 
 }  // namespace

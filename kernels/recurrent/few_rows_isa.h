@@ -13,11 +13,6 @@ inline constexpr int kFewSums = 12;  // of 16
 #endif
 inline constexpr int64_t kMostFewRows = 4;
 
-template <int N>
-struct Panels {
-  static constexpr int count = N;
-};
-
 // bfloat16 values are the upper halves of floats.
 NNARCH_INLINE Vec<float> load_bfloat16(const uint16_t* p) {
 #if defined(NNARCH_ISA_avx512)
