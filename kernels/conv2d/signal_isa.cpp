@@ -14,7 +14,7 @@ struct SignalTile {
   const SignalBlock<T>& block;
   int64_t column, columns;  // from `column` on
   bool clamps;              // what follows is none, relu or relu6
-  bool plain;               // whole vectors, and nothing but a lower bound between sum and store
+  bool plain;               // whole vectors, and nothing but bounds between sum and store
 };
 
 // Some steps of the sum. With `Outputs`, each brings the lines of a row of outputs into cache; with
@@ -88,9 +88,8 @@ NNARCH_INLINE void signal_tile(Indices<I...> each, const SignalTile<T>& t, int64
   signal_steps<T, true, First>(each, a, b, t.column, fetched, y, g.y_step, left, right);
   signal_steps<T, false, First>(each, a, b, t.column, g.depth - fetched, nullptr, 0, left, right);
   if (t.plain) {
-    const Vec<T> low =
-        broadcast(e.activation == kRelu ? T{0} : -static_cast<T>(__builtin_huge_val()));
-    (store_row<T, false>(y + I * g.y_step, low, left[I], right[I]), ...);
+    const ClampBounds<T> bounds(e.activation);
+    (store_row<T, false>(y + I * g.y_step, bounds, left[I], right[I]), ...);
     return;
   }
   if (t.clamps) {
@@ -135,7 +134,7 @@ void run_signal_rows(const SignalBlock<T>& g, const SignalRows& r) {
   for (int64_t j = 0; j < g.columns; j += kColumns<T>) {
     const int64_t left = g.columns - j;
     const Epilogue<T>& e = g.epilogue;
-    const bool plain = left >= kColumns<T> && !e.scale && !e.residual && e.activation <= kRelu;
+    const bool plain = left >= kColumns<T> && !e.scale && !e.residual && is_clamp(e.activation);
     const SignalTile<T> t{g, j, left < kColumns<T> ? left : kColumns<T>, is_clamp(e.activation),
                           plain};
     tall(t, r.row, r.tall);

@@ -118,6 +118,9 @@ bool rows_follow(const GridImage<T>& image, int64_t columns, const Blocking& blo
   const int64_t positions = image.positions();
   const int64_t depth = static_cast<int64_t>(image.taps.size()) * image.depth;
   if (block.columns * depth * int64_t{sizeof(T)} > l2_bytes() / 2) return false;
+  // A large image comes from memory each time, where weights come from a near last-level cache.
+  const bool large = positions * image.depth * int64_t{sizeof(T)} > int64_t{4} << 20;
+  if (large && !far_l3()) return false;
   return ceil_div(columns, block.columns) * positions * image.depth <
          ceil_div(positions, block.rows) * columns * depth;
 }
@@ -158,7 +161,7 @@ void gather_gemm(const GridImage<T>& image, const T* b, int64_t columns, T* c,
       const BlockStrips<T> strips(image, out, first, count);
       g.strips = strips.get(), g.strip_count = strips.count();
       g.a_step = strips.a_step(), g.c_step = out.column_step;
-      const bool copies = g.strip_count == 1 && copies_rows<T>(g.a_step, g.n, g.depth);
+      const bool copies = copies_rows<T>(g.a_step, g.n, g.depth);
       Scratch<T> room(copies ? room_for<T>(count, g.depth) : 0);
       if (copies) g.room = room.get();
       return table.run(g);

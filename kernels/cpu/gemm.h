@@ -59,8 +59,8 @@ struct GemmBlock {
   int64_t strip_count = 0;
   int64_t a_step = 0, c_step = 0;
   const int64_t* tap_offset = nullptr;  // of every tap from the strip's a; null: one tap, at a
-  // Room for a copy of a single strip's rows, of room_for(rows, depth) elements, or null: where
-  // rows would share one set of the first-level cache, and there are columns enough.
+  // Room for a copy of the strips' rows, of room_for(rows, depth) elements, or null: where rows
+  // would share one set of the first-level cache, and there are columns enough.
   T* room = nullptr;
 };
 

@@ -10,16 +10,16 @@ namespace nnarch::NNARCH_ISA {
 namespace {
 
 template <class T>
-using EvenTiles = void (*)(const Panel<T>&, Ahead<T>&, const Strip<T>&, int64_t, int64_t);
+using RunEvenTiles = void (*)(const Panel<T>&, Ahead<T>&, const EvenTiles<T>&);
 template <class T, int... I>
-NNARCH_INLINE EvenTiles<T> select_even(Indices<I...>, const Panel<T>& p, int64_t rows) {
-  static constexpr EvenTiles<T> plain[] = {even_tiles_of<T, true, kBothVectors, I + 1>...};
-  static constexpr EvenTiles<T> both[] = {even_tiles_of<T, false, kBothVectors, I + 1>...};
-  static constexpr EvenTiles<T> one[] = {even_tiles_of<T, false, kOneVector, I + 1>...};
+NNARCH_INLINE RunEvenTiles<T> select_even(Indices<I...>, const Panel<T>& p, int64_t rows) {
+  static constexpr RunEvenTiles<T> plain[] = {even_tiles_of<T, true, kBothVectors, I + 1>...};
+  static constexpr RunEvenTiles<T> both[] = {even_tiles_of<T, false, kBothVectors, I + 1>...};
+  static constexpr RunEvenTiles<T> one[] = {even_tiles_of<T, false, kOneVector, I + 1>...};
   if (p.plain) return plain[rows - 1];
   const Used used = used_vectors<T>(p.columns);
   if constexpr (kHasHalves) {
-    static constexpr EvenTiles<T> more[] = {even_tiles_of<T, false, kVectorAndHalf, I + 1>...};
+    static constexpr RunEvenTiles<T> more[] = {even_tiles_of<T, false, kVectorAndHalf, I + 1>...};
     if (used == kVectorAndHalf) return more[rows - 1];
   }
   return used == kOneVector ? one[rows - 1] : both[rows - 1];
@@ -53,13 +53,22 @@ NNARCH_INLINE void cut_tiles(int64_t begin, int64_t end, int64_t most, const F& 
 template <class T>
 void run_strips(const Panel<T>& p) {
   const GemmBlock<T>& g = p.g;
-  const int64_t most = most_rows(static_cast<uint64_t>(g.a_step) * sizeof(T));
+  const int64_t most = most_rows(static_cast<uint64_t>(p.a_step) * sizeof(T));
   int64_t rows = 0;
   for (int64_t i = 0; i < g.strip_count; ++i) rows += g.strips[i].rows;
   Ahead<T> next = Ahead<T>::next_panel(p, rows);
+  T* room = g.room;
   for (int64_t i = 0; i < g.strip_count; ++i) {
-    cut_tiles(0, g.strips[i].rows, most, [&](int64_t height, int64_t first, int64_t tiles) {
-      select_even<T>(MakeIndices<kRows>{}, p, height)(p, next, g.strips[i], first, tiles);
+    const Strip<T>& strip = g.strips[i];
+    cut_tiles(0, strip.rows, most, [&](int64_t height, int64_t first, int64_t tiles) {
+      const int64_t last = first + height * tiles;
+      const bool next_strip = last == strip.rows && i + 1 < g.strip_count;
+      const T* after = next_strip ? g.strips[i + 1].a : strip.a + last * g.a_step;
+      select_even<T>(MakeIndices<kRows>{}, p, height)(
+          p, next,
+          {strip.a + first * g.a_step + p.chunk.from, room, strip.c + first * g.c_step, tiles,
+           after + p.chunk.from});
+      if (room) room += height * tiles * p.a_step;
     });
   }
 }
@@ -91,44 +100,17 @@ void run_panels(const GemmBlock<T>& g, const Chunk& chunk) {
   }
 }
 
-// The same with the strip's part of the chunk in the block's room, an odd number of lines apart.
-template <class T>
-void run_copy(const GemmBlock<T>& g, const Chunk& chunk) {
-  constexpr int64_t w = kLanes<T>, line = kLine<T>;
-  const int64_t step = ((chunk.count + line - 1) / line | 1) * line, whole = chunk.count / w * w;
-  for (int64_t r = 0; r < g.strips->rows; ++r) {
-    const T* from = g.strips->a + r * g.a_step + chunk.from;
-    T* to = g.room + r * step;
-    for (int64_t k = 0; k < whole; k += w) {
-      __builtin_prefetch(from + g.a_step + k);  // of the next row, a page of its own
-      store(to + k, load(from + k));
-    }
-    if (whole < chunk.count)
-      store_n(to + whole, load_n(from + whole, chunk.count - whole), chunk.count - whole);
-  }
-  const Strip<T> strip{g.room - chunk.from, g.strips->c, g.strips->rows};
-  GemmBlock<T> copy = g;
-  copy.strips = &strip, copy.a_step = step;
-  run_panels(copy, chunk);
-}
-
-template <class T>
-void run_chunk(const GemmBlock<T>& g, const Chunk& chunk) {
-  if (g.room && g.strip_count == 1 && g.taps == 1) return run_copy(g, chunk);
-  run_panels(g, chunk);
-}
-
 // Cuts the sum into chunks whose panel of B fits the cache: several taps of a small depth, or
 // parts of one tap of a large depth.
 template <class T>
 void run_chunks(const GemmBlock<T>& g) {
-  if (g.taps * g.depth <= kPartDepth<T>) return run_chunk(g, {0, g.taps, 0, g.depth, true, true});
+  if (g.taps * g.depth <= kPartDepth<T>) return run_panels(g, {0, g.taps, 0, g.depth, true, true});
   if (g.depth <= kPartDepth<T>) {
     const int64_t most = kPartDepth<T> / g.depth, chunks = (g.taps + most - 1) / most;
     int64_t tap = 0;
     for (int64_t i = 0; i < chunks; ++i) {
       const int64_t next = (i + 1) * g.taps / chunks;
-      run_chunk(g, {tap, next, 0, g.depth, tap == 0, next == g.taps});
+      run_panels(g, {tap, next, 0, g.depth, tap == 0, next == g.taps});
       tap = next;
     }
     return;
@@ -137,8 +119,8 @@ void run_chunks(const GemmBlock<T>& g) {
   for (int64_t tap = 0; tap < g.taps; ++tap) {
     for (int64_t i = 0; i < parts; ++i) {
       const int64_t from = g.depth * i / parts, to = g.depth * (i + 1) / parts;
-      run_chunk(g, {tap, tap + 1, from, to - from, tap == 0 && i == 0,
-                    tap + 1 == g.taps && i + 1 == parts});
+      run_panels(g, {tap, tap + 1, from, to - from, tap == 0 && i == 0,
+                     tap + 1 == g.taps && i + 1 == parts});
     }
   }
 }

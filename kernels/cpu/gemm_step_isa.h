@@ -49,9 +49,10 @@ struct Panel {
   T* c;              // the panel's first column
   int64_t columns;   // of the panel: whole, or fewer at the end
   bool add, stream;  // C is added to; C is written past the caches
-  bool plain;        // whole vectors, and nothing but a lower bound between sum and store:
-  T low;             // 0 or -infinity
-  bool meets_rows;   // reads its rows of A for the first time
+  bool plain;        // whole vectors, and nothing but these between sum and store
+  ClampBounds<T> bounds;
+  bool meets_rows;  // reads its rows of A for the first time
+  int64_t a_step;   // of strips' rows, where they lie or in the block's room
   Epilogue<T> epilogue;
   alignas(kVectorBytes) T start[kColumns<T>];  // what sums begin with: the shift, or zeros
 
@@ -66,15 +67,15 @@ struct Panel {
         columns(block.n - column),
         add(!part.first || block.accumulate),
         stream(block.stream && part.first && part.last && !add && columns >= kColumns<T>),
+        bounds(part.last ? block.epilogue.activation : kNone),
         epilogue(block.epilogue.from_channel(column)) {
     const bool shifted = part.last && !add && epilogue.shift && !epilogue.scale;
     for (int i = 0; i < kColumns<T>; ++i) start[i] = shifted ? epilogue.shift[i] : T{0};
     if (shifted) epilogue.shift = nullptr;
     const bool untouched = !epilogue.scale && !epilogue.shift && !epilogue.residual;
-    plain = whole() && !add && (!part.last || (untouched && epilogue.activation <= kRelu));
-    const bool relu = part.last && epilogue.activation == kRelu;
-    low = relu ? T{0} : -static_cast<T>(__builtin_huge_val());
+    plain = whole() && !add && (!part.last || (untouched && is_clamp(epilogue.activation)));
     meets_rows = column == 0;
+    a_step = g.room ? ((part.count + kLine<T> - 1) / kLine<T> | 1) * kLine<T> : g.a_step;
     const bool last_panel = column + kColumns<T> >= block.n;
     const int64_t panel = step_of(block);
     if (!last_panel)
@@ -100,7 +101,7 @@ struct EvenPanel {
   const T* b;
   const int64_t *first_tap, *last_tap;  // their offsets
   int64_t count, a_step, c_step;
-  T low;
+  ClampBounds<T> bounds;
   bool stream;
 };
 

@@ -197,13 +197,13 @@ NNARCH_INLINE void finish(Indices<I...> each, const Panel<T>& p, const int64_t* 
   }
 }
 
-// A row of the common case: whole vectors, and at most a relu (without, `low` is -infinity). It is
+// A row of the common case: whole vectors, and nothing but bounds. It is
 // stored before the next one is bounded, in this order and with these few instructions: with all
 // bounds before all stores the next tile starts 40 cycles later.
 template <class T, bool Stream>
-NNARCH_INLINE void store_row(T* c, Vec<T> low, Vec<T> left, Vec<T> right) {
+NNARCH_INLINE void store_row(T* c, const ClampBounds<T>& bounds, Vec<T> left, Vec<T> right) {
   keep_order(c, left, right);
-  left = at_least<T>(left, low), right = at_least<T>(right, low);
+  left = clamp<T>(left, bounds.low, bounds.high), right = clamp<T>(right, bounds.low, bounds.high);
   if constexpr (Stream) {
     stream(c, left), stream(c + kLanes<T>, right);
   } else {
@@ -212,12 +212,13 @@ NNARCH_INLINE void store_row(T* c, Vec<T> low, Vec<T> left, Vec<T> right) {
 }
 
 template <class T, int First, int... I>
-NNARCH_INLINE void store_rows(Indices<I...>, const EvenRows<T>& to, bool past_caches, Vec<T> low,
-                              Vec<T>* left, Vec<T>* right) {
+NNARCH_INLINE void store_rows(Indices<I...>, const EvenRows<T>& to, bool past_caches,
+                              const ClampBounds<T>& bounds, Vec<T>* left, Vec<T>* right) {
   if (past_caches)
-    (store_row<T, true>(to.template row<First + I>(), low, left[First + I], right[First + I]), ...);
+    (store_row<T, true>(to.template row<First + I>(), bounds, left[First + I], right[First + I]),
+     ...);
   else
-    (store_row<T, false>(to.template row<First + I>(), low, left[First + I], right[First + I]),
+    (store_row<T, false>(to.template row<First + I>(), bounds, left[First + I], right[First + I]),
      ...);
 }
 
@@ -248,44 +249,73 @@ NNARCH_INLINE void finish_plain(Indices<I...> each, const EvenPanel<T>& p, LastS
                                 Vec<T>* left, Vec<T>* right) {
   EvenRows<T> to(c, p.c_step);
   to.pin();
-  const Vec<T> low = broadcast(p.low);
+  const ClampBounds<T> bounds = p.bounds;
   constexpr int rows = sizeof...(I), half = (rows + 1) / 2;
   if constexpr (kStaggered<true, Use, rows> > 0) {
     constexpr MakeIndices<half> first;
     constexpr MakeIndices<rows - half> second;
     if (last.some) multiply_last<T, 0>(first, last, left, right);
-    store_rows<T, 0>(first, to, p.stream, low, left, right);
+    store_rows<T, 0>(first, to, p.stream, bounds, left, right);
     if (last.some) multiply_last<T, half>(second, last, left, right);
-    store_rows<T, half>(second, to, p.stream, low, left, right);
+    store_rows<T, half>(second, to, p.stream, bounds, left, right);
   } else {
-    store_rows<T, 0>(each, to, p.stream, low, left, right);
+    store_rows<T, 0>(each, to, p.stream, bounds, left, right);
   }
 }
 
-// `tiles` tiles of MR rows from row `first` of a strip on. Every access to an accumulator has a
-// constant index, or GCC would keep them in memory.
+// Tiles of one height, one after the other.
+template <class T>
+struct EvenTiles {
+  const T* source;  // their first row of A
+  T* room;          // where it is copied to first, or null
+  int64_t c;        // offset of their first row of C
+  int64_t count;
+  const T* after;  // the row of A that follows them
+};
+
+// What was fetched during the tile before waits in cache.
+template <class T>
+NNARCH_NOINLINE void copy_rows(const T* from, int64_t from_step, int64_t rows, int64_t count, T* to,
+                               int64_t to_step) {
+  constexpr int64_t w = kLanes<T>;
+  const int64_t whole = count / w * w;
+  for (int64_t r = 0; r < rows; ++r, from += from_step, to += to_step) {
+    for (int64_t k = 0; k < whole; k += w) {
+      __builtin_prefetch(from + from_step + k);  // a page of its own
+      store(to + k, load(from + k));
+    }
+    if (whole < count) store_n(to + whole, load_n(from + whole, count - whole), count - whole);
+  }
+}
+
+// Every access to an accumulator has a constant index, or GCC would keep them in memory.
 template <class T, bool Plain, Used Use, int... I>
 NNARCH_INLINE void even_tiles(Indices<I...> each, const Panel<T>& panel, Ahead<T>& next_panel,
-                              const Strip<T>& strip, int64_t first, int64_t tiles) {
+                              const EvenTiles<T>& run) {
   static constexpr int64_t no_offset = 0;
+  constexpr int64_t rows = sizeof...(I);
   const GemmBlock<T>& g = panel.g;
   const Chunk& chunk = panel.chunk;
   const int64_t* tap = g.tap_offset ? g.tap_offset : &no_offset;
-  const EvenPanel<T> p = {
-      panel.b,   tap + chunk.first_tap, tap + chunk.last_tap, chunk.count, g.a_step, g.c_step,
-      panel.low, panel.stream};
-  const T* a = strip.a + first * p.a_step + panel.chunk.from;
-  int64_t at = strip.c + first * p.c_step;
+  const EvenPanel<T> p = {panel.b,      tap + chunk.first_tap, tap + chunk.last_tap,
+                          chunk.count,  panel.a_step,          g.c_step,
+                          panel.bounds, panel.stream};
+  const T *source = run.source, *a = run.room ? run.room : source;
+  int64_t at = run.c;
   const bool meets_rows = panel.meets_rows && g.taps == 1;
   Ahead<T> next_rows;
-  for (; tiles > 0; --tiles) {
+  for (int64_t tiles = run.count; tiles > 0; --tiles) {
+    if (meets_rows) {
+      if (run.room) copy_rows(source, g.a_step, rows, p.count, const_cast<T*>(a), p.a_step);
+      source = tiles > 1 ? source + rows * g.a_step : run.after;
+      next_rows = Ahead<T>::next_rows(p.count, g.a_step, source);
+    }
     const T* start = panel.start;
     // Loaded anew: kept, the two vectors would be spilled, and loaded as well.
     asm("" : "+r"(start));
     const Vec<T> s0 = load(start), s1 = load(start + kLanes<T>);
-    Vec<T> left[sizeof...(I)] = {(static_cast<void>(I), s0)...};
-    Vec<T> right[sizeof...(I)] = {(static_cast<void>(I), s1)...};
-    if (meets_rows) next_rows = Ahead<T>::next_rows(p.count, p.a_step, a + sizeof...(I) * p.a_step);
+    Vec<T> left[rows] = {(static_cast<void>(I), s0)...};
+    Vec<T> right[rows] = {(static_cast<void>(I), s1)...};
     T* c = panel.c + at;
     if constexpr (Plain) {
       LastSteps<T> last =
@@ -294,17 +324,17 @@ NNARCH_INLINE void even_tiles(Indices<I...> each, const Panel<T>& panel, Ahead<T
     } else {
       const T* residual = panel.epilogue.residual ? panel.epilogue.residual + at : nullptr;
       add_products<T, false, Use>(each, p, next_rows, next_panel, a, c, residual, left, right);
-      const int64_t offset[sizeof...(I)] = {(at + I * p.c_step)...};
+      const int64_t offset[rows] = {(at + I * p.c_step)...};
       finish<T>(each, panel, offset, left, right);
     }
-    a += sizeof...(I) * p.a_step;
-    at += sizeof...(I) * p.c_step;
+    a += rows * p.a_step;
+    at += rows * p.c_step;
   }
 }
 template <class T, bool Plain, Used Use, int MR>
 NNARCH_NOINLINE void even_tiles_of(const Panel<T>& panel, Ahead<T>& next_panel,
-                                   const Strip<T>& strip, int64_t first, int64_t tiles) {
-  even_tiles<T, Plain, Use>(MakeIndices<MR>{}, panel, next_panel, strip, first, tiles);
+                                   const EvenTiles<T>& run) {
+  even_tiles<T, Plain, Use>(MakeIndices<MR>{}, panel, next_panel, run);
 }
 
 template <class T, Used Use, int... I>

@@ -86,6 +86,29 @@ def test_pointwise_convolution_and_its_weight_gradient(channels, k, machine):
     assert_as_accurate(weight_grad(g, x, *rest), same, truth, ulps=16.0)
 
 
+# Rows 4 KB apart in strips of their own are copied side by side first; rows of an image of more
+# than 4 MB pass all columns at once.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
+@pytest.mark.parametrize(
+    "n, channels, k, h, w, stride",
+    [
+        (2, 512, 130, 30, 19, 2),
+        (1, 1536, 144, 9, 17, (1, 2)),
+        (3, 1024, 128, 13, 8, (2, 1)),
+        (1, 192, 420, 80, 77, 1),
+    ],
+)
+def test_pointwise_convolution_in_strips(n, channels, k, h, w, stride, dtype, machine):
+    x = torch.randn(n, channels, h, w, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(k, channels, 1, 1, dtype=dtype) * 4 / channels**0.5
+    y = F.conv2d(x, weight, stride=stride, activation="relu6")
+    same = TF.relu6(TF.conv2d(x, weight, stride=stride))
+    truth = TF.relu6(TF.conv2d(x.double(), weight.double(), stride=stride))
+    assert 0 < (y == 6).sum() < y.numel() / 4
+    # In float64 torch's own rounding is the truth.
+    assert_as_accurate(y, same, truth, ulps=16.0 if dtype == torch.float32 else 64.0)
+
+
 @pytest.mark.parametrize(
     "size", [(4, 96, 96, 40, 37), (1, 160, 200, 14, 14), (9, 256, 70, 14, 13)], ids=str
 )
