@@ -181,7 +181,8 @@ class PackedWeightMixin(Module):
         for weight in weights:
             if type(weight) is not Parameter or not weight.is_cpu or weight.is_inference():
                 return None
-        cache = self.__dict__["_packed"] = _PackedWeights(weights)
+        with _disable_current_modes():  # nor is it part of what a mode may be writing down
+            cache = self.__dict__["_packed"] = _PackedWeights(weights)
         return cache
 
     def _pack_now(self) -> None:

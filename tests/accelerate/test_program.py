@@ -273,6 +273,7 @@ def test_changed_parameters(model, x, change):
     change(accelerated)
     after = accelerated(x)
     assert not torch.allclose(before, after)
+    assert runs_program(accelerated, x)
     with nnarch.use_backend("cpu"):  # the graph, under a mode
         assert torch.equal(after, accelerated(x))
 
@@ -283,6 +284,7 @@ def test_conversion_drops_programs(model, x):
     accelerated.double()
     assert programs(accelerated) == []
     assert accelerated(x.double()).dtype == torch.float64
+    assert runs_program(accelerated, x.double())
 
 
 def test_hooks_are_called(model, x):
