@@ -13,13 +13,17 @@ template <class T>
 using RunEvenTiles = void (*)(const Panel<T>&, Ahead<T>&, const EvenTiles<T>&);
 template <class T, int... I>
 NNARCH_INLINE RunEvenTiles<T> select_even(Indices<I...>, const Panel<T>& p, int64_t rows) {
-  static constexpr RunEvenTiles<T> plain[] = {even_tiles_of<T, true, kBothVectors, I + 1>...};
-  static constexpr RunEvenTiles<T> both[] = {even_tiles_of<T, false, kBothVectors, I + 1>...};
-  static constexpr RunEvenTiles<T> one[] = {even_tiles_of<T, false, kOneVector, I + 1>...};
-  if (p.plain) return plain[rows - 1];
+  static constexpr RunEvenTiles<T> plain[] = {even_tiles_of<T, kPlain, kBothVectors, I + 1>...};
+  static constexpr RunEvenTiles<T> residual[] = {
+      even_tiles_of<T, kPlainResidual, kBothVectors, I + 1>...};
+  static constexpr RunEvenTiles<T> both[] = {even_tiles_of<T, kAnyFinish, kBothVectors, I + 1>...};
+  static constexpr RunEvenTiles<T> one[] = {even_tiles_of<T, kAnyFinish, kOneVector, I + 1>...};
+  if (p.how == kPlain) return plain[rows - 1];
+  if (p.how == kPlainResidual) return residual[rows - 1];
   const Used used = used_vectors<T>(p.columns);
   if constexpr (kHasHalves) {
-    static constexpr RunEvenTiles<T> more[] = {even_tiles_of<T, false, kVectorAndHalf, I + 1>...};
+    static constexpr RunEvenTiles<T> more[] = {
+        even_tiles_of<T, kAnyFinish, kVectorAndHalf, I + 1>...};
     if (used == kVectorAndHalf) return more[rows - 1];
   }
   return used == kOneVector ? one[rows - 1] : both[rows - 1];

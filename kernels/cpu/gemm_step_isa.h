@@ -38,6 +38,10 @@ struct Chunk {
   bool first, last;
 };
 
+// What comes between sum and store: nothing but bounds, or a residual and bounds, of whole vectors;
+// or anything.
+enum Finish { kAnyFinish, kPlain, kPlainResidual };
+
 // What the tiles of one chunk and one panel of columns have in common.
 template <class T>
 struct Panel {
@@ -49,10 +53,10 @@ struct Panel {
   T* c;              // the panel's first column
   int64_t columns;   // of the panel: whole, or fewer at the end
   bool add, stream;  // C is added to; C is written past the caches
-  bool plain;        // whole vectors, and nothing but these between sum and store
-  ClampBounds<T> bounds;
-  bool meets_rows;  // reads its rows of A for the first time
-  int64_t a_step;   // of strips' rows, where they lie or in the block's room
+  Finish how;
+  ClampBounds<T> bounds;  // of the activation
+  bool meets_rows;        // reads its rows of A for the first time
+  int64_t a_step;         // of strips' rows, where they lie or in the block's room
   Epilogue<T> epilogue;
   alignas(kVectorBytes) T start[kColumns<T>];  // what sums begin with: the shift, or zeros
 
@@ -72,8 +76,11 @@ struct Panel {
     const bool shifted = part.last && !add && epilogue.shift && !epilogue.scale;
     for (int i = 0; i < kColumns<T>; ++i) start[i] = shifted ? epilogue.shift[i] : T{0};
     if (shifted) epilogue.shift = nullptr;
-    const bool untouched = !epilogue.scale && !epilogue.shift && !epilogue.residual;
-    plain = whole() && !add && (!part.last || (untouched && is_clamp(epilogue.activation)));
+    if (!part.last) epilogue.residual = nullptr;
+    const bool untouched = !epilogue.scale && !epilogue.shift && is_clamp(epilogue.activation);
+    how = !whole() || add || (part.last && !untouched) ? kAnyFinish
+          : epilogue.residual                          ? kPlainResidual
+                                                       : kPlain;
     meets_rows = column == 0;
     a_step = g.room ? ((part.count + kLine<T> - 1) / kLine<T> | 1) * kLine<T> : g.a_step;
     const bool last_panel = column + kColumns<T> >= block.n;

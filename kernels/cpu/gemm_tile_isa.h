@@ -70,8 +70,8 @@ constexpr int kLastSteps = 4;
 #else
 constexpr int kLastSteps = 0;  // half a tile has too few sums for the latency of a product
 #endif
-template <bool Plain, Used Use, int Rows>
-constexpr int kStaggered = Plain && Use == kBothVectors && Rows > 8 ? kLastSteps : 0;
+template <Finish How, Used Use, int Rows>
+constexpr int kStaggered = How != kAnyFinish && Use == kBothVectors && Rows > 8 ? kLastSteps : 0;
 
 // Where a tile's products stand before its last steps.
 template <class T>
@@ -86,12 +86,12 @@ struct LastSteps {
 // The products of a tile of even rows, but for the last steps where its rows are stored by halves.
 // While its first steps run, the lines of C that it will write come into cache, then those of the
 // residual, then what is `ahead`.
-template <class T, bool Plain, Used Use, int... I>
+template <class T, Finish How, Used Use, int... I>
 NNARCH_INLINE LastSteps<T> add_products(Indices<I...> each, const EvenPanel<T>& p,
                                         Ahead<T>& rows_ahead, Ahead<T>& panel_ahead, const T* a,
                                         const T* c, const T* residual, Vec<T>* left,
                                         Vec<T>* right) {
-  constexpr int64_t staggered = kStaggered<Plain, Use, sizeof...(I)>;
+  constexpr int64_t staggered = kStaggered<How, Use, sizeof...(I)>;
   const T* b = p.b;
   const T* lines = p.stream ? residual : c;
   const int64_t* tap = p.first_tap;
@@ -197,28 +197,34 @@ NNARCH_INLINE void finish(Indices<I...> each, const Panel<T>& p, const int64_t* 
   }
 }
 
-// A row of the common case: whole vectors, and nothing but bounds. It is
-// stored before the next one is bounded, in this order and with these few instructions: with all
+// A row of the common case: whole vectors, perhaps a residual, which lies as C does, and bounds. It
+// is stored before the next one is bounded, in this order and with these few instructions: with all
 // bounds before all stores the next tile starts 40 cycles later.
-template <class T, bool Stream>
-NNARCH_INLINE void store_row(T* c, const ClampBounds<T>& bounds, Vec<T> left, Vec<T> right) {
+template <class T, bool Stream, bool Residual = false>
+NNARCH_INLINE void store_row(T* c, const ClampBounds<T>& bounds, Vec<T> left, Vec<T> right,
+                             int64_t to_residual = 0) {
+  constexpr int w = kLanes<T>;
   keep_order(c, left, right);
+  if constexpr (Residual) left += load(c + to_residual), right += load(c + to_residual + w);
   left = clamp<T>(left, bounds.low, bounds.high), right = clamp<T>(right, bounds.low, bounds.high);
   if constexpr (Stream) {
-    stream(c, left), stream(c + kLanes<T>, right);
+    stream(c, left), stream(c + w, right);
   } else {
-    store(c, left), store(c + kLanes<T>, right);
+    store(c, left), store(c + w, right);
   }
 }
 
-template <class T, int First, int... I>
+template <class T, bool Residual, int First, int... I>
 NNARCH_INLINE void store_rows(Indices<I...>, const EvenRows<T>& to, bool past_caches,
-                              const ClampBounds<T>& bounds, Vec<T>* left, Vec<T>* right) {
+                              const ClampBounds<T>& bounds, const Vec<T>* left, const Vec<T>* right,
+                              int64_t to_residual) {
   if (past_caches)
-    (store_row<T, true>(to.template row<First + I>(), bounds, left[First + I], right[First + I]),
+    (store_row<T, true, Residual>(to.template row<First + I>(), bounds, left[First + I],
+                                  right[First + I], to_residual),
      ...);
   else
-    (store_row<T, false>(to.template row<First + I>(), bounds, left[First + I], right[First + I]),
+    (store_row<T, false, Residual>(to.template row<First + I>(), bounds, left[First + I],
+                                   right[First + I], to_residual),
      ...);
 }
 
@@ -244,22 +250,24 @@ NNARCH_INLINE void multiply_last(Indices<I...>, LastSteps<T>& last, Vec<T>* left
   }
 }
 
-template <class T, Used Use, int... I>
+// The residual lies `to_residual` elements from C.
+template <class T, Finish How, Used Use, int... I>
 NNARCH_INLINE void finish_plain(Indices<I...> each, const EvenPanel<T>& p, LastSteps<T>& last, T* c,
-                                Vec<T>* left, Vec<T>* right) {
+                                int64_t to_residual, Vec<T>* left, Vec<T>* right) {
   EvenRows<T> to(c, p.c_step);
   to.pin();
   const ClampBounds<T> bounds = p.bounds;
+  constexpr bool adds = How == kPlainResidual;
   constexpr int rows = sizeof...(I), half = (rows + 1) / 2;
-  if constexpr (kStaggered<true, Use, rows> > 0) {
+  if constexpr (kStaggered<How, Use, rows> > 0) {
     constexpr MakeIndices<half> first;
     constexpr MakeIndices<rows - half> second;
     if (last.some) multiply_last<T, 0>(first, last, left, right);
-    store_rows<T, 0>(first, to, p.stream, bounds, left, right);
+    store_rows<T, adds, 0>(first, to, p.stream, bounds, left, right, to_residual);
     if (last.some) multiply_last<T, half>(second, last, left, right);
-    store_rows<T, half>(second, to, p.stream, bounds, left, right);
+    store_rows<T, adds, half>(second, to, p.stream, bounds, left, right, to_residual);
   } else {
-    store_rows<T, 0>(each, to, p.stream, bounds, left, right);
+    store_rows<T, adds, 0>(each, to, p.stream, bounds, left, right, to_residual);
   }
 }
 
@@ -289,7 +297,7 @@ NNARCH_NOINLINE void copy_rows(const T* from, int64_t from_step, int64_t rows, i
 }
 
 // Every access to an accumulator has a constant index, or GCC would keep them in memory.
-template <class T, bool Plain, Used Use, int... I>
+template <class T, Finish How, Used Use, int... I>
 NNARCH_INLINE void even_tiles(Indices<I...> each, const Panel<T>& panel, Ahead<T>& next_panel,
                               const EvenTiles<T>& run) {
   static constexpr int64_t no_offset = 0;
@@ -317,13 +325,18 @@ NNARCH_INLINE void even_tiles(Indices<I...> each, const Panel<T>& panel, Ahead<T
     Vec<T> left[rows] = {(static_cast<void>(I), s0)...};
     Vec<T> right[rows] = {(static_cast<void>(I), s1)...};
     T* c = panel.c + at;
-    if constexpr (Plain) {
+    if constexpr (How == kPlain) {
       LastSteps<T> last =
-          add_products<T, true, Use>(each, p, next_rows, next_panel, a, c, nullptr, left, right);
-      finish_plain<T, Use>(each, p, last, c, left, right);
+          add_products<T, How, Use>(each, p, next_rows, next_panel, a, c, nullptr, left, right);
+      finish_plain<T, How, Use>(each, p, last, c, 0, left, right);
+    } else if constexpr (How == kPlainResidual) {
+      const T* residual = panel.epilogue.residual + at;
+      LastSteps<T> last =
+          add_products<T, How, Use>(each, p, next_rows, next_panel, a, c, residual, left, right);
+      finish_plain<T, How, Use>(each, p, last, c, residual - c, left, right);
     } else {
       const T* residual = panel.epilogue.residual ? panel.epilogue.residual + at : nullptr;
-      add_products<T, false, Use>(each, p, next_rows, next_panel, a, c, residual, left, right);
+      add_products<T, How, Use>(each, p, next_rows, next_panel, a, c, residual, left, right);
       const int64_t offset[rows] = {(at + I * p.c_step)...};
       finish<T>(each, panel, offset, left, right);
     }
@@ -331,10 +344,10 @@ NNARCH_INLINE void even_tiles(Indices<I...> each, const Panel<T>& panel, Ahead<T
     at += rows * p.c_step;
   }
 }
-template <class T, bool Plain, Used Use, int MR>
+template <class T, Finish How, Used Use, int MR>
 NNARCH_NOINLINE void even_tiles_of(const Panel<T>& panel, Ahead<T>& next_panel,
                                    const EvenTiles<T>& run) {
-  even_tiles<T, Plain, Use>(MakeIndices<MR>{}, panel, next_panel, run);
+  even_tiles<T, How, Use>(MakeIndices<MR>{}, panel, next_panel, run);
 }
 
 template <class T, Used Use, int... I>
