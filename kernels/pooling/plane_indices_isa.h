@@ -78,7 +78,7 @@ NNARCH_INLINE void max_plane_indices(const T* plane, const Axis& h, const Axis& 
   with_taps(w.kernel, [&](auto k) {
     for (int64_t i = from; i < to; ++i) {
       best_of_rows<T>(plane, h, i, w.inputs, row.values + w.padding, row.positions + w.padding);
-      best_of_row<T, decltype(k)::is>(row, w, y + i * w.outputs, indices + i * w.outputs);
+      best_of_row<T, decltype(k)::count>(row, w, y + i * w.outputs, indices + i * w.outputs);
     }
   });
 }

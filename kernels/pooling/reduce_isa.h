@@ -135,19 +135,13 @@ NNARCH_INLINE auto reduce(typename Acc::Watch& watch, const F& load) {
   return acc.value;
 }
 
-// A number known to the compiler, as an argument.
-template <int value>
-struct Code {
-  static constexpr int is = value;
-};
-
-// Calls f(Code<n>{}) for 1 to 3, f(Code<0>{}) for others: common windows unroll their taps.
+// Calls f(Count<n>{}) for 1 to 3, f(Count<0>{}) for others: common windows unroll their taps.
 template <class F>
 NNARCH_INLINE auto with_taps(int64_t n, const F& f) {
-  if (n == 2) return f(Code<2>{});
-  if (n == 3) return f(Code<3>{});
-  if (n == 1) return f(Code<1>{});
-  return f(Code<0>{});
+  if (n == 2) return f(Count<2>{});
+  if (n == 3) return f(Count<3>{});
+  if (n == 1) return f(Count<1>{});
+  return f(Count<0>{});
 }
 
 }  // namespace nnarch::NNARCH_ISA

@@ -64,13 +64,13 @@ NNARCH_INLINE void max_block_indices(const T* x, int64_t channels, const Window&
   }
 }
 
-// Calls f(Code<B>{}, first channel, lanes of the last vector): four vectors at a time, then one.
+// Calls f(Count<B>{}, first channel, lanes of the last vector): four vectors at a time, then one.
 template <class T, class F>
 NNARCH_INLINE void over_channels(int64_t channels, const F& f) {
   constexpr int64_t w = kLanes<T>;
   int64_t c = 0;
-  for (; c + 4 * w <= channels; c += 4 * w) f(Code<4>{}, c, w);
-  for (; c < channels; c += w) f(Code<1>{}, c, channels - c < w ? channels - c : w);
+  for (; c + 4 * w <= channels; c += 4 * w) f(Count<4>{}, c, w);
+  for (; c < channels; c += w) f(Count<1>{}, c, channels - c < w ? channels - c : w);
 }
 
 // Reads the input rows of output rows from end to end before their windows do: windows meet the
@@ -151,7 +151,7 @@ NNARCH_INLINE void reduce_window(const T* image, int64_t channels, const Window&
       return reduce_pixel<T, Acc, 3, 3, 1>(x, row, column, channels, scale, watch, y, past_caches);
     const bool done = with_taps(rows, [&](auto kh) NNARCH_INLINE_LAMBDA {
       return with_taps(columns, [&](auto kw) NNARCH_INLINE_LAMBDA {
-        constexpr int KH = decltype(kh)::is, KW = decltype(kw)::is;
+        constexpr int KH = decltype(kh)::count, KW = decltype(kw)::count;
         if constexpr (KH * KW > 0)
           reduce_pixel<T, Acc, KH, KW, 3>(x, row, column, channels, scale, watch, y, past_caches);
         return KH * KW > 0;
@@ -160,7 +160,8 @@ NNARCH_INLINE void reduce_window(const T* image, int64_t channels, const Window&
     if (done) return;
   }
   over_channels<T>(channels, [&](auto block, int64_t c, int64_t n) {
-    reduce_block<T, Acc, decltype(block)::is>(image + c, channels, window, n, scale, watch, y + c);
+    reduce_block<T, Acc, decltype(block)::count>(image + c, channels, window, n, scale, watch,
+                                                 y + c);
   });
 }
 
@@ -201,8 +202,8 @@ void max_rows(const T* image, int64_t channels, const Axis& h, const Axis& w, in
       const Window window(h, w, row, column);
       const int64_t at = (row * w.outputs + column) * channels;
       over_channels<T>(channels, [&](auto block, int64_t c, int64_t n) {
-        max_block_indices<T, decltype(block)::is>(image + c, channels, window, n, y + at + c,
-                                                  indices + at + c);
+        max_block_indices<T, decltype(block)::count>(image + c, channels, window, n, y + at + c,
+                                                     indices + at + c);
       });
     }
 }

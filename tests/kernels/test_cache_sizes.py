@@ -87,7 +87,8 @@ def test_pointwise_convolution_and_its_weight_gradient(channels, k, machine):
 
 
 # Rows 4 KB apart in strips of their own are copied side by side first; rows of an image of more
-# than 4 MB pass all columns at once.
+# than 4 MB pass all columns at once, here to an output that is written past the caches.
+@pytest.mark.parametrize("adds", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name_of)
 @pytest.mark.parametrize(
     "n, channels, k, h, w, stride",
@@ -95,15 +96,17 @@ def test_pointwise_convolution_and_its_weight_gradient(channels, k, machine):
         (2, 512, 130, 30, 19, 2),
         (1, 1536, 144, 9, 17, (1, 2)),
         (3, 1024, 128, 13, 8, (2, 1)),
-        (1, 192, 420, 80, 77, 1),
+        (1, 192, 416, 80, 77, 1),
     ],
 )
-def test_pointwise_convolution_in_strips(n, channels, k, h, w, stride, dtype, machine):
+def test_pointwise_convolution_in_strips(n, channels, k, h, w, stride, adds, dtype, machine):
     x = torch.randn(n, channels, h, w, dtype=dtype).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(k, channels, 1, 1, dtype=dtype) * 4 / channels**0.5
-    y = F.conv2d(x, weight, stride=stride, activation="relu6")
-    same = TF.relu6(TF.conv2d(x, weight, stride=stride))
-    truth = TF.relu6(TF.conv2d(x.double(), weight.double(), stride=stride))
+    plain = TF.conv2d(x, weight, stride=stride)
+    truth = TF.conv2d(x.double(), weight.double(), stride=stride)
+    r = torch.randn_like(plain) if adds else torch.zeros_like(plain)
+    y = F.conv2d(x, weight, stride=stride, residual=r if adds else None, activation="relu6")
+    same, truth = TF.relu6(plain + r), TF.relu6(truth + r.double())
     assert 0 < (y == 6).sum() < y.numel() / 4
     # In float64 torch's own rounding is the truth.
     assert_as_accurate(y, same, truth, ulps=16.0 if dtype == torch.float32 else 64.0)
