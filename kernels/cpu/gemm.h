@@ -43,9 +43,10 @@ struct GemmBlock {
   // Row m of the output starts at c + c_offset[m]; columns are dense.
   T* c = nullptr;
   const int64_t* c_offset = nullptr;
-  int64_t m = 0;            // rows
-  int64_t n = 0;            // columns; the last panel may be partial
-  bool accumulate = false;  // add to what C holds; then the epilogue is applied to the sum
+  int64_t m = 0;              // rows
+  int64_t n = 0;              // columns; the last panel may be partial
+  int64_t longest_sum = 512;  // terms of a running sum; of 1024, with 2.3 times torch's error, two
+  bool accumulate = false;    // add to what C holds; then the epilogue is applied to the sum
   Epilogue<T> epilogue = {};
   // Where a row of A lies in the padding, or null where none does.
   const T* zeros = nullptr;
@@ -58,6 +59,10 @@ struct GemmBlock {
   const Strip<T>* strips = nullptr;
   int64_t strip_count = 0;
   int64_t a_step = 0, c_step = 0;
+  // What comes into cache meanwhile in place of C, which is there: two blocks like it, their rows
+  // fetched_step apart. Or null. For plain tiles of strips.
+  const T *fetched = nullptr, *fetched_too = nullptr;
+  int64_t fetched_step = 0;
   const int64_t* tap_offset = nullptr;  // of every tap from the strip's a; null: one tap, at a
   // Room for a copy of the strips' rows, of room_for(rows, depth) elements, or null: where rows
   // would share one set of the first-level cache, and there are columns enough.
@@ -85,7 +90,7 @@ constexpr int64_t kPartDepth = 4096 / static_cast<int64_t>(sizeof(T));
 template <class T>
 int64_t room_for(int64_t rows, int64_t depth) {
   const int64_t line = 64 / int64_t{sizeof(T)};
-  return rows * ((depth < kPartDepth<T> ? depth : kPartDepth<T>)+2 * line);
+  return rows * ((depth < kPartDepth<T> ? depth : kPartDepth<T>)+4 * line);
 }
 
 template <class T>

@@ -16,10 +16,13 @@ NNARCH_INLINE RunEvenTiles<T> select_even(Indices<I...>, const Panel<T>& p, int6
   static constexpr RunEvenTiles<T> plain[] = {even_tiles_of<T, kPlain, kBothVectors, I + 1>...};
   static constexpr RunEvenTiles<T> residual[] = {
       even_tiles_of<T, kPlainResidual, kBothVectors, I + 1>...};
+  static constexpr RunEvenTiles<T> fetching[] = {
+      even_tiles_of<T, kPlainFetching, kBothVectors, I + 1>...};
   static constexpr RunEvenTiles<T> both[] = {even_tiles_of<T, kAnyFinish, kBothVectors, I + 1>...};
   static constexpr RunEvenTiles<T> one[] = {even_tiles_of<T, kAnyFinish, kOneVector, I + 1>...};
   if (p.how == kPlain) return plain[rows - 1];
   if (p.how == kPlainResidual) return residual[rows - 1];
+  if (p.how == kPlainFetching) return fetching[rows - 1];
   const Used used = used_vectors<T>(p.columns);
   if constexpr (kHasHalves) {
     static constexpr RunEvenTiles<T> more[] = {
@@ -54,53 +57,118 @@ NNARCH_INLINE void cut_tiles(int64_t begin, int64_t end, int64_t most, const F& 
   f(height, begin + taller * (height + 1), tiles - taller);
 }
 
+// One of the sums that tiles make of a panel, one after the other.
 template <class T>
-void run_strips(const Panel<T>& p) {
-  const GemmBlock<T>& g = p.g;
-  const int64_t most = most_rows(static_cast<uint64_t>(p.a_step) * sizeof(T));
+struct Pass {
+  Panel<T> panel;
+  Ahead<T> next;
+  T* room;
+
+  Pass(const GemmBlock<T>& g, const Chunk& part, int64_t column, int64_t rows, T* its_room)
+      : panel(g, part, column), next(Ahead<T>::next_panel(panel, rows)), room(its_room) {}
+
+  // Tiles of one height, from row `first` of a strip on.
+  void run(const Strip<T>& strip, int64_t height, int64_t first, int64_t tiles, const T* after) {
+    const GemmBlock<T>& g = panel.g;
+    const int64_t from = panel.chunk.from;
+    select_even<T>(MakeIndices<kRows>{}, panel, height)(
+        panel, next,
+        {strip.a + first * g.a_step + from, room, strip.c + first * g.c_step, tiles, after + from});
+    if (room) room += height * tiles * panel.a_step;
+  }
+  void run(int64_t height, int64_t first, int64_t tiles) {
+    any_tiles_of<T>(MakeIndices<kRows>{}, panel, height)(panel, next, first, tiles);
+  }
+};
+
+// Calls f(height, first row, tiles) so that all passes of a tile come before the next tile.
+template <class F>
+NNARCH_INLINE void cut_passes(int64_t begin, int64_t end, int64_t most, bool one, const F& f) {
+  cut_tiles(begin, end, most, [&](int64_t height, int64_t first, int64_t tiles) {
+    if (one) return f(height, first, tiles);
+    for (int64_t i = 0; i < tiles; ++i) f(height, first + i * height, int64_t{1});
+  });
+}
+
+template <class T>
+int64_t rows_of(const GemmBlock<T>& g) {
+  if (!g.strips) return g.m;
   int64_t rows = 0;
   for (int64_t i = 0; i < g.strip_count; ++i) rows += g.strips[i].rows;
-  Ahead<T> next = Ahead<T>::next_panel(p, rows);
-  T* room = g.room;
+  return rows;
+}
+
+template <class T>
+void run_strips(const GemmBlock<T>& g, Pass<T>& pass, Pass<T>* second) {
+  const int64_t most = most_rows(static_cast<uint64_t>(pass.panel.a_step) * sizeof(T));
   for (int64_t i = 0; i < g.strip_count; ++i) {
     const Strip<T>& strip = g.strips[i];
-    cut_tiles(0, strip.rows, most, [&](int64_t height, int64_t first, int64_t tiles) {
+    cut_passes(0, strip.rows, most, !second, [&](int64_t height, int64_t first, int64_t tiles) {
       const int64_t last = first + height * tiles;
       const bool next_strip = last == strip.rows && i + 1 < g.strip_count;
       const T* after = next_strip ? g.strips[i + 1].a : strip.a + last * g.a_step;
-      select_even<T>(MakeIndices<kRows>{}, p, height)(
-          p, next,
-          {strip.a + first * g.a_step + p.chunk.from, room, strip.c + first * g.c_step, tiles,
-           after + p.chunk.from});
-      if (room) room += height * tiles * p.a_step;
+      pass.run(strip, height, first, tiles, after);
+      if (second) second->run(strip, height, first, tiles, after);
     });
   }
 }
 
 template <class T>
-void run_rows(const Panel<T>& p) {
-  const GemmBlock<T>& g = p.g;
+void run_rows(const GemmBlock<T>& g, Pass<T>& pass, Pass<T>* second) {
   const auto address = [&](int64_t m) { return reinterpret_cast<uintptr_t>(g.rows[m]); };
   const int64_t most = g.m < 2 ? kRows : most_rows(address(1) - address(0));
-  Ahead<T> next = Ahead<T>::next_panel(p, g.m);
   for (int64_t i = 0, m = 0; i < g.segments; ++i) {
     const int64_t end = g.segment_end ? g.segment_end[i] : g.m;
-    cut_tiles(m, end, most, [&](int64_t height, int64_t first, int64_t tiles) {
-      any_tiles_of<T>(MakeIndices<kRows>{}, p, height)(p, next, first, tiles);
+    cut_passes(m, end, most, !second, [&](int64_t height, int64_t first, int64_t tiles) {
+      pass.run(height, first, tiles);
+      if (second) second->run(height, first, tiles);
     });
     m = end;
   }
 }
 
+// The first half of a chunk's sum, by taps or by depth.
+template <class T>
+Chunk first_half(Chunk c) {
+  if (const int64_t taps = c.last_tap - c.first_tap; taps > 1)
+    c.last_tap = c.first_tap + taps / 2;
+  else
+    c.count = (c.count / 2 + kLine<T> - 1) / kLine<T> * kLine<T>;
+  c.last = false;
+  return c;
+}
+Chunk second_half(Chunk c, const Chunk& first) {
+  if (c.last_tap - c.first_tap > 1)
+    c.first_tap = first.last_tap;
+  else
+    c.from += first.count, c.count -= first.count;
+  c.first = false;
+  return c;
+}
+
 // All tiles of a block for one chunk of the sum: a panel of B stays in cache while the rows pass.
+// The error of a running sum grows with its length: long ones are made of two.
 template <class T>
 void run_panels(const GemmBlock<T>& g, const Chunk& chunk) {
-  for (int64_t column = 0; column < g.n; column += kColumns<T>) {
-    const Panel<T> panel(g, chunk, column);
+  const auto run_passes = [&](Pass<T>& pass, Pass<T>* second) {
     if (g.strips)
-      run_strips(panel);
+      run_strips(g, pass, second);
     else
-      run_rows(panel);
+      run_rows(g, pass, second);
+  };
+  const int64_t rows = rows_of(g), length = (chunk.last_tap - chunk.first_tap) * chunk.count;
+  if (length <= g.longest_sum) {
+    for (int64_t column = 0; column < g.n; column += kColumns<T>) {
+      Pass<T> pass(g, chunk, column, rows, g.room);
+      run_passes(pass, nullptr);
+    }
+    return;
+  }
+  const Chunk left = first_half<T>(chunk), right = second_half(chunk, left);
+  for (int64_t column = 0; column < g.n; column += kColumns<T>) {
+    Pass<T> first(g, left, column, rows, g.room);
+    Pass<T> second(g, right, column, rows, g.room ? g.room + rows * first.panel.a_step : nullptr);
+    run_passes(first, &second);
   }
 }
 

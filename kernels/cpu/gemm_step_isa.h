@@ -39,8 +39,8 @@ struct Chunk {
 };
 
 // What comes between sum and store: nothing but bounds, or a residual and bounds, of whole vectors;
-// or anything.
-enum Finish { kAnyFinish, kPlain, kPlainResidual };
+// or anything. kPlainFetching: as kPlain, while other lines than those of C come into cache.
+enum Finish { kAnyFinish, kPlain, kPlainResidual, kPlainFetching };
 
 // What the tiles of one chunk and one panel of columns have in common.
 template <class T>
@@ -73,13 +73,17 @@ struct Panel {
         stream(block.stream && part.first && part.last && !add && columns >= kColumns<T>),
         bounds(part.last ? block.epilogue.activation : kNone),
         epilogue(block.epilogue.from_channel(column)) {
-    const bool shifted = part.last && !add && epilogue.shift && !epilogue.scale;
+    const bool shifted = part.last && epilogue.shift && !epilogue.scale;
     for (int i = 0; i < kColumns<T>; ++i) start[i] = shifted ? epilogue.shift[i] : T{0};
     if (shifted) epilogue.shift = nullptr;
     if (!part.last) epilogue.residual = nullptr;
     const bool untouched = !epilogue.scale && !epilogue.shift && is_clamp(epilogue.activation);
+    // What C holds is a residual, too.
+    if (add && whole() && untouched && !epilogue.residual && part.last)
+      epilogue.residual = c, add = false;
     how = !whole() || add || (part.last && !untouched) ? kAnyFinish
           : epilogue.residual                          ? kPlainResidual
+          : g.fetched                                  ? kPlainFetching
                                                        : kPlain;
     meets_rows = column == 0;
     a_step = g.room ? ((part.count + kLine<T> - 1) / kLine<T> | 1) * kLine<T> : g.a_step;
@@ -106,8 +110,8 @@ struct Panel {
 template <class T>
 struct EvenPanel {
   const T* b;
-  const int64_t *first_tap, *last_tap;  // their offsets
-  int64_t count, a_step, c_step;
+  const int64_t *first_tap, *last_tap;        // their offsets
+  int64_t count, a_step, c_step, lines_step;  // of the lines that come into cache
   ClampBounds<T> bounds;
   bool stream;
 };

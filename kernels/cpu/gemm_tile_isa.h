@@ -106,7 +106,7 @@ NNARCH_INLINE LastSteps<T> add_products(Indices<I...> each, const EvenPanel<T>& 
       const int64_t steps = k - kept < turn ? k - kept : turn;
       line = {b, 0}, second = 0;
       if (lines) {
-        line = {lines, p.c_step}, second = kColumns<T> - 1;
+        line = {lines, How == kPlainFetching ? p.lines_step : p.c_step}, second = kColumns<T> - 1;
         lines = lines == residual ? nullptr : residual;
       } else if (rows_ahead.turns > 0) {
         line = rows_ahead.turn(), second = rows_ahead.second;
@@ -305,11 +305,14 @@ NNARCH_INLINE void even_tiles(Indices<I...> each, const Panel<T>& panel, Ahead<T
   const GemmBlock<T>& g = panel.g;
   const Chunk& chunk = panel.chunk;
   const int64_t* tap = g.tap_offset ? g.tap_offset : &no_offset;
-  const EvenPanel<T> p = {panel.b,      tap + chunk.first_tap, tap + chunk.last_tap,
-                          chunk.count,  panel.a_step,          g.c_step,
-                          panel.bounds, panel.stream};
+  const EvenPanel<T> p = {panel.b,        tap + chunk.first_tap, tap + chunk.last_tap,
+                          chunk.count,    panel.a_step,          g.c_step,
+                          g.fetched_step, panel.bounds,          panel.stream};
   const T *source = run.source, *a = run.room ? run.room : source;
   int64_t at = run.c;
+  const T* lines = nullptr;
+  if constexpr (How == kPlainFetching)
+    lines = g.fetched + (panel.c - g.c) + run.c / g.c_step * g.fetched_step;
   const bool meets_rows = panel.meets_rows && g.taps == 1;
   Ahead<T> next_rows;
   for (int64_t tiles = run.count; tiles > 0; --tiles) {
@@ -328,6 +331,12 @@ NNARCH_INLINE void even_tiles(Indices<I...> each, const Panel<T>& panel, Ahead<T
     if constexpr (How == kPlain) {
       LastSteps<T> last =
           add_products<T, How, Use>(each, p, next_rows, next_panel, a, c, nullptr, left, right);
+      finish_plain<T, How, Use>(each, p, last, c, 0, left, right);
+    } else if constexpr (How == kPlainFetching) {
+      const T* more = g.fetched_too ? lines + (g.fetched_too - g.fetched) : nullptr;
+      LastSteps<T> last =
+          add_products<T, How, Use>(each, p, next_rows, next_panel, a, lines, more, left, right);
+      lines += rows * g.fetched_step;
       finish_plain<T, How, Use>(each, p, last, c, 0, left, right);
     } else if constexpr (How == kPlainResidual) {
       const T* residual = panel.epilogue.residual + at;
