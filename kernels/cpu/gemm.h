@@ -90,7 +90,7 @@ constexpr int64_t kPartDepth = 4096 / static_cast<int64_t>(sizeof(T));
 template <class T>
 int64_t room_for(int64_t rows, int64_t depth) {
   const int64_t line = 64 / int64_t{sizeof(T)};
-  return rows * ((depth < kPartDepth<T> ? depth : kPartDepth<T>)+4 * line);
+  return rows * ((depth < kPartDepth<T> ? depth : kPartDepth<T>)+2 * line);
 }
 
 template <class T>

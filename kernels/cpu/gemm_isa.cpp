@@ -57,39 +57,6 @@ NNARCH_INLINE void cut_tiles(int64_t begin, int64_t end, int64_t most, const F& 
   f(height, begin + taller * (height + 1), tiles - taller);
 }
 
-// One of the sums that tiles make of a panel, one after the other.
-template <class T>
-struct Pass {
-  Panel<T> panel;
-  Ahead<T> next;
-  T* room;
-
-  Pass(const GemmBlock<T>& g, const Chunk& part, int64_t column, int64_t rows, T* its_room)
-      : panel(g, part, column), next(Ahead<T>::next_panel(panel, rows)), room(its_room) {}
-
-  // Tiles of one height, from row `first` of a strip on.
-  void run(const Strip<T>& strip, int64_t height, int64_t first, int64_t tiles, const T* after) {
-    const GemmBlock<T>& g = panel.g;
-    const int64_t from = panel.chunk.from;
-    select_even<T>(MakeIndices<kRows>{}, panel, height)(
-        panel, next,
-        {strip.a + first * g.a_step + from, room, strip.c + first * g.c_step, tiles, after + from});
-    if (room) room += height * tiles * panel.a_step;
-  }
-  void run(int64_t height, int64_t first, int64_t tiles) {
-    any_tiles_of<T>(MakeIndices<kRows>{}, panel, height)(panel, next, first, tiles);
-  }
-};
-
-// Calls f(height, first row, tiles) so that all passes of a tile come before the next tile.
-template <class F>
-NNARCH_INLINE void cut_passes(int64_t begin, int64_t end, int64_t most, bool one, const F& f) {
-  cut_tiles(begin, end, most, [&](int64_t height, int64_t first, int64_t tiles) {
-    if (one) return f(height, first, tiles);
-    for (int64_t i = 0; i < tiles; ++i) f(height, first + i * height, int64_t{1});
-  });
-}
-
 template <class T>
 int64_t rows_of(const GemmBlock<T>& g) {
   if (!g.strips) return g.m;
@@ -99,32 +66,48 @@ int64_t rows_of(const GemmBlock<T>& g) {
 }
 
 template <class T>
-void run_strips(const GemmBlock<T>& g, Pass<T>& pass, Pass<T>* second) {
-  const int64_t most = most_rows(static_cast<uint64_t>(pass.panel.a_step) * sizeof(T));
+void run_strips(const Panel<T>& p) {
+  const GemmBlock<T>& g = p.g;
+  T* room = g.room;
+  const int64_t most = most_rows(static_cast<uint64_t>(p.a_step) * sizeof(T));
+  Ahead<T> next = Ahead<T>::next_panel(p, rows_of(g));
   for (int64_t i = 0; i < g.strip_count; ++i) {
     const Strip<T>& strip = g.strips[i];
-    cut_passes(0, strip.rows, most, !second, [&](int64_t height, int64_t first, int64_t tiles) {
+    cut_tiles(0, strip.rows, most, [&](int64_t height, int64_t first, int64_t tiles) {
       const int64_t last = first + height * tiles;
       const bool next_strip = last == strip.rows && i + 1 < g.strip_count;
       const T* after = next_strip ? g.strips[i + 1].a : strip.a + last * g.a_step;
-      pass.run(strip, height, first, tiles, after);
-      if (second) second->run(strip, height, first, tiles, after);
+      select_even<T>(MakeIndices<kRows>{}, p, height)(
+          p, next,
+          {strip.a + first * g.a_step + p.chunk.from, room, strip.c + first * g.c_step, tiles,
+           after + p.chunk.from});
+      if (room) room += height * tiles * p.a_step;
     });
   }
 }
 
 template <class T>
-void run_rows(const GemmBlock<T>& g, Pass<T>& pass, Pass<T>* second) {
+void run_rows(const Panel<T>& p) {
+  const GemmBlock<T>& g = p.g;
   const auto address = [&](int64_t m) { return reinterpret_cast<uintptr_t>(g.rows[m]); };
   const int64_t most = g.m < 2 ? kRows : most_rows(address(1) - address(0));
+  Ahead<T> next = Ahead<T>::next_panel(p, g.m);
   for (int64_t i = 0, m = 0; i < g.segments; ++i) {
     const int64_t end = g.segment_end ? g.segment_end[i] : g.m;
-    cut_passes(m, end, most, !second, [&](int64_t height, int64_t first, int64_t tiles) {
-      pass.run(height, first, tiles);
-      if (second) second->run(height, first, tiles);
+    cut_tiles(m, end, most, [&](int64_t height, int64_t first, int64_t tiles) {
+      any_tiles_of<T>(MakeIndices<kRows>{}, p, height)(p, next, first, tiles);
     });
     m = end;
   }
+}
+
+template <class T>
+void run_panel(const GemmBlock<T>& g, const Chunk& part, int64_t column) {
+  const Panel<T> panel(g, part, column);
+  if (g.strips)
+    run_strips(panel);
+  else
+    run_rows(panel);
 }
 
 // The first half of a chunk's sum, by taps or by depth.
@@ -133,7 +116,7 @@ Chunk first_half(Chunk c) {
   if (const int64_t taps = c.last_tap - c.first_tap; taps > 1)
     c.last_tap = c.first_tap + taps / 2;
   else
-    c.count = (c.count / 2 + kLine<T> - 1) / kLine<T> * kLine<T>;
+    c.count /= 2;
   c.last = false;
   return c;
 }
@@ -147,28 +130,15 @@ Chunk second_half(Chunk c, const Chunk& first) {
 }
 
 // All tiles of a block for one chunk of the sum: a panel of B stays in cache while the rows pass.
-// The error of a running sum grows with its length: long ones are made of two.
+// A long sum is made of two; tiles of strips put halves of one tap aside by themselves.
 template <class T>
 void run_panels(const GemmBlock<T>& g, const Chunk& chunk) {
-  const auto run_passes = [&](Pass<T>& pass, Pass<T>* second) {
-    if (g.strips)
-      run_strips(g, pass, second);
-    else
-      run_rows(g, pass, second);
-  };
-  const int64_t rows = rows_of(g), length = (chunk.last_tap - chunk.first_tap) * chunk.count;
-  if (length <= g.longest_sum) {
-    for (int64_t column = 0; column < g.n; column += kColumns<T>) {
-      Pass<T> pass(g, chunk, column, rows, g.room);
-      run_passes(pass, nullptr);
-    }
-    return;
-  }
-  const Chunk left = first_half<T>(chunk), right = second_half(chunk, left);
+  const bool by_tiles = g.strips && chunk.last_tap - chunk.first_tap == 1;
+  const bool twice = is_long(g, chunk) && !by_tiles;
+  const Chunk first = twice ? first_half<T>(chunk) : chunk;
   for (int64_t column = 0; column < g.n; column += kColumns<T>) {
-    Pass<T> first(g, left, column, rows, g.room);
-    Pass<T> second(g, right, column, rows, g.room ? g.room + rows * first.panel.a_step : nullptr);
-    run_passes(first, &second);
+    run_panel(g, first, column);
+    if (twice) run_panel(g, second_half(chunk, first), column);
   }
 }
 

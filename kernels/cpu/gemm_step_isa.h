@@ -38,6 +38,12 @@ struct Chunk {
   bool first, last;
 };
 
+// Whether a chunk's sum is made of two.
+template <class T>
+NNARCH_INLINE bool is_long(const GemmBlock<T>& g, const Chunk& c) {
+  return (c.last_tap - c.first_tap) * c.count > g.longest_sum;
+}
+
 // What comes between sum and store: nothing but bounds, or a residual and bounds, of whole vectors;
 // or anything. kPlainFetching: as kPlain, while other lines than those of C come into cache.
 enum Finish { kAnyFinish, kPlain, kPlainResidual, kPlainFetching };
@@ -110,10 +116,12 @@ struct Panel {
 template <class T>
 struct EvenPanel {
   const T* b;
-  const int64_t *first_tap, *last_tap;        // their offsets
-  int64_t count, a_step, c_step, lines_step;  // of the lines that come into cache
+  const int64_t *first_tap, *last_tap;  // their offsets
+  int64_t first_count, count;           // of all taps but the last, of the last
+  int64_t a_step, c_step, lines_step;   // of the lines that come into cache
   ClampBounds<T> bounds;
   bool stream;
+  bool halves;  // two taps that are halves of a long sum
 };
 
 // Rows of A that lie anywhere.

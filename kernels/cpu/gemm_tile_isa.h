@@ -83,6 +83,21 @@ struct LastSteps {
   bool some;  // whether there are any
 };
 
+// The sums of a first half of the steps, put aside in memory: see GemmBlock's longest_sum.
+template <class T, int... I>
+NNARCH_INLINE void put_aside(Indices<I...>, T* aside, Vec<T>* left, Vec<T>* right) {
+  constexpr int w = kLanes<T>;
+  const Vec<T> none{};
+  ((store(aside + I * 2 * w, left[I]), store(aside + I * 2 * w + w, right[I]), left[I] = none,
+    right[I] = none),
+   ...);
+}
+template <class T, int... I>
+NNARCH_INLINE void add_aside(Indices<I...>, const T* aside, Vec<T>* left, Vec<T>* right) {
+  constexpr int w = kLanes<T>;
+  ((left[I] += load(aside + I * 2 * w), right[I] += load(aside + I * 2 * w + w)), ...);
+}
+
 // The products of a tile of even rows, but for the last steps where its rows are stored by halves.
 // While its first steps run, the lines of C that it will write come into cache, then those of the
 // residual, then what is `ahead`.
@@ -96,13 +111,15 @@ NNARCH_INLINE LastSteps<T> add_products(Indices<I...> each, const EvenPanel<T>& 
   const T* lines = p.stream ? residual : c;
   const int64_t* tap = p.first_tap;
   const int64_t turn = steps_of_turn(p.last_tap - p.first_tap, p.count);
+  alignas(kVectorBytes) T aside[sizeof...(I) * kColumns<T>];
+  asm("" : "=m"(aside));  // GCC would warn that it may be read before it is written
   while (true) {
     EvenRows<T> rows(a + *tap, p.a_step);
     const bool last_tap = ++tap == p.last_tap;
     const int64_t kept = last_tap && p.count >= staggered ? staggered : 0;
     EvenLines<T> line{b, 0};  // in cache anyway
     int64_t second = 0;
-    for (int64_t k = p.count; k > kept; k -= turn) {
+    for (int64_t k = last_tap ? p.count : p.first_count; k > kept; k -= turn) {
       const int64_t steps = k - kept < turn ? k - kept : turn;
       line = {b, 0}, second = 0;
       if (lines) {
@@ -116,7 +133,11 @@ NNARCH_INLINE LastSteps<T> add_products(Indices<I...> each, const EvenPanel<T>& 
       multiply<T, Use>(each, rows, 0, steps, b, line, second, left, right);
       if constexpr (staggered > 0) line.at += steps * line.stride;
     }
-    if (last_tap) return {rows, b, line, second, kept > 0};
+    if (last_tap) {
+      if (p.halves) add_aside<T>(each, aside, left, right);
+      return {rows, b, line, second, kept > 0};
+    }
+    if (p.halves) put_aside<T>(each, aside, left, right);
   }
 }
 
@@ -300,14 +321,26 @@ NNARCH_NOINLINE void copy_rows(const T* from, int64_t from_step, int64_t rows, i
 template <class T, Finish How, Used Use, int... I>
 NNARCH_INLINE void even_tiles(Indices<I...> each, const Panel<T>& panel, Ahead<T>& next_panel,
                               const EvenTiles<T>& run) {
-  static constexpr int64_t no_offset = 0;
   constexpr int64_t rows = sizeof...(I);
   const GemmBlock<T>& g = panel.g;
   const Chunk& chunk = panel.chunk;
-  const int64_t* tap = g.tap_offset ? g.tap_offset : &no_offset;
-  const EvenPanel<T> p = {panel.b,        tap + chunk.first_tap, tap + chunk.last_tap,
-                          chunk.count,    panel.a_step,          g.c_step,
-                          g.fetched_step, panel.bounds,          panel.stream};
+  // Two halves of one tap are two taps.
+  const bool halves = is_long(g, chunk) && chunk.last_tap - chunk.first_tap == 1;
+  const int64_t first_half = halves ? chunk.count / 2 : 0;
+  const int64_t half_taps[2] = {g.tap_offset ? g.tap_offset[chunk.first_tap] : 0,
+                                half_taps[0] + first_half};
+  const int64_t* tap = g.tap_offset && !halves ? g.tap_offset + chunk.first_tap : half_taps;
+  const EvenPanel<T> p = {panel.b,
+                          tap,
+                          tap + (halves ? 2 : chunk.last_tap - chunk.first_tap),
+                          halves ? first_half : chunk.count,
+                          chunk.count - first_half,
+                          panel.a_step,
+                          g.c_step,
+                          g.fetched_step,
+                          panel.bounds,
+                          panel.stream,
+                          halves};
   const T *source = run.source, *a = run.room ? run.room : source;
   int64_t at = run.c;
   const T* lines = nullptr;
@@ -317,9 +350,9 @@ NNARCH_INLINE void even_tiles(Indices<I...> each, const Panel<T>& panel, Ahead<T
   Ahead<T> next_rows;
   for (int64_t tiles = run.count; tiles > 0; --tiles) {
     if (meets_rows) {
-      if (run.room) copy_rows(source, g.a_step, rows, p.count, const_cast<T*>(a), p.a_step);
+      if (run.room) copy_rows(source, g.a_step, rows, chunk.count, const_cast<T*>(a), p.a_step);
       source = tiles > 1 ? source + rows * g.a_step : run.after;
-      next_rows = Ahead<T>::next_rows(p.count, g.a_step, source);
+      next_rows = Ahead<T>::next_rows(chunk.count, g.a_step, source);
     }
     const T* start = panel.start;
     // Loaded anew: kept, the two vectors would be spilled, and loaded as well.
