@@ -67,7 +67,7 @@ bool writes_planes(const ConvShape& p, const Tensor& x) {
 // How a weight that is packed for this convolution should be packed.
 template <class T>
 WinogradTile forward_tile(const ConvShape& p, bool packed) {
-  if (stem_serves(p) || packs_narrow_groups<T>(p)) return {};
+  if (stem_serves(p) || packs_narrow_groups<T>(p) || (p.taps() == 1 && signal_serves(p))) return {};
   const auto kernel = winograd_kernel(forward_image<T>(nullptr, p, 0));
   if (!kernel) return {};
   return choose_tile({p.n, p.oh, p.ow, p.group_c(), p.group_k(), packed, *kernel});
@@ -90,7 +90,8 @@ WinogradTile tile_of(const Tensor& packed, const ConvShape& p) {
   if (packed.numel() == all_groups_size<T>(p, {})) return {};
   if (auto tile = winograd_kernel(forward_image<T>(nullptr, p, 0)))
     for (tile->m = 2; tile->m <= 6; ++tile->m)
-      if (winograd_serves(*tile, p.group_c()) && packed.numel() == all_groups_size<T>(p, *tile))
+      if (tile_serves(*tile, p.group_k(), p.group_c()) &&
+          packed.numel() == all_groups_size<T>(p, *tile))
         return *tile;
   throw std::runtime_error(kForeign);
 }
@@ -131,7 +132,7 @@ void forward(const Tensor& x, const Tensor& weight, const T* packed, const Winog
   const Tensor image = as_channels_last(x);
   const OutputGrid out{p.oh * p.ow * p.k, p.ow * p.k, p.k};
   for (int64_t g = 0; g < p.groups; ++g)
-    conv_product<T>(forward_image<T>(data<T>(image), p, g), tile,
+    conv_product<T>(forward_image<T>(data<T>(image), p, g, tile.is_pair()), tile,
                     packed ? packed + g * group_size<T>(p, tile) : nullptr,
                     forward_weight<T>(weight, p, g), mutable_data<T>(y) + g * p.group_k(), out,
                     epilogue.from_channel(g * p.group_k()));
@@ -145,9 +146,11 @@ Tensor conv2d_pack(const Tensor& weight_in, int64_t groups, int64_t code) {
   const Tensor weight = to_compute_type(weight_in);
   const WinogradTile tile = tile_of_code(code, size[2], size[3]);
   require(
-      code == 0 || (winograd_serves(tile, size[1]) && weight.scalar_type() == ScalarType::Float),
+      code == 0 || (tile_serves(tile, size[0] / groups, size[1]) &&
+                    weight.scalar_type() == ScalarType::Float),
       "conv2d_pack: tile must be 0, or in float32 for 3x3 2, 4, 5, 6, for 5x5 2, for 1x3 and 3x1 "
-      "2 or 4, and but for 5x5, where 16 divides the input channels, 22, 23 or 24");
+      "2 or 4, and but for 5x5, where 16 divides the input channels, 22, 23 or 24; for 1x1 2, "
+      "where 32 divides the input channels and two panels the output channels");
   ConvShape p{};  // packing asks for nothing but the weight's sizes
   p.c = size[1] * groups, p.k = size[0], p.r = size[2], p.s = size[3], p.groups = groups;
   return with_scalar_type(weight.scalar_type(), "conv2d_pack", [&](auto scalar) {

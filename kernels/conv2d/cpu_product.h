@@ -1,6 +1,6 @@
-// The product behind a convolution and behind the gradient of its input: direct, or by Winograd
-// in tiles, whose m is 0 for the direct product (cpu/gather_gemm.h). The tile says which form the
-// packed weight has.
+// The product behind a convolution and behind the gradient of its input: direct, by Winograd in
+// tiles, whose m is 0 for the direct product (cpu/gather_gemm.h), or by Strassen in pairs of pixels
+// (cpu/strassen_product.h). The tile says which form the packed weight has.
 #pragma once
 
 #include <algorithm>
@@ -11,6 +11,7 @@
 #include "conv2d/winograd_choice.h"
 #include "cpu/gather_gemm.h"
 #include "cpu/pack_weight.h"
+#include "cpu/strassen_product.h"
 
 namespace nnarch {
 
@@ -23,18 +24,21 @@ inline int64_t line_behind(const WinogradTile& tile) {
 template <class T>
 int64_t conv_packed_size(int64_t columns, int64_t taps, int64_t depth, const WinogradTile& tile) {
   if (tile.m == 0) return packed_size<T>(columns, taps, depth);
+  if (tile.is_pair()) return strassen_packed_size(columns, depth);
   return checked_sum(winograd_packed_size(columns, depth, tile), line_behind(tile));
 }
 
 template <class T>
 void conv_pack(const WeightView<T>& weight, const WinogradTile& tile, T* dst) {
-  if constexpr (std::is_same_v<T, float>)
+  if constexpr (std::is_same_v<T, float>) {
+    if (tile.is_pair()) return strassen_pack(weight, dst);
     if (tile.m > 0) {
       const int64_t line = line_behind(tile);
       const int64_t size = conv_packed_size<T>(weight.columns, tile.taps(), weight.depth, tile);
       std::fill_n(dst + size - line, line, T{0});
       return winograd_pack(weight, tile, dst);
     }
+  }
   pack_weight(weight, dst);
 }
 
@@ -72,8 +76,10 @@ template <class T>
 void conv_product(const GridImage<T>& image, const WinogradTile& tile, const T* packed,
                   const WeightView<T>& weight, T* y, const OutputGrid& out,
                   const Epilogue<T>& epilogue) {
-  if constexpr (std::is_same_v<T, float>)
+  if constexpr (std::is_same_v<T, float>) {
+    if (tile.is_pair()) return strassen_gemm(image, packed, weight.columns, y, out, epilogue);
     if (tile.m > 0) return winograd_gemm(image, tile, packed, weight, y, out, epilogue);
+  }
   if (packed) return gather_gemm<T>(image, packed, weight.columns, y, out, epilogue);
   if (const int64_t panels = panels_packed_late(image, weight); panels > 0)
     return pack_late(image, weight, panels, y, out, epilogue);

@@ -35,9 +35,10 @@ WeightView<T> forward_weight(const Tensor& weight, const ConvShape& p, int64_t g
   return view;
 }
 
-// The image of a forward convolution as seen by one group.
+// The image of a forward convolution as seen by one group. Where every pixel is for itself, all are
+// one long row, of all images or of each one `apart`.
 template <class T>
-GridImage<T> forward_image(const T* x, const ConvShape& p, int64_t group) {
+GridImage<T> forward_image(const T* x, const ConvShape& p, int64_t group, bool apart = false) {
   GridImage<T> image{.data = x + group * p.group_c(),
                      .h = p.h,
                      .w = p.w,
@@ -49,9 +50,9 @@ GridImage<T> forward_image(const T* x, const ConvShape& p, int64_t group) {
                      .step_x = p.stride_w,
                      .taps = forward_taps(p),
                      .depth = p.group_c()};
-  if (p.pointwise()) {  // every pixel for itself: one long row
-    image.h = image.grid_h = image.n = 1;
-    image.w = image.grid_w = p.n * p.h * p.w;
+  if (p.pointwise()) {
+    image.n = apart ? p.n : 1, image.h = image.grid_h = 1;
+    image.w = image.grid_w = (apart ? 1 : p.n) * p.h * p.w;
   }
   return image;
 }
@@ -74,6 +75,7 @@ GridImage<T> grad_image(const T* grad, const ConvShape& p, int64_t group) {
 
 // The algorithm's name in nnarch.trace(): a string literal.
 inline const char* algorithm_name(const ConvShape& p, const WinogradTile& tile) {
+  if (tile.is_pair()) return "strassen";
   const bool strided = tile.stride == 2;
   switch (tile.m) {
     case 2:

@@ -29,7 +29,7 @@ from nnarch.nodes import Backward
 _EPILOGUE = "Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual"
 _GEOMETRY = "int[2] stride, int[4] padding, int[2] dilation, int groups"
 # Winograd's output tile: 2×2 and so on, and with stride 2 20 more.
-_TILES = {(3, 3): (2, 4, 5, 6), (5, 5): (2,), (1, 3): (2, 4), (3, 1): (2, 4)}
+_TILES = {(3, 3): (2, 4, 5, 6), (5, 5): (2,), (1, 3): (2, 4), (3, 1): (2, 4), (1, 1): (2,)}
 _STRIDED_TILES = (22, 23, 24)
 _GPU = "nnarch.kernels.conv2d.triton_kernel"
 _X, _WEIGHT, _BIAS = 1, 2, 4  # what a backward is asked for
@@ -329,7 +329,8 @@ def conv2d_tile(
 
     Returns:
         0 for the direct product, or the size m of the m × m output tiles with which Winograd's
-        algorithm is faster and :func:`nnarch.set_precision` allows it; with stride 2 m + 20.
+        algorithm is faster and :func:`nnarch.set_precision` allows it; with stride 2 m + 20. For
+        1×1 kernels 2: Strassen's product of pairs of pixels.
     """
     steps, gaps = two(stride), two(dilation)
     pads = padding_of(padding, weight, steps, gaps)
@@ -339,6 +340,8 @@ def conv2d_tile(
         return 0
     if is_depthwise(x, weight, groups):
         return 0
+    if weight.dtype != torch.float32 and weight.shape[2:] == (1, 1):
+        return 0  # bfloat16 has products of its own, and float16 is converted block by block
     numbers = (*x.shape, *weight.shape, *steps, *pads, *gaps, groups)
     return library.native.nnarch_conv2d_tile((ctypes.c_int64 * len(numbers))(*numbers))
 

@@ -4,6 +4,7 @@
 
 #include "conv2d/cpu_winograd.h"
 #include "cpu/machine.h"
+#include "cpu/strassen_product.h"
 
 namespace nnarch {
 namespace {
@@ -16,6 +17,12 @@ constexpr double kLeastRowTile = 4.5;  // of a step of the register tile, howeve
 constexpr double kTransform = 8;       // of a value transformed
 constexpr double kPackDirect = 2;      // of a vector of packed weights
 constexpr double kCall = 25000, kStages = 3000;  // of a call, and of its parts in Winograd
+
+// Of Strassen's product: a vector of a left factor, written to the second-level cache, and of a
+// product, which is written there and read again.
+constexpr double kLeftFactor = 5, kProductRead = 9;
+// It must gain this much: what it costs moves by as much from machine to machine.
+constexpr double kWorthwhile = 0.97;
 
 // Of the weight gradient: an FMA of either product, a vector of sums put in order, transformed
 // back.
@@ -82,6 +89,17 @@ double winograd_cost(const ConvWork& w, const WinogradTile& tile) {
          kStages;
 }
 
+double strassen_cost(const ConvWork& w) {
+  const double pairs = double(w.n) * double(ceil_div(w.grid_h * w.grid_w, int64_t{2}));
+  const double left = vectors(w.depth) / 2, products = vectors(w.columns) / 2;
+  const double each =
+      double(w.depth) / 2 * products * kDirect + left * kLeftFactor + products * kProductRead;
+  const double lanes = double(winograd().nr / 2);
+  const double bytes = double(w.columns) * double(w.depth) * sizeof(float);
+  const double more_to_read = read_cost(bytes * 7 / 4, lanes) - read_cost(bytes, lanes);
+  return kStrassenProducts * pairs * each + more_to_read + kCall + kStages;
+}
+
 double direct_weight_grad_cost(const ConvWork& w) {
   const double positions = double(w.n) * double(w.grid_h) * double(w.grid_w);
   const int64_t taps = w.kernel.taps();
@@ -120,6 +138,16 @@ WinogradTile cheapest(const ConvWork& work, double direct, const Cost& cost_of) 
   return best;
 }
 
+// Pairs of pixels of a 1×1 kernel, where Strassen's product costs less; only packed, for the sums
+// of weights take as long as many pixels.
+WinogradTile choose_pair(const ConvWork& w) {
+  WinogradTile tile = w.kernel;
+  if (precision() == Precision::highest || !w.packed || !strassen_serves(w.columns, w.depth))
+    return tile;
+  if (strassen_cost(w) < direct_cost(w) * kWorthwhile) tile.m = 2;
+  return tile;
+}
+
 }  // namespace
 
 bool winograd_serves(const WinogradTile& tile, int64_t depth) {
@@ -132,7 +160,13 @@ bool winograd_serves(const WinogradTile& tile, int64_t depth) {
   return m >= 2 && m <= (least == 1 ? 4 : 6);
 }
 
+bool tile_serves(const WinogradTile& tile, int64_t columns, int64_t depth) {
+  if (tile.taps() > 1) return winograd_serves(tile, depth);
+  return tile.m == 2 && tile.stride == 1 && strassen_serves(columns, depth);
+}
+
 WinogradTile choose_tile(const ConvWork& work) {
+  if (work.kernel.taps() == 1) return choose_pair(work);
   return cheapest(work, direct_cost(work), winograd_cost);
 }
 

@@ -8,7 +8,7 @@
 #include <optional>
 
 #include "conv2d/winograd_tile.h"
-#include "cpu/grid_image.h"
+#include "cpu/gather_gemm.h"
 
 namespace nnarch {
 
@@ -26,6 +26,8 @@ struct ConvWork {
 
 // Whether there are tiles of m × m outputs for a kernel with so many input channels a group.
 bool winograd_serves(const WinogradTile& tile, int64_t depth);
+// The same for pairs of pixels of 1×1 kernels, too.
+bool tile_serves(const WinogradTile& tile, int64_t columns, int64_t depth);
 
 // The tile of the fastest algorithm that the precision allows; m = 0: the direct product.
 WinogradTile choose_tile(const ConvWork& work);
@@ -38,7 +40,9 @@ WinogradTile choose_weight_grad_tile(const ConvWork& work);
 template <class T>
 std::optional<WinogradTile> winograd_kernel(const GridImage<T>& image) {
   const int64_t taps = std::ssize(image.taps);
-  if (sizeof(T) != sizeof(float) || (taps != 9 && taps != 25 && taps != 3)) return std::nullopt;
+  if (sizeof(T) != sizeof(float)) return std::nullopt;
+  if (taps == 1 && reads_inside(image)) return WinogradTile{.rows = 1, .columns = 1};
+  if (taps != 9 && taps != 25 && taps != 3) return std::nullopt;
   const Tap &corner = image.taps.front(), &end = image.taps.back();
   const WinogradTile tile{.rows = end.dy - corner.dy + 1,
                           .columns = end.dx - corner.dx + 1,

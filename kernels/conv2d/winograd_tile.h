@@ -22,6 +22,8 @@ struct WinogradTile {
   int64_t rows = 3, columns = 3, stride = 1;
 
   constexpr int64_t taps() const { return rows * columns; }
+  // Whether these are pairs of pixels of a 1×1 kernel, for Strassen's product (cpu/strassen.h).
+  constexpr bool is_pair() const { return m > 0 && taps() == 1; }
   constexpr int64_t row_step() const { return step(rows); }
   constexpr int64_t column_step() const { return step(columns); }
   constexpr int64_t output_rows() const { return outputs(rows); }

@@ -60,18 +60,22 @@ Blocking choose_blocking(const GridImage<T>& image, int64_t columns) {
           round_up(ceil_div(columns, column_blocks), nr)};
 }
 
-// Whether a convolution reads one pixel for every position, none of them in the padding, in rows
-// long enough for register tiles of their own. Then no row pointers are needed.
+// Whether a convolution reads one pixel for every position, none of them in the padding.
 template <class T>
-bool reads_evenly(const GridImage<T>& g) {
-  if (g.taps.size() != 1) return false;
+bool reads_inside(const GridImage<T>& g) {
   const auto inside = [](int64_t grid, int64_t step, int64_t offset, int64_t size) {
     return offset >= 0 && (grid - 1) * step + offset < size;
   };
+  return g.taps.size() == 1 && inside(g.grid_h, g.step_y, g.taps[0].dy, g.h) &&
+         inside(g.grid_w, g.step_x, g.taps[0].dx, g.w);
+}
+
+// In rows long enough for register tiles of their own. Then no row pointers are needed.
+template <class T>
+bool reads_evenly(const GridImage<T>& g) {
   constexpr int64_t least = 4;
   const bool joined = g.grid_h == 1 || (g.step_y == 1 && g.step_x == 1 && g.grid_w == g.w);
-  return (joined || g.grid_w >= least) && inside(g.grid_h, g.step_y, g.taps[0].dy, g.h) &&
-         inside(g.grid_w, g.step_x, g.taps[0].dx, g.w);
+  return (joined || g.grid_w >= least) && reads_inside(g);
 }
 
 // The strips of a block of such positions.

@@ -48,12 +48,21 @@ const T* given(const StageTensors& stage, int64_t size) {
   return data<T>(packed);
 }
 
+// Whether a weight is packed for Strassen's product.
+template <class T>
+bool packed_for_pairs(const StageTensors& stage, int64_t columns, int64_t depth) {
+  return std::is_same_v<T, float> && stage.packed && strassen_serves(columns, depth) &&
+         stage.packed->numel() == strassen_packed_size(columns, depth);
+}
+
 // A weight of a 1x1 convolution, packed now unless it is already.
 template <class T>
 class Pointwise {
  public:
   Pointwise(const StageTensors& stage, int64_t columns, int64_t depth)
-      : packed_(given<T>(stage, packed_size<T>(columns, 1, depth))),
+      : pairs_(packed_for_pairs<T>(stage, columns, depth)),
+        packed_(given<T>(stage, pairs_ ? strassen_packed_size(columns, depth)
+                                       : packed_size<T>(columns, 1, depth))),
         own_(packed_ ? 0 : packed_size<T>(columns, 1, depth)) {
     if (packed_) return;
     const Tensor& w = stage.weight;
@@ -61,8 +70,10 @@ class Pointwise {
     packed_ = own_.get();
   }
   const T* get() const { return packed_; }
+  bool pairs() const { return pairs_; }
 
  private:
+  const bool pairs_;
   const T* packed_;
   Scratch<T> own_;
 };
@@ -111,7 +122,7 @@ void run_separable(const SeparableConv<T>& s, ScalarType type) {
   }
   const Tensor wide = new_channels_last(s.p.input_size(), type);
   const int64_t pixels = s.p.n * s.p.h * s.p.w;
-  gather_gemm<T>(positions_of<T>(s.x, pixels, s.in, s.in), s.expand.packed, s.p.c,
+  gather_gemm<T>(positions_of<T>(s.x, 1, pixels, s.in, s.in), s.expand.packed, s.p.c,
                  mutable_data<T>(wide), {0, 0, s.p.c}, s.expand.epilogue);
   SeparableConv<T> rest = s;
   rest.in = 0, rest.x = data<T>(wide);
@@ -177,14 +188,15 @@ Tensor separable(const Tensor& x, const StageTensors* expand_in, const StageTens
       if (shape.n == 0) return in_format_of(y, x_part);
       const FoldedEpilogue<T> after_depthwise = fold<T>(depthwise, std::nullopt, p.k),
                               after_project = fold<T>(project, res, out);
-      SeparableConv<T> s{.p = shape,
-                         .in = in,
-                         .out = out,
-                         .x = data<T>(image),
-                         .y = mutable_data<T>(y),
-                         .expand = {},
-                         .depthwise = {depthwise_weight.get(), after_depthwise.get()},
-                         .project = {project_weight.get(), after_project.get()}};
+      SeparableConv<T> s{
+          .p = shape,
+          .in = in,
+          .out = out,
+          .x = data<T>(image),
+          .y = mutable_data<T>(y),
+          .expand = {},
+          .depthwise = {depthwise_weight.get(), after_depthwise.get()},
+          .project = {project_weight.get(), after_project.get(), project_weight.pairs()}};
       if (!expand_in) {
         run_separable(s, y.scalar_type());
         return in_format_of(y, x_part);

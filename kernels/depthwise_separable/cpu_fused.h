@@ -5,11 +5,14 @@
 #pragma once
 
 #include <cstring>
+#include <optional>
+#include <type_traits>
 
 #include "cpu/arena.h"
 #include "cpu/gather_gemm.h"
 #include "cpu/gemm.h"
 #include "cpu/parallel.h"
+#include "cpu/strassen_product.h"
 #include "cpu/streaming.h"
 #include "depthwise_separable/cpu_plan.h"
 
@@ -31,20 +34,25 @@ class SeparableTask {
         rows_(depthwise.row_pointers()),
         values_(plan.images * plan.rows * s.p.ow * planner.pitch()),
         expanded_(plan.expanded ? planner.input_rows(plan.rows) * s.p.w * planner.expanded_pitch()
-                                : 0) {}
+                                : 0) {
+    if constexpr (std::is_same_v<T, float>)
+      if (s.project.pairs)
+        pairs_.emplace(s.project.packed, s.out, s.p.k,
+                       plan.images * ceil_div(plan.rows * s.p.ow, int64_t{2}), s.project.epilogue);
+  }
 
   // Whole images, from `image` on.
   void run_images(int64_t image, int64_t images) {
     for (int64_t i = 0; i < images; ++i)
       depthwise_rows(s_.x + (image + i) * s_.p.h * s_.p.w * s_.p.c, 0, s_.p.oh,
                      values_.get() + i * s_.plane() * planner_.pitch());
-    project(image * s_.plane(), images * s_.plane());
+    project(image * s_.plane(), images, s_.plane());
   }
 
   // Output rows [oy, oy + rows) of an image.
   void run_rows(int64_t image, int64_t oy, int64_t rows) {
     depthwise_rows(s_.x + image * s_.p.h * s_.p.w * s_.p.c, oy, rows, values_.get());
-    project(image * s_.plane() + oy * s_.p.ow, rows * s_.p.ow);
+    project(image * s_.plane() + oy * s_.p.ow, 1, rows * s_.p.ow);
   }
 
   // The same from the expanded input. Groups of an image come one after the other.
@@ -56,7 +64,7 @@ class SeparableTask {
     expand(image, first, last);
     // Row i of the image would start here + i * row.
     depthwise_rows(expanded_.get() - first * row, oy, rows, values_.get());
-    project(image * s_.plane() + oy * s_.p.ow, rows * s_.p.ow);
+    project(image * s_.plane() + oy * s_.p.ow, 1, rows * s_.p.ow);
   }
 
  private:
@@ -97,8 +105,18 @@ class SeparableTask {
                    .c_step = planner_.expanded_pitch()});
   }
 
-  void project(int64_t first, int64_t count) {
-    const Strip<T> pixels{values_.get(), first * s_.out, count};
+  // Pixels of images in the buffer, the first of which is pixel `first` of the output.
+  void project(int64_t first, int64_t images, int64_t plane) {
+    if constexpr (std::is_same_v<T, float>)
+      if (pairs_) {
+        const GridImage<T> image =
+            positions_of(values_.get(), images, plane, planner_.pitch(), s_.p.k);
+        const T* residual = s_.project.epilogue.residual;
+        return pairs_->run(image, s_.y + first * s_.out,
+                           residual ? residual + first * s_.out : nullptr,
+                           {plane * s_.out, 0, s_.out}, 0, images * pairs_of_image(image), stream_);
+      }
+    const Strip<T> pixels{values_.get(), first * s_.out, images * plane};
     gemm<T>().run({.depth = s_.p.k,
                    .b = s_.project.packed,
                    .b_after = s_.project.packed,
@@ -121,6 +139,7 @@ class SeparableTask {
   const Scratch<const T*> rows_;
   const Scratch<T> values_, expanded_;
   int64_t image_ = -1, first_ = 0, last_ = 0;  // what `expanded_` holds
+  std::optional<StrassenProduct> pairs_;
 };
 
 template <class T>
@@ -183,9 +202,12 @@ void run_stages(const SeparableConv<T>& s, T* values, int64_t pitch) {
     run(mine, depthwise.plan(), depthwise.task(i % depthwise.tasks()),
         {tile.get(), nullptr, nullptr, rows.get()});
   });
-  const int64_t count = s.p.n * s.plane();
-  gather_gemm<T>(positions_of<T>(values, count, pitch, s.p.k), s.project.packed, s.out, s.y,
-                 {0, 0, s.out}, s.project.epilogue);
+  const GridImage<T> image = positions_of<T>(values, s.p.n, s.plane(), pitch, s.p.k);
+  const OutputGrid out{s.plane() * s.out, 0, s.out};
+  if constexpr (std::is_same_v<T, float>)
+    if (s.project.pairs)
+      return strassen_gemm(image, s.project.packed, s.out, s.y, out, s.project.epilogue);
+  gather_gemm<T>(image, s.project.packed, s.out, s.y, out, s.project.epilogue);
 }
 
 }  // namespace nnarch

@@ -16,6 +16,7 @@ template <class T>
 struct Stage {
   const T* packed = nullptr;
   Epilogue<T> epilogue = {};
+  bool pairs = false;  // packed for Strassen's product (cpu/strassen_product.h); of `project` alone
 };
 
 // y = project(depthwise(expand(x))), every stage with its epilogue. All tensors channels_last.
@@ -63,10 +64,11 @@ DepthwisePass<T> depthwise_pass(const SeparableConv<T>& s) {
   return {s.depthwise.packed, s.p.r, s.p.s, -s.p.top, -s.p.left, s.p.oh, s.p.ow, 0};
 }
 
-// Dense positions as the rows of a product.
+// Dense positions of images as the rows of a product.
 template <class T>
-GridImage<T> positions_of(const T* data, int64_t count, int64_t pixel, int64_t depth) {
-  return {data, 1, count, pixel, 1, 1, count, 0, 1, {{0, 0}}, depth};
+GridImage<T> positions_of(const T* data, int64_t images, int64_t plane, int64_t pixel,
+                          int64_t depth) {
+  return {data, 1, plane, pixel, images, 1, plane, 1, 1, {{0, 0}}, depth};
 }
 
 }  // namespace nnarch

@@ -7,6 +7,7 @@ kernels/depthwise_separable/README.md.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from nnarch.accelerate.swap import has_kernel_dtype
 from nnarch.accelerate.trace import is_customized
 from nnarch.kernels.activation import kinds
 from nnarch.kernels.depthwise_separable.op import inverted_residual_op, separable_op
+from nnarch.nn.conv import tile_after
 
 _CONVOLUTIONS = (nn.Conv2d, layers.Conv2d, layers.FusedConv2d, ResidualConv2d)
 
@@ -59,8 +61,8 @@ class SeparableConv2d(nn.Module):
     def _joined(self, x: Tensor, residual: Any) -> Tensor:
         depthwise, project, expand = self.depthwise, self.project, self.expand
         dw, pw = depthwise.weight, project.weight
-        # Packed for any input: none of the three is a kernel with several layouts.
-        packed = depthwise._packed_weight(dw, x), project._packed_weight(pw, x)
+        of_project = functools.partial(tile_after, depthwise)  # an expansion keeps the size
+        packed = depthwise._packed_weight(dw, x), project._packed_weight(pw, x, of_project)
         if expand is None:
             return separable_op(
                 x, dw, pw, None, depthwise.bias, None, project.bias, residual, *packed,
@@ -69,13 +71,18 @@ class SeparableConv2d(nn.Module):
         ew = expand.weight
         return inverted_residual_op(
             x, ew, dw, pw, expand.bias, depthwise.bias, project.bias, residual,
-            expand._packed_weight(ew, x), *packed, *self._geometry, *self._codes,
+            expand._packed_weight(ew, x, _plainly), *packed, *self._geometry, *self._codes,
         )  # fmt: skip
 
     def _apart(self, x: Tensor, residual: Any) -> Tensor:
         if self.expand is not None:
             x = self.expand(x)
         return self.project(self.depthwise(x), residual)
+
+
+def _plainly(weight: Tensor, x: Any) -> int:
+    """The layout of an expansion: its few input channels gain nothing from another."""
+    return 0
 
 
 def join_separable_convolutions(graph_module: GraphModule) -> None:

@@ -11,13 +11,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from nnarch import functional as F
 from nnarch.kernels.activation.kinds import Activation
+from nnarch.kernels.conv2d.geometry import output_size, padding_of
 from nnarch.nn.checks import check_dtype
 from nnarch.nn.packing import PackedWeightMixin
 from nnarch.nn.signature import signature_of
 from nnarch.precision import get_precision
 
 # Of kernels (vertical, horizontal): see nnarch.functional.conv2d_tile.
-_WINOGRAD_STRIDES = {
+_TILE_STRIDES = {
+    (1, 1): ((1, 1), (2, 2)),
     (3, 3): ((1, 1), (2, 2)),
     (5, 5): ((1, 1),),
     (1, 3): ((1, 1), (1, 2)),
@@ -81,7 +83,7 @@ class Conv2d(PackedWeightMixin, torch.nn.Conv2d):
         )
 
     def _layout(self, weight: Tensor, x: Tensor | None) -> int | None:
-        """Winograd's tile, or 0: see nnarch.functional.conv2d_tile."""
+        """The tile, or 0: see nnarch.functional.conv2d_tile."""
         if not may_transform(self.kernel_size, self.stride, weight):
             return 0
         if x is None:
@@ -98,9 +100,16 @@ class Conv2d(PackedWeightMixin, torch.nn.Conv2d):
 
 
 def may_transform(kernel_size, stride, weight: Tensor) -> bool:
-    """Whether Winograd's algorithm may serve the convolution, for some input."""
-    strides = _WINOGRAD_STRIDES.get(kernel_size)
-    return strides is not None and stride in strides and weight.shape[1] > 1
+    """Whether Winograd's or Strassen's algorithm may serve the convolution, for some input."""
+    strides = _TILE_STRIDES.get(kernel_size)
+    if strides is None or stride not in strides:
+        return False
+    return _halves(weight) if kernel_size == (1, 1) else weight.shape[1] > 1
+
+
+def _halves(weight: Tensor) -> bool:
+    """Whether a 1×1 weight has the channels that Strassen's product needs at least."""
+    return weight.shape[0] % 32 == weight.shape[1] % 32 == 0
 
 
 @functools.lru_cache(maxsize=4096)
@@ -112,6 +121,29 @@ def chosen_tile(weight_size, dtype, input_size, geometry, precision) -> int:
             return F.conv2d_tile(weight, input_size, *geometry)
         except (ValueError, TypeError):
             return 0  # the convolution itself will say what is wrong
+
+
+def tile_after(depthwise: torch.nn.Conv2d, weight: Tensor, x: Any) -> int:
+    """The tile for a 1×1 convolution with `weight` of what `depthwise` makes of `x`."""
+    if not (_halves(weight) and isinstance(x, Tensor) and x.dim() == 4):
+        return 0
+    geometry = depthwise.stride, depthwise.padding, depthwise.dilation
+    return _tile_after(
+        weight.shape, weight.dtype, x.shape, depthwise.weight.shape, geometry, get_precision()
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _tile_after(weight_size, dtype, input_size, depthwise_size, geometry, precision) -> int:
+    with _disable_current_modes():
+        try:
+            stride, padding, dilation = geometry
+            depthwise = torch.empty(1).expand(depthwise_size)
+            pads = padding_of(padding, depthwise, stride, dilation)
+            size = output_size(input_size, depthwise_size, stride, pads, dilation)
+        except (ValueError, TypeError):
+            return 0
+    return chosen_tile(weight_size, dtype, size, (1, 0, 1, 1), precision)
 
 
 class LazyConv2d(torch.nn.LazyConv2d):

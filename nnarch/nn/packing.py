@@ -140,12 +140,21 @@ class PackedWeightMixin(Module):
         """The packed form of `weight`, or None where no kernel of its device takes one."""
         raise NotImplementedError
 
-    def _packed_weight(self, weight: Tensor, x: Any) -> Tensor | None:
-        """The packed weight for this call, or None in training or where a gradient is wanted."""
+    def _packed_weight(
+        self, weight: Tensor, x: Any, layout_of: Callable[[Tensor, Any], int | None] | None = None
+    ) -> Tensor | None:
+        """The packed weight for this call, or None in training or where a gradient is wanted.
+
+        Args:
+            weight: this module's.
+            x: the input.
+            layout_of: says the layout in place of :meth:`_layout`, where `x` is not what the
+                weight meets.
+        """
         cache = self._packed_weights((weight,), (x,))
         if cache is None:
             return None
-        layout = self._layout(weight, x)
+        layout = (layout_of or self._layout)(weight, x)
         if layout is None:
             return None
         packed = cache.packed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from nnarch import functional as F
 from nnarch.kernels.activation.kinds import Activation, encode
-from nnarch.nn.conv import Conv2d
+from nnarch.nn.conv import Conv2d, tile_after
 
 
 def _parameters(convolution: Any) -> tuple[Tensor, Tensor | None]:
@@ -101,7 +102,9 @@ class DepthwiseSeparableConv2d(torch.nn.Module):
             residual=residual,
             activation=self.activation,
             depthwise_packed=depthwise._packed_weight(depthwise_weight, input),
-            pointwise_packed=pointwise._packed_weight(pointwise_weight, input),
+            pointwise_packed=pointwise._packed_weight(
+                pointwise_weight, input, functools.partial(tile_after, depthwise)
+            ),
         )
 
     def extra_repr(self) -> str:
