@@ -69,7 +69,7 @@ def _autocast(device: str, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return value.to(dtype) if eligible else value
 
     # Packed weights stay: they are kept in the dtype that kernels compute in.
-    named = {name: a if name == "packed" else cast(a) for name, a in kwargs.items()}
+    named = {name: a if name.endswith("packed") else cast(a) for name, a in kwargs.items()}
     return tuple(map(cast, args)), named
 
 

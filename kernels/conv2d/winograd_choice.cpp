@@ -18,6 +18,9 @@ constexpr double kTransform = 8;       // of a value transformed
 constexpr double kPackDirect = 2;      // of a vector of packed weights
 constexpr double kCall = 25000, kStages = 3000;  // of a call, and of its parts in Winograd
 
+// Values of a transformed weight: memory has an end.
+constexpr int64_t kMostPacked = int64_t{64} << 20;
+
 // Of Strassen's product: a vector of a left factor, written to the second-level cache, and of a
 // product, which is written there and read again.
 constexpr double kLeftFactor = 5, kProductRead = 9;
@@ -121,9 +124,8 @@ double winograd_weight_grad_cost(const ConvWork& w, const WinogradTile& tile) {
 // The tile of least cost, or 0 for the direct product.
 template <class Cost>
 WinogradTile cheapest(const ConvWork& work, double direct, const Cost& cost_of) {
-  // Values of a transformed weight: memory has an end. With stride 2 they are up to nine times the
-  // weight's, for less of a gain.
-  const int64_t most = int64_t{work.kernel.stride == 2 ? 8 : 64} << 20;
+  // With stride 2 they are up to nine times the weight's, for less of a gain.
+  const int64_t most = work.kernel.stride == 2 ? kMostPacked / 8 : kMostPacked;
   WinogradTile best = work.kernel, tile = work.kernel;
   best.m = 0;
   if (precision() == Precision::highest || work.n == 0) return best;
@@ -142,8 +144,9 @@ WinogradTile cheapest(const ConvWork& work, double direct, const Cost& cost_of) 
 // of weights take as long as many pixels.
 WinogradTile choose_pair(const ConvWork& w) {
   WinogradTile tile = w.kernel;
-  if (precision() == Precision::highest || !w.packed || !strassen_serves(w.columns, w.depth))
-    return tile;
+  const bool serves = w.packed && strassen_serves(w.columns, w.depth) &&
+                      strassen_packed_size(w.columns, w.depth) <= kMostPacked;
+  if (precision() == Precision::highest || !serves) return tile;
   if (strassen_cost(w) < direct_cost(w) * kWorthwhile) tile.m = 2;
   return tile;
 }

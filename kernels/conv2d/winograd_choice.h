@@ -35,8 +35,8 @@ WinogradTile choose_tile(const ConvWork& work);
 // The same for the gradient of the weight.
 WinogradTile choose_weight_grad_tile(const ConvWork& work);
 
-// The kernel if Winograd may compute it: dense 3×3, 5×5, 1×3 or 3×1, its upper left tap first, with
-// a stride of 1 or, but for 5×5, 2, in float32.
+// The kernel if Winograd or, 1×1 of any stride, Strassen may compute it: dense 3×3, 5×5, 1×3 or
+// 3×1, its upper left tap first, with a stride of 1 or, but for 5×5, 2, in float32.
 template <class T>
 std::optional<WinogradTile> winograd_kernel(const GridImage<T>& image) {
   const int64_t taps = std::ssize(image.taps);

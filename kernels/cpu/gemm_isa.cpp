@@ -58,19 +58,13 @@ NNARCH_INLINE void cut_tiles(int64_t begin, int64_t end, int64_t most, const F& 
 }
 
 template <class T>
-int64_t rows_of(const GemmBlock<T>& g) {
-  if (!g.strips) return g.m;
-  int64_t rows = 0;
-  for (int64_t i = 0; i < g.strip_count; ++i) rows += g.strips[i].rows;
-  return rows;
-}
-
-template <class T>
 void run_strips(const Panel<T>& p) {
   const GemmBlock<T>& g = p.g;
-  T* room = g.room;
   const int64_t most = most_rows(static_cast<uint64_t>(p.a_step) * sizeof(T));
-  Ahead<T> next = Ahead<T>::next_panel(p, rows_of(g));
+  int64_t rows = 0;
+  for (int64_t i = 0; i < g.strip_count; ++i) rows += g.strips[i].rows;
+  Ahead<T> next = Ahead<T>::next_panel(p, rows);
+  T* room = g.room;
   for (int64_t i = 0; i < g.strip_count; ++i) {
     const Strip<T>& strip = g.strips[i];
     cut_tiles(0, strip.rows, most, [&](int64_t height, int64_t first, int64_t tiles) {
@@ -101,44 +95,15 @@ void run_rows(const Panel<T>& p) {
   }
 }
 
-template <class T>
-void run_panel(const GemmBlock<T>& g, const Chunk& part, int64_t column) {
-  const Panel<T> panel(g, part, column);
-  if (g.strips)
-    run_strips(panel);
-  else
-    run_rows(panel);
-}
-
-// The first half of a chunk's sum, by taps or by depth.
-template <class T>
-Chunk first_half(Chunk c) {
-  if (const int64_t taps = c.last_tap - c.first_tap; taps > 1)
-    c.last_tap = c.first_tap + taps / 2;
-  else
-    c.count /= 2;
-  c.last = false;
-  return c;
-}
-Chunk second_half(Chunk c, const Chunk& first) {
-  if (c.last_tap - c.first_tap > 1)
-    c.first_tap = first.last_tap;
-  else
-    c.from += first.count, c.count -= first.count;
-  c.first = false;
-  return c;
-}
-
 // All tiles of a block for one chunk of the sum: a panel of B stays in cache while the rows pass.
-// A long sum is made of two; tiles of strips put halves of one tap aside by themselves.
 template <class T>
 void run_panels(const GemmBlock<T>& g, const Chunk& chunk) {
-  const bool by_tiles = g.strips && chunk.last_tap - chunk.first_tap == 1;
-  const bool twice = is_long(g, chunk) && !by_tiles;
-  const Chunk first = twice ? first_half<T>(chunk) : chunk;
   for (int64_t column = 0; column < g.n; column += kColumns<T>) {
-    run_panel(g, first, column);
-    if (twice) run_panel(g, second_half(chunk, first), column);
+    const Panel<T> panel(g, chunk, column);
+    if (g.strips)
+      run_strips(panel);
+    else
+      run_rows(panel);
   }
 }
 

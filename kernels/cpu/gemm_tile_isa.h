@@ -83,20 +83,30 @@ struct LastSteps {
   bool some;  // whether there are any
 };
 
-// The sums of a first half of the steps, put aside in memory: see GemmBlock's longest_sum.
-template <class T, int... I>
-NNARCH_INLINE void put_aside(Indices<I...>, T* aside, Vec<T>* left, Vec<T>* right) {
-  constexpr int w = kLanes<T>;
-  const Vec<T> none{};
-  ((store(aside + I * 2 * w, left[I]), store(aside + I * 2 * w + w, right[I]), left[I] = none,
-    right[I] = none),
-   ...);
-}
-template <class T, int... I>
-NNARCH_INLINE void add_aside(Indices<I...>, const T* aside, Vec<T>* left, Vec<T>* right) {
-  constexpr int w = kLanes<T>;
-  ((left[I] += load(aside + I * 2 * w), right[I] += load(aside + I * 2 * w + w)), ...);
-}
+// Sums of the steps so far, put aside in memory: see GemmBlock's longest_sum.
+template <class T, int Rows>
+struct Aside {
+  alignas(kVectorBytes) T sums[Rows * kColumns<T>];
+  bool any = false;
+
+  NNARCH_INLINE Aside() {
+    asm("" : "=m"(sums));  // GCC would warn that they may be read before they are written
+  }
+  template <int... I>
+  NNARCH_INLINE void put(Indices<I...> each, Vec<T>* left, Vec<T>* right) {
+    constexpr int w = kLanes<T>;
+    add_to(each, left, right);
+    any = true;
+    ((store(sums + I * 2 * w, left[I]), store(sums + I * 2 * w + w, right[I]), left[I] = Vec<T>{},
+      right[I] = Vec<T>{}),
+     ...);
+  }
+  template <int... I>
+  NNARCH_INLINE void add_to(Indices<I...>, Vec<T>* left, Vec<T>* right) const {
+    constexpr int w = kLanes<T>;
+    if (any) ((left[I] += load(sums + I * 2 * w), right[I] += load(sums + I * 2 * w + w)), ...);
+  }
+};
 
 // The products of a tile of even rows, but for the last steps where its rows are stored by halves.
 // While its first steps run, the lines of C that it will write come into cache, then those of the
@@ -111,15 +121,16 @@ NNARCH_INLINE LastSteps<T> add_products(Indices<I...> each, const EvenPanel<T>& 
   const T* lines = p.stream ? residual : c;
   const int64_t* tap = p.first_tap;
   const int64_t turn = steps_of_turn(p.last_tap - p.first_tap, p.count);
-  alignas(kVectorBytes) T aside[sizeof...(I) * kColumns<T>];
-  asm("" : "=m"(aside));  // GCC would warn that it may be read before it is written
+  constexpr bool cuts = cuts_sums(How);
+  Aside<T, cuts ? sizeof...(I) : 1> aside;
+  const int64_t* part = p.first_tap + p.part;  // the end of a running sum
   while (true) {
     EvenRows<T> rows(a + *tap, p.a_step);
     const bool last_tap = ++tap == p.last_tap;
     const int64_t kept = last_tap && p.count >= staggered ? staggered : 0;
     EvenLines<T> line{b, 0};  // in cache anyway
     int64_t second = 0;
-    for (int64_t k = last_tap ? p.count : p.first_count; k > kept; k -= turn) {
+    for (int64_t k = cuts && !last_tap ? p.first_count : p.count; k > kept; k -= turn) {
       const int64_t steps = k - kept < turn ? k - kept : turn;
       line = {b, 0}, second = 0;
       if (lines) {
@@ -134,10 +145,11 @@ NNARCH_INLINE LastSteps<T> add_products(Indices<I...> each, const EvenPanel<T>& 
       if constexpr (staggered > 0) line.at += steps * line.stride;
     }
     if (last_tap) {
-      if (p.halves) add_aside<T>(each, aside, left, right);
+      if constexpr (cuts) aside.add_to(each, left, right);
       return {rows, b, line, second, kept > 0};
     }
-    if (p.halves) put_aside<T>(each, aside, left, right);
+    if constexpr (cuts)
+      if (tap == part) aside.put(each, left, right), part += p.part;
   }
 }
 
@@ -167,7 +179,11 @@ NNARCH_INLINE void add_products(Indices<I...> each, const Panel<T>& p, Ahead<T>&
   const int64_t taps = chunk.last_tap - chunk.first_tap;
   const bool next_rows = p.meets_rows && m + mr + kFetchSteps <= p.g.m;
   const T* b = p.b;
+  Aside<T, mr> aside;
+  const int64_t half = taps == 1 && chunk.count > p.g.longest_sum ? chunk.count / 2 : chunk.count;
+  const int64_t part = taps_of_part(p.g, chunk);
   for (int64_t i = 0; i < taps; ++i) {
+    if (i > 0 && i % part == 0) aside.put(each, left, right);
     const T* const* at = p.g.rows + (chunk.first_tap + i) * p.g.row_stride + m;
     if (p.whole() && !p.stream) fetch_rows(p, m, mr * i / taps, mr * (i + 1) / taps);
     if (in_padding<T>(each, at, p.g.zeros)) {
@@ -182,12 +198,14 @@ NNARCH_INLINE void add_products(Indices<I...> each, const Panel<T>& p, Ahead<T>&
                        kLine<T>, left, right);
     for (; k < chunk.count; k += kFetchSteps) {
       const int64_t steps = chunk.count - k < kFetchSteps ? chunk.count - k : kFetchSteps;
+      if (k >= half && !aside.any) aside.put(each, left, right);
       const bool fetch = next_panel.is_due();
       const int64_t second = fetch ? next_panel.second : 0;
       const EvenLines<T> line = fetch ? next_panel.turn() : EvenLines<T>{b, 0};
       multiply<T, Use>(each, rows, k, steps, b, line, second, left, right);
     }
   }
+  aside.add_to(each, left, right);
 }
 
 // All that may follow the products: what C holds is added, then the epilogue. `offset` is where
@@ -324,23 +342,24 @@ NNARCH_INLINE void even_tiles(Indices<I...> each, const Panel<T>& panel, Ahead<T
   constexpr int64_t rows = sizeof...(I);
   const GemmBlock<T>& g = panel.g;
   const Chunk& chunk = panel.chunk;
-  // Two halves of one tap are two taps.
-  const bool halves = is_long(g, chunk) && chunk.last_tap - chunk.first_tap == 1;
+  const int64_t taps = chunk.last_tap - chunk.first_tap;
+  // Two halves of a tap are two taps.
+  const bool halves = cuts_sums(How) && taps == 1 && chunk.count > g.longest_sum;
   const int64_t first_half = halves ? chunk.count / 2 : 0;
   const int64_t half_taps[2] = {g.tap_offset ? g.tap_offset[chunk.first_tap] : 0,
                                 half_taps[0] + first_half};
   const int64_t* tap = g.tap_offset && !halves ? g.tap_offset + chunk.first_tap : half_taps;
   const EvenPanel<T> p = {panel.b,
                           tap,
-                          tap + (halves ? 2 : chunk.last_tap - chunk.first_tap),
+                          tap + (halves ? 2 : taps),
+                          halves ? 1 : taps_of_part(g, chunk),
                           halves ? first_half : chunk.count,
                           chunk.count - first_half,
                           panel.a_step,
                           g.c_step,
                           g.fetched_step,
                           panel.bounds,
-                          panel.stream,
-                          halves};
+                          panel.stream};
   const T *source = run.source, *a = run.room ? run.room : source;
   int64_t at = run.c;
   const T* lines = nullptr;

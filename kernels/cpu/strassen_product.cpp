@@ -14,7 +14,8 @@ namespace {
 int64_t block_columns() { return std::max<int64_t>(128, gemm<float>().nr); }
 
 // 2^e is of the order of a channel's weights: a multiplication by it rounds nothing. Without
-// weights it is as small as may be: nothing of the channel comes in or out.
+// weights it is as small as may be: next to nothing of the channel comes in, and of its partner's
+// rounding comes out.
 int exponent_of(float largest) {
   constexpr int most = 60;
   if (largest == 0) return -most;
@@ -89,7 +90,7 @@ void list_pairs(const GridImage<float>& image, const OutputGrid& out, int64_t fi
 }  // namespace
 
 bool strassen_serves(int64_t columns, int64_t depth) {
-  return depth % 32 == 0 && columns % (2 * gemm<float>().nr) == 0;
+  return depth > 0 && depth % 32 == 0 && columns > 0 && columns % (2 * gemm<float>().nr) == 0;
 }
 
 int64_t strassen_packed_size(int64_t columns, int64_t depth) {
@@ -142,7 +143,11 @@ StrassenProduct::StrassenProduct(const float* packed, int64_t columns, int64_t d
 }
 
 void StrassenProduct::run(const GridImage<float>& image, float* c, const float* residual,
-                          const OutputGrid& out, int64_t first, int64_t last, bool stream) {
+                          const OutputGrid& out, int64_t first, int64_t last, bool stream,
+                          int64_t part, int64_t parts) {
+  const int64_t most = block_columns(), all_columns = ceil_div(columns_ / 2, most);
+  const int64_t from_column = all_columns * part / parts * most,
+                to_column = std::min(all_columns * (part + 1) / parts * most, columns_ / 2);
   const int64_t blocks = ceil_div(last - first, most_pairs_);
   const bool dense = image.step_x == 1 && image.step_y == 1;
   const int64_t all = image.n * pairs_of_image(image);
@@ -151,7 +156,8 @@ void StrassenProduct::run(const GridImage<float>& image, float* c, const float* 
                   to = first + (last - first) * (i + 1) / blocks, count = to - from;
     list_pairs(image, out, from, to, pairs_.get());
     const float* after = dense && to < all ? pairs_[count - 1].first + 2 * image.pixel : nullptr;
-    run_block({count, c, residual, stream, after, std::min(count, all - to) * 2 * image.pixel});
+    run_block({count, from_column, to_column, c, residual, stream, after,
+               std::min(count, all - to) * 2 * image.pixel});
   }
 }
 
@@ -161,8 +167,8 @@ void StrassenProduct::run_block(const Block& block) {
   for (int64_t i = 0; i < block.pairs; ++i)
     table.add_channels(pairs_[i], pairs_[std::min(i + 1, block.pairs - 1)], packed_, half,
                        left_.get() + i * left_step_, most_pairs_ * left_step_);
-  for (int64_t first = 0; first < columns; first += most) {
-    const int64_t some = std::min(most, columns - first);
+  for (int64_t first = block.from; first < block.to; first += most) {
+    const int64_t some = std::min(most, block.to - first);
     for (int64_t m = 0; m < kStrassenProducts; ++m) multiply(block, m, first, some);
     table.add_products({.products = products_.get(),
                         .row_step = some,
@@ -182,9 +188,11 @@ void StrassenProduct::run_block(const Block& block) {
 
 void StrassenProduct::multiply(const Block& block, int64_t m, int64_t first, int64_t columns) {
   const int64_t half = depth_ / 2;
-  const float* factors = packed_ + depth_ + columns_;
-  const float* b = factors + (kStrassenProducts * first + m * columns) * half;
-  const bool last_columns = first + columns == columns_ / 2;
+  const auto factor = [&](int64_t column) {
+    return packed_ + depth_ + columns_ + kStrassenProducts * column * half;
+  };
+  const float* b = factor(first) + m * columns * half;
+  const bool last_columns = first + columns == block.to;
   const bool last = last_columns && m + 1 == kStrassenProducts;
   // With the last columns a seventh of the pixels that come next.
   const int64_t part = round_up(ceil_div(block.after_size, kStrassenProducts), 16);
@@ -198,7 +206,7 @@ void StrassenProduct::multiply(const Block& block, int64_t m, int64_t first, int
   const Strip<float> rows{left_.get() + m * most_pairs_ * left_step_, 0, block.pairs};
   gemm<float>().run({.depth = half,
                      .b = b,
-                     .b_after = last ? factors : b + columns * half,
+                     .b_after = last ? factor(block.from) : b + columns * half,
                      .rows_after = fetches ? block.after + m * part : nullptr,
                      .rows_after_size = fetches ? part : 0,
                      .c = products_.get() + m * most_pairs_ * columns,
@@ -216,15 +224,19 @@ void StrassenProduct::multiply(const Block& block, int64_t m, int64_t first, int
 void strassen_gemm(const GridImage<float>& image, const float* packed, int64_t columns, float* c,
                    const OutputGrid& out, const Epilogue<float>& epilogue) {
   const int64_t pairs = image.n * pairs_of_image(image);
-  // Enough for several threads; but a block reads all weights, and few pairs don't hide that.
-  constexpr int64_t wanted_tasks = 8, least_pairs = 32;
+  // Enough tasks for several threads: few pairs don't hide that a block reads all weights, so
+  // blocks are cut by columns, too, for each of which left factors are made anew.
+  constexpr int64_t wanted_tasks = 8, least_pairs = 24;
   const int64_t blocks = std::max(ceil_div(pairs, pairs_in_cache(image.depth)),
                                   std::min(wanted_tasks, pairs / least_pairs));
+  const int64_t parts = std::min(ceil_div(wanted_tasks, std::max<int64_t>(blocks, 1)),
+                                 ceil_div(columns / 2, block_columns()));
   const bool stream = outgrows_caches<float>(c, image.positions(), out);
-  parallel_tasks(blocks, [&](int64_t block) {
+  parallel_tasks(blocks * parts, [&](int64_t task) {
+    const int64_t block = task / parts;
     const int64_t first = pairs * block / blocks, last = pairs * (block + 1) / blocks;
     StrassenProduct(packed, columns, image.depth, last - first, epilogue)
-        .run(image, c, epilogue.residual, out, first, last, stream);
+        .run(image, c, epilogue.residual, out, first, last, stream, task % parts, parts);
   });
 }
 

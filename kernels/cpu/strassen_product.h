@@ -33,15 +33,16 @@ class StrassenProduct {
   StrassenProduct(const float* packed, int64_t columns, int64_t depth, int64_t pairs,
                   const Epilogue<float>& epilogue);
 
-  // As gather_gemm, of the pairs [first, last) of all images. `residual` lies as c does, or is
-  // null.
+  // As gather_gemm, of the pairs [first, last) of all images, and of one of `parts` of the columns.
+  // `residual` lies as c does, or is null.
   void run(const GridImage<float>& image, float* c, const float* residual, const OutputGrid& out,
-           int64_t first, int64_t last, bool stream);
+           int64_t first, int64_t last, bool stream, int64_t part = 0, int64_t parts = 1);
 
  private:
   // The first of `pairs_`, and what is read after them.
   struct Block {
     int64_t pairs;
+    int64_t from, to;  // columns of a half
     float* c;
     const float* residual;
     bool stream;

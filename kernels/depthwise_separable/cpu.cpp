@@ -51,7 +51,8 @@ const T* given(const StageTensors& stage, int64_t size) {
 // Whether a weight is packed for Strassen's product.
 template <class T>
 bool packed_for_pairs(const StageTensors& stage, int64_t columns, int64_t depth) {
-  return std::is_same_v<T, float> && stage.packed && strassen_serves(columns, depth) &&
+  return std::is_same_v<T, float> && stage.packed &&
+         stage.packed->scalar_type() == ScalarType::Float && strassen_serves(columns, depth) &&
          stage.packed->numel() == strassen_packed_size(columns, depth);
 }
 
@@ -180,6 +181,8 @@ Tensor separable(const Tensor& x, const StageTensors* expand_in, const StageTens
     const Pointwise<T> project_weight(project, out, p.k);
     std::optional<Pointwise<T>> expand_weight;
     if (expand_in) expand_weight.emplace(expand, p.c, in);
+    require(!expand_weight || !expand_weight->pairs(),
+            "inverted_residual: packed does not belong to its weight");
     // Of a part of the images, in the memory format of x.
     const auto run = [&](const Tensor& x_part, const OptTensor& added, const ConvShape& shape) {
       const Tensor image = as_channels_last(x_part);

@@ -128,9 +128,8 @@ def tile_after(depthwise: torch.nn.Conv2d, weight: Tensor, x: Any) -> int:
     if not (_halves(weight) and isinstance(x, Tensor) and x.dim() == 4):
         return 0
     geometry = depthwise.stride, depthwise.padding, depthwise.dilation
-    return _tile_after(
-        weight.shape, weight.dtype, x.shape, depthwise.weight.shape, geometry, get_precision()
-    )
+    size = depthwise.out_channels, 1, *depthwise.kernel_size
+    return _tile_after(weight.shape, weight.dtype, x.shape, size, geometry, get_precision())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -142,7 +141,9 @@ def _tile_after(weight_size, dtype, input_size, depthwise_size, geometry, precis
             pads = padding_of(padding, depthwise, stride, dilation)
             size = output_size(input_size, depthwise_size, stride, pads, dilation)
         except (ValueError, TypeError):
-            return 0
+            return 0  # the operation will say what is wrong, here and below
+    if min(size) < 0:
+        return 0
     return chosen_tile(weight_size, dtype, size, (1, 0, 1, 1), precision)
 
 

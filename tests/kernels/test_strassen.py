@@ -291,3 +291,47 @@ def test_accelerated_inverted_residual():
     assert torch.equal(fast[0], fast[2]) and not torch.equal(fast[0], exact)
     assert_as_accurate(fast[0], theirs, truth, **TOLERANCE)
     assert_as_accurate(exact, theirs, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_separable_under_autocast(dtype):
+    """The packed weight stays float32, or the kernel would not know its form."""
+    layer = nn.DepthwiseSeparableConv2d(512, 512, 3, 1, 1).eval()
+    x = torch.randn(8, 512, 14, 14).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        exact = layer(x)
+        with torch.autocast("cpu", dtype):
+            y = layer(x)
+    assert PAIRS in layer.pointwise._packed.packed and y.dtype == dtype
+    torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.05)
+
+
+def test_separable_refuses_what_it_cannot_read():
+    x, depthwise = torch.randn(1, 64, 6, 6), torch.randn(64, 1, 3, 3)
+    pointwise = torch.randn(64, 64, 1, 1)
+    packed = F.pack_conv2d_weight(pointwise, tile=PAIRS)
+    with pytest.raises((RuntimeError, ValueError), match="packed does not belong"):
+        torch.ops.nnarch.inverted_residual(
+            x, pointwise, depthwise, pointwise, None, None, None, None, packed, None, None,
+            [1, 1], [1, 1, 1, 1], [1, 1], 0, 0.0, 0, 0.0, 0, 0.0,
+        )  # fmt: skip
+    y = F.depthwise_separable_conv2d(x, depthwise, pointwise, padding=1, pointwise_packed=packed)
+    halves = F.depthwise_separable_conv2d(
+        x, depthwise, pointwise, padding=1, pointwise_packed=packed.bfloat16()
+    )  # packed anew
+    torch.testing.assert_close(y, halves, rtol=1e-4, atol=1e-3)
+
+
+def test_separable_smaller_than_its_kernel():
+    layer = nn.DepthwiseSeparableConv2d(32, 32, 3).eval()
+    with torch.no_grad(), pytest.raises(ValueError, match="larger than the padded input"):
+        layer(torch.randn(1, 32, 1, 1))
+
+
+def test_no_channels():
+    with pytest.raises(ValueError, match="conv2d_pack: tile"):
+        F.pack_conv2d_weight(torch.empty(64, 0, 1, 1), tile=PAIRS)
+
+
+def test_weights_of_a_gigabyte_stay_direct():
+    assert F.conv2d_tile(torch.empty(1).expand(8192, 8192, 1, 1), (8, 8192, 14, 14)) == 0
