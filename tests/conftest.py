@@ -48,13 +48,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture
-def highest_precision():
+def default_precision_after():
+    """Gives the process back as it was."""
+    import nnarch
+
+    yield
+    nnarch.set_precision("high")
+
+
+@pytest.fixture
+def highest_precision(default_precision_after):
     """The direct kernels alone, which have to be as accurate as torch's."""
     import nnarch
 
     nnarch.set_precision("highest")
-    yield
-    nnarch.set_precision("high")
 
 
 @pytest.fixture(autouse=True)

@@ -20,9 +20,12 @@ import nnarch
 from nnarch import functional as F
 from nnarch import library, nn
 
-pytestmark = pytest.mark.skipif(
-    library.native is None, reason="only the native kernels have Strassen's product"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        library.native is None, reason="only the native kernels have Strassen's product"
+    ),
+    pytest.mark.usefixtures("default_precision_after"),
+]
 
 # As Winograd's 4×4 tiles.
 TOLERANCE = dict(factor=3, ulps=16)
@@ -41,13 +44,6 @@ SHAPES = [
     (2, 128, 30, 28, 320, 1),
 ]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def precision():
-    """Give the process back as it was."""
-    yield
-    nnarch.set_precision("high")
 
 
 def tensors(shape, memory_format=torch.contiguous_format):

@@ -22,9 +22,10 @@ from nnarch import library, nn
 from nnarch.kernels.conv2d.geometry import padding_of
 from nnarch.kernels.conv2d.op import weight_grad
 
-pytestmark = pytest.mark.skipif(
-    library.native is None, reason="only the native kernels have Winograd"
-)
+pytestmark = [
+    pytest.mark.skipif(library.native is None, reason="only the native kernels have Winograd"),
+    pytest.mark.usefixtures("default_precision_after"),
+]
 
 # Against torch's direct kernel on the same input, whose error depends on layout and machine; where
 # it is nearly nothing, some units in the last place of the largest output are left.
@@ -49,13 +50,6 @@ SHAPES = [
 ]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 tiles = pytest.mark.parametrize("tile", TILES)
-
-
-@pytest.fixture(autouse=True)
-def precision():
-    """Give the process back as it was."""
-    yield
-    nnarch.set_precision("high")
 
 
 def tensors(shape, memory_format=torch.contiguous_format):

@@ -12,9 +12,10 @@ import nnarch
 from nnarch import functional as F
 from nnarch import library, nn
 
-pytestmark = pytest.mark.skipif(
-    library.native is None, reason="only the native kernels have Winograd"
-)
+pytestmark = [
+    pytest.mark.skipif(library.native is None, reason="only the native kernels have Winograd"),
+    pytest.mark.usefixtures("default_precision_after"),
+]
 
 # (n, c, h, w, k, padding, groups): tails of channels, panels, tiles and blocks.
 SHAPES = [
@@ -28,13 +29,6 @@ SHAPES = [
     (1, 17, 1, 2, 33, 2, 1),
 ]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def precision():
-    """Give the process back as it was."""
-    yield
-    nnarch.set_precision("high")
 
 
 def tensors(shape, memory_format=torch.contiguous_format):

@@ -24,9 +24,10 @@ from nnarch import library, nn
 from nnarch.kernels.conv2d.geometry import padding_of
 from nnarch.kernels.conv2d.op import input_grad, weight_grad
 
-pytestmark = pytest.mark.skipif(
-    library.native is None, reason="only the native kernels have Winograd"
-)
+pytestmark = [
+    pytest.mark.skipif(library.native is None, reason="only the native kernels have Winograd"),
+    pytest.mark.usefixtures("default_precision_after"),
+]
 
 
 @dataclass(frozen=True)
@@ -109,13 +110,6 @@ CASES = [
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 FEW = [CASES[i] for i in (2, 3, 7, 12, 13, 15)]
 few = pytest.mark.parametrize("case", FEW, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def precision():
-    """Give the process back as it was."""
-    yield
-    nnarch.set_precision("high")
 
 
 @cases

@@ -22,9 +22,10 @@ from nnarch import library, nn
 from nnarch.kernels.conv2d.geometry import padding_of
 from nnarch.kernels.conv2d.op import input_grad, weight_grad
 
-pytestmark = pytest.mark.skipif(
-    library.native is None, reason="only the native kernels have Winograd"
-)
+pytestmark = [
+    pytest.mark.skipif(library.native is None, reason="only the native kernels have Winograd"),
+    pytest.mark.usefixtures("default_precision_after"),
+]
 
 # (n, c, h, w, k, padding, groups): tails of channels, panels and tiles, pixels that no window
 # reads, several chunks of channels, several blocks of tiles, an image of more than a block.
@@ -39,13 +40,6 @@ SHAPES = [
 ]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 GEOMETRY = ((2, 2), (0, 0, 0, 0), (1, 1), 1)
-
-
-@pytest.fixture(autouse=True)
-def precision():
-    """Give the process back as it was."""
-    yield
-    nnarch.set_precision("high")
 
 
 def tensors(shape, memory_format=torch.contiguous_format):
