@@ -30,7 +30,10 @@ struct CellRow {
   }
   NNARCH_INLINE void finish(int64_t u, int64_t n, Vec<T> h) const {
     store_n(p.next + row * p.next_step + u, h, n);
-    if (p.y) store_n(p.y + row * p.y_step + u, h, n);
+    if (p.y_past_caches)
+      stream(p.y + row * p.y_step + u, h);
+    else if (p.y)
+      store_n(p.y + row * p.y_step + u, h, n);
   }
 };
 
@@ -136,10 +139,14 @@ NNARCH_NOINLINE void lstm(const CellBlock<T>& p) {
 
 template <class T>
 void cell(const CellBlock<T>& p) {
-  if (p.kind == 0) return cell_of<T, 0>(p);
-  if (p.kind == 1) return cell_of<T, 1>(p);
-  if (p.kind == 2) return p.kept ? lstm<T, true>(p) : lstm<T, false>(p);
-  cell_of<T, 3>(p);
+  if (p.kind == 0)
+    cell_of<T, 0>(p);
+  else if (p.kind == 1)
+    cell_of<T, 1>(p);
+  else if (p.kind == 2)
+    p.kept ? lstm<T, true>(p) : lstm<T, false>(p);
+  else
+    cell_of<T, 3>(p);
 }
 
 }  // namespace

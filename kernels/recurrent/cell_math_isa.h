@@ -58,23 +58,29 @@ NNARCH_INLINE void cell_tanh(Vec<float> (&x)[N]) {
   quotients<N>(x, CellTanh::p, CellTanh::q, CellTanh::most);
 }
 #if defined(NNARCH_ISA_avx512)
-// 1 / (1 + 2^t), t = -x·log2(e). Two instructions split 2^t into the power of its whole part and a
-// polynomial of the rest in [0, 1), right to 8e-8, for infinities as well: 11 multiplications of
-// the quotient above become 6, and nothing bounds x.
+// 2^(i/32)
+alignas(64) inline constexpr float kPowers[] = {
+    1.0f,        1.0218972f,  1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f,  1.13878858f,
+    1.1637249f,  1.18920708f, 1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f,
+    1.35425556f, 1.38390994f, 1.41421354f, 1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f,
+    1.5759809f,  1.61049032f, 1.64575553f, 1.68179286f, 1.71861935f, 1.75625217f, 1.79470909f,
+    1.8340081f,  1.87416768f, 1.91520655f, 1.95714414f};
+// x = 2^t, t = -x·log2(e): the power of t's whole part by one instruction, that of the 32nds from a
+// table, that of the rest, below 1/32, by a polynomial; right to 1e-7, for infinities as well. 11
+// multiplications of the quotient above become 4, and nothing bounds x.
 template <int N>
 NNARCH_INLINE void cell_exp_minus(Vec<float> (&x)[N]) {
-  static constexpr float c[] = {1.0f,         0.693151295f, 0.240164444f,
-                                0.055799935f, 0.009017f,    0.0018671445f};
-  constexpr int floor = 9;
-  Vec<float> rest[N], power[N];
+  constexpr int down = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC, rest_of_32nds = 5 << 4 | down;
+  constexpr float last_bit_32nd = 0x1.8p18f;  // adding it leaves the 32nds in the lowest bits
+  const __m512 low = _mm512_load_ps(kPowers), high = _mm512_load_ps(kPowers + 16);
   for (int n = 0; n < N; ++n) {
-    x[n] *= -1.44269504f;
-    rest[n] = (Vec<float>)_mm512_reduce_ps((__m512)x[n], floor);
-    power[n] = broadcast<float>(c[5]);
+    const Vec<float> t = x[n] * -1.44269504f;
+    const Vec<float> rest = (Vec<float>)_mm512_reduce_ps((__m512)t, rest_of_32nds);
+    const __m512 index = _mm512_add_round_ps((__m512)t, _mm512_set1_ps(last_bit_32nd), down);
+    const auto power = (Vec<float>)_mm512_permutex2var_ps(low, _mm512_castps_si512(index), high);
+    const Vec<float> more = (rest * 0.242794544f + 0.693119824f) * rest;
+    x[n] = (Vec<float>)_mm512_scalef_ps((__m512)(power * more + power), (__m512)t);
   }
-  for (int i = 4; i >= 0; --i)
-    for (int n = 0; n < N; ++n) power[n] = power[n] * rest[n] + c[i];
-  for (int n = 0; n < N; ++n) x[n] = (Vec<float>)_mm512_scalef_ps((__m512)power[n], (__m512)x[n]);
 }
 template <int N>
 NNARCH_INLINE void cell_sigmoid(Vec<float> (&x)[N]) {

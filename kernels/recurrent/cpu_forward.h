@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <optional>
 
+#include "cpu/streaming.h"
 #include "recurrent/cpu_step.h"
 
 namespace nnarch {
@@ -186,6 +187,7 @@ void forward(const RecurrentArgs& a, const Tensor& x, const OptTensor& packed, c
   l.projects = hr.has_value();
   l.peephole = data_or_null<T>(peephole);
   l.y = mutable_data<T>(outputs.y);
+  l.y_past_caches = !l.projects && !norm && outgrows_caches(l.y, steps.total(), out);
   l.kept = {outputs.reserve.numel() > 0 ? mutable_data<T>(outputs.reserve) : nullptr, hidden,
             reserve_width(size.kind, norm.has_value())};
   l.wide = shares_steps<T>(size, batch);

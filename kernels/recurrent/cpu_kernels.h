@@ -70,6 +70,7 @@ struct CellBlock {
   int64_t next_step;
   T* y;  // the same once more; or null
   int64_t y_step;
+  bool y_past_caches;
   T* kept;  // the first vector of the reserve; or null
   int64_t kept_step;
   int64_t hidden;  // distance of the reserve's vectors, and of the peephole's
@@ -78,13 +79,12 @@ struct CellBlock {
 // Columns in the order of products: blocks of `width` units, of which the last may have fewer.
 // Column b·gates·width + g·width_of_b + u is gate g of unit b·width + u.
 struct ColumnOrder {
-  int64_t gates, hidden, width, last_width;
+  int64_t gates, hidden, width, last_width, blocks;
 
-  int64_t blocks() const { return (hidden + width - 1) / width; }
-  int64_t units(int64_t b) const { return b + 1 < blocks() ? width : hidden - b * width; }
-  int64_t width_of(int64_t b) const { return b + 1 < blocks() ? width : last_width; }
+  int64_t units(int64_t b) const { return b + 1 < blocks ? width : hidden - b * width; }
+  int64_t width_of(int64_t b) const { return b + 1 < blocks ? width : last_width; }
   int64_t start(int64_t b) const { return b * gates * width; }
-  int64_t columns() const { return start(blocks() - 1) + gates * last_width; }
+  int64_t columns() const { return start(blocks - 1) + gates * last_width; }
 };
 
 // Rows of a layer-normalized LSTM. Gains and biases are in the order of columns.

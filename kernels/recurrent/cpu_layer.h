@@ -27,6 +27,7 @@ struct RecurrentLayer {
   const NormRow<T>* state_norm = nullptr;
   const T* cell_norm = nullptr;  // gain and bias, [2, H]
   T* y = nullptr;
+  bool y_past_caches = false;
   T* c = nullptr;      // the cell of every sequence, [B, H]: first, then last
   T* state = nullptr;  // h of every sequence, twice: before and after a step
   int64_t state_pitch = 0;
@@ -96,7 +97,7 @@ template <class T>
 void multiply_input(const RecurrentLayer<T>& layer, const DenseRows<T>& rows, T* gx,
                     int64_t gx_step) {
   const GateWeight<T>& w = layer.ih;
-  const int64_t blocks = w.order.blocks();
+  const int64_t blocks = w.order.blocks;
   // A part of the columns a task: its weights pass through the second-level cache.
   const int64_t at_once = std::max<int64_t>(1, 256 / (w.order.gates * w.order.width));
   const int64_t row_tasks = ceil_div(rows.count, 196);

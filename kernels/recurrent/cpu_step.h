@@ -1,6 +1,8 @@
 // One step: the state's product and the cell, block by block, and the projection.
 #pragma once
 
+#include <atomic>
+
 #include "recurrent/cpu_layer.h"
 
 namespace nnarch {
@@ -24,6 +26,7 @@ struct CellOutput {
   int64_t h_step;
   T* y;  // or null
   int64_t y_step;
+  bool y_past_caches;
 };
 
 // Products of some rows, from a block's first column on.
@@ -34,6 +37,11 @@ struct Products {
   const T* gh;
   int64_t gh_step;
 };
+
+// What went past the caches is there before another thread may look.
+inline void finish_past_caches(bool any) {
+  if (any) std::atomic_thread_fence(std::memory_order_seq_cst);  // x86: whatever has a lock drains
+}
 
 template <class T>
 void run_cell(const RecurrentLayer<T>& l, const StepRows<T>& s, const CellOutput<T>& out, int64_t b,
@@ -58,6 +66,7 @@ void run_cell(const RecurrentLayer<T>& l, const StepRows<T>& s, const CellOutput
                        .next_step = out.h_step,
                        .y = out.y ? out.y + row * out.y_step + u : nullptr,
                        .y_step = out.y_step,
+                       .y_past_caches = out.y_past_caches,
                        .kept = l.kept.data ? l.kept.data + (s.at + row) * kept_step + u : nullptr,
                        .kept_step = kept_step,
                        .hidden = hidden});
@@ -147,21 +156,22 @@ void run_summed_blocks(const RecurrentLayer<T>& l, const StepRows<T>& s, const C
     const int64_t u = begin * order.width, units = std::min(end * order.width, order.hidden) - u;
     for (int64_t part = 0; part < parts.count; ++part) {
       const int64_t row = parts.begin(part), rows = parts.begin(part + 1) - row;
-      recurrent<T>().step({rows,
-                           row,
-                           sum.data(),
-                           sum.count(),
-                           column / nr,
-                           panels,
-                           l.start + column,
-                           products.get(),
-                           wide,
-                           {soon<T>(out.y, out.y_step, u, row, rows, units),
-                            soon<T>(s.x_soon, l.size.in, begin / at_once * parts.count + part,
-                                    ceil_div(order.blocks(), at_once) * parts.count),
-                            soon<T>(passes ? s.c : nullptr, l.size.hidden, u, row, rows, units),
-                            soon<T>(passes ? out.h : nullptr, out.h_step, u, row, rows, units)},
-                           passes && far_l3()});
+      recurrent<T>().step(
+          {rows,
+           row,
+           sum.data(),
+           sum.count(),
+           column / nr,
+           panels,
+           l.start + column,
+           products.get(),
+           wide,
+           {soon<T>(out.y_past_caches ? nullptr : out.y, out.y_step, u, row, rows, units),
+            soon<T>(s.x_soon, l.size.in, begin / at_once * parts.count + part,
+                    ceil_div(order.blocks, at_once) * parts.count),
+            soon<T>(passes ? s.c : nullptr, l.size.hidden, u, row, rows, units),
+            soon<T>(passes ? out.h : nullptr, out.h_step, u, row, rows, units)},
+           passes && far_l3()});
       for (int64_t b = begin; b < end; ++b)
         run_cell<T>(l, s, out, b, row, rows,
                     {nullptr, 0, products.get() + order.start(b) - column, wide});
@@ -207,7 +217,7 @@ inline int64_t blocks_a_task(int64_t blocks) { return ceil_div(blocks, 16); }
 
 template <class T>
 void normalized_step(const RecurrentLayer<T>& l, const StepRows<T>& s, const CellOutput<T>& out) {
-  const int64_t pitch = l.gx_pitch(), hidden = l.size.hidden, blocks = l.order().blocks();
+  const int64_t pitch = l.gx_pitch(), hidden = l.size.hidden, blocks = l.order().blocks;
   Scratch<T> products(s.rows * pitch);
   T* gh = products.get();
   const int64_t task_blocks = l.wide ? blocks_a_task(blocks) : blocks;
@@ -227,12 +237,13 @@ template <class T>
 void cells_of_step(const RecurrentLayer<T>& l, const StepRows<T>& s, const CellOutput<T>& out,
                    bool backwards) {
   if (l.state_norm) return normalized_step(l, s, out);
-  const int64_t blocks = l.order().blocks();
+  const int64_t blocks = l.order().blocks;
   if (!l.wide) return run_blocks(l, s, out, 0, blocks, backwards);
   const int64_t task_blocks = blocks_a_task(blocks);
   parallel_tasks(ceil_div(blocks, task_blocks), [&](int64_t task) {
     const int64_t first = task * task_blocks;
     run_blocks(l, s, out, first, std::min(first + task_blocks, blocks), backwards);
+    finish_past_caches(out.y_past_caches);
   });
 }
 
@@ -242,10 +253,11 @@ template <class T>
 void run_step(const RecurrentLayer<T>& l, const StepRows<T>& s, bool backwards) {
   T* y = l.y + s.at * l.size.out;
   if (!l.projects)
-    return cells_of_step<T>(l, s, {s.after, l.state_pitch, y, l.size.out}, backwards);
-  const int64_t pitch = row_pitch<T>(l.size.hidden), blocks = l.hr.order.blocks();
+    return cells_of_step<T>(l, s, {s.after, l.state_pitch, y, l.size.out, l.y_past_caches},
+                            backwards);
+  const int64_t pitch = row_pitch<T>(l.size.hidden), blocks = l.hr.order.blocks;
   Scratch<T> h(s.rows * pitch);
-  cells_of_step<T>(l, s, {h.get(), pitch, nullptr, 0}, backwards);
+  cells_of_step<T>(l, s, {h.get(), pitch, nullptr, 0, false}, backwards);
   const int64_t task_blocks = l.wide ? blocks_a_task(blocks) : blocks;
   parallel_tasks(ceil_div(blocks, task_blocks), [&](int64_t task) {
     const int64_t first = task * task_blocks;
@@ -301,6 +313,7 @@ void run_group(const RecurrentLayer<T>& l, const Group& group) {
     for (const int64_t end = done + count; done < end; ++done)
       run(done, gx.get() + chunk.first_row(steps.at(done)) * l.gx_pitch());
   }
+  finish_past_caches(l.y_past_caches);
 }
 
 }  // namespace nnarch

@@ -18,7 +18,7 @@ namespace nnarch {
 template <class T>
 ColumnOrder column_order(int64_t gates, int64_t hidden) {
   const int64_t nr = gemm<T>().nr, rest = hidden % nr;
-  return {gates, hidden, nr, rest > 0 && rest <= nr / 2 ? nr / 2 : nr};
+  return {gates, hidden, nr, rest > 0 && rest <= nr / 2 ? nr / 2 : nr, ceil_div(hidden, nr)};
 }
 
 // Values from row to row where columns are kept: whole panels, and no multiple of 2 KB: rows of a
@@ -66,7 +66,7 @@ void pack_block(const GateWeight<T>& w, int64_t b, T* dst) {
 
 template <class T>
 void pack_gates(const GateWeight<T>& w, T* dst) {
-  parallel_tasks(w.order.blocks(),
+  parallel_tasks(w.order.blocks,
                  [&](int64_t b) { pack_block(w, b, dst + w.order.start(b) * w.depth); });
 }
 
@@ -85,7 +85,7 @@ void multiply_blocks(const GateWeight<T>& w, int64_t first, int64_t last, const 
   const RecurrentTable<T>& table = recurrent<T>();
   const int64_t column = w.order.start(first);
   const int64_t columns =
-      (last < w.order.blocks() ? w.order.start(last) : w.order.columns()) - column;
+      (last < w.order.blocks ? w.order.start(last) : w.order.columns()) - column;
   const int64_t panels = ceil_div(columns, gemm<T>().nr);
   if (w.bfloat16) {
     if constexpr (sizeof(T) == 4)
@@ -160,7 +160,7 @@ void multiply_any(const GateWeight<T>& w, int64_t first, int64_t last, const T* 
 // Values [gates, H] of the first gates, in the order of columns, added to what `to` holds.
 template <class T>
 void add_in_order(const ColumnOrder& order, int64_t gates, const T* values, T* to) {
-  for (int64_t b = 0; b < order.blocks(); ++b)
+  for (int64_t b = 0; b < order.blocks; ++b)
     for (int64_t gate = 0; gate < gates; ++gate)
       for (int64_t u = 0; u < order.units(b); ++u)
         to[order.start(b) + gate * order.width_of(b) + u] +=

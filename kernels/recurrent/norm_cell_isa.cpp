@@ -10,7 +10,7 @@ namespace {
 // Calls f(column, gate, unit, n) for vectors of up to n units that cover a row.
 template <class T, class F>
 NNARCH_INLINE void over_columns(const ColumnOrder& order, const F& f) {
-  for (int64_t b = 0; b < order.blocks(); ++b) {
+  for (int64_t b = 0; b < order.blocks; ++b) {
     const int64_t units = order.units(b), width = order.width_of(b);
     for (int64_t gate = 0; gate < order.gates; ++gate)
       for (int64_t u = 0; u < units; u += kLanes<T>)
@@ -118,7 +118,7 @@ void norm_cell(const NormCell<T>& p) {
   const ColumnOrder& order = p.state.order;
   normalize_row<T>(p.state, p.gh, p.kept ? p.kept + 9 * order.hidden : nullptr);
   const auto over_units = [&](const auto& f) NNARCH_INLINE_LAMBDA {
-    for (int64_t b = 0; b < order.blocks(); ++b)
+    for (int64_t b = 0; b < order.blocks; ++b)
       for (int64_t u = 0; u < order.units(b); u += kLanes<T>)
         f(order.start(b) + u, order.width_of(b), b * order.width + u,
           order.units(b) - u < kLanes<T> ? order.units(b) - u : kLanes<T>);

@@ -72,6 +72,15 @@ def test_weights_beyond_the_caches():
         compare(tensors, LSTM, packed=pack(tensors, LSTM))
 
 
+@pytest.mark.parametrize("size", [(410, 32, 3, 128), (154, 40, 3, 256), (99, 132, 3, 128)], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=kinds.NAMES.__getitem__)
+def test_outputs_past_the_caches(size, kind):
+    """6 MB of y and more, by one group of sequences, by shared steps, by several groups."""
+    tensors = arguments(kind, size)
+    compare(tensors, kind, packed=pack(tensors, kind))
+    compare(tensors, kind, reverse=True, save=True)
+
+
 @pytest.mark.parametrize("size", CORE, ids=str)
 @pytest.mark.parametrize("kind", KINDS, ids=kinds.NAMES.__getitem__)
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=name_of)
