@@ -103,7 +103,9 @@ class EchoStateNetwork(nn.Module):
         if bidirectional:
             self.backward_layers = make_stack(width, sizes, scaling, 1000 * seed + 500, **options)
         features = sum(sizes) * (2 if bidirectional else 1) + (width if input_to_readout else 0)
-        self.readout = Linear(features, outputs, device=device, dtype=dtype)
+        # Not initialized there, which would draw from torch's global generator.
+        readout = Linear(features, outputs, device="meta", dtype=dtype)
+        self.readout = readout.to_empty(device=device or torch.get_default_device())
         nn.init.zeros_(self.readout.weight)
         nn.init.zeros_(self.readout.bias)
         self._fitted = False
@@ -119,6 +121,11 @@ class EchoStateNetwork(nn.Module):
         if self._output is not None:
             self._output = fn(self._output)
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Where the last call stopped belongs to the weights that are replaced."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self._states, self._output, self._unsaid = None, None, False
 
     # --------------------------------------------------------------------------------- sequences
 
@@ -148,6 +155,18 @@ class EchoStateNetwork(nn.Module):
                 f"got {tuple(np.shape(value))}"
             )
         return x
+
+    def _states_before(self, op: str, batch: int, reset: bool) -> list[Tensor] | None:
+        """What a sequence begins with: zeros (None), or where the last call stopped."""
+        if reset or self._states is None:
+            return None
+        before = self._states[0].shape[0]
+        if before != batch:
+            raise ValueError(
+                f"EchoStateNetwork.{op}: the last call had a batch of {before}, this one has "
+                f"{batch}: it cannot go on from there"
+            )
+        return self._states
 
     @staticmethod
     def _like(y: Tensor, like: Any, flat: bool, batched: bool) -> Any:
@@ -190,7 +209,7 @@ class EchoStateNetwork(nn.Module):
         Raises:
             ValueError: shapes that do not fit; no more steps than the washout; NaN in `y`.
         """
-        x, target = self._inputs("fit", x, y, None if reset else self._output)
+        x, target = self._inputs("fit", x, y, reset)
         steps = x.shape[0]
         if steps <= self.washout:
             raise ValueError(
@@ -202,7 +221,7 @@ class EchoStateNetwork(nn.Module):
         if x.shape[1] == 0:
             raise ValueError("EchoStateNetwork.fit: x has a batch of 0: there is nothing to fit")
         readout = Readout(self.readout.in_features, self.outputs, self.solver, self.ridge)
-        states = None if reset else self._states
+        states = self._states_before("fit", x.shape[1], reset)
         for first, end, features, after in self._features(x, states, self.noise):
             states = after
             skip = max(0, self.washout - first)
@@ -216,12 +235,9 @@ class EchoStateNetwork(nn.Module):
         return self
 
     def _inputs(
-        self, op: str, x: Array | None, y: Array | None, before: Tensor | None = None
+        self, op: str, x: Array | None, y: Array | None, reset: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """What drives the reservoir, fed-back outputs included, and the target.
-
-        `before` is the output of the step before the first, zero if None.
-        """
+        """What drives the reservoir, fed-back outputs included, and the target."""
         if y is None:
             raise ValueError(f"EchoStateNetwork.{op}: y is missing")
         target = self._sequence(op, "y", y, self.outputs)
@@ -237,12 +253,9 @@ class EchoStateNetwork(nn.Module):
                 f"got {tuple(u.shape[:2])} and {tuple(target.shape[:2])}"
             )
         if self.feedback:  # the output of the step before
+            goes_on = self._states_before(op, target.shape[1], reset) is not None
+            before = self._output if goes_on else None
             first = torch.zeros_like(target[:1]) if before is None else before[None]
-            if first.shape != target[:1].shape:
-                raise ValueError(
-                    f"EchoStateNetwork.{op}: the last call had a batch of {first.shape[1]}, this "
-                    f"one has {target.shape[1]}: it cannot go on from there"
-                )
             fed = torch.cat((first, target[:-1]))
             u = torch.cat((u, fed), 2)
         return u, target
@@ -264,12 +277,13 @@ class EchoStateNetwork(nn.Module):
         """
         self._require_fit("predict")
         u = self._sequence("predict", "x", x, self.inputs)
+        states = self._states_before("predict", u.shape[1], reset)
         if self.feedback:
-            if reset:
+            if states is None:
                 self._states = self._output = None
             y = self._free_run(u)
         else:
-            y = self._read(u, None if reset else self._states)
+            y = self._read(u, states)
         return self._like(y, x, np.ndim(x) == 1, np.ndim(x) == 3)
 
     @in_own_precision

@@ -266,6 +266,34 @@ def test_saved_copied_and_pickled():
         np.testing.assert_array_equal(other.predict(series), expected)
 
 
+def test_loaded_weights_begin_anew():
+    """What was left of the last call belongs to the weights that were replaced."""
+    series = sine(300)
+    net = network().fit(series[:-1], series[1:])
+    net.load_state_dict(net.state_dict())
+    with pytest.raises(ValueError, match="call fit, predict or warm_up first"):
+        net.generate(3)
+
+
+@pytest.mark.parametrize("feedback", [0.0, 0.5])
+def test_another_batch_cannot_go_on(feedback):
+    one, two = torch.rand(20, 1, 2, **F64), torch.rand(20, 2, 2, **F64)
+    net = nn.EchoStateNetwork(2, 30, 2, washout=5, feedback_scaling=feedback, **F64)
+    net.fit(one, one)
+    message = "the last call had a batch of 1, this one has 2"
+    with pytest.raises(ValueError, match="fit: " + message):
+        net.fit(two, two, reset=False)
+    with pytest.raises(ValueError, match="predict: " + message):
+        net.predict(two, reset=False)
+    net.fit(one, one, reset=False)
+
+
+def test_construction_leaves_torchs_generator_alone():
+    before = torch.get_rng_state()
+    network()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_changed_matrix_is_packed_again():
     layer = nn.Reservoir(1, 30, connectivity=0.2, **F64)
     x = torch.randn(4, 2, 1, **F64)
