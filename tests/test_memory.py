@@ -89,6 +89,36 @@ def test_small_tensors_and_other_scopes_are_not_pooled():
     assert nnarch.empty_cache() == 0
 
 
+def test_blocks_that_share_pages_are_freed_together():
+    with pooled_memory():
+        kept, other = large(), large(-X)
+    address = other.data_ptr()
+    del other
+    assert nnarch.empty_cache() == 0
+    with pooled_memory():
+        assert large().data_ptr() == address
+    assert torch.equal(kept, torch.relu(X))
+    del kept
+    assert nnarch.empty_cache() >= 2 * X.nbytes
+
+
+def test_packed_weights_return_with_their_module():
+    layer = nnarch.nn.Linear(700, 300).eval()
+    x = torch.randn(5, 700)
+    with torch.no_grad():
+        layer(x)
+        for _ in range(3):  # packed anew, where the last ones lay
+            layer.weight.mul_(2)
+            y = layer(x)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, layer.weight, layer.bias))
+    nnarch.empty_cache()
+    packed = layer.weight.nbytes
+    del layer
+    gc.collect()
+    kept = nnarch.empty_cache()  # nothing where a thread's scratch lies among them
+    assert kept == 0 or packed <= kept < 3 * packed
+
+
 def test_scopes_nest_and_end_with_errors():
     with pytest.raises(KeyError), pooled_memory():
         with pooled_memory():

@@ -47,7 +47,7 @@ int64_t all_groups_size(const ConvShape& p, const WinogradTile& tile) {
 template <class T>
 Tensor pack_groups(const Tensor& weight, const ConvShape& p, const WinogradTile& tile) {
   const int64_t size = group_size<T>(p, tile);
-  Tensor packed = new_contiguous({all_groups_size<T>(p, tile)}, weight.scalar_type());
+  Tensor packed = new_packed(all_groups_size<T>(p, tile), weight.scalar_type());
   if (tile.m == 0 && packs_narrow_groups<T>(p)) {
     grouped_pack<T>(grouped_weight(data<T>(weight), weight, p.groups), mutable_data<T>(packed));
     return packed;

@@ -20,7 +20,7 @@ inline bool pairs_pack(ScalarType type, int64_t groups, int64_t tile) {
 inline Tensor pack_conv_pairs(const Tensor& weight) {
   const int64_t k = weight.size(0), c = weight.size(1), nr = pairs()->nr;
   const int64_t taps = weight.size(2) * weight.size(3), depth = taps * c;
-  const Tensor packed = new_contiguous({pairs_packed_size(k, depth)}, ScalarType::BFloat16);
+  const Tensor packed = new_packed(pairs_packed_size(k, depth), ScalarType::BFloat16);
   uint16_t* to = mutable_data<uint16_t>(packed);
   const uint16_t* from = data<uint16_t>(weight);
   const HalfTable& half = half_table(ScalarType::BFloat16);

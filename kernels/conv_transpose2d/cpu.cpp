@@ -152,7 +152,7 @@ Tensor conv_transpose2d_pack(const Tensor& weight_in, const IntList& stride,
   return with_scalar_type(weight.scalar_type(), "conv_transpose2d_pack", [&](auto scalar) {
     using T = decltype(scalar);
     const int64_t size = transposed_packed_size<T>(p, layout);
-    const Tensor packed = new_contiguous({checked_sum(size, kHeader)}, weight.scalar_type());
+    const Tensor packed = new_packed(checked_sum(size, kHeader), weight.scalar_type());
     T* to = mutable_data<T>(packed);
     std::fill_n(to, kHeader, T{0});
     to[0] = static_cast<T>(layout);

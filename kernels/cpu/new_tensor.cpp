@@ -18,25 +18,48 @@ namespace nnarch {
 
 bool torch_adopts_memory() { return torch_from_blob != nullptr; }
 
-Tensor new_strided(const IntList& sizes, const IntList& strides, ScalarType type) {
-  const auto dims = static_cast<int64_t>(sizes.size());
-  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  const int32_t cpu = aoti_torch_device_type_cpu();
-  auto bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
+namespace {
+
+int32_t dtype_of(ScalarType type) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+}
+
+int64_t bytes_of(const IntList& sizes, ScalarType type) {
+  auto bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype_of(type)));
   for (int64_t size : sizes) bytes = checked_product(bytes, size);
+  return bytes;
+}
+
+template <Held held>
+Tensor pooled(const IntList& sizes, const IntList& strides, ScalarType type) {
+  void* block = pool_take(bytes_of(sizes, type), held);
+  const auto give_back = [](void* memory, void*) { pool_give_back(memory, held); };
+  constexpr int32_t no_index = -1;  // from_blob takes no other for the CPU
   AtenTensorHandle handle;
-  if (pool_serves(bytes)) {
-    void* block = pool_take(bytes);
-    const auto give_back = [](void* memory, void*) { pool_give_back(memory); };
-    constexpr int32_t no_index = -1;  // from_blob takes no other for the CPU
-    if (torch_from_blob(block, dims, sizes.data(), strides.data(), 0, dtype, cpu, no_index, &handle,
-                        aoti_torch_layout_strided(), nullptr, 0, give_back, nullptr)) {
-      pool_give_back(block);
-      throw std::runtime_error("nnarch: torch did not take the memory of a new tensor");
-    }
-    return Tensor(handle);
+  if (torch_from_blob(block, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0,
+                      dtype_of(type), aoti_torch_device_type_cpu(), no_index, &handle,
+                      aoti_torch_layout_strided(), nullptr, 0, give_back, nullptr)) {
+    pool_give_back(block, held);
+    throw std::runtime_error("nnarch: torch did not take the memory of a new tensor");
   }
-  if (aoti_torch_empty_strided(dims, sizes.data(), strides.data(), dtype, cpu, 0, &handle))
+  return Tensor(handle);
+}
+
+}  // namespace
+
+Tensor new_packed(int64_t size, ScalarType type) {
+  constexpr int64_t smallest = 4096;  // bytes
+  if (!torch_adopts_memory() || bytes_of({size}, type) < smallest)
+    return new_contiguous({size}, type);
+  return pooled<Held::between_calls>({size}, {1}, type);
+}
+
+Tensor new_strided(const IntList& sizes, const IntList& strides, ScalarType type) {
+  const int64_t bytes = bytes_of(sizes, type);
+  if (pool_serves(bytes)) return pooled<Held::in_calls>(sizes, strides, type);
+  AtenTensorHandle handle;
+  if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               dtype_of(type), aoti_torch_device_type_cpu(), 0, &handle))
     throw std::runtime_error("not enough memory: a tensor of " + std::to_string(bytes) +
                              " bytes is needed");
   Tensor result(handle);
@@ -47,9 +70,7 @@ Tensor new_strided(const IntList& sizes, const IntList& strides, ScalarType type
 OptTensor new_lazy_zeros([[maybe_unused]] const IntList& sizes, [[maybe_unused]] ScalarType type) {
 #ifdef __linux__
   if (!torch_adopts_memory()) return std::nullopt;
-  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  auto bytes = static_cast<int64_t>(aoti_torch_dtype_element_size(dtype));
-  for (int64_t size : sizes) bytes = checked_product(bytes, size);
+  const int64_t bytes = bytes_of(sizes, type);
   constexpr int64_t huge = int64_t{2} << 20;
   const auto length = static_cast<size_t>(round_up(bytes, huge));
   void* room =
@@ -66,8 +87,9 @@ OptTensor new_lazy_zeros([[maybe_unused]] const IntList& sizes, [[maybe_unused]]
   const IntList strides = contiguous_strides(sizes);
   AtenTensorHandle handle;
   if (torch_from_blob(block, static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), 0,
-                      dtype, aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(),
-                      nullptr, 0, give_back, reinterpret_cast<void*>(length))) {
+                      dtype_of(type), aoti_torch_device_type_cpu(), -1, &handle,
+                      aoti_torch_layout_strided(), nullptr, 0, give_back,
+                      reinterpret_cast<void*>(length))) {
     munmap(block, length);
     return std::nullopt;
   }

@@ -63,6 +63,8 @@ auto with_scalar_type(ScalarType type, const char* op, const F& f) {
 
 // An uninitialised tensor: large ones from the pool or on huge pages. (new_tensor.cpp)
 Tensor new_strided(const IntList& sizes, const IntList& strides, ScalarType type);
+// [size], for packed weights, among others of their kind (pool.h).
+Tensor new_packed(int64_t size, ScalarType type);
 
 inline IntList contiguous_strides(const IntList& sizes) {
   IntList strides(sizes.size());

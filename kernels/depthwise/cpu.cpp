@@ -54,8 +54,7 @@ Tensor depthwise_conv2d_pack(const Tensor& weight_in) {
   return with_scalar_type(weight.scalar_type(), "depthwise_conv2d_pack", [&](auto scalar) {
     using T = decltype(scalar);
     const int64_t taps = weight.size(2) * weight.size(3);
-    Tensor packed =
-        new_contiguous({packed_depthwise_size(weight.size(0), taps)}, weight.scalar_type());
+    Tensor packed = new_packed(packed_depthwise_size(weight.size(0), taps), weight.scalar_type());
     pack_depthwise<T>(weight, TapList::whole(weight.size(2), weight.size(3)),
                       mutable_data<T>(packed));
     return packed;

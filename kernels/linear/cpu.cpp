@@ -194,7 +194,7 @@ Tensor transposed_product(const Tensor& x, const Tensor& w) {
 template <class E, class F>
 Tensor half_packed(const Tensor& weight, int64_t size, int64_t panel, int64_t nr, ScalarType type,
                    const F& pack) {
-  const Tensor packed = new_contiguous({size}, type);
+  const Tensor packed = new_packed(size, type);
   E* to = mutable_data<E>(packed);
   const Tensor dense = dense_weight(weight);
   const HalfMatrix view = half_view(dense);
@@ -218,7 +218,7 @@ Tensor linear_pack(const Tensor& weight) {
       if (is_half(type))
         return half_packed<float>(weight, size, nr * depth, nr, ScalarType::Float,
                                   pack_half_columns);
-    const Tensor packed = new_contiguous({size}, type);
+    const Tensor packed = new_packed(size, type);
     pack_weight(weight_view<T>(weight), mutable_data<T>(packed));
     return packed;
   });

@@ -159,7 +159,7 @@ template <class T>
 Tensor pack_both(const Tensor& gate, const Tensor& up) {
   const int64_t n = gate.size(0), depth = gate.size(1), nr = gemm<T>().nr;
   const int64_t size = packed_size<T>(n, 1, depth), panels = ceil_div(n, nr);
-  Tensor packed = new_contiguous({checked_product(2, size)}, compute_type(gate.scalar_type()));
+  Tensor packed = new_packed(checked_product(2, size), compute_type(gate.scalar_type()));
   T* to = mutable_data<T>(packed);
   parallel_tasks(2 * panels, [&](int64_t task) {
     const int64_t first = task % panels * nr;

@@ -32,7 +32,7 @@ Tensor recurrent_pack(const Tensor& weight_ih, const Tensor& weight_hh, const Op
   return with_scalar_type(ih.scalar_type(), "recurrent_pack", [&](auto scalar) {
     using T = decltype(scalar);
     const LayerWeights<T> weights(ih, hh, hr, kind);
-    const Tensor packed = new_contiguous({weights.size(bfloat16)}, ih.scalar_type());
+    const Tensor packed = new_packed(weights.size(bfloat16), ih.scalar_type());
     pack_all(weights, bfloat16, mutable_data<T>(packed));
     return packed;
   });

@@ -90,7 +90,7 @@ Tensor pack_rows(const Rows& m, const T* values, ScalarType type) {
   for (int64_t s = 0; s < m.neurons; s += kSlice)
     entries = checked_sum(entries, m.length(order[static_cast<size_t>(s)]) * kSlice);
   const PackedHeader h = PackedHeader::of(m.neurons, entries, sizeof(T));
-  const Tensor packed = new_contiguous({h.end / static_cast<int64_t>(sizeof(T))}, type);
+  const Tensor packed = new_packed(h.end / static_cast<int64_t>(sizeof(T)), type);
   auto* bytes = reinterpret_cast<char*>(mutable_data<T>(packed));
   // The gaps too: equal matrices have equal bytes.
   std::memset(bytes, 0, static_cast<size_t>(h.values));

@@ -106,18 +106,23 @@ def poisoned_memory() -> Iterator[None]:
     """Fill every block of memory that malloc hands out with 0xFF bytes: NaN in every dtype.
 
     torch.utils.deterministic.fill_uninitialized_memory serves torch's own functions only; this
-    reaches the outputs and the scratch memory of native kernels. mallopt keeps an int and fills
-    with its low byte, inverted: 0x100 switches filling on and makes it 0xFF.
+    reaches the outputs of native kernels, and `nnarch_pool_fill` their scratch memory and packed
+    weights. mallopt keeps an int and fills with its low byte, inverted: 0x100 switches filling on
+    and makes it 0xFF.
     """
     libc = ctypes.CDLL(None)
     if not sys.platform.startswith("linux") or not hasattr(libc, "mallopt"):
         yield
         return
     libc.mallopt(_M_PERTURB, 0x100)
+    if library.native is not None:
+        library.native.nnarch_pool_fill(0xFF)
     try:
         yield
     finally:
         libc.mallopt(_M_PERTURB, 0)
+        if library.native is not None:
+            library.native.nnarch_pool_fill(-1)
 
 
 def memory_is_poisoned() -> bool:
