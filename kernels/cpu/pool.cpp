@@ -19,7 +19,7 @@ namespace nnarch {
 namespace {
 
 constexpr int64_t kSmallest = int64_t{16} << 10;   // smaller tensors are malloc's business
-constexpr int64_t kMostIdle = int64_t{512} << 20;  // idle bytes kept at most
+constexpr int64_t kMostIdle = int64_t{512} << 20;  // of calls: bytes kept for the next
 constexpr int64_t kPage = 4096, kHugePage = int64_t{2} << 20, kSlab = 8 * kHugePage;
 
 thread_local int scopes = 0;
@@ -48,6 +48,8 @@ constexpr bool kBlocksApart = false;
 
 class Pool {
  public:
+  explicit Pool(int64_t most_idle) : most_idle_(most_idle) {}
+
   void* take(int64_t wanted) {
     constexpr int64_t line = 64;
     const bool shares = wanted < kHugePage && !kBlocksApart;
@@ -75,18 +77,24 @@ class Pool {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto [size, slab] = blocks_.at(block);
     if (slab) --slab->taken;
-    if (slab || idle_bytes_ + size <= kMostIdle) {
+    if (slab || idle_bytes_ + size <= most_idle_) {
       idle_.emplace(size, block);
       idle_bytes_ += size;
+      if (most_idle_ == 0 && slab->taken == 0) free_idle();
     } else {
       blocks_.erase(block);
       std::free(block);
     }
   }
 
-  // Blocks of a slab go together, or stay for those that need as many bytes.
   int64_t clear() {
     const std::lock_guard<std::mutex> lock(mutex_);
+    return free_idle();
+  }
+
+ private:
+  // Blocks of a slab go together, or stay for those that need as many bytes.
+  int64_t free_idle() {
     int64_t bytes = 0;
     for (auto i = idle_.begin(); i != idle_.end();) {
       const auto [size, block] = *i;
@@ -108,7 +116,6 @@ class Pool {
     return bytes;
   }
 
- private:
   // A new block of the last slab, or of one more.
   void* cut(int64_t bytes) {
     if (slabs_.empty() || slabs_.back().used + bytes > kSlab)
@@ -128,13 +135,15 @@ class Pool {
   std::multimap<int64_t, void*> idle_;
   std::unordered_map<void*, Block> blocks_;
   std::list<Slab> slabs_;  // stay where they are
+  const int64_t most_idle_;
   int64_t idle_bytes_ = 0;
 };
 
 // Never destroyed: tensors may die after static destructors have run.
 Pool& pool(Held held) {
-  static Pool* const pools = new Pool[2];
-  return pools[held == Held::between_calls];
+  static Pool* const of_calls = new Pool(kMostIdle);
+  static Pool* const between_calls = new Pool(0);
+  return held == Held::in_calls ? *of_calls : *between_calls;
 }
 
 }  // namespace

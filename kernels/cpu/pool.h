@@ -4,9 +4,9 @@
 // A large tensor fresh from the operating system costs a page fault for every page that is written;
 // for MobileNetV2 at batch 8 that was a seventh of the time. Inside a pooled scope outputs take
 // their memory from blocks that earlier outputs gave back. A block returns when its tensor dies, on
-// whatever thread that happens. A network's weights and activations in pages of 4 KB are more of
-// them than a processor knows the addresses of: ResNet-50 and MobileNetV2 at batch 1 take 1 to 3 %
-// longer.
+// whatever thread that happens. In pages of 4 KB a network's weights and activations are more of
+// them than a processor knows the addresses of: ResNet-50 and MobileNetV2 at batch 1 took 57.6 and
+// 6.47 ms, 56.8 and 6.34 with small blocks side by side in huge ones.
 #pragma once
 
 #include <cstdint>
