@@ -16,7 +16,7 @@ struct Group {
   const RoutingTable<T>& table;
   int64_t first, count;
   Scratch<T> x;
-  Scratch<T> votes;
+  LargeScratch<T> votes;
   Scratch<T> partial, logits, agreed;
 
   Group(const Routing<T>& routing, const RoutingTable<T>& table_, int64_t first_)
@@ -116,7 +116,7 @@ Tensor capsule_routing_pack(const Tensor& weight) {
     using T = decltype(scalar);
     const Tensor x = new_contiguous({0, w.size(1), w.size(3)}, w.scalar_type());
     const Routing<T> r(x, w);
-    packed = new_packed(r.packed_size(), w.scalar_type());
+    packed = new_contiguous({r.packed_size()}, w.scalar_type());
     pack_weight(r, data<T>(w), !w.is_contiguous(), mutable_data<T>(packed));
   });
   return packed;

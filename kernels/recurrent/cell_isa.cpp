@@ -139,14 +139,10 @@ NNARCH_NOINLINE void lstm(const CellBlock<T>& p) {
 
 template <class T>
 void cell(const CellBlock<T>& p) {
-  if (p.kind == 0)
-    cell_of<T, 0>(p);
-  else if (p.kind == 1)
-    cell_of<T, 1>(p);
-  else if (p.kind == 2)
-    p.kept ? lstm<T, true>(p) : lstm<T, false>(p);
-  else
-    cell_of<T, 3>(p);
+  if (p.kind == 0) return cell_of<T, 0>(p);
+  if (p.kind == 1) return cell_of<T, 1>(p);
+  if (p.kind == 2) return p.kept ? lstm<T, true>(p) : lstm<T, false>(p);
+  cell_of<T, 3>(p);
 }
 
 }  // namespace

@@ -105,7 +105,9 @@ class EchoStateNetwork(nn.Module):
         features = sum(sizes) * (2 if bidirectional else 1) + (width if input_to_readout else 0)
         # Not initialized there, which would draw from torch's global generator.
         readout = Linear(features, outputs, device="meta", dtype=dtype)
-        self.readout = readout.to_empty(device=device or torch.get_default_device())
+        self.readout = readout.to_empty(
+            device=torch.get_default_device() if device is None else device
+        )
         nn.init.zeros_(self.readout.weight)
         nn.init.zeros_(self.readout.bias)
         self._fitted = False
