@@ -1,12 +1,12 @@
 // Memory that is kept, in huge pages where the system has them: for the activations of an
-// accelerated model, from one call to the next, and for packed weights and scratch.
+// accelerated model, from one call to the next, and for packed weights.
 //
 // A large tensor fresh from the operating system costs a page fault for every page that is written;
 // for MobileNetV2 at batch 8 that was a seventh of the time. Inside a pooled scope outputs take
 // their memory from blocks that earlier outputs gave back. A block returns when its tensor dies, on
 // whatever thread that happens. In pages of 4 KB a network's weights and activations are more of
-// them than a processor knows the addresses of: ResNet-50 and MobileNetV2 at batch 1 took 57.6 and
-// 6.47 ms, 56.8 and 6.34 with small blocks side by side in huge ones.
+// them than a processor knows the addresses of: ResNet-50 and MobileNetV2 at batch 1 took 56.7 and
+// 6.38 ms, 56.5 and 6.33 with small blocks side by side in huge ones.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,7 @@ bool torch_adopts_memory();
 // Whether the calling thread is inside a pooled scope and this torch supports it (2.11 and newer).
 bool pool_serves(int64_t bytes);
 
-// How long a block is held: what lasts a call shares no page with packed weights and scratch.
+// How long a block is held: what lasts a call shares no page with packed weights.
 enum class Held { in_calls, between_calls };
 
 // At least `bytes` bytes on pages of their own, uninitialised. Throws std::bad_alloc.

@@ -38,7 +38,8 @@ struct Products {
   int64_t gh_step;
 };
 
-// What went past the caches is there before another thread may look.
+// What went past the caches is there before another thread may look. A fence with every cell would
+// take what such writing gains.
 inline void finish_past_caches(bool any) {
   if (any) std::atomic_thread_fence(std::memory_order_seq_cst);  // x86: whatever has a lock drains
 }
