@@ -78,7 +78,7 @@ class Pool {
     const auto [size, slab] = blocks_.at(block);
     if (slab) --slab->taken;
     if (slab || idle_bytes_ + size <= most_idle_) {
-      idle_.emplace(size, block);
+      idle_.emplace_hint(idle_.lower_bound(size), size, block);  // the last one back serves first
       idle_bytes_ += size;
       if (most_idle_ == 0 && slab->taken == 0) free_idle();
     } else {
