@@ -10,15 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nnarch import arrays
 from nnarch import functional as F
+from nnarch.nn.echo_state_arrays import Array, as_sequence, like
 from nnarch.nn.echo_state_options import check_fit, check_network, per_input
 from nnarch.nn.linear import Linear
 from nnarch.nn.readout import Readout
 from nnarch.nn.reservoir import Scaling, in_own_precision
 from nnarch.nn.reservoir_stack import chunks, make_stack, reservoirs, run_in_chunks, run_stack
-
-Array = Tensor | np.ndarray
 
 
 class EchoStateNetwork(nn.Module):
@@ -131,32 +129,10 @@ class EchoStateNetwork(nn.Module):
 
     # --------------------------------------------------------------------------------- sequences
 
-    @property
-    def _kind(self) -> dict[str, Any]:
-        weight = self.readout.weight
-        return {"device": weight.device, "dtype": weight.dtype}
-
     def _sequence(self, op: str, name: str, value: Array, width: int) -> Tensor:
-        """Any accepted shape as [T, B, width]."""
+        weight = self.readout.weight
         op = f"EchoStateNetwork.{op}"
-        if not isinstance(value, (Tensor, np.ndarray)):
-            value = np.asarray(value)
-        if not isinstance(value, Tensor) and not value.dtype.isnative:
-            value = value.astype(value.dtype.newbyteorder("="))
-        x = arrays.to_tensor(op, name, value)
-        if x.is_complex():
-            raise TypeError(f"{op}: {name} must be real, got {x.dtype}")
-        x = x.to(**self._kind)
-        if x.dim() == 1 and width == 1:
-            x = x[:, None]
-        if x.dim() == 2:
-            x = x[:, None]
-        if x.dim() != 3 or x.shape[2] != width:
-            raise ValueError(
-                f"{op}: {name} must be [T, {width}] or [T, B, {width}], "
-                f"got {tuple(np.shape(value))}"
-            )
-        return x
+        return as_sequence(op, name, value, width, device=weight.device, dtype=weight.dtype)
 
     def _states_before(self, op: str, batch: int, reset: bool) -> list[Tensor] | None:
         """What a sequence begins with: zeros (None), or where the last call stopped."""
@@ -169,15 +145,6 @@ class EchoStateNetwork(nn.Module):
                 f"{batch}: it cannot go on from there"
             )
         return self._states
-
-    @staticmethod
-    def _like(y: Tensor, like: Any, flat: bool, batched: bool) -> Any:
-        """`y` in the shape and kind of what came in."""
-        if not batched:
-            y = y[:, 0]
-        if flat and y.shape[-1] == 1:
-            y = y[..., 0]
-        return y if isinstance(like, Tensor) else y.detach().cpu().numpy()
 
     def _features(
         self, x: Tensor, states: list[Tensor] | None, noise: float = 0.0
@@ -286,7 +253,7 @@ class EchoStateNetwork(nn.Module):
             y = self._free_run(u)
         else:
             y = self._read(u, states)
-        return self._like(y, x, np.ndim(x) == 1, np.ndim(x) == 3)
+        return like(x, y, np.ndim(x) == 1, np.ndim(x) == 3)
 
     @in_own_precision
     def forward(self, x: Tensor) -> Tensor:
@@ -376,7 +343,7 @@ class EchoStateNetwork(nn.Module):
             y = torch.cat((self._output[None], self._free_run(u[1:])))
         else:
             y = self._free_run(u)
-        return self._like(y, x, False, batch > 1 or (x is not None and np.ndim(x) == 3))
+        return like(x, y, False, batch > 1 or (x is not None and np.ndim(x) == 3))
 
     def _free_run(self, u: Tensor) -> Tensor:
         """Outputs fed back over ``u``'s steps, in native code where there is one layer."""

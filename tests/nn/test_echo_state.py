@@ -1,4 +1,4 @@
-"""Echo-state networks: what they learn, their shapes, their states, their errors."""
+"""Echo-state networks: what they learn, their shapes, their errors."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from echo_state_cases import network, sine
 
 from nnarch import nn
 from nnarch.nn import reservoir_stack as module
@@ -21,16 +22,6 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 mackey_glass = importlib.import_module("mackey_glass")
 
 F64 = {"dtype": torch.float64}
-
-
-def sine(steps: int, features: int = 1) -> np.ndarray:
-    t = np.arange(steps)[:, None] * (0.2 + 0.05 * np.arange(features))
-    return np.sin(t) * np.cos(0.31 * t)
-
-
-def network(**options):
-    defaults = dict(washout=50, seed=3, connectivity=0.1, leak=0.5, ridge=1e-8) | F64
-    return nn.EchoStateNetwork(1, 60, 1, **(defaults | options))
 
 
 # -------------------------------------------------------------------------------------- weights
@@ -148,37 +139,6 @@ def test_the_readout_has_the_parameters_of_the_paper():
     assert sum(p.numel() for p in net.parameters()) == (100 + 1) * 2
 
 
-def _free_run_by_hand(net, state, output, steps):
-    layer, said = net.layers[0], []
-    for _ in range(steps):
-        states, state = layer(torch.as_tensor(output)[None], state)
-        output = net.readout(states[0])
-        said.append(output.detach())
-    return torch.stack(said)
-
-
-def test_generate_feeds_the_output_back():
-    series = sine(600)
-    net = network().fit(series[:599], series[1:])
-    net.warm_up(series[:300])
-    state, first = net._states[0].clone(), net._output.clone()
-    expected = torch.cat((first[None], _free_run_by_hand(net, state, first, 9)))
-    got = net.generate(10)
-    np.testing.assert_allclose(got, expected[:, 0].numpy(), rtol=1e-9, atol=1e-12)
-    whole = net.warm_up(series[:300]).generate(30)
-    net.warm_up(series[:300])
-    parts = np.concatenate([net.generate(10), net.generate(20)])
-    np.testing.assert_allclose(parts, whole, rtol=1e-9, atol=1e-12)
-    # The first value is the prediction for the step after the last input.
-    np.testing.assert_allclose(whole[0], net.predict(series[:300])[-1])
-
-
-def test_generate_after_fit_goes_on_from_the_series_end():
-    series = sine(1200)
-    net = network(solver="lstsq").fit(series[:999], series[1:1000])
-    np.testing.assert_allclose(net.generate(20), series[1000:1020], atol=0.02)
-
-
 def test_feedback():
     """No input at all: the network is driven by what it says."""
     series = 0.5 * sine(1200)
@@ -248,14 +208,6 @@ def test_chunks_change_nothing(options, monkeypatch):
     np.testing.assert_allclose(pieces.predict(series), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_predict_can_go_on():
-    series = sine(400)
-    net = network().fit(series[:-1], series[1:])
-    whole = net.predict(series)
-    parts = np.concatenate([net.predict(series[:150]), net.predict(series[150:], reset=False)])
-    np.testing.assert_allclose(parts, whole, rtol=1e-9, atol=1e-12)
-
-
 def test_saved_copied_and_pickled():
     series = sine(300)
     net = network().fit(series[:-1], series[1:])
@@ -264,28 +216,6 @@ def test_saved_copied_and_pickled():
     fresh.load_state_dict(net.state_dict())
     for other in (fresh, copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         np.testing.assert_array_equal(other.predict(series), expected)
-
-
-def test_loaded_weights_begin_anew():
-    """What was left of the last call belongs to the weights that were replaced."""
-    series = sine(300)
-    net = network().fit(series[:-1], series[1:])
-    net.load_state_dict(net.state_dict())
-    with pytest.raises(ValueError, match="call fit, predict or warm_up first"):
-        net.generate(3)
-
-
-@pytest.mark.parametrize("feedback", [0.0, 0.5])
-def test_another_batch_cannot_go_on(feedback):
-    one, two = torch.rand(20, 1, 2, **F64), torch.rand(20, 2, 2, **F64)
-    net = nn.EchoStateNetwork(2, 30, 2, washout=5, feedback_scaling=feedback, **F64)
-    net.fit(one, one)
-    message = "the last call had a batch of 1, this one has 2"
-    with pytest.raises(ValueError, match="fit: " + message):
-        net.fit(two, two, reset=False)
-    with pytest.raises(ValueError, match="predict: " + message):
-        net.predict(two, reset=False)
-    net.fit(one, one, reset=False)
 
 
 def test_construction_leaves_torchs_generator_alone():
@@ -392,25 +322,6 @@ def test_mackey_glass():
     for seed in range(4):
         net = m.build(seed).fit(inputs[: m.TRAIN - 1], inputs[1 : m.TRAIN])
         assert m.nrmse84(net, series) <= m.BOUND
-
-
-def test_fit_goes_on_with_the_output_that_was_fed_back():
-    """Two fits in a row leave the states of one over both parts."""
-    series = torch.sin(torch.arange(302.0) / 5)
-    options = {"feedback_scaling": 0.7, "washout": 0, "connectivity": 0.2}
-    whole = nn.EchoStateNetwork(0, 30, 1, **options).fit(None, series)
-    parts = nn.EchoStateNetwork(0, 30, 1, **options).fit(None, series[:300])
-    parts.fit(None, series[300:], reset=False)
-    torch.testing.assert_close(parts._states, whole._states)
-    with pytest.raises(ValueError, match="a batch of 1, this one has 2"):
-        parts.fit(None, torch.randn(5, 2, 1), reset=False)
-
-
-def test_states_follow_the_module():
-    x = torch.randn(120, 1, dtype=torch.float64)
-    network = nn.EchoStateNetwork(1, 20, 1, washout=10, dtype=torch.float64).fit(x[:-1], x[1:])
-    assert network.float().generate(5).dtype == np.float32
-    assert not network.predict(x.float()).requires_grad
 
 
 def test_options_are_checked_at_once():
