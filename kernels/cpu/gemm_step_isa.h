@@ -237,5 +237,34 @@ NNARCH_INLINE void multiply(Indices<I...>, Rows& rows, int64_t from, int64_t cou
   }
 }
 
+// The last steps of a tile whose rows are stored by halves: 28 stores in a row delay the next
+// tile's products by 48 cycles, two times 14 with some products in between by none.
+#if defined(NNARCH_ISA_avx512)
+constexpr int kLastSteps = 4;
+#else
+constexpr int kLastSteps = 0;  // half a tile has too few sums for the latency of a product
+#endif
+template <int Rows>
+constexpr int kLastStepsOf = Rows > 8 ? kLastSteps : 0;
+
+// The products of these steps in rows from First on. What the first half of the rows leaves in
+// cache, the second one reads again. `meanwhile` runs with every step.
+template <class T, int First, class F, int... I>
+NNARCH_INLINE void multiply_last(Indices<I...>, const EvenRows<T>& rows, const T*& b,
+                                 const F& meanwhile, Vec<T>* left, Vec<T>* right) {
+  constexpr int w = kLanes<T>;
+  // Not before what the other half has stored.
+  ((keep_order(b, left[First + I], right[First + I])), ...);
+#pragma GCC unroll 4
+  for (int k = 0; k < kLastSteps; ++k) {
+    meanwhile();
+    Vec<T> b0 = load(b + k * 2 * w), b1 = load(b + k * 2 * w + w), x;
+    keep_in_register(b0), keep_in_register(b1);
+    ((x = broadcast(rows.template row<First + I>()[k]), left[First + I] += x * b0,
+      right[First + I] += x * b1),
+     ...);
+  }
+}
+
 }  // namespace
 }  // namespace nnarch::NNARCH_ISA

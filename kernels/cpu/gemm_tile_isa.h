@@ -4,7 +4,7 @@
 // The cost of a tile beside its multiplications is what decides with few channels: 1800 cycles of
 // FMAs at depth 64. It was 150 cycles: fetching C's lines in one burst, a pointer for every row, a
 // call for every tile, all bounds before all stores. Without these it was 75, of it
-// 48 for stores one after the other (kLastSteps).
+// 48 for stores one after the other (kLastStepsOf).
 #pragma once
 
 #include "cpu/gemm_ahead_isa.h"
@@ -13,15 +13,9 @@
 namespace nnarch::NNARCH_ISA {
 namespace {
 
-// The last steps of a tile whose rows are stored by halves: 28 stores in a row delay the next
-// tile's products by 48 cycles, two times 14 with some products in between by none.
-#if defined(NNARCH_ISA_avx512)
-constexpr int kLastSteps = 4;
-#else
-constexpr int kLastSteps = 0;  // half a tile has too few sums for the latency of a product
-#endif
+// How many last steps are left for the halves of a tile.
 template <Finish How, Used Use, int Rows>
-constexpr int kStaggered = How != kAnyFinish && Use == kBothVectors && Rows > 8 ? kLastSteps : 0;
+constexpr int kStaggered = How != kAnyFinish && Use == kBothVectors ? kLastStepsOf<Rows> : 0;
 
 // Where a tile's products stand before its last steps.
 template <class T>
@@ -217,28 +211,6 @@ NNARCH_INLINE void store_rows(Indices<I...>, const EvenRows<T>& to, bool past_ca
      ...);
 }
 
-// The last steps of rows from First on. What the first half of the rows leaves in cache, the second
-// one reads again.
-template <class T, int First, int... I>
-NNARCH_INLINE void multiply_last(Indices<I...>, LastSteps<T>& last, Vec<T>* left, Vec<T>* right) {
-  constexpr int w = kLanes<T>;
-  // Not before what the other half has stored.
-  ((keep_order(last.b, left[First + I], right[First + I])), ...);
-#pragma GCC unroll 4
-  for (int k = 0; k < kLastSteps; ++k) {
-    if constexpr (First == 0) {
-      const T* fetched = last.line.next();
-      __builtin_prefetch(fetched);
-      __builtin_prefetch(fetched + last.second);
-    }
-    Vec<T> b0 = load(last.b + k * 2 * w), b1 = load(last.b + k * 2 * w + w), x;
-    keep_in_register(b0), keep_in_register(b1);
-    ((x = broadcast(last.rows.template row<First + I>()[k]), left[First + I] += x * b0,
-      right[First + I] += x * b1),
-     ...);
-  }
-}
-
 // The residual lies `to_residual` elements from C.
 template <class T, Finish How, Used Use, int... I>
 NNARCH_INLINE void finish_plain(Indices<I...> each, const EvenPanel<T>& p, LastSteps<T>& last, T* c,
@@ -251,9 +223,14 @@ NNARCH_INLINE void finish_plain(Indices<I...> each, const EvenPanel<T>& p, LastS
   if constexpr (kStaggered<How, Use, rows> > 0) {
     constexpr MakeIndices<half> first;
     constexpr MakeIndices<rows - half> second;
-    if (last.some) multiply_last<T, 0>(first, last, left, right);
+    const auto fetch = [&]() NNARCH_INLINE_LAMBDA {
+      const T* fetched = last.line.next();
+      __builtin_prefetch(fetched);
+      __builtin_prefetch(fetched + last.second);
+    };
+    if (last.some) multiply_last<T, 0>(first, last.rows, last.b, fetch, left, right);
     store_rows<T, adds, 0>(first, to, p.stream, bounds, left, right, to_residual);
-    if (last.some) multiply_last<T, half>(second, last, left, right);
+    if (last.some) multiply_last<T, half>(second, last.rows, last.b, [] {}, left, right);
     store_rows<T, adds, half>(second, to, p.stream, bounds, left, right, to_residual);
   } else {
     store_rows<T, adds, 0>(each, to, p.stream, bounds, left, right, to_residual);

@@ -53,6 +53,22 @@ def test_sizes(size, kind, dtype):
                 assert_as_accurate(a, b, c, what=what)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=name_of)
+def test_activations_at_their_ends(dtype):
+    """tanh is odd, never passes 1 and reaches it; σ(0) is a half: h' = σ(0)·tanh(σ(0)·c)."""
+    near_one = torch.linspace(6.0, 10.0, 20_001, dtype=dtype)
+    rows = torch.cat((near_one, torch.tensor([30.0, 1e30, float("inf")], dtype=dtype)))[:, None]
+    weight_ih, weight_hh = torch.ones(16, 1, dtype=dtype), torch.zeros(16, 16, dtype=dtype)
+    state = torch.zeros(len(rows), 16, dtype=dtype)
+    above, below = (F.rnn_cell(sign * rows, state, weight_ih, weight_hh) for sign in (1, -1))
+    assert torch.equal(above, -below) and float(above.max()) == 1
+    assert bool((above[rows[:, 0] > 9.5] > 1 - 1e-7).all())
+    cell = torch.full((3, 16), 0.5, dtype=dtype)
+    zeros = [torch.zeros(s, dtype=dtype) for s in ((3, 1), (3, 16), (64, 1), (64, 16))]
+    _, c = F.lstm_cell(zeros[0], (zeros[1], cell), zeros[2], zeros[3])
+    assert torch.equal(c, cell / 2)
+
+
 @each_kind
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=name_of)
 def test_half_types(kind, dtype):
