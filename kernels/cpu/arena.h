@@ -1,10 +1,11 @@
-// Scratch memory of the calling thread: allocated once, grown when needed, freed with the thread.
+// Scratch memory of the calling thread: taken once, more when needed, given back with the thread.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <new>
 #include <vector>
+
+#include "cpu/pool.h"
 
 namespace nnarch {
 
@@ -17,19 +18,16 @@ class Arena {
   }
 
   ~Arena() {
-    for (Block& block : blocks_) std::free(block.memory);
+    for (Block& block : blocks_) free(block);
   }
 
   void* take(int64_t bytes) {
     if (depth_ == blocks_.size()) blocks_.push_back({nullptr, 0});
     Block& block = blocks_[depth_];
     if (block.bytes < bytes) {
-      std::free(block.memory);
+      free(block);
       block = {nullptr, 0};
-      const int64_t rounded = (bytes + 4095) / 4096 * 4096;
-      block.memory = std::aligned_alloc(4096, static_cast<size_t>(rounded));
-      if (block.memory == nullptr) throw std::bad_alloc();
-      block.bytes = rounded;
+      block = {pool_take(bytes, Held::between_calls), bytes};
     }
     ++depth_;
     return block.memory;
@@ -42,8 +40,11 @@ class Arena {
     void* memory;
     int64_t bytes;
   };
+  static void free(const Block& block) {
+    if (block.memory) pool_give_back(block.memory, Held::between_calls);
+  }
   std::vector<Block> blocks_;
-  size_t depth_ = 0;
+  std::size_t depth_ = 0;
 };
 
 // `count` elements of T, uninitialised, until the end of the scope.

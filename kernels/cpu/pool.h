@@ -1,12 +1,13 @@
 // Memory that is kept, in huge pages where the system has them: for the activations of an
-// accelerated model, from one call to the next, and for packed weights.
+// accelerated model, from one call to the next, for packed weights, and for scratch.
 //
 // A large tensor fresh from the operating system costs a page fault for every page that is written;
 // for MobileNetV2 at batch 8 that was a seventh of the time. Inside a pooled scope outputs take
 // their memory from blocks that earlier outputs gave back. A block returns when its tensor dies, on
-// whatever thread that happens. In pages of 4 KB a network's weights and activations are more of
-// them than a processor knows the addresses of: ResNet-50 and MobileNetV2 at batch 1 took 56.7 and
-// 6.38 ms, 56.5 and 6.33 with small blocks side by side in huge ones.
+// whatever thread that happens. In pages of 4 KB a network's weights, activations and scratch are
+// more of them than a processor knows the addresses of. With small blocks side by side in huge pages
+// MobileNetV2 at batch 1 took 0.7 % less, ResNet-50 0.4; with scratch there, too, 1 to 3 % and up to
+// 1 % less again.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +20,7 @@ bool torch_adopts_memory();
 // Whether the calling thread is inside a pooled scope and this torch supports it (2.11 and newer).
 bool pool_serves(int64_t bytes);
 
-// How long a block is held: what lasts a call shares no page with packed weights.
+// How long a block is held: what lasts a call shares no page with packed weights and scratch.
 enum class Held { in_calls, between_calls };
 
 // At least `bytes` bytes on pages of their own, uninitialised. Throws std::bad_alloc.
