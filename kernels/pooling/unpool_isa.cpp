@@ -109,11 +109,12 @@ bool plane(const T* x, const int64_t* index, const Windows2d& w, int64_t from, i
     for (int64_t j = 0; j < w.width; j += lane) {
       const int64_t n = w.width - j < lane ? w.width - j : lane, at = i * w.width + j;
       const Vec<T> v = load_n(x + at, n), none{};
-      const Lanes<T> where = load_lanes(index + at, n, seen, T{}) - steps;
+      const Lanes<T> where = load_lanes(index + at, n, seen, T{});
       Lanes<T> found = steps >= lanes<T>(2 * n);  // lanes past the row
       for (int64_t r = 0; r < w.tall; ++r) {
         const int64_t pixel = (i * w.tall + r) * width + 2 * j;
-        const Lanes<T> left = where == lanes<T>(pixel), right = where == lanes<T>(pixel + 1);
+        const Lanes<T> first = lanes<T>(pixel) + steps;
+        const Lanes<T> left = where == first, right = where == first + 1;
         found |= left | right;
         const Vec<T> a = left ? v : none, b = right ? v : none;
         const int64_t more = 2 * n - lane;
