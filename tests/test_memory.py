@@ -10,6 +10,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+from alone import alone
 from torch import Tensor
 
 import nnarch
@@ -104,8 +105,13 @@ def test_blocks_that_share_pages_are_freed_together():
 
 def test_packed_weights_are_packed_anew_where_they_lay():
     """Without a pooled scope; another weight keeps their common pages. Of several free blocks of
-    one size the last that was given back serves first: it is the likeliest to be in a cache.
+    one size the last that was given back serves first: it is the likeliest to be in a cache. In a
+    process of its own, whose free blocks are these alone.
     """
+    alone(_pack_anew)
+
+
+def _pack_anew() -> None:
     weight = torch.randn(64, 64, 3, 3)
     earlier, packed, other = (F.pack_conv2d_weight(w) for w in (weight, weight, -weight))
     address, values = packed.data_ptr(), packed.clone()
