@@ -92,7 +92,7 @@ class pooled_memory:
 
 
 def empty_cache() -> int:
-    """Give the idle memory of activations and packed weights back; return its bytes."""
+    """Give idle memory of activations, packed weights and scratch back; return its bytes."""
     if native is None:
         return 0
     native.nnarch_pool_clear.restype = ctypes.c_int64

@@ -16,7 +16,7 @@ struct Group {
   const RoutingTable<T>& table;
   int64_t first, count;
   Scratch<T> x;
-  LargeScratch<T> votes;
+  Scratch<T> votes;
   Scratch<T> partial, logits, agreed;
 
   Group(const Routing<T>& routing, const RoutingTable<T>& table_, int64_t first_)

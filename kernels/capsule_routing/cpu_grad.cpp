@@ -115,7 +115,7 @@ void capsule_routing_grad_of(const Tensor& grad, const Tensor& x, const Tensor& 
                            chunk * walk.factor_step()};
   int64_t total = 0;
   for (const int64_t size : sizes) total = checked_sum(total, padded<T>(size));
-  const LargeScratch<T> memory(total);
+  const Scratch<T> memory(total);
   T* parts[std::size(sizes)];
   T* next = memory.get();
   for (size_t n = 0; n < std::size(sizes); next += round_up(sizes[n++], kCapsuleBlock<T>))

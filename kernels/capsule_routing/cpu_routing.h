@@ -4,13 +4,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <utility>
 
 #include "capsule_routing/cpu_kernels.h"
 #include "cpu/arena.h"
 #include "cpu/layout.h"
 #include "cpu/parallel.h"
-#include "cpu/pool.h"
 #include "cpu/tensor.h"
 
 namespace nnarch {
@@ -21,29 +19,6 @@ template <class T>
 int64_t padded(int64_t elements) {
   return checked_sum(elements, 5 * kCapsuleBlock<T>);
 }
-
-// Scratch memory of megabytes, on huge pages from its start where the system gives them: votes of 8
-// samples took 47 µs a sample on small pages instead of 37.
-template <class T>
-class LargeScratch {
- public:
-  explicit LargeScratch(int64_t count) : room_(count + kHugePage) {
-    const auto at = reinterpret_cast<uintptr_t>(room_.get());
-    get_ = reinterpret_cast<T*>((at + kHugeBytes - 1) / kHugeBytes * kHugeBytes);
-    // Asking is a system call; the arena mostly gives the same memory again.
-    thread_local std::pair<const T*, int64_t> asked{nullptr, 0};
-    if (get_ == asked.first && count <= asked.second) return;
-    asked = {get_, count};
-    prefer_huge_pages(get_, count * static_cast<int64_t>(sizeof(T)));
-  }
-  T* get() const { return get_; }
-
- private:
-  static constexpr uintptr_t kHugeBytes = uintptr_t{2} << 20;
-  static constexpr int64_t kHugePage = static_cast<int64_t>(kHugeBytes / sizeof(T));
-  const Scratch<T> room_;
-  T* get_;
-};
 
 // Samples that share a pass over the weight, at most, and what their votes may take together: they
 // are read again from the last-level cache. Four samples of MNIST's CapsNet are 3 MB: eight took
@@ -150,7 +125,7 @@ class PackedWeight {
   const T* get() const { return get_; }
 
  private:
-  LargeScratch<T> scratch_;
+  Scratch<T> scratch_;
   const T* get_;
 };
 

@@ -80,7 +80,7 @@ struct WalkBack {
     const Scratch<T> scratch(std::max(r.shape.out * kCapsuleBlock<T>, r.outputs));
     begin_samples(first, some, memory);
     if (last() == 0) return;
-    const LargeScratch<T> votes(some * r.votes_step);
+    const Scratch<T> votes(some * r.votes_step);
     CapsuleShape one = r.shape;
     one.blocks = 1;
     for (int64_t i = 0; i < r.shape.blocks; ++i) {

@@ -19,7 +19,7 @@ NNARCH_INLINE void cell_sigmoid(Vec<float> (&x)[N]) {
   for (int n = 0; n < N; ++n) x[n] = cell_sigmoid(x[n]);
 }
 #else
-// z·P(z²)/(ratio·Q(z²)), a minimax fit up to where tanh rounds to 1, off by 2^-25 there. P and Q
+// z·P(z²)/(ratio·Q(z²)), a minimax fit up to its bound, where it is 1 and tanh 1 - 2.1e-7. P and Q
 // begin with their highest power alone: adding to it is no work for the units that multiply, which
 // are what a cell waits for. P's constant is ratio times Q's, so that small arguments come out
 // right.
@@ -67,7 +67,7 @@ alignas(64) inline constexpr float kPowers[] = {
     25.9225903f, 26.4902229f, 27.070282f,  27.663044f};
 // x = ratio·2^t, t = -x·log2(e): the power of t's whole part by one instruction, that of the 32nds
 // from a table, that of the rest, below 1/32, by a polynomial, whose square is completed; right to
-// 1e-7, for infinities as well. 10 multiplications of the quotient above become 4, and nothing
+// 1.1e-7, for infinities as well. 9 multiplications of the quotient above become 4, and nothing
 // bounds x.
 template <int N>
 NNARCH_INLINE void cell_exp_minus(Vec<float> (&x)[N]) {

@@ -106,7 +106,7 @@ def poisoned_memory() -> Iterator[None]:
     """Fill every block of memory that malloc hands out with 0xFF bytes: NaN in every dtype.
 
     torch.utils.deterministic.fill_uninitialized_memory serves torch's own functions only; this
-    reaches the outputs and the scratch memory of native kernels, and `nnarch_pool_fill` packed
+    reaches the outputs of native kernels, and `nnarch_pool_fill` their scratch memory and packed
     weights. mallopt keeps an int and fills with its low byte, inverted: 0x100 switches filling on
     and makes it 0xFF.
     """
