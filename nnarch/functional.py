@@ -32,7 +32,13 @@ from nnarch.kernels.pooling.op import (
 )
 from nnarch.kernels.pooling.unpool import max_unpool2d
 from nnarch.kernels.recurrent.cells import gru_cell, lstm_cell, rnn_cell
-from nnarch.kernels.recurrent.op import gru_layer, lstm_layer, pack_recurrent_weights, rnn_layer
+from nnarch.kernels.recurrent.op import (
+    gru_layer,
+    lstm_layer,
+    pack_recurrent_weights,
+    recurrent_pairs,
+    rnn_layer,
+)
 from nnarch.kernels.reservoir.op import pack_reservoir, reservoir_generate, reservoir_scan
 from nnarch.kernels.upsample.op import interpolate, upsample
 
@@ -79,6 +85,7 @@ __all__ = [
     "pack_linear_weight",
     "pack_recurrent_weights",
     "pack_reservoir",
+    "recurrent_pairs",
     "reservoir_generate",
     "reservoir_scan",
     "rms_norm",

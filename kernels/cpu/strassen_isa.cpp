@@ -3,6 +3,7 @@
 
 #include "cpu/epilogue_isa.h"
 #include "cpu/simd.h"
+#include "cpu/strassen_factors_isa.h"
 
 namespace nnarch::NNARCH_ISA {
 namespace {
@@ -22,14 +23,7 @@ NNARCH_INLINE void add_channels_of(const PixelPair& pair, const PixelPair& next,
     V a21{}, a22{};
     if constexpr (Both)
       a21 = load(pair.second + k) * left, a22 = load(pair.second + half + k) * right;
-    float* at = to + k;
-    store(at, a11 + a22), at += step;
-    store(at, a21 + a22), at += step;
-    store(at, a11), at += step;
-    store(at, a22), at += step;
-    store(at, a11 + a12), at += step;
-    store(at, a21 - a11), at += step;
-    store(at, a12 - a22);
+    store_left_factors(to + k, step, a11, a12, a21, a22);
   }
 }
 

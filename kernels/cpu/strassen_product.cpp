@@ -6,21 +6,13 @@
 
 #include "cpu/machine.h"
 #include "cpu/parallel.h"
+#include "cpu/strassen_weights.h"
 
 namespace nnarch {
 namespace {
 
 // Columns of a half whose seven products lie in cache together.
 int64_t block_columns() { return std::max<int64_t>(128, gemm<float>().nr); }
-
-// 2^e is of the order of a channel's weights: a multiplication by it rounds nothing. Without
-// weights it is as small as may be: next to nothing of the channel comes in, and of its partner's
-// rounding comes out.
-int exponent_of(float largest) {
-  constexpr int most = 60;
-  if (largest == 0) return -most;
-  return std::isfinite(largest) ? std::clamp(std::ilogb(largest), -most, most) : 0;
-}
 
 struct Exponents {
   std::vector<int> columns, depth;
@@ -35,12 +27,12 @@ Exponents exponents_of(const WeightView<float>& w) {
     float largest = 0;
     for (int64_t k = 0; k < w.depth; ++k)
       largest = std::max(largest, std::abs(column[k * w.depth_stride]));
-    e.columns[j] = exponent_of(largest);
+    e.columns[j] = strassen_exponent(largest);
     const float scale = std::ldexp(1.0f, -e.columns[j]);
     for (int64_t k = 0; k < w.depth; ++k)
       rows[k] = std::max(rows[k], std::abs(column[k * w.depth_stride]) * scale);
   }
-  for (int64_t k = 0; k < w.depth; ++k) e.depth[k] = exponent_of(rows[k]);
+  for (int64_t k = 0; k < w.depth; ++k) e.depth[k] = strassen_exponent(rows[k]);
   return e;
 }
 
@@ -89,6 +81,12 @@ void list_pairs(const GridImage<float>& image, const OutputGrid& out, int64_t fi
 
 }  // namespace
 
+int strassen_exponent(float largest) {
+  constexpr int most = 60;
+  if (largest == 0) return -most;
+  return std::isfinite(largest) ? std::clamp(std::ilogb(largest), -most, most) : 0;
+}
+
 bool strassen_serves(int64_t columns, int64_t depth) {
   return depth > 0 && depth % 32 == 0 && columns > 0 && columns % (2 * gemm<float>().nr) == 0;
 }
@@ -113,9 +111,7 @@ void strassen_pack(const WeightView<float>& w, float* packed) {
     const int64_t product = std::min(block, columns - first) * half;
     float* to = packed + first * kStrassenProducts * half + (column - first) * half;
     for (int64_t i = 0; i < panel; ++i) {
-      const float right[kStrassenProducts] = {b11[i] + b22[i], b11[i], b12[i] - b22[i],
-                                              b21[i] - b11[i], b22[i], b11[i] + b12[i],
-                                              b21[i] + b22[i]};
+      const auto right = right_factors(b11[i], b12[i], b21[i], b22[i]);
       for (int64_t m = 0; m < kStrassenProducts; ++m) to[m * product + i] = right[m];
     }
   });

@@ -4,6 +4,7 @@
 #include "recurrent/cpu_kernels.h"
 #include "recurrent/few_rows_isa.h"
 #include "recurrent/norm_cell_isa.h"
+#include "recurrent/step_pairs_isa.h"
 #include "recurrent/step_product_isa.h"
 
 namespace nnarch::NNARCH_ISA {
@@ -150,17 +151,25 @@ void cell(const CellBlock<T>& p) {
 template <>
 const RecurrentTable<float>& recurrent_table<float>() {
   static constexpr RecurrentTable<float> table = {
-      kMostFewRows, few_rows<float, float>, few_rows<float, uint16_t>, step_product<float>,
-      cell<float>,  normalize_row<float>,   norm_cell<float>,          to_bfloat16,
-      from_bfloat16};
+      kMostFewRows,        few_rows<float, float>, few_rows<float, uint16_t>,
+      step_product<float>, pair_factors,           pair_product,
+      cell<float>,         normalize_row<float>,   norm_cell<float>,
+      to_bfloat16,         from_bfloat16};
   return table;
 }
 template <>
 const RecurrentTable<double>& recurrent_table<double>() {
-  static constexpr RecurrentTable<double> table = {
-      kMostFewRows, few_rows<double, double>, nullptr,           step_product<double>,
-      cell<double>, normalize_row<double>,    norm_cell<double>, nullptr,
-      nullptr};
+  static constexpr RecurrentTable<double> table = {kMostFewRows,
+                                                   few_rows<double, double>,
+                                                   nullptr,
+                                                   step_product<double>,
+                                                   nullptr,
+                                                   nullptr,
+                                                   cell<double>,
+                                                   normalize_row<double>,
+                                                   norm_cell<double>,
+                                                   nullptr,
+                                                   nullptr};
   return table;
 }
 

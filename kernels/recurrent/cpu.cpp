@@ -11,7 +11,7 @@ namespace {
 // --------------------------------------------------------------------------- packed weights
 
 Tensor recurrent_pack(const Tensor& weight_ih, const Tensor& weight_hh, const OptTensor& weight_hr,
-                      int64_t kind, bool bfloat16) {
+                      int64_t kind, bool bfloat16, bool pairs) {
   require(kind >= 0 && kind <= kGru, "recurrent_pack: unknown kind");
   const int64_t gates = gate_count(kind);
   require(weight_ih.dim() == 2 && weight_hh.dim() == 2 && (!weight_hr || weight_hr->dim() == 2),
@@ -29,11 +29,16 @@ Tensor recurrent_pack(const Tensor& weight_ih, const Tensor& weight_hh, const Op
   const OptTensor hr = with_dense_rows_of(weight_hr);
   require(!bfloat16 || ih.scalar_type() != ScalarType::Double,
           "recurrent_pack: bfloat16 is for float32 weights");
+  require(!(bfloat16 && pairs), "recurrent_pack: pairs have no bfloat16 form");
   return with_scalar_type(ih.scalar_type(), "recurrent_pack", [&](auto scalar) {
     using T = decltype(scalar);
-    const LayerWeights<T> weights(ih, hh, hr, kind);
-    const Tensor packed = new_packed(weights.size(bfloat16), ih.scalar_type());
-    pack_all(weights, bfloat16, mutable_data<T>(packed));
+    LayerWeights<T> weights(ih, hh, hr, kind);
+    const int64_t size = weights.size(bfloat16), more = pairs ? weights.pairs_size() : 0;
+    const Tensor packed = new_packed(checked_sum(size, more), ih.scalar_type());
+    T* to = mutable_data<T>(packed);
+    pack_all(weights, bfloat16, to);
+    if constexpr (sizeof(T) == sizeof(float))
+      if (more > 0) weights.read(to, false), pack_pairs(weights.ih, weights.hh, to + size);
     return packed;
   });
 }
@@ -98,6 +103,15 @@ std::tuple<Tensor, Tensor, Tensor> recurrent_cell(const Tensor& x_in, const OptT
 
 }  // namespace
 }  // namespace nnarch
+
+// Whether steps of so many rows are faster with weights packed for pairs.
+extern "C" __attribute__((visibility("default"))) int nnarch_recurrent_pairs(
+    int64_t gates, int64_t hidden, int64_t in, int64_t out, int64_t rows) {
+  using namespace nnarch;
+  return precision() != Precision::highest && rows >= least_pair_rows() &&
+         pairs_serve(gates, hidden, in, out) &&
+         multiplies_at_once(gates * hidden * (in + out) * int64_t{sizeof(float)}, true, rows);
+}
 
 NNARCH_OPS(recurrent, ops) {
   ops.impl("recurrent_scan", TORCH_BOX(&nnarch::recurrent_scan));

@@ -12,6 +12,7 @@ namespace nnarch {
 template <class T>
 struct LayerWeights {
   GateWeight<T> ih, hh, hr;
+  PairWeight pairs = {};
 
   LayerWeights(const Tensor& weight_ih, const Tensor& weight_hh, const OptTensor& weight_hr,
                int64_t kind)
@@ -26,6 +27,13 @@ struct LayerWeights {
   }
   int64_t size(bool bfloat16) const {
     return checked_sum(checked_sum(ih.packed_size(), hr_size()), hh_size(bfloat16));
+  }
+  // Of the form for pairs, behind all others; 0 where none serves.
+  int64_t pairs_size() const {
+    if constexpr (sizeof(T) != sizeof(float)) return 0;
+    const ColumnOrder& order = hh.order;
+    if (!pairs_serve(order.gates, order.hidden, ih.depth, hh.depth)) return 0;
+    return nnarch::pairs_size(order.gates, order.hidden, ih.depth, hh.depth);
   }
   // Takes all weights from where they are packed: those of the input, of the projection, the state.
   void read(const T* packed, bool bfloat16) {
@@ -93,13 +101,17 @@ class WeightsOfCall {
 
   void take(LayerWeights<T>& w, const Tensor& packed, const Steps& steps) {
     constexpr bool is_float = sizeof(T) == 4;
-    const bool bfloat16 =
-        is_float && packed.numel() == w.size(true) && w.size(true) != w.size(false);
+    const int64_t size = w.size(false), pairs = w.pairs_size(), given = packed.numel();
+    const bool bfloat16 = is_float && given == w.size(true) && w.size(true) != size;
+    const bool in_pairs = pairs > 0 && given == checked_sum(size, pairs);
     const ScalarType type = is_float ? ScalarType::Float : ScalarType::Double;
-    require((bfloat16 || packed.numel() == w.size(false)) && packed.is_contiguous() &&
+    require((bfloat16 || in_pairs || given == size) && packed.is_contiguous() &&
                 packed.scalar_type() == type,
             "recurrent_scan: packed does not belong to these weights");
     w.read(data<T>(packed), bfloat16);
+    if constexpr (is_float)
+      if (in_pairs && precision() != Precision::highest)
+        w.pairs = pair_weight(data<T>(packed) + size, w.ih.depth + w.hh.depth);
     if (!bfloat16 || steps.batch() <= recurrent<T>().most_few_rows) return;
     if constexpr (is_float) {  // many rows: arithmetic is the floor, not the bytes
       own_.emplace(w.hh.packed_size());
@@ -142,11 +154,18 @@ bool shares_steps(const RecurrentSizes& s, int64_t batch) {
 }
 
 template <class T>
+const char* algorithm_name(const RecurrentLayer<T>& l, int64_t groups) {
+  if (steps_as_pairs(l, l.steps.batch() / groups))
+    return l.wide ? "pairs_wide" : groups > 1 ? "pairs_groups" : "pairs";
+  return l.wide ? "scan_wide" : groups > 1 ? "scan_groups" : "scan";
+}
+
+template <class T>
 void run_layer(const RecurrentLayer<T>& layer) {
   constexpr int64_t least_sequences = 28;
   const int64_t batch = layer.steps.batch();
   const int64_t groups = layer.wide ? 1 : std::max<int64_t>(1, batch / least_sequences);
-  set_algorithm(layer.wide ? "scan_wide" : groups > 1 ? "scan_groups" : "scan");
+  set_algorithm(algorithm_name(layer, groups));
   if (groups == 1) {
     FlushDenormals guard;
     return run_group(layer, {0, batch});
@@ -184,6 +203,7 @@ void forward(const RecurrentArgs& a, const Tensor& x, const OptTensor& packed, c
   const WeightsOfCall<T> memory(weights, packed, steps);
   const ColumnOrder& order = weights.hh.order;
   RecurrentLayer<T> l{steps, size, InputRows<T>(x, steps), weights.ih, weights.hh, weights.hr, {}};
+  l.pairs = weights.pairs;
   l.projects = hr.has_value();
   l.peephole = data_or_null<T>(peephole);
   l.y = mutable_data<T>(outputs.y);

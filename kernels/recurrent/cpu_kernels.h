@@ -51,6 +51,35 @@ struct StepProduct {
   bool fetches_weights;   // of the next panel, too
 };
 
+// The left factors of Strassen's product of pairs of rows (cpu_pairs.h): row i and row pairs + i,
+// of each `count` values of the first half of what is multiplied, and as many of the second half.
+template <class T>
+struct PairFactors {
+  int64_t rows, pairs;      // 2·pairs or 2·pairs - 1 rows
+  const T *first, *second;  // in row 0
+  int64_t first_step, second_step;
+  const T *first_scale, *second_scale;
+  int64_t count;  // whole vectors
+  T* to;          // of M1 and pair 0
+  int64_t pair_step, product_step;
+};
+
+// The seven products of `pairs` left factors with the panels of a block of columns and of the block
+// half of all away, added up: c[r][j] = start[j] + the sum of products of row r with column j.
+template <class T>
+struct PairProduct {
+  int64_t pairs;
+  const T* a;  // of M1 and pair 0
+  int64_t pair_step, product_step, depth;
+  const T* b;  // right factors: [panels][7][depth][nr]
+  int64_t panels;
+  const T *start, *start_right;    // [panels * nr]
+  T* c;                            // of the first row and column
+  int64_t c_step, c_low, c_right;  // to the next row, the pair's second row, the other block
+  StepLines<T> ahead[7];           // fetched meanwhile
+  bool fetches_weights;            // of the next product, too
+};
+
 // What one block of units does with its products in some rows. Column g·width + u of gx and gh is
 // gate g of unit u.
 template <class T>
@@ -112,6 +141,9 @@ struct RecurrentTable {
   void (*few)(const FewRows<T, T>& p);
   void (*few_bfloat16)(const FewRows<T, uint16_t>& p);
   void (*step)(const StepProduct<T>& p);
+  // The largest magnitude of the scaled values, or more where it is none: infinity or a NaN.
+  T (*pair_factors)(const PairFactors<T>& p);
+  void (*pairs)(const PairProduct<T>& p);
   void (*cell)(const CellBlock<T>& p);
   // row = normalized row · gain + bias, in place; what it was goes to `kept` as [gates][H], if any.
   void (*normalize)(const NormRow<T>& p, T* row, T* kept);

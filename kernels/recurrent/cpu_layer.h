@@ -6,9 +6,8 @@
 #include <vector>
 
 #include "cpu/arena.h"
-#include "cpu/machine.h"
+#include "recurrent/cpu_pairs.h"
 #include "recurrent/cpu_problem.h"
-#include "recurrent/cpu_weights.h"
 
 namespace nnarch {
 
@@ -19,6 +18,7 @@ struct RecurrentLayer {
   InputRows<T> x;
   GateWeight<T> ih, hh, hr;  // hr: of a projection
   ReserveRows<T> kept;
+  PairWeight pairs = {};
   bool projects = false;
   const T* start = nullptr;     // of the input's product, in the order of columns
   const T* bias_n = nullptr;    // GRU: [H] or null
@@ -68,13 +68,17 @@ struct StepChunk {
 // Whether a step of so many rows multiplies its input block by block, right before its state: there
 // are enough of them to read the weights for one step, and gates stay in the first-level cache,
 // where a hoisted product leaves for the last one. A gain of 1 to 2 % from 12 rows on, a loss
-// below 8. Weights that come from memory in every step need more rows.
+// below 8. Weights that come from memory in every step need more rows, and one sum of both
+// products.
+inline bool multiplies_at_once(int64_t weight_bytes, bool sums_products, int64_t rows) {
+  constexpr int64_t least_rows = 12, many_rows = 48;
+  const int64_t cached = far_l3() ? l2_bytes() : int64_t{16} << 20;
+  if (weight_bytes <= cached) return rows >= least_rows;
+  return sums_products && rows >= many_rows;
+}
 template <class T>
 bool multiplies_at_once(const RecurrentLayer<T>& layer, int64_t rows) {
-  constexpr int64_t least_rows = 12, many_rows = 48;
-  const int64_t weights = layer.weight_bytes(), cached = far_l3() ? l2_bytes() : int64_t{16} << 20;
-  if (layer.input_norm || (weights > cached && !layer.sums_products())) return false;
-  return rows >= (weights > cached ? many_rows : least_rows);
+  return !layer.input_norm && multiplies_at_once(layer.weight_bytes(), layer.sums_products(), rows);
 }
 
 // Enough rows to read a weight once for many products. Their results stay in the second-level

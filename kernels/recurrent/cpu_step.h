@@ -1,87 +1,9 @@
 // One step: the state's product and the cell, block by block, and the projection.
 #pragma once
 
-#include <atomic>
-
-#include "recurrent/cpu_layer.h"
+#include "recurrent/cpu_step_pairs.h"
 
 namespace nnarch {
-
-// Rows of one step, `at` being the first of them in y and in the reserve.
-template <class T>
-struct StepRows {
-  const T* gx;          // the input's products; or null, where these are made now, of
-  DenseRows<T> x;       // the input
-  DenseRows<T> x_soon;  // that of the step that follows, or none
-  const T* before;
-  T* after;  // the state, after the step
-  T* c;
-  int64_t at, rows;
-};
-
-// Where the cell leaves h: in the state, or what is to be projected.
-template <class T>
-struct CellOutput {
-  T* h;
-  int64_t h_step;
-  T* y;  // or null
-  int64_t y_step;
-  bool y_past_caches;
-};
-
-// Products of some rows, from a block's first column on.
-template <class T>
-struct Products {
-  const T* gx;
-  int64_t gx_step;
-  const T* gh;
-  int64_t gh_step;
-};
-
-// What went past the caches is there before another thread may look. A fence with every cell would
-// take what such writing gains.
-inline void finish_past_caches(bool any) {
-  if (any) std::atomic_thread_fence(std::memory_order_seq_cst);  // x86: whatever has a lock drains
-}
-
-template <class T>
-void run_cell(const RecurrentLayer<T>& l, const StepRows<T>& s, const CellOutput<T>& out, int64_t b,
-              int64_t row, int64_t rows, const Products<T>& products) {
-  const int64_t u = b * l.order().width, hidden = l.size.hidden;
-  const int64_t kept_step = l.kept.row_step();
-  recurrent<T>().cell({.kind = l.size.kind,
-                       .rows = rows,
-                       .units = l.order().units(b),
-                       .width = l.order().width_of(b),
-                       .gx = products.gx,
-                       .gx_step = products.gx_step,
-                       .gh = products.gh,
-                       .gh_step = products.gh_step,
-                       .bias_n = l.bias_n ? l.bias_n + u : nullptr,
-                       .peephole = l.peephole ? l.peephole + u : nullptr,
-                       .h = s.before + row * l.state_pitch + u,
-                       .h_before_step = l.state_pitch,
-                       .c = s.c ? s.c + row * hidden + u : nullptr,
-                       .c_step = hidden,
-                       .next = out.h + row * out.h_step + u,
-                       .next_step = out.h_step,
-                       .y = out.y ? out.y + row * out.y_step + u : nullptr,
-                       .y_step = out.y_step,
-                       .y_past_caches = out.y_past_caches,
-                       .kept = l.kept.data ? l.kept.data + (s.at + row) * kept_step + u : nullptr,
-                       .kept_step = kept_step,
-                       .hidden = hidden});
-}
-
-// Rows in parts of up to 42, or `most`, each whole register tiles of nearly equal height.
-struct RowParts {
-  int64_t rows, tiles, count;
-
-  RowParts(int64_t m, int64_t mr, int64_t most = 42)
-      : rows(m), tiles(ceil_div(m, mr)), count(ceil_div(tiles, std::max<int64_t>(1, most / mr))) {}
-  int64_t begin(int64_t part) const { return rows * (tiles * part / count) / tiles; }
-  int64_t most() const { return ceil_div(rows * ceil_div(tiles, count), tiles) + 1; }
-};
 
 // What a step without products made before multiplies: x with W_ih, then the state with W_hh. One
 // sum takes up to 512 products: a chain of 613 before a layer normalization had three times torch's
@@ -114,23 +36,6 @@ class StepParts {
   Scratch<StepPart<T>> memory_;
   int64_t count_ = 0, sum_ = 0;
 };
-
-// Columns [u, u + units) of a vector of states, which the cell will read or write.
-template <class T>
-StepLines<T> soon(const T* states, int64_t step, int64_t u, int64_t row, int64_t rows,
-                  int64_t units) {
-  return states ? StepLines<T>{states + row * step + u, step, rows, units} : StepLines<T>{};
-}
-
-// Part `i` of `n` of the next step's input.
-template <class T>
-StepLines<T> soon(const DenseRows<T>& x, int64_t width, int64_t i, int64_t n) {
-  constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
-  const bool dense = x.step == width;
-  const int64_t all = dense ? ceil_div(x.count * width, line) : x.count;
-  const int64_t step = dense ? line : x.step, from = all * i / n;
-  return {x.data + from * step, step, all * (i + 1) / n - from, dense ? 1 : width};
-}
 
 // Blocks [first, last) whose products are made together, a few at a time: they are in the
 // first-level cache when the cell reads them. What else it touches and the next step's input are
@@ -213,9 +118,6 @@ void run_blocks(const RecurrentLayer<T>& l, const StepRows<T>& s, const CellOutp
   }
 }
 
-// Blocks a task, where a step is shared: about 16 tasks, of some work each.
-inline int64_t blocks_a_task(int64_t blocks) { return ceil_div(blocks, 16); }
-
 template <class T>
 void normalized_step(const RecurrentLayer<T>& l, const StepRows<T>& s, const CellOutput<T>& out) {
   const int64_t pitch = l.gx_pitch(), hidden = l.size.hidden, blocks = l.order().blocks;
@@ -238,6 +140,7 @@ template <class T>
 void cells_of_step(const RecurrentLayer<T>& l, const StepRows<T>& s, const CellOutput<T>& out,
                    bool backwards) {
   if (l.state_norm) return normalized_step(l, s, out);
+  if (run_as_pairs(l, s, out, backwards)) return;
   const int64_t blocks = l.order().blocks;
   if (!l.wide) return run_blocks(l, s, out, 0, blocks, backwards);
   const int64_t task_blocks = blocks_a_task(blocks);
@@ -277,7 +180,8 @@ void run_group(const RecurrentLayer<T>& l, const Group& group) {
   const int64_t hidden = l.size.hidden, state_size = steps.batch() * l.state_pitch;
   T* state = l.state + group.first * l.state_pitch;
   // Rows of x that lie 4 KB apart share one set of the first-level cache: they are copied.
-  const bool copies = l.sums_products() && l.x.row * int64_t{sizeof(T)} % 4096 == 0;
+  const bool copies =
+      l.sums_products() && !l.pairs.factors && l.x.row * int64_t{sizeof(T)} % 4096 == 0;
   const int64_t x_pitch = row_pitch<T>(l.size.in);
   Scratch<T> copy(copies ? (group.last - group.first) * x_pitch : 0);
   const auto input = [&](int64_t i) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import Any
 
@@ -142,10 +143,17 @@ scan_backward = library.declare(
 
 
 def _check_pack(
-    weight_ih: Tensor, weight_hh: Tensor, weight_hr: Tensor | None, kind: int, bfloat16: bool
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    weight_hr: Tensor | None,
+    kind: int,
+    bfloat16: bool,
+    pairs: bool,
 ) -> None:
     if not 0 <= kind < len(kinds.NAMES):
         raise ValueError(f"recurrent_pack: kind must be 0 to 3, got {kind}")
+    if bfloat16 and pairs:
+        raise ValueError("recurrent_pack: weights for pairs have no bfloat16 form")
     library.check_tensor("recurrent_pack", "weight_ih", weight_ih)
     x = weight_ih.new_empty(1, weight_ih.shape[-1])
     check_scan(
@@ -161,12 +169,33 @@ def _fake_pack(weight: Tensor, *_: Any) -> Tensor:
 
 
 pack = library.declare(
-    "recurrent_pack(Tensor weight_ih, Tensor weight_hh, Tensor? weight_hr, int kind, bool bfloat16)"
-    " -> Tensor",
+    "recurrent_pack(Tensor weight_ih, Tensor weight_hh, Tensor? weight_hr, int kind, bool bfloat16,"
+    " bool pairs) -> Tensor",
     reference=reference.recurrent_pack,
     fake=_fake_pack,
     check=_check_pack,
 )
+
+
+def recurrent_pairs(weight_ih: Tensor, weight_hh: Tensor, rows: int, *, kind: int) -> bool:
+    """Whether :func:`pack_recurrent_weights` should pack `pairs` for steps of so many sequences.
+
+    Args:
+        weight_ih, weight_hh: as for the layer, on the CPU.
+        rows: sequences that a step has, most of the time.
+        kind: of the cell (nnarch.kernels.recurrent.kinds).
+
+    Returns:
+        Whether Strassen's product of pairs of sequences serves these sizes, and
+        :func:`nnarch.set_precision` allows it.
+    """
+    if library.native is None or weight_ih.device.type != "cpu":
+        return False
+    if weight_ih.dtype != torch.float32:
+        return False
+    gates = kinds.GATES[kind]
+    sizes = gates, weight_ih.shape[0] // gates, weight_ih.shape[1], weight_hh.shape[1], rows
+    return bool(library.native.nnarch_recurrent_pairs(*map(ctypes.c_int64, sizes)))
 
 
 def pack_recurrent_weights(
@@ -176,6 +205,7 @@ def pack_recurrent_weights(
     *,
     kind: int,
     bfloat16: bool = False,
+    pairs: bool = False,
 ) -> Tensor | None:
     """Weights in the order that the native kernels read, to pass as `packed=` again and again.
 
@@ -184,6 +214,8 @@ def pack_recurrent_weights(
         kind: of the cell (nnarch.kernels.recurrent.kinds).
         bfloat16: keep the state's weights in bfloat16: half of the bytes a step, and the accuracy
             of bfloat16 weights; sums stay in float32. For float32 weights.
+        pairs: with what steps of pairs of sequences read (:func:`recurrent_pairs`), where the sizes
+            allow it; without `bfloat16`. 2.75 times the memory.
 
     Returns:
         An opaque tensor; None where no native kernel runs (another device).
@@ -191,7 +223,7 @@ def pack_recurrent_weights(
     if weight_ih.device.type != "cpu" or library.native is None:
         return None
     hr = None if weight_hr is None else weight_hr.detach()
-    return pack(weight_ih.detach(), weight_hh.detach(), hr, kind, bfloat16)
+    return pack(weight_ih.detach(), weight_hh.detach(), hr, kind, bfloat16, pairs)
 
 
 # ------------------------------------------------------------------------------------- layers

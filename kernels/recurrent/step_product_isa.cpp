@@ -1,40 +1,10 @@
 // Both products of a step in one register tile: the accumulators go from x·W_ih on to h·W_hh.
 #include "recurrent/step_product_isa.h"
 
-#include "cpu/gemm_step_isa.h"
+#include "recurrent/step_tile_isa.h"
 
 namespace nnarch::NNARCH_ISA {
 namespace {
-
-// Lines of weights that a tile fetches ahead, one a step; null where the hardware does better.
-template <class T>
-struct AheadLines {
-  const T* at;
-
-  NNARCH_INLINE void next() {
-    __builtin_prefetch(at, 0, 2);
-    at += kLine<T>;
-  }
-};
-
-// left[I], right[I] += `depth` products of row I with a panel. The weights are read once, in their
-// order, which the hardware's prefetchers follow where the last-level cache is near: there,
-// fetching ahead by instruction costs 0.2 to 0.4 %. Where it is far, they come too late.
-template <class T, bool Ahead, int... I>
-NNARCH_INLINE void add_products(Indices<I...>, EvenRows<T>& rows, int64_t depth, const T*& b,
-                                AheadLines<T> ahead, Vec<T>* left, Vec<T>* right) {
-  constexpr int w = kLanes<T>;
-#pragma GCC unroll 4
-  for (int64_t k = 0; k < depth; ++k) {
-    if constexpr (Ahead) ahead.next();
-    Vec<T> b0 = load(b), b1 = load(b + w), x;
-    keep_in_register(b0);
-    keep_in_register(b1);
-    ((x = broadcast(rows.template value<I>(k)), left[I] += x * b0, right[I] += x * b1), ...);
-    b += 2 * w;
-    rows.next();
-  }
-}
 
 // The sums of rows from First on go to C.
 template <class T, int First, int... I>
@@ -100,28 +70,20 @@ NNARCH_INLINE void tile(Indices<I...> each, const StepProduct<T>& p, int64_t pan
     b = part.b + (p.first + panel) * part.panel_step;
     by_halves = last_steps > 0 && n + 1 == p.parts && !held && part.depth >= last_steps;
     const int64_t share = part.depth * kColumns<T> / all / kLine<T> * kLine<T>;
-    add_products<T, Ahead>(each, rows, by_halves ? part.depth - last_steps : part.depth, b,
-                           {b + part.panel_step + i * share}, left, right);
+    AheadLines<T> ahead{b + part.panel_step + i * share};
+    add_products<T, Ahead>(each, rows, by_halves ? part.depth - last_steps : part.depth, b, ahead,
+                           left, right);
   }
   if constexpr (last_steps > 0)
     if (by_halves) return finish_by_halves<T, height>(rows, b, c, p.c_step, left, right);
   leave_in<T>(each, c, p.c_step, held, left, right);
 }
 
-// A tile's part of what is fetched ahead, of `all` tiles.
-template <class T>
-NNARCH_INLINE void fetch(const StepProduct<T>& p, int64_t tile, int64_t all) {
-  for (const StepLines<T>& lines : p.ahead)
-    for (int64_t r = lines.rows * tile / all; r < lines.rows * (tile + 1) / all; ++r)
-      for (int64_t i = 0; i < lines.width; i += kLine<T>)
-        __builtin_prefetch(lines.at + r * lines.step + i);
-}
-
 template <class T, bool Ahead, int MR>
 NNARCH_NOINLINE void tiles(const StepProduct<T>& p, int64_t panel, int64_t row, int64_t first,
                            int64_t last, int64_t in_panel) {
   for (int64_t i = first; i < last; ++i, row += MR) {
-    fetch(p, panel * in_panel + i, p.panels * in_panel);
+    fetch(p.ahead, panel * in_panel + i, p.panels * in_panel);
     tile<T, Ahead>(MakeIndices<MR>{}, p, panel, row, i, in_panel);
   }
 }

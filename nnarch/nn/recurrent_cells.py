@@ -10,7 +10,7 @@ from torch.nn.modules.rnn import RNNCellBase
 
 from nnarch.kernels.recurrent import kinds
 from nnarch.kernels.recurrent.cells import recurrent_cell
-from nnarch.nn.recurrent import RecurrentWeights
+from nnarch.nn.recurrent import MANY_ROWS, RecurrentWeights
 
 
 class _Cell(RecurrentWeights, RNNCellBase):
@@ -34,16 +34,19 @@ class _Cell(RecurrentWeights, RNNCellBase):
         raise NotImplementedError
 
     def _pack_now(self) -> None:
-        self._packed_for(self.weight_ih, self.weight_hh, ())
+        if not self._in_pairs(self.weight_ih, self.weight_hh, MANY_ROWS, self._kind()):
+            self._packed_for(self.weight_ih, self.weight_hh, (), 1)
 
     def _packed_for(
-        self, weight_ih: Tensor, weight_hh: Tensor, inputs: tuple[Any, ...]
+        self, weight_ih: Tensor, weight_hh: Tensor, inputs: tuple[Any, ...], rows: int
     ) -> Tensor | None:
-        """The packed weights for a call with these inputs."""
+        """The packed weights for a call with these inputs, of so many `rows`."""
         cache = self._packed_weights((weight_ih, weight_hh), inputs)
         if cache is None:
             return None
-        return cache.get(0, self._pack_recurrent, weight_ih, weight_hh, None, self._kind())
+        kind = self._kind()
+        pairs = self._in_pairs(weight_ih, weight_hh, rows, kind)
+        return cache.get(pairs, self._pack_recurrent, weight_ih, weight_hh, None, kind, pairs)
 
     def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor]:
         """One step of a batch."""
@@ -55,7 +58,9 @@ class _Cell(RecurrentWeights, RNNCellBase):
         except KeyError:  # what is parametrized is no parameter
             weight_ih, weight_hh = self.weight_ih, self.weight_hh
             bias_ih, bias_hh = self.bias_ih, self.bias_hh
-        packed = None if self.training else self._packed_for(weight_ih, weight_hh, (x, h, c))
+        packed = None
+        if not self.training:
+            packed = self._packed_for(weight_ih, weight_hh, (x, h, c), x.shape[0])
         return recurrent_cell(x, h, c, weight_ih, weight_hh, bias_ih, bias_hh, packed, self._kind())
 
     def _check_dims(self, *tensors: tuple[str, Tensor | None]) -> None:

@@ -51,9 +51,11 @@ def arguments(
     return [*(t if t is None else t.to(dtype) for t in tensors), batch_sizes]
 
 
-def pack(tensors: list[Tensor | None], kind: int, bfloat16: bool = False) -> Tensor:
+def pack(
+    tensors: list[Tensor | None], kind: int, bfloat16: bool = False, pairs: bool = False
+) -> Tensor:
     ih, hh, hr = tensors[3], tensors[4], tensors[7]
-    return torch.ops.nnarch.recurrent_pack(ih, hh, hr, kind, bfloat16)
+    return torch.ops.nnarch.recurrent_pack(ih, hh, hr, kind, bfloat16, pairs)
 
 
 def run(

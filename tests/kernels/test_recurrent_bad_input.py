@@ -84,6 +84,7 @@ def _pack_samples() -> list[tuple[Any, ...]]:
             *(arguments(kind, (1, 1, 5, 6), projection=3 * (kind == LSTM))[i] for i in (3, 4, 7)),
             kind,
             False,
+            False,
         )
         for kind in KINDS
     ]
