@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -45,8 +46,9 @@ def _packed(x: Tensor, lengths: Any) -> rnn.PackedSequence:
     return rnn.pack_padded_sequence(x, torch.tensor(lengths, device="cpu"))
 
 
-def _by_function(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The layers by their functions, from the parameters of torch's module."""
+def _by_function(batch: int, module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The layers by their functions, from the parameters of torch's module; as nnarch.nn's modules
+    do, weights are packed for steps of `batch` sequences."""
     from nnarch import functional
     from nnarch.kernels.recurrent import kinds
 
@@ -58,10 +60,12 @@ def _by_function(module: nn.Module) -> Callable[[Tensor], Tensor]:
         "RNN_TANH": (functional.rnn_layer, kinds.RNN_TANH),
     }[layer.mode]
     weights = [list(group) for group in layer.all_weights]
-    packed = [
-        None if module.training else functional.pack_recurrent_weights(w[0], w[1], kind=kind)
-        for w in weights
-    ]
+
+    def pack(weight_ih: Tensor, weight_hh: Tensor, *_: Tensor) -> Tensor | None:
+        pairs = functional.recurrent_pairs(weight_ih, weight_hh, batch, kind=kind)
+        return functional.pack_recurrent_weights(weight_ih, weight_hh, kind=kind, pairs=pairs)
+
+    packed = [None if module.training else pack(*w) for w in weights]
 
     def run(x: Tensor) -> Tensor:
         sizes = None
@@ -98,7 +102,7 @@ def sequence(
         + f" {layers} layers" * (layers > 1)
         + " packed" * bool(lengths)
         + " fwd+bwd" * backward,
-        ours=_by_function,
+        ours=functools.partial(_by_function, batch),
         flops=2 * rows * gates * hidden * 2 * hidden * layers,
         tolerance=1e-4 if backward else 1e-5,
         **options,
