@@ -108,9 +108,9 @@ std::tuple<Tensor, Tensor, Tensor> recurrent_cell(const Tensor& x_in, const OptT
 extern "C" __attribute__((visibility("default"))) int nnarch_recurrent_pairs(
     int64_t gates, int64_t hidden, int64_t in, int64_t out, int64_t rows) {
   using namespace nnarch;
-  return precision() != Precision::highest && rows >= least_pair_rows() &&
-         pairs_serve(gates, hidden, in, out) &&
-         multiplies_at_once(gates * hidden * (in + out) * int64_t{sizeof(float)}, true, rows);
+  if (precision() == Precision::highest || !pairs_serve(gates, hidden, in, out)) return false;
+  const int64_t bytes = gates * hidden * (in + out) * int64_t{sizeof(float)};
+  return rows >= least_pair_rows(bytes) && multiplies_at_once(bytes, true, rows);
 }
 
 NNARCH_OPS(recurrent, ops) {

@@ -35,8 +35,13 @@ inline bool pairs_serve(int64_t gates, int64_t hidden, int64_t in, int64_t out) 
   return weights >= least && weights <= most;
 }
 
-// With fewer rows in a step the halves of its tiles wait for the weights, or for themselves.
-inline int64_t least_pair_rows() { return gemm<float>().nr == 32 ? 14 : 20; }
+// With fewer rows in a step the halves of its tiles wait for themselves; or for their weights,
+// where these are 7 quarters of what other threads and programs leave of the last-level cache.
+inline int64_t least_pair_rows(int64_t weight_bytes) {
+  constexpr int64_t kept = int64_t{5} << 20;
+  if (weight_bytes > kept) return 28;
+  return gemm<float>().nr == 32 ? 14 : 20;
+}
 
 // Values of the scales and the right factors.
 inline int64_t pairs_size(int64_t gates, int64_t hidden, int64_t in, int64_t out) {

@@ -132,7 +132,8 @@ inline void run_pair_blocks(const RecurrentLayer<float>& l, const StepRows<float
 // Whether steps of so many rows are meant to run so.
 template <class T>
 bool steps_as_pairs(const RecurrentLayer<T>& l, int64_t rows) {
-  return l.pairs.factors && rows >= least_pair_rows() && multiplies_at_once(l, rows);
+  return l.pairs.factors && rows >= least_pair_rows(l.weight_bytes()) &&
+         multiplies_at_once(l, rows);
 }
 
 // Runs a step so if its input is there and sound; whether it did.

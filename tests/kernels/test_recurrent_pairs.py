@@ -190,7 +190,9 @@ def test_highest_precision_knows_no_pairs():
         (LSTM, (32, 128, 32), False),  # too few weights
         (LSTM, (32, 120, 128), False),  # no whole vectors
         (LSTM, (32, 128, 104), False),  # no two halves of whole blocks
-        (LSTM, (20, 1024, 1024), False),  # 32 MB of weights a step
+        (LSTM, (20, 512, 512), False),  # 8 MB of weights a step
+        (LSTM, (32, 512, 512), True),
+        (LSTM, (32, 1024, 1024), False),  # 32 MB
         (LSTM, (64, 1024, 1024), True),
         (LSTM, (64, 4096, 4096), False),  # 1.5 GB
         (kinds.GRU, (32, 128, 128), False),
