@@ -197,6 +197,18 @@ template <class T>
 using DepthwiseWeightGradRun = void (*)(const DepthwiseWeightGrad<T>&, const DepthwisePlan&,
                                         const DepthwiseTask&, const DepthwiseWork<T>&);
 
+// 7×7 kernels by Winograd's algorithm along the rows (cpu_row_winograd.h).
+inline constexpr int64_t kRowWinogradPoints = 7, kRowWinogradRows = 4;
+
+// A vector of channels of some output rows, and of quads of four columns.
+struct RowWinogradTask {
+  int64_t channel, first, last, from, to;
+};
+
+// `points`: room for ten rows of a quad more than the task has.
+using RowWinogradRun = void (*)(const DepthwiseConv<float>& conv, const RowWinogradTask& task,
+                                float* points);
+
 // Blocks of channels that are no multiple of depthwise_lanes are read in place.
 NNARCH_PER_ISA(template <class T> int64_t depthwise_lanes();
                template <class T> bool depthwise_masked_tails();
@@ -209,6 +221,7 @@ NNARCH_PER_ISA(template <class T> int64_t depthwise_lanes();
                template <class T> DepthwisePlaneGradRun<T> depthwise_plane_grad_run();
                template <class T> int64_t depthwise_pair_pixels(int64_t s, int64_t ow);
                template <class T> DepthwiseWeightGradRun<T> depthwise_pair_run();
-               template <class T> DepthwiseWeightGradRun<T> depthwise_weight_grad_run();)
+               template <class T> DepthwiseWeightGradRun<T> depthwise_weight_grad_run();
+               RowWinogradRun row_winograd_run();)  // or null
 
 }  // namespace nnarch

@@ -4,11 +4,13 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <type_traits>
 
 #include "cpu/streaming.h"
 #include "depthwise/cpu_flat.h"
 #include "depthwise/cpu_image.h"
 #include "depthwise/cpu_plan.h"
+#include "depthwise/cpu_row_winograd.h"
 #include "depthwise/cpu_weight_grad.h"
 
 namespace nnarch {
@@ -37,6 +39,11 @@ bool half_lines_collide(const DepthwiseConv<T>& conv) {
 // Runs a convolution that is given for its first image on all of them.
 template <class T>
 void run_images(const DepthwiseConv<T>& conv, int64_t images, int64_t x_image, int64_t y_image) {
+  if constexpr (std::is_same_v<T, float>)
+    if (row_winograd_serves(conv, images)) {
+      set_algorithm("depthwise_winograd");
+      return run_row_winograd(conv, images, x_image, y_image);
+    }
   const DepthwisePlanner<T> planner(conv, images, /*weight_grad=*/false);
   DepthwisePlan plan = planner.plan();
   const DepthwisePass<T>& pass = *conv.passes;

@@ -19,8 +19,8 @@ from nnarch.kernels.depthwise import op, reference
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """Tiny tensors: a second thread would only be waited for."""
+def _one_thread(highest_precision):
+    """Tiny tensors: a second thread would only be waited for. The direct kernels alone."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
