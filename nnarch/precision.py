@@ -15,11 +15,12 @@ def set_precision(level: str) -> None:
 
     Args:
         level: "highest": sums of products only, as the definition has them. "high", the default:
-            also Winograd's algorithm with tiles of 2×2 to 4×4 outputs, and Strassen's for 1×1
-            kernels of modules in eval mode, whose errors are at most 5e-6 of the largest output
-            (inputs of unit variance, He-scaled weights); and Strassen's for pairs of sequences of
-            LSTMs and RNNs in eval mode (README of recurrent). "medium": also 5×5 and 6×6, with
-            errors up to 1.2e-5 where they were measured (README of conv2d).
+            also Winograd's algorithm with tiles of 2×2 to 4×4 outputs (along the rows alone for
+            7×7 depthwise kernels), and Strassen's for 1×1 kernels of modules in eval mode, whose
+            errors are at most 5e-6 of the largest output (inputs of unit variance, He-scaled
+            weights); and Strassen's for pairs of sequences of LSTMs and RNNs in eval mode (README
+            of recurrent). "medium": also 5×5 and 6×6, with errors up to 1.2e-5 where they were
+            measured (README of conv2d).
 
     Raises:
         ValueError: another level.

@@ -1,6 +1,6 @@
-// Strassen's product of pairs of pixels with a weight: seven products of a quarter of the size in
-// place of eight. With first and second pixels' rows of a block, each in two halves of its
-// channels, [A11 A12; A21 A22], and the weight in quarters,
+// Strassen's product of pairs of pixels (or of sequences, kernels/recurrent) with a weight: seven
+// products of a quarter of the size in place of eight. With first and second pixels' rows of a
+// block, each in two halves of its channels, [A11 A12; A21 A22], and the weight in quarters,
 //     C11 = M1 + M4 − M5 + M7,  C12 = M3 + M5,  C21 = M2 + M4,  C22 = M1 − M2 + M3 + M6
 // where M1 = (A11 + A22)(B11 + B22), M2 = (A21 + A22) B11, M3 = A11 (B12 − B22),
 // M4 = A22 (B21 − B11), M5 = (A11 + A12) B22, M6 = (A21 − A11)(B11 + B12),

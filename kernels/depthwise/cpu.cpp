@@ -44,6 +44,8 @@ void forward(const Tensor& x, const T* packed, const Tensor& y, const ConvShape&
   conv.dilation_h = p.dilation_h, conv.dilation_w = p.dilation_w;
   conv.passes = &pass, conv.pass_count = 1;
   conv.epilogue = epilogue;
+  if constexpr (std::is_same_v<T, float>)
+    if (row_winograd_serves(conv, p.n)) set_algorithm("depthwise_winograd");
   run_images(conv, p.n, image.layout.image, out.image);
 }
 

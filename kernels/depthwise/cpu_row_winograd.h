@@ -1,7 +1,8 @@
-// 7×7 kernels by Winograd's algorithm along the rows, F(4, 4) twice: seven pixels become their
-// polynomial's values at seven points, and what meets them are the values of two halves of a kernel
-// row, its first four taps and the other three, so that a quad of pixels serves as the second half
-// of the quad before it. All kernel rows are added up at the points; then four outputs are made.
+// 7×7 kernels by Winograd's algorithm along the rows, F(4, 4) twice, with the points 0, ±1, ±2 and
+// ±1/2. A row of the kernel is two polynomials, its first four taps and the other three, of each of
+// which there is a value at every point. Seven pixels are transformed to what these values meet,
+// and serve as the second half's, too, of the quad of pixels before them. All kernel rows are added
+// up at the points; then four outputs are made.
 #pragma once
 
 #include <algorithm>
@@ -35,8 +36,8 @@ inline void run_row_winograd(const DepthwiseConv<float>& conv, int64_t images, i
   const DepthwisePass<float>& pass = *conv.passes;
   const int64_t vectors = conv.channels / kDepthwiseBlock;
   const int64_t quads = ceil_div(pass.ow, int64_t{4}), strips = ceil_div(quads, most_quads);
-  const int64_t bands =
-      std::max<int64_t>(1, std::min(pass.oh / least_rows, ceil_div(wanted, images * vectors)));
+  const int64_t bands = std::max<int64_t>(
+      1, std::min(pass.oh / least_rows, ceil_div(wanted, std::max<int64_t>(1, images * vectors))));
   const auto run = NNARCH_SELECT(row_winograd_run());
   parallel_tasks(images * vectors * bands, [&](int64_t i) {
     const int64_t image = i / (vectors * bands), vector = i / bands % vectors, band = i % bands;

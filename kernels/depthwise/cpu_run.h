@@ -40,10 +40,7 @@ bool half_lines_collide(const DepthwiseConv<T>& conv) {
 template <class T>
 void run_images(const DepthwiseConv<T>& conv, int64_t images, int64_t x_image, int64_t y_image) {
   if constexpr (std::is_same_v<T, float>)
-    if (row_winograd_serves(conv, images)) {
-      set_algorithm("depthwise_winograd");
-      return run_row_winograd(conv, images, x_image, y_image);
-    }
+    if (row_winograd_serves(conv, images)) return run_row_winograd(conv, images, x_image, y_image);
   const DepthwisePlanner<T> planner(conv, images, /*weight_grad=*/false);
   DepthwisePlan plan = planner.plan();
   const DepthwisePass<T>& pass = *conv.passes;

@@ -18,7 +18,8 @@ constexpr int64_t kQuad = kRowWinogradPoints * w;  // what a quad of input pixel
 
 // ------------------------------------------------------------------------------ transforms
 
-// The points 0, 1, -1, 2, -2, 1/2 and -1/2 of seven pixels.
+// What the kernel's values at 0, 1, -1, 2, -2, 1/2 and -1/2 meet, of seven pixels: their products
+// with the coefficients of the polynomial that is zero at all other points.
 NNARCH_INLINE void to_points(const V* d, T* to) {
   store(to, (d[6] - d[0]) + T(5.25) * (d[2] - d[4]));
   V even = (d[6] + d[2]) - T(4.25) * d[4], odd = (d[5] + d[1]) - T(4.25) * d[3];

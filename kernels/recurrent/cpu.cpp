@@ -1,4 +1,5 @@
 // Recurrent layers on the CPU: the forward of layers and cells, and packed weights.
+#include <exception>
 #include <optional>
 #include <tuple>
 
@@ -104,13 +105,17 @@ std::tuple<Tensor, Tensor, Tensor> recurrent_cell(const Tensor& x_in, const OptT
 }  // namespace
 }  // namespace nnarch
 
-// Whether steps of so many rows are faster with weights packed for pairs.
+// Whether steps of so many rows are faster with weights packed for pairs. Not for sizes past int64.
 extern "C" __attribute__((visibility("default"))) int nnarch_recurrent_pairs(
     int64_t gates, int64_t hidden, int64_t in, int64_t out, int64_t rows) {
   using namespace nnarch;
-  if (precision() == Precision::highest || !pairs_serve(gates, hidden, in, out)) return false;
-  const int64_t bytes = gates * hidden * (in + out) * int64_t{sizeof(float)};
-  return rows >= least_pair_rows(bytes) && multiplies_at_once(bytes, true, rows);
+  try {
+    if (precision() == Precision::highest || !pairs_serve(gates, hidden, in, out)) return false;
+    const int64_t bytes = gates * hidden * (in + out) * int64_t{sizeof(float)};
+    return rows >= least_pair_rows(bytes) && multiplies_at_once(bytes, true, rows);
+  } catch (const std::exception&) {
+    return false;
+  }
 }
 
 NNARCH_OPS(recurrent, ops) {

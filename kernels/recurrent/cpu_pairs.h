@@ -65,21 +65,23 @@ class JoinedPanels {
   const GateWeight<float>&ih_, &hh_;
 };
 
-// The scale of every value of z: a power of two of the order of its weights. Next to a weight that
-// is no number it is infinite, and so is then what no step's factors may reach.
+// The scale of every value of z: a power of two of the order of its weights. Where one of these is
+// no number, or so large that the scale is not of its order, it is infinite, and so is then what no
+// step's factors may reach.
 inline void pair_scales(const JoinedPanels& w, int64_t columns, float* scales) {
   const int64_t nr = gemm<float>().nr;
   parallel_tasks(w.depth(), [&](int64_t k) {
+    constexpr float most = 0x1p60f;
     float largest = 0;
-    bool finite = true;
+    bool fits = true;
     for (int64_t column = 0; column < columns; column += nr)
       for (int64_t j = 0; j < nr; ++j) {
         const float value = std::abs(w.row(column, k)[j]);
-        finite = finite && std::isfinite(value);
+        fits = fits && value < most;
         largest = std::max(largest, value);
       }
-    scales[k] = finite ? std::ldexp(1.0f, strassen_exponent(largest))
-                       : std::numeric_limits<float>::infinity();
+    scales[k] = fits ? std::ldexp(1.0f, strassen_exponent(largest))
+                     : std::numeric_limits<float>::infinity();
   });
 }
 

@@ -35,16 +35,21 @@ class StepPairs {
         pair_step(odd_lines(depth)),
         product_step(ceil_div(s.rows, int64_t{2}) * pair_step),
         memory_(kStrassenProducts * product_step) {
-    for (int64_t part = 0; part < parts.count(); ++part) {
-      // Where the input ends in one of the halves, the rest of that half is the state.
-      const int64_t cut = l.ih.depth < depth ? l.ih.depth : l.ih.depth - depth;
+    // Where the input ends in one of the halves, the rest of that half is the state.
+    const int64_t cut = l.ih.depth < depth ? l.ih.depth : l.ih.depth - depth;
+    const auto make = [&](int64_t part) {
       add(l, s, part, 0, cut);
       add(l, s, part, cut, depth - cut);
-    }
+    };
+    if (l.wide)
+      parallel_tasks(parts.count(), make);
+    else
+      for (int64_t part = 0; part < parts.count(); ++part) make(part);
   }
 
-  // Whether all values of z, times the largest of their weights, are so small that what they leave
-  // of rounding in their partner's sums is. An infinity or a NaN must not get there at all.
+  // Whether all values of z, times the power of two below the largest of their weights, are so
+  // small that what they leave of rounding in their partner's sums is, too. An infinity or a NaN
+  // must not get there at all.
   bool sound() const { return sound_; }
   const float* of(int64_t part) const { return memory_.get() + parts.first_pair(part) * pair_step; }
 
@@ -70,11 +75,11 @@ class StepPairs {
         {parts.rows_of(part), parts.pairs(part), first.at, second.at, first.step, second.step,
          l.pairs.scales + k, l.pairs.scales + depth + k, count,
          memory_.get() + parts.first_pair(part) * pair_step + k, pair_step, product_step});
-    sound_ = sound_ && largest <= most;
+    if (!(largest <= most)) sound_ = false;
   }
 
   const Scratch<float> memory_;
-  bool sound_ = true;
+  std::atomic<bool> sound_ = true;
 };
 
 // Blocks [first, last) of the first half of all, and those half of all away.

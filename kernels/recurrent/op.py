@@ -188,7 +188,16 @@ def recurrent_pairs(weight_ih: Tensor, weight_hh: Tensor, rows: int, *, kind: in
     Returns:
         Whether Strassen's product of pairs of sequences serves these sizes, and
         :func:`nnarch.set_precision` allows it.
+
+    Raises:
+        ValueError: weights that are no matrices, or an unknown kind.
     """
+    if not 0 <= kind < len(kinds.NAMES):
+        raise ValueError(f"recurrent_pairs: kind must be 0 to 3, got {kind}")
+    if weight_ih.dim() != 2 or weight_hh.dim() != 2:
+        raise ValueError(
+            f"recurrent_pairs: weights must be 2-D, got {weight_ih.dim()}-D and {weight_hh.dim()}-D"
+        )
     if library.native is None or weight_ih.device.type != "cpu":
         return False
     if weight_ih.dtype != torch.float32:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,13 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._python_dispatch import _disable_current_modes
 
 from nnarch import functional as F
 from nnarch.kernels.recurrent import kinds
-from nnarch.nn.checks import check_dtype
-from nnarch.nn.packing import PackedWeightMixin
-from nnarch.precision import get_precision
+from nnarch.nn.recurrent_weights import RecurrentWeights
 
 _KINDS = {
     "RNN_TANH": kinds.RNN_TANH,
@@ -24,68 +20,6 @@ _KINDS = {
     "LSTM": kinds.LSTM,
     "GRU": kinds.GRU,
 }
-
-
-# Sequences of a step: of fewer no form of weights makes pairs; so many are enough for any.
-_LEAST_ROWS, MANY_ROWS = 12, 1 << 20
-
-
-@functools.lru_cache(maxsize=4096)
-def _pairs_serve(ih_size, hh_size, dtype, rows, kind, precision) -> bool:
-    """Whether weights of these sizes should be packed for pairs at this precision, asked once."""
-    with _disable_current_modes():  # who records operations should not see this one
-        one = torch.empty(1, dtype=dtype)
-        return F.recurrent_pairs(one.expand(ih_size), one.expand(hh_size), rows, kind=kind)
-
-
-class RecurrentWeights(PackedWeightMixin):
-    """What layers and cells share: how their weights are packed.
-
-    Attributes:
-        weight_storage: torch.bfloat16 to keep packed weights in half the bytes, or None.
-    """
-
-    weight_storage: torch.dtype | None = None
-
-    def _init_storage(self, weight: Tensor, weight_storage: torch.dtype | None) -> None:
-        """Check the parameters' dtype and that of the packed weights, and keep the latter."""
-        name = type(self).__name__
-        check_dtype(name, weight.dtype)
-        if weight_storage is None:
-            return
-        if weight_storage != torch.bfloat16:
-            raise ValueError(
-                f"{name}: weight_storage must be torch.bfloat16 or None, got {weight_storage}"
-            )
-        if weight.dtype != torch.float32:
-            raise ValueError(
-                f"{name}: weight_storage is for float32 parameters, got {weight.dtype}"
-            )
-        self.weight_storage = weight_storage
-
-    def _pack_recurrent(
-        self,
-        weight_ih: Tensor,
-        weight_hh: Tensor,
-        weight_hr: Tensor | None,
-        kind: int,
-        pairs: bool = False,
-    ) -> Tensor | None:
-        """Weights as the kernels read them."""
-        bfloat16 = self.weight_storage is not None and weight_ih.dtype == torch.float32
-        return F.pack_recurrent_weights(
-            weight_ih, weight_hh, weight_hr, kind=kind, bfloat16=bfloat16, pairs=pairs
-        )
-
-    def _in_pairs(self, weight_ih: Tensor, weight_hh: Tensor, rows: int, kind: int) -> bool:
-        """Whether to pack these for pairs of sequences: see nnarch.functional.recurrent_pairs."""
-        if rows < _LEAST_ROWS or self.weight_storage is not None:
-            return False
-        sizes = weight_ih.shape, weight_hh.shape, weight_ih.dtype
-        return _pairs_serve(*sizes, rows, kind, get_precision())
-
-    def _storage_repr(self) -> str:
-        return f", weight_storage={self.weight_storage}" if self.weight_storage else ""
 
 
 class _Recurrent(RecurrentWeights, RNNBase):
@@ -166,8 +100,8 @@ class _Recurrent(RecurrentWeights, RNNBase):
         count = len(self._all_weights)
         weights = [self._weights(k) for k in range(count)]
         options = [self._options(k) for k in range(count)]
-        rows = x.shape[1] if batch_sizes is None else int(batch_sizes[0])
-        packed = self._packed_layers(weights, (x, *starts, *options[0].values()), rows)
+        inputs = (x, *starts, *options[0].values())
+        packed = self._packed_layers(weights, inputs, x if batch_sizes is None else batch_sizes)
         starts = [start.unbind() for start in starts]  # type: ignore[misc]
         ends: list[Sequence[Tensor]] = []
         directions = 2 if self.bidirectional else 1
@@ -206,25 +140,33 @@ class _Recurrent(RecurrentWeights, RNNBase):
         return {}
 
     def _packed_layers(
-        self, weights: list[tuple[Tensor | None, ...]], inputs: tuple[Any, ...], rows: int
+        self,
+        weights: list[tuple[Tensor | None, ...]],
+        inputs: tuple[Any, ...],
+        steps: Tensor | None,
     ) -> Sequence[Tensor | None]:
-        """The packed weights of every layer and direction, for a call with these inputs, whose
-        first step has so many `rows`."""
+        """The packed weights of every layer and direction.
+
+        Args:
+            weights: of each.
+            inputs: what else of the call may want a gradient.
+            steps: x as [T, B, I], or how many sequences last to each step; None for any.
+        """
         packable = tuple(w[i] for w in weights for i in (0, 1, 4) if w[i] is not None)
         cache = self._packed_weights(packable, inputs)
         if cache is None:
             return (None,) * len(weights)
-        kind, packed = _KINDS[self.mode], []
-        for k, (ih, hh, _, _, hr) in enumerate(weights):
-            pairs = self._in_pairs(ih, hh, rows, kind)  # type: ignore[arg-type]
-            key = k + len(weights) * pairs
-            packed.append(cache.get(key, self._pack_recurrent, ih, hh, hr, kind, pairs))
-        return packed
+        rows = 1
+        if steps is not None and steps.numel() > 0:
+            rows = steps.shape[1] if steps.dim() == 3 else int(steps[0])
+        kind, count = _KINDS[self.mode], len(weights)
+        return [
+            self._packed_form(cache, k, count, rows, (ih, hh, hr), kind)  # type: ignore[arg-type]
+            for k, (ih, hh, _, _, hr) in enumerate(weights)
+        ]
 
     def _pack_now(self) -> None:
-        weights, kind = [self._weights(k) for k in range(len(self._all_weights))], _KINDS[self.mode]
-        if not any(self._in_pairs(w[0], w[1], MANY_ROWS, kind) for w in weights):  # type: ignore[arg-type]
-            self._packed_layers(weights, (), 1)
+        self._packed_layers([self._weights(k) for k in range(len(self._all_weights))], (), None)
 
     def __getstate__(self) -> dict[str, Any]:
         state = RNNBase.__getstate__(self)
@@ -364,6 +306,8 @@ class LayerNormLSTM(LSTM):
 
     Source: Ba, Kiros and Hinton, 2016, Layer Normalization, equations 20 to 22.
     """
+
+    _makes_pairs = False  # both products are normalized apart
 
     def __init__(self, *args: Any, eps: float = 1e-5, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -10,7 +10,7 @@ from torch.nn.modules.rnn import RNNCellBase
 
 from nnarch.kernels.recurrent import kinds
 from nnarch.kernels.recurrent.cells import recurrent_cell
-from nnarch.nn.recurrent import MANY_ROWS, RecurrentWeights
+from nnarch.nn.recurrent_weights import RecurrentWeights
 
 
 class _Cell(RecurrentWeights, RNNCellBase):
@@ -34,8 +34,7 @@ class _Cell(RecurrentWeights, RNNCellBase):
         raise NotImplementedError
 
     def _pack_now(self) -> None:
-        if not self._in_pairs(self.weight_ih, self.weight_hh, MANY_ROWS, self._kind()):
-            self._packed_for(self.weight_ih, self.weight_hh, (), 1)
+        self._packed_for(self.weight_ih, self.weight_hh, (), 1)
 
     def _packed_for(
         self, weight_ih: Tensor, weight_hh: Tensor, inputs: tuple[Any, ...], rows: int
@@ -44,9 +43,7 @@ class _Cell(RecurrentWeights, RNNCellBase):
         cache = self._packed_weights((weight_ih, weight_hh), inputs)
         if cache is None:
             return None
-        kind = self._kind()
-        pairs = self._in_pairs(weight_ih, weight_hh, rows, kind)
-        return cache.get(pairs, self._pack_recurrent, weight_ih, weight_hh, None, kind, pairs)
+        return self._packed_form(cache, 0, 1, rows, (weight_ih, weight_hh, None), self._kind())
 
     def _step(self, x: Tensor, h: Tensor | None, c: Tensor | None) -> tuple[Tensor, Tensor]:
         """One step of a batch."""

@@ -138,17 +138,25 @@ def test_threads_change_no_bit():
         torch.set_num_threads(threads)
 
 
-def test_nan_reaches_its_quads_alone():
-    """In its channel, three pixels further than in the direct product at most."""
-    x, weight, _ = tensors(1, 32, 24, 24)
-    x[0, 3, 12, 12] = float("nan")
+@pytest.mark.parametrize("column", range(12, 16))
+def test_nan_stays_near(column):
+    """In its channel and rows, four columns further than in the direct product at most."""
+    x, weight, _ = tensors(1, 32, 24, 28)
+    x[0, 3, 12, column] = float("nan")
     y = by_rows(x, weight).isnan()
     expected = direct(x, weight).isnan()
     assert bool(y[expected].all())
     assert not bool(y[:, torch.arange(32) != 3].any())
-    rows, columns = y[0, 3].any(1), y[0, 3].any(0)
-    assert rows.nonzero().flatten().tolist() == list(range(9, 16))
-    assert int(columns.nonzero().min()) >= 6 and int(columns.nonzero().max()) <= 18
+    rows, columns = y[0, 3].any(1).nonzero(), y[0, 3].any(0).nonzero()
+    assert rows.flatten().tolist() == list(range(9, 16))
+    assert int(columns.min()) >= column - 3 - 4 and int(columns.max()) <= column + 3 + 4
+
+
+def test_no_images():
+    x, weight, bias = tensors(0, 16, 14, 14)
+    with torch.no_grad():
+        y = F.conv2d(x, weight, bias, padding=3, groups=16)
+    assert y.shape == x.shape
 
 
 @pytest.mark.parametrize(

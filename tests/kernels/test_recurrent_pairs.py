@@ -31,12 +31,12 @@ SIZES = [
     (3, 91, 96, 128),
     (2, 120, 128, 128),
     (2, 48, 544, 512),
-    (2, 22, 1056, 64),
+    (2, 48, 1056, 64),
     (104, 120, 64, 128),
 ]
 # RNNs have a quarter of the weights: with few of them none are packed for pairs.
 CASES = [(LSTM, size) for size in SIZES] + [
-    (kind, size) for kind in (RNN_TANH, RNN_RELU) for size in ((4, 37, 128, 256), (3, 20, 544, 512))
+    (kind, size) for kind in (RNN_TANH, RNN_RELU) for size in ((4, 37, 128, 256), (3, 48, 544, 512))
 ]
 cases = pytest.mark.parametrize(
     ("kind", "size"), CASES, ids=lambda v: kinds.NAMES[v] if isinstance(v, int) else str(v)
@@ -170,6 +170,14 @@ def test_zero_weights_and_inputs_are_exact():
     assert all(map(torch.equal, by_pairs(tensors, LSTM), plain(tensors)))
 
 
+def test_weights_too_large_for_their_scale_make_all_steps_plain():
+    tensors = arguments(LSTM, (3, 20, 64, 64))
+    tensors[3][70, 3] = 2.0**100
+    tensors[0] *= 2.0**-80
+    for mine, expected in zip(by_pairs(tensors, LSTM), plain(tensors), strict=True):
+        assert torch.equal(mine, expected)
+
+
 def test_highest_precision_knows_no_pairs():
     tensors = arguments(LSTM, (3, 32, 64, 128))
     packed = pack(tensors, LSTM, pairs=True)
@@ -191,7 +199,7 @@ def test_highest_precision_knows_no_pairs():
         (LSTM, (32, 120, 128), False),  # no whole vectors
         (LSTM, (32, 128, 104), False),  # no two halves of whole blocks
         (LSTM, (20, 512, 512), False),  # 8 MB of weights a step
-        (LSTM, (32, 512, 512), True),
+        (LSTM, (48, 512, 512), True),
         (LSTM, (32, 1024, 1024), False),  # 32 MB
         (LSTM, (64, 1024, 1024), True),
         (LSTM, (64, 4096, 4096), False),  # 1.5 GB
@@ -208,16 +216,30 @@ def test_where_pairs_serve(kind, size, expected):
     assert not F.recurrent_pairs(ih, hh, rows, kind=kind)
 
 
+def test_bad_input():
+    weight = torch.randn(64, 16)
+    with pytest.raises(ValueError, match="kind must be 0 to 3, got 4"):
+        F.recurrent_pairs(weight, weight, 32, kind=4)
+    with pytest.raises(ValueError, match="must be 2-D, got 1-D and 2-D"):
+        F.recurrent_pairs(weight[0], weight, 32, kind=LSTM)
+    huge = torch.empty(1).expand(1 << 22, 1 << 40)
+    assert not F.recurrent_pairs(huge, huge, 32, kind=LSTM)
+
+
 def test_modules_pack_for_pairs_where_they_serve():
+    """Once packed so, weights serve few sequences as well."""
     layer = nn.LSTM(64, 128, num_layers=2).eval()
     few, many = torch.randn(3, 4, 64), torch.randn(3, 32, 64)
     with torch.no_grad():
-        layer(few)
-        assert sorted(layer._packed.packed) == [0, 1]
+        before, _ = layer(few)
+        plain = layer._packed.packed
+        sizes = [plain[k].numel() for k in range(2)]
+        assert sorted(plain) == [0, 1]
         y, _ = layer(many)
-        assert sorted(layer._packed.packed) == [0, 1, 2, 3]
-        sizes = [layer._packed.packed[k].numel() for k in range(4)]
-        assert all(2.7 < sizes[k + 2] / sizes[k] < 2.8 for k in range(2))
+        assert sorted(layer._packed.packed) == [2, 3]
+        assert all(2.7 < layer._packed.packed[k + 2].numel() / sizes[k] < 2.8 for k in range(2))
+        assert torch.equal(layer(few)[0], before)
+        assert sorted(layer._packed.packed) == [2, 3]
         truth, _ = torch.nn.LSTM.forward(layer.double(), many.double())
     torch.testing.assert_close(y.double(), truth, rtol=0, atol=3e-6)
 
@@ -229,9 +251,33 @@ def test_cells_pack_for_pairs_where_they_serve():
         assert sorted(cell._packed.packed) == [0]
         x = torch.randn(32, 64)
         h, c = cell(x)
-        assert sorted(cell._packed.packed) == [0, 1]
+        assert sorted(cell._packed.packed) == [1]
         truth = torch.nn.LSTMCell.forward(cell.double(), x.double())
     torch.testing.assert_close((h.double(), c.double()), truth, rtol=0, atol=3e-6)
+
+
+def test_a_normalized_layer_packs_none():
+    layer = nn.LayerNormLSTM(64, 128).eval()
+    with torch.no_grad():
+        layer(torch.randn(3, 32, 64))
+    assert sorted(layer._packed.packed) == [0]
+
+
+def test_packed_sequences_need_no_values_to_be_traced():
+    """How many sequences there are is read for packed weights alone."""
+    layer = nn.LSTM(8, 16)
+    sequences = torch.nn.utils.rnn.pack_padded_sequence(torch.randn(3, 2, 8), torch.tensor([3, 2]))
+
+    def fail(_):
+        raise AssertionError("batch_sizes was read")
+
+    class Unread(torch.Tensor):
+        __int__ = fail
+
+    data, sizes, *order = sequences
+    unread = torch.nn.utils.rnn.PackedSequence(data, sizes.as_subclass(Unread), *order)
+    y, _ = layer(unread)
+    assert torch.equal(y.data, layer(sequences)[0].data)
 
 
 def test_weights_in_bfloat16_have_no_pairs():
@@ -249,7 +295,7 @@ def test_weights_in_bfloat16_have_no_pairs():
 
 
 def check_isa() -> None:
-    for kind, size in ((LSTM, (4, 33, 64, 128)), (RNN_TANH, (3, 20, 544, 512))):
+    for kind, size in ((LSTM, (4, 33, 64, 128)), (RNN_TANH, (3, 48, 544, 512))):
         tensors = arguments(kind, size)
         assert_accurate(by_pairs(tensors, kind), tensors, kind)
 
