@@ -11,130 +11,24 @@
 #include <cstdint>
 
 #include "conv2d/cpu_shape.h"
+#include "conv2d/cpu_winograd_blocks.h"
+#include "conv2d/cpu_winograd_late.h"
+#include "conv2d/cpu_winograd_weights.h"
 #include "conv2d/winograd.h"
-#include "conv2d/winograd_taps.h"
 #include "conv2d/winograd_tiles.h"
 #include "conv2d/winograd_windows.h"
 #include "cpu/arena.h"
 #include "cpu/gather_gemm.h"
 #include "cpu/machine.h"
-#include "cpu/pack_weight.h"
 #include "cpu/parallel.h"
 
 namespace nnarch {
-
-// Which of two passes over all that a product reads goes through cache again and again. By blocks,
-// V stays in L2, and every block of tiles reads all weights; by panels, these are read once, and V
-// for every panel of columns.
-enum class WinogradOrder { by_blocks, by_panels };
-
-// How many tiles a block has, in whole register tiles: as many as V allows, by blocks in L2, by
-// panels in memory.
-struct WinogradBlocking {
-  int64_t tiles, row, plane, product_plane;
-
-  static constexpr int64_t in_cache = int64_t{512} << 10, in_memory = int64_t{8} << 20;
-
-  WinogradBlocking(const WinogradTiles& all, WinogradOrder order)
-      : row(winograd_row(all.tile.most_slots() * all.image.depth)) {
-    const int64_t bytes = order == WinogradOrder::by_panels ? in_memory : in_cache;
-    const int64_t mr = winograd().mr, nr = winograd().nr, most = round_up(112, mr);
-    tiles = std::clamp(bytes / tile_bytes(all) / mr * mr, mr, most);
-    const int64_t count = std::max<int64_t>(1, all.count());
-    tiles = ceil_div(count, ceil_div(count, tiles));
-    plane = winograd_plane(tiles * row);
-    product_plane = winograd_plane(tiles * nr);
-  }
-
-  int64_t tile_bytes(const WinogradTiles& all) const {
-    return all.tile.values() * row / all.tile.most_slots() * int64_t{sizeof(float)};
-  }
-  int64_t count(const WinogradTiles& all) const { return ceil_div(all.count(), tiles); }
-
-  // By panels: groups of blocks whose V is in memory together; each reads all weights.
-  int64_t groups(const WinogradTiles& all) const {
-    return ceil_div(count(all), std::max<int64_t>(1, in_memory / (tiles * tile_bytes(all))));
-  }
-
-  // Panels whose products a block makes together, where V comes from beyond L2 and is read once for
-  // all of them: as many as leave most of it, and work for some threads.
-  int64_t panels_at_once(const WinogradTiles& all, int64_t panels) const {
-    constexpr int64_t tasks = 4;
-    const int64_t bytes = all.planes() * product_plane * int64_t{sizeof(float)};
-    if (all.count() * tile_bytes(all) <= l2_bytes() / 2) return 1;
-    return std::max<int64_t>(1, std::min(l2_bytes() * 3 / 8 / bytes, panels / tasks));
-  }
-};
-
-// Where the outputs go and what is done to them.
-struct WinogradOutput {
-  float* y;
-  int64_t channels;
-  const OutputGrid& grid;
-  const Epilogue<float>& epilogue;
-  bool stream;
-
-  int64_t panels() const { return ceil_div(channels, winograd().nr); }
-
-  int64_t offset(const TilePlace& at) const {
-    return at.image * grid.image_step + at.y * grid.row_step + at.x * grid.column_step;
-  }
-
-  void prefetch(const WinogradTiles& tiles, const TilePlace& at, int64_t channel) const {
-    const int64_t rows = std::min(tiles.tile.output_rows(), tiles.image.grid_h - at.y);
-    const int64_t columns = std::min(tiles.tile.output_columns(), tiles.image.grid_w - at.x);
-    const int64_t from = offset(at) + channel;
-    const int64_t count = std::min(winograd().nr, channels - channel);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; ++j) {
-        const int64_t at_pixel = from + i * grid.row_step + j * grid.column_step;
-        prefetch_line<true>(y + at_pixel, count);
-        if (epilogue.residual) prefetch_line<false>(epilogue.residual + at_pixel, count);
-      }
-  }
-};
-
-// A panel of transformed weights, [xi][slot][depth][nr].
-struct WinogradPanel {
-  int64_t slot;  // elements of a slot
-  int64_t gap;   // behind the slots of a plane
-
-  explicit WinogradPanel(int64_t depth)
-      : slot(depth * winograd().nr), gap(winograd_plane(slot) - slot) {}
-  int64_t plane(const WinogradTile& tile, int64_t xi) const { return tile.slots(xi) * slot + gap; }
-  int64_t size(const WinogradTile& tile) const {
-    return tile.values() * slot + tile.planes() * gap;
-  }
-};
 
 // Panels [first, last) of output channels, their transformed weights one behind the other.
 struct WinogradPanels {
   int64_t first, last;
   const float* weights;
 };
-
-// Outputs of a block, back from the products of one panel.
-inline void put_panel(const WinogradTiles& tiles, const WinogradBlocking& blocking,
-                      const float* products, const TileBlock& block, int64_t p,
-                      const WinogradOutput& output) {
-  const int64_t nr = winograd().nr, channel = p * nr;
-  const auto transform = winograd_transforms(tiles.tile).output;
-  const Epilogue<float> epilogue = output.epilogue.from_channel(channel);
-  const OutputGrid& grid = output.grid;
-  const WinogradEnds* const ends = tiles.ends();
-  block.for_each(block.all(), [&](const TilePlace& at, int64_t kind) {
-    const OutputTile place{
-        .offset = output.offset(at),
-        .row_step = grid.row_step,
-        .column_step = grid.column_step,
-        .rows = std::min(tiles.tile.output_rows(), tiles.image.grid_h - at.y),
-        .columns = std::min(tiles.tile.output_columns(), tiles.image.grid_w - at.x)};
-    (kind ? ends->output[kind - 1] : transform)(products, blocking.product_plane,
-                                                output.channels - channel, epilogue, place,
-                                                output.y + channel, output.stream);
-    products += nr;
-  });
-}
 
 // Outputs of a block in some panels of the channels. Between the products, meanwhile(begin, end)
 // may prefetch for that part of as many other tiles: the memory would wait. `far`: V has left L2.
@@ -158,9 +52,7 @@ void multiply_panels(const WinogradTiles& tiles, const WinogradBlocking& blockin
     meanwhile(begin, end);
     for (int64_t p = panels.first; p < panels.last; ++p) {
       const int64_t i = p - panels.first, channel = p * table.nr;
-      if (!output.stream)
-        block.for_each({begin, end - begin},
-                       [&](const TilePlace& at, int64_t) { output.prefetch(tiles, at, channel); });
+      prefetch_outputs(tiles, block, xi, channel, output);
       table.panel_product(
           {.a = rows_of(xi),
            .a_step = blocking.row,
@@ -170,48 +62,12 @@ void multiply_panels(const WinogradTiles& tiles, const WinogradBlocking& blockin
            .c_step = table.nr,
            .rows = range.count,
            .columns = output.channels - channel,
-           .a_next = far && p + 1 == panels.last ? rows_of(xi + 1) : nullptr,
-           .far = far_l3()});
+           .far = far_l3(),
+           .a_next = far && p + 1 == panels.last ? rows_of(xi + 1) : nullptr});
     }
   }
   for (int64_t p = panels.first; p < panels.last; ++p)
     put_panel(tiles, blocking, products.get() + (p - panels.first) * sums, block, p, output);
-}
-
-inline int64_t winograd_packed_size(int64_t columns, int64_t depth, const WinogradTile& tile) {
-  return checked_product(ceil_div(columns, winograd().nr), WinogradPanel(depth).size(tile));
-}
-
-// The transformed weights of panel p.
-inline void winograd_pack_panel(const WeightView<float>& view, const WinogradTile& tile, int64_t p,
-                                float* dst) {
-  const WinogradTable& table = winograd();
-  // Channels at once stay in cache, and are several lines of a weight in channels_last, which the
-  // hardware then fetches ahead: one line each took 1.5 times as long (512, 1024 channels).
-  constexpr int64_t cache = int64_t{64} << 10;
-  const int64_t each = view.taps() * table.nr * int64_t{sizeof(float)};
-  const int64_t some = std::max<int64_t>(16, cache / each / 16 * 16);
-  const WinogradPanel panel(view.depth);
-  const auto transform = winograd_transforms(tile).weight;
-  WeightView<float> part = view;
-  part.data += p * table.nr * view.column_stride;
-  part.columns = std::min(table.nr, view.columns - p * table.nr);
-  Scratch<float> direct(view.taps() * some * table.nr);
-  for (int64_t d = 0; d < view.depth; d += some, part.data += some * view.depth_stride) {
-    part.depth = std::min(some, view.depth - d);
-    pack_weight(part, direct.get());
-    transform(direct.get(), part.depth, dst + d * table.nr, panel.slot, panel.gap);
-  }
-  for (int64_t xi = 0; xi < tile.planes(); ++xi) {  // what lies between the planes
-    dst += panel.plane(tile, xi);
-    std::fill_n(dst - panel.gap, panel.gap, 0.0f);
-  }
-}
-
-inline void winograd_pack(const WeightView<float>& view, const WinogradTile& tile, float* dst) {
-  const int64_t panel = WinogradPanel(view.depth).size(tile);
-  parallel_tasks(ceil_div(view.columns, winograd().nr),
-                 [&](int64_t p) { winograd_pack_panel(view, tile, p, dst + p * panel); });
 }
 
 // A block of tiles for a task, which goes through all panels.
@@ -238,29 +94,25 @@ inline void winograd_by_blocks(const WinogradTiles& tiles, const WinogradBlockin
   });
 }
 
-// A few panels of output channels for a task, which goes through the blocks [first, last) of tiles;
-// the weights, where they come as they are, are transformed on the way, panel by panel, and never
-// leave the cache.
+// A few panels of output channels for a task, which goes through the blocks [first, last) of tiles.
 inline void winograd_group_by_panels(const WinogradTiles& tiles, const WinogradBlocking& blocking,
                                      int64_t first, int64_t last, const WinogradWindows& windows,
                                      const float* packed, const WeightView<float>& view,
                                      const WinogradOutput& output) {
   constexpr int64_t channels = 64;
   const int64_t depth = tiles.image.depth, panel = WinogradPanel(depth).size(tiles.tile);
-  const int64_t blocks = last - first, each = tiles.planes() * blocking.plane;
-  const int64_t parts = ceil_div(depth, channels);
-  const auto block_of = [&](int64_t b) {
-    const int64_t from = (first + b) * blocking.tiles;
-    return TileBlock(tiles, from, std::min(blocking.tiles, tiles.count() - from));
-  };
-  // Of a few tiles the weights alone are as much as a core can wait for.
-  const bool far = blocks * each * int64_t{sizeof(float)} > l2_bytes() && blocking.tiles >= 56;
-  Scratch<float> v(blocks * each);
-  parallel_tasks(blocks * parts, [&](int64_t task) {
+  const TileBlocks blocks{tiles, blocking.tiles, first, last - first};
+  const int64_t each = tiles.planes() * blocking.plane, parts = ceil_div(depth, channels);
+  Scratch<float> v(blocks.count * each);
+  parallel_tasks(blocks.count * parts, [&](int64_t task) {
     const int64_t b = task / parts, from = task % parts * channels;
-    const TileBlock block = block_of(b);
+    const TileBlock block = blocks.at(b);
     windows.run(block, block.all(), from, std::min(channels, depth - from), v.get() + b * each);
   });
+  // Of a few tiles the weights alone are as much as a core can wait for.
+  const bool far =
+      blocks.count * each * int64_t{sizeof(float)} > l2_bytes() && blocking.tiles >= 56;
+  if (!packed && !far) return multiply_late(tiles, blocking, v.get(), blocks, view, output);
   const int64_t panels = output.panels();
   const int64_t at_once = packed ? blocking.panels_at_once(tiles, panels) : 1;
   parallel_tasks(ceil_div(panels, at_once), [&](int64_t task) {
@@ -269,8 +121,8 @@ inline void winograd_group_by_panels(const WinogradTiles& tiles, const WinogradB
     if (!packed) winograd_pack_panel(view, tiles.tile, p, transformed.get());
     const WinogradPanels some{p, std::min(p + at_once, panels),
                               packed ? packed + p * panel : transformed.get()};
-    for (int64_t b = 0; b < blocks; ++b)
-      multiply_panels(tiles, blocking, v.get() + b * each, some, block_of(b), output, far,
+    for (int64_t b = 0; b < blocks.count; ++b)
+      multiply_panels(tiles, blocking, v.get() + b * each, some, blocks.at(b), output, far,
                       [](int64_t, int64_t) {});
   });
 }

@@ -59,21 +59,6 @@ class StridedPlanes {
   int64_t unit_, gap_;
 };
 
-// The cache lines of a part of a weight in channels_last, in which it has runs of 16 to 32 values;
-// how many.
-inline int64_t weight_lines(const WeightView<float>& part, const float** lines) {
-  const bool columns = part.column_stride == 1;
-  if (!columns && part.depth_stride != 1) return 0;
-  const int64_t run = columns ? part.columns : part.depth;
-  const int64_t rows = columns ? part.depth : part.columns;
-  const int64_t step = columns ? part.depth_stride : part.column_stride;
-  int64_t count = 0;
-  for (const int64_t tap : part.tap_offset)
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < run; j += 16) lines[count++] = part.data + tap + i * step + j;
-  return count;
-}
-
 // Memory that is fetched during a product: the next product's.
 struct Ahead {
   const float* first;

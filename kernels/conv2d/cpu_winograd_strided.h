@@ -347,10 +347,12 @@ class StridedWinograd {
     Scratch<int64_t> at(tile_.values());
     u.locate(row, at.get());
     Scratch<float> direct(p_.taps() * kPacked * nr());
-    Scratch<const float*> ahead(p_.taps() * std::max(kPacked, nr()));
+    Scratch<int64_t> taps(p_.taps());
+    const WeightLines ahead(after);
     if (part.depth > 0) pack_weight(part, direct.get());
-    transforms_.weight(direct.get(), part.depth, weights + offset, at.get(), ahead.get(),
-                       weight_lines(after, ahead.get()));
+    for (int64_t t = 0; t < p_.taps(); ++t) taps[t] = t * part.depth * nr();
+    transforms_.weight({direct.get(), taps.get(), nr(), part.depth}, weights + offset, at.get(),
+                       ahead.share(after.data, 0, 1));
     for (int64_t i = 0; i < tile_.values(); ++i)
       std::fill_n(weights + offset + at[i] + part.depth * nr(), (depth - part.depth) * nr(), 0.0f);
   }

@@ -15,6 +15,14 @@ struct OutputTile {
   int64_t rows, columns;  // of the m × m that lie in the output
 };
 
+// Weights of some channels and a panel of columns: those of tap t and channel c at data + taps[t] +
+// c · step.
+struct TapWeights {
+  const float* data;
+  const int64_t* taps;
+  int64_t step, channels;
+};
+
 // The transforms of a tile (winograd_tile.h). Transformed values are planes, `plane` elements
 // apart, and in these the phases' slots, `slot` elements apart, where there are several.
 struct WinogradTransforms {
@@ -22,9 +30,9 @@ struct WinogradTransforms {
   // values each.
   void (*input)(const float* const* pixels, int64_t channels, float* planes, int64_t plane,
                 int64_t slot);
-  // One packed panel [tap][channels][nr] (cpu/pack_weight.h) to values [xi][slot][channels][nr]:
-  // slots are `slot` elements long and planes as long as their slots and `gap` more.
-  void (*weight)(const float* packed, int64_t channels, float* values, int64_t slot, int64_t gap);
+  // A panel's weights to values [xi][slot][channel][nr]: slots are `slot` elements long and planes
+  // as long as their slots and `gap` more.
+  void (*weight)(const TapWeights& weights, float* values, int64_t slot, int64_t gap);
   // y of one tile, two vectors of channels wide or `channels`, whichever is less.
   void (*output)(const float* planes, int64_t plane, int64_t channels,
                  const Epilogue<float>& epilogue, const OutputTile& tile, float* y, bool stream);
@@ -44,6 +52,13 @@ struct WinogradEnds {
   decltype(WinogradTransforms::grad) grad[3];
 };
 
+// Cache lines, offsets from `data`.
+struct Lines {
+  const float* data = nullptr;
+  const int64_t* offsets = nullptr;
+  int64_t count = 0;
+};
+
 // c[i][j] = Σ_k a[i][k] · b[k][j] for i < rows, j < columns. b is a dense panel of nr columns; the
 // one that follows it comes into cache meanwhile, as a whole or in part.
 struct PanelProduct {
@@ -57,8 +72,9 @@ struct PanelProduct {
   int64_t chain = 128;  // terms that are added up in one go: longer sums lose accuracy
   bool add = false;
   int64_t share = 0, shares = 1;  // which part of the panel that follows is fetched meanwhile
-  const float* a_next = nullptr;  // rows that will be read next, fetched meanwhile; or null
   bool far = false;               // the last-level cache is far (cpu/machine.h)
+  const float* a_next = nullptr;  // rows that will be read next, fetched meanwhile; or null
+  Lines lines = {};               // fetched in place of the panel that follows, if there are any
 };
 
 // c[i][j] = or += Σ_k a[k][i] · b[k][j] for i < rows, j < columns: the sum over tiles of a weight

@@ -28,8 +28,9 @@ NNARCH_INLINE void put(V* left, V* right, float* c, int64_t step, bool add) {
 }
 
 // How the lines that come next are asked for, one or two a step. Those that several steps ask for
-// come into the first-level cache, where asking again ends.
-enum class Fetch { nothing, line, two_lines, line_again, two_lines_again };
+// come into the first-level cache, where asking again ends; listed ones as well, which are fewer
+// than steps.
+enum class Fetch { nothing, line, two_lines, line_again, two_lines_again, listed };
 constexpr bool asks_two(Fetch f) { return f == Fetch::two_lines || f == Fetch::two_lines_again; }
 constexpr bool asks_again(Fetch f) { return f == Fetch::line_again || f == Fetch::two_lines_again; }
 
@@ -47,6 +48,9 @@ struct Ahead {
   const float *panel, *rows;
   int64_t share, panel_stride, rows_stride;
   Fetch fetch;
+  const float* line_data;
+  const int64_t* line_offsets;
+  uint64_t lines_a_tile = 0, lines_a_step = 0;  // in 2^-32
 
   // `tiles` of at most `height` rows and `count` steps.
   NNARCH_INLINE Ahead(const PanelProduct& p, int64_t tiles, int64_t height, int64_t count,
@@ -54,11 +58,20 @@ struct Ahead {
       : rows(p.a_next),
         share(p.depth * 2 * kWidth / (part * p.shares * tiles)),
         panel_stride(share / count),
-        rows_stride(rows ? height * p.a_step / count : 0) {
+        rows_stride(rows ? height * p.a_step / count : 0),
+        line_data(p.lines.data),
+        line_offsets(p.lines.offsets) {
     panel = p.b + p.depth * 2 * kWidth + p.share * tiles * share;
     const bool two = rows || part * p.shares * tiles == 1, again = !p.far && panel_stride < 12;
     fetch = two ? (again ? Fetch::two_lines_again : Fetch::two_lines)
                 : (again ? Fetch::line_again : Fetch::line);
+    if (line_data) ask_for_lines(static_cast<uint64_t>(p.lines.count), tiles, count);
+  }
+
+  NNARCH_INLINE void ask_for_lines(uint64_t lines, int64_t tiles, int64_t count) {
+    fetch = lines > 0 ? Fetch::listed : Fetch::nothing;
+    lines_a_tile = (lines << 32) / static_cast<uint64_t>(tiles);
+    lines_a_step = lines_a_tile / static_cast<uint64_t>(count);
   }
 };
 
@@ -71,6 +84,7 @@ NNARCH_INLINE void panel_tile(Indices<I...>, const PanelProduct& p, int64_t row,
   const float* first = ahead.panel + tile * ahead.share;
   const float* second = ahead.rows ? ahead.rows + row * step : first + kWidth;
   const int64_t second_stride = ahead.rows ? ahead.rows_stride : first_stride;
+  uint64_t line = ahead.lines_a_tile * static_cast<uint64_t>(tile);
   const float* a0 = p.a + row * step + from;
   const float* a7 = a0 + 7 * step;
   const float* b = p.b + from * 2 * kWidth;
@@ -79,9 +93,14 @@ NNARCH_INLINE void panel_tile(Indices<I...>, const PanelProduct& p, int64_t row,
 #pragma GCC unroll kUnrolled
   for (int64_t k = 0; k < count; ++k) {
     asm("" : "+r"(a0), "+r"(a7));
-    fetch<F>(first, second);
-    first += first_stride;
-    if constexpr (asks_two(F)) second += second_stride;
+    if constexpr (F == Fetch::listed) {
+      __builtin_prefetch(ahead.line_data + ahead.line_offsets[line >> 32], 0, 3);
+      line += ahead.lines_a_step;
+    } else {
+      fetch<F>(first, second);
+      first += first_stride;
+      if constexpr (asks_two(F)) second += second_stride;
+    }
     V b0 = load(b), b1, x;
     keep_in_register(b0);
     if constexpr (Half) {
@@ -222,7 +241,7 @@ NNARCH_INLINE PanelTile panel_tile_with(Indices<I...>, int64_t rows) {
 }
 NNARCH_INLINE PanelTile panel_tile_with(Fetch f, bool half, int64_t rows) {
   constexpr MakeIndices<kRows> each;
-  if (f == Fetch::nothing)
+  if (f == Fetch::nothing || (half && f == Fetch::listed))
     return half ? panel_tile_with<true, Fetch::nothing>(each, rows)
                 : panel_tile_with<false, Fetch::nothing>(each, rows);
   if (half) return panel_tile_with<true, Fetch::two_lines_again>(each, rows);
@@ -233,6 +252,8 @@ NNARCH_INLINE PanelTile panel_tile_with(Fetch f, bool half, int64_t rows) {
       return panel_tile_with<false, Fetch::two_lines>(each, rows);
     case Fetch::line_again:
       return panel_tile_with<false, Fetch::line_again>(each, rows);
+    case Fetch::listed:
+      return panel_tile_with<false, Fetch::listed>(each, rows);
     default:
       return panel_tile_with<false, Fetch::two_lines_again>(each, rows);
   }
@@ -261,7 +282,7 @@ constexpr int64_t tiles_of(int64_t rows, int64_t most) { return (rows + most - 1
 // that the hardware follows, and instructions that ask for others would break it. Of more rows they
 // do not reach far enough. A far last-level cache (`far`) brings what it is asked for early.
 NNARCH_INLINE int64_t reading_rows(const PanelProduct& p) {
-  if (p.far || p.shares > 1) return 0;
+  if (p.far || p.shares > 1 || p.lines.data) return 0;
   return p.rows <= kReaders ? p.rows : p.rows <= kRows ? kFirstReaders : 0;
 }
 

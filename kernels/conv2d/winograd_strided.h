@@ -26,10 +26,8 @@ struct StridedTransforms {
                int64_t slot);
   void (*output)(const float* planes, int64_t plane, int64_t channels,
                  const Epilogue<float>& epilogue, const OutputTile& tile, float* y, bool stream);
-  // From a packed panel [tap][count][nr] to values [count][nr]; meanwhile the lines at `ahead` come
-  // into cache.
-  void (*weight)(const float* packed, int64_t count, float* values, const int64_t* at,
-                 const float* const* ahead, int64_t lines);
+  // From weights to values [channel][nr]; meanwhile the lines `ahead` come into cache.
+  void (*weight)(const TapWeights& weights, float* values, const int64_t* at, const Lines& ahead);
   // From the values of summed products to taps, `tap` elements apart.
   void (*weight_grad)(const float* values, const int64_t* at, const int64_t* next, int64_t channels,
                       float* dw, int64_t tap);

@@ -78,18 +78,18 @@ void phases_input_grad(const float* values, const int64_t* at, const int64_t* ne
     });
 }
 
-// In double, as winograd_transforms_isa.h's.
+// Values of a weight are rounded once, and used in every product.
 template <int M, int R>
-void phases_weight(const float* packed, int64_t count, float* values, const int64_t* at,
-                   const float* const* ahead, int64_t lines) {
-  const int64_t tap = count * 2 * kWidth;
-  for (int64_t w = 0; w < tap; w += kWidth) {
-    for (int64_t i = lines * w / tap; i < lines * (w + kWidth) / tap; ++i)
-      __builtin_prefetch(ahead[i], 0, 2);
+void phases_weight(const TapWeights& from, float* values, const int64_t* at, const Lines& ahead) {
+  const int64_t count = from.channels * 2 * kWidth;
+  for (int64_t w = 0; w < count; w += kWidth) {
+    for (int64_t i = ahead.count * w / count; i < ahead.count * (w + kWidth) / count; ++i)
+      __builtin_prefetch(ahead.data + ahead.offsets[i], 0, 2);
+    const float* const weights = weights_at(from, w);
     for_phases<M, R>([&](auto phase) NNARCH_INLINE_LAMBDA {
       using P = decltype(phase);
       transform_halves<WeightMatrix<M, P::taps_y>, WeightMatrix<M, P::taps_x>>(
-          [&](int i, int j) NNARCH_INLINE_LAMBDA { return packed + P::tap(i, j) * tap + w; },
+          [&](int i, int j) NNARCH_INLINE_LAMBDA { return weights + from.taps[P::tap(i, j)]; },
           [&](int i, int j, V v) NNARCH_INLINE_LAMBDA {
             float* const to = values + at[P::value(i, j)] + w;
             __builtin_prefetch(to + 8 * kWidth, 1, 2);
@@ -157,8 +157,7 @@ void locate_planes(const WinogradTile& tile, int64_t slot, int64_t gap, int64_t*
 }
 
 template <int M, int R>
-void strided_weight(const float* packed, int64_t channels, float* values, int64_t slot,
-                    int64_t gap) {
+void strided_weight(const TapWeights& from, float* values, int64_t slot, int64_t gap) {
   constexpr WinogradTile tile{M, R, R, 2};
   int64_t begin[tile.planes()], at[tile.values()];
   locate_planes(tile, slot, gap, begin);
@@ -169,7 +168,7 @@ void strided_weight(const float* packed, int64_t channels, float* values, int64_
       for (int j = 0; j < P::columns; ++j)
         at[P::value(i, j)] = begin[At::plane(i, j)] + At::slot(j) * slot;
   });
-  phases_weight<M, R>(packed, channels, values, at, nullptr, 0);
+  phases_weight<M, R>(from, values, at, {});
 }
 
 template <int M, int R>
@@ -218,20 +217,21 @@ void line_input(const float* const* pixels, int64_t channels, float* planes, int
 }
 
 template <int M, int R>
-void line_weight(const float* packed, int64_t channels, float* values, int64_t slot, int64_t gap) {
+void line_weight(const TapWeights& from, float* values, int64_t slot, int64_t gap) {
   constexpr WinogradTile tile{M, 1, R, 2};
   int64_t begin[tile.planes()];
   locate_planes(tile, slot, gap, begin);
-  const int64_t tap = channels * 2 * kWidth;
-  for (int64_t w = 0; w < tap; w += kWidth)
+  for (int64_t w = 0; w < from.channels * 2 * kWidth; w += kWidth) {
+    const float* const weights = weights_at(from, w);
     for_line_phases<M, R>([&](auto phase) NNARCH_INLINE_LAMBDA {
       using P = decltype(phase);
       transform_halves<NoMatrix, WeightMatrix<M, P::taps>>(
-          [&](int, int j) NNARCH_INLINE_LAMBDA { return packed + P::tap(j) * tap + w; },
+          [&](int, int j) NNARCH_INLINE_LAMBDA { return weights + from.taps[P::tap(j)]; },
           [&](int, int j, V v) NNARCH_INLINE_LAMBDA {
             store(values + begin[P::plane(j)] + P::slot(j) * slot + w, v);
           });
     });
+  }
 }
 
 template <int M, int R>

@@ -183,17 +183,22 @@ NNARCH_INLINE void transform_halves(const From& from, const Put& put) {
   }
 }
 
-// Whole vectors are written at once: half a line to each of 36 planes, and the first would have
-// left L1 before its other half.
+// Of the vector that begins with value w of [channel][nr].
+NNARCH_INLINE const float* weights_at(const TapWeights& from, int64_t w) {
+  return from.data + w / (2 * kWidth) * from.step + w % (2 * kWidth);
+}
+
 template <class Rows, class Columns>
-void weight_panel(const float* packed, int64_t channels, float* values, int64_t slot, int64_t gap) {
-  const int64_t tap = channels * 2 * kWidth, plane = slot + gap;
-  for (int64_t at = 0; at < tap; at += kWidth)
-    transform_halves<Rows, Columns>(
+void weight_panel(const TapWeights& from, float* values, int64_t slot, int64_t gap) {
+  const int64_t plane = slot + gap;
+  for (int64_t w = 0; w < from.channels * 2 * kWidth; w += kWidth) {
+    const float* const weights = weights_at(from, w);
+    float* to = values + w;
+    transform_tile<Rows, Columns, V>(
         [&](int i, int j)
-            NNARCH_INLINE_LAMBDA { return packed + at + (i * Columns::columns + j) * tap; },
-        [&](int i, int j, V v)
-            NNARCH_INLINE_LAMBDA { store(values + (i * Columns::rows + j) * plane + at, v); });
+            NNARCH_INLINE_LAMBDA { return load(weights + from.taps[i * Columns::columns + j]); },
+        [&](int, int, V v) NNARCH_INLINE_LAMBDA { store(to, v), to += plane; });
+  }
 }
 
 // Of m outputs by R taps in rows and S in columns; by one tap nothing is transformed. Those of the

@@ -1,0 +1,129 @@
+// Transformed weights: panels of output channels, packed ahead, or a part of a panel right before
+// its product.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "conv2d/winograd.h"
+#include "conv2d/winograd_taps.h"
+#include "conv2d/winograd_tile.h"
+#include "conv2d/winograd_windows.h"
+#include "cpu/arena.h"
+#include "cpu/pack_weight.h"
+#include "cpu/parallel.h"
+
+namespace nnarch {
+
+// A panel of transformed weights, or so much of its depth: [xi][slot][depth][nr].
+struct WinogradPanel {
+  int64_t slot;  // elements of a slot
+  int64_t gap;   // behind the slots of a plane
+
+  explicit WinogradPanel(int64_t depth)
+      : slot(depth * winograd().nr), gap(winograd_plane(slot) - slot) {}
+  int64_t plane(const WinogradTile& tile, int64_t xi) const { return tile.slots(xi) * slot + gap; }
+  int64_t size(const WinogradTile& tile) const {
+    return tile.values() * slot + tile.planes() * gap;
+  }
+};
+
+inline int64_t winograd_packed_size(int64_t columns, int64_t depth, const WinogradTile& tile) {
+  return checked_product(ceil_div(columns, winograd().nr), WinogradPanel(depth).size(tile));
+}
+
+// Channels [from, from + depth) of panel p, as far as they exist.
+inline WeightView<float> panel_part(const WeightView<float>& view, int64_t p, int64_t from,
+                                    int64_t depth) {
+  const int64_t nr = winograd().nr;
+  WeightView<float> part = view;
+  part.data += p * nr * view.column_stride + from * view.depth_stride;
+  part.columns = std::min(nr, view.columns - p * nr);
+  part.depth = std::min(depth, view.depth - from);
+  return part;
+}
+
+// The cache lines of a part of a weight, as offsets from its first element. They lie KBs apart, so
+// that no hardware foresees them.
+class WeightLines {
+ public:
+  explicit WeightLines(const WeightView<float>& part)
+      : room_(part.taps() * std::max(part.columns * (part.depth / kLine + 1),
+                                     part.depth * (part.columns / kLine + 1))),
+        offsets_(room_) {
+    const int64_t span = *std::max_element(part.tap_offset.begin(), part.tap_offset.end()) + 1;
+    if (part.column_stride == 1) {
+      for (const int64_t tap : part.tap_offset)
+        add(tap, part.depth, part.depth_stride, part.columns);
+    } else if (part.depth_stride == 1) {
+      for (const int64_t tap : part.tap_offset)
+        add(tap, part.columns, part.column_stride, part.depth);
+    } else if (part.depth_stride <= 2 * span) {
+      add(0, part.columns, part.column_stride, (part.depth - 1) * part.depth_stride + span);
+    } else if (part.column_stride <= 2 * span) {
+      add(0, part.depth, part.depth_stride, (part.columns - 1) * part.column_stride + span);
+    }
+  }
+
+  // Part `i` of `parts` of the lines of a weight part that lies at `data`.
+  Lines share(const float* data, int64_t i, int64_t parts) const {
+    const int64_t first = count_ * i / parts;
+    return {data, offsets_.get() + first, count_ * (i + 1) / parts - first};
+  }
+
+ private:
+  static constexpr int64_t kLine = 64 / sizeof(float);
+
+  // Runs of memory, `step` elements apart.
+  void add(int64_t from, int64_t runs, int64_t step, int64_t run) {
+    for (int64_t i = 0; i < runs; ++i)
+      for (int64_t j = 0; j < run && count_ < room_; j += kLine)
+        offsets_[count_++] = from + i * step + j;
+  }
+
+  int64_t room_, count_ = 0;
+  Scratch<int64_t> offsets_;
+};
+
+// Transformed weights of a panel, or of a part of one, to dst[xi][slot][channel][nr].
+inline void winograd_transform(const WeightView<float>& part, const WinogradTile& tile,
+                               const WinogradPanel& panel, int64_t at_once, float* dst) {
+  const int64_t nr = winograd().nr, taps = part.taps();
+  const auto transform = winograd_transforms(tile).weight;
+  if (part.column_stride == 1 && part.columns == nr)
+    return transform({part.data, part.tap_offset.data(), part.depth_stride, part.depth}, dst,
+                     panel.slot, panel.gap);
+  Scratch<float> direct(taps * at_once * nr);
+  Scratch<int64_t> offsets(taps);
+  WeightView<float> some = part;
+  for (int64_t d = 0; d < part.depth; d += at_once, some.data += at_once * part.depth_stride) {
+    some.depth = std::min(at_once, part.depth - d);
+    pack_weight(some, direct.get());
+    for (int64_t t = 0; t < taps; ++t) offsets[t] = t * some.depth * nr;
+    transform({direct.get(), offsets.get(), nr, some.depth}, dst + d * nr, panel.slot, panel.gap);
+  }
+}
+
+// The transformed weights of panel p.
+inline void winograd_pack_panel(const WeightView<float>& view, const WinogradTile& tile, int64_t p,
+                                float* dst) {
+  // Channels at once stay in cache, and are several lines of a weight in channels_last, which the
+  // hardware then fetches ahead: one line each took 1.5 times as long (512, 1024 channels).
+  constexpr int64_t cache = int64_t{64} << 10;
+  const int64_t each = view.taps() * winograd().nr * int64_t{sizeof(float)};
+  const int64_t at_once = std::max<int64_t>(16, cache / each / 16 * 16);
+  const WinogradPanel panel(view.depth);
+  winograd_transform(panel_part(view, p, 0, view.depth), tile, panel, at_once, dst);
+  for (int64_t xi = 0; xi < tile.planes(); ++xi) {  // what lies between the planes
+    dst += panel.plane(tile, xi);
+    std::fill_n(dst - panel.gap, panel.gap, 0.0f);
+  }
+}
+
+inline void winograd_pack(const WeightView<float>& view, const WinogradTile& tile, float* dst) {
+  const int64_t panel = WinogradPanel(view.depth).size(tile);
+  parallel_tasks(ceil_div(view.columns, winograd().nr),
+                 [&](int64_t p) { winograd_pack_panel(view, tile, p, dst + p * panel); });
+}
+
+}  // namespace nnarch
