@@ -139,6 +139,15 @@ void run(const GemmBlock<T>& g) {
   if (g.stream) finish_streaming();
 }
 
+// Some columns of a matrix, `step` apart, from memory: of each the lines of 16 values. Rows of a
+// few lines that lie KBs apart are more streams than the hardware follows.
+template <class T>
+NNARCH_INLINE void fetch_columns(const T* at, int64_t step, int64_t n) {
+  constexpr auto line = 64 / static_cast<int64_t>(sizeof(T));
+  for (int64_t j = 0; j < n; ++j)
+    for (int64_t i = 0; i < 16; i += line) __builtin_prefetch(at + j * step + i, 0, 2);
+}
+
 template <class T>
 void pack_panel(const T* src, int64_t stride_k, int64_t stride_n, int64_t depth, int64_t n,
                 T* dst) {
@@ -155,7 +164,10 @@ void pack_panel(const T* src, int64_t stride_k, int64_t stride_n, int64_t depth,
     const auto transpose = transpose_kernel<T>();
     const int64_t full = depth / 16 * 16;
     if (n < nr) __builtin_memset(dst, 0, static_cast<size_t>(full * nr) * sizeof(T));
-    for (; k < full; k += 16) transpose(src + k, stride_n, dst + k * nr, nr, n, 16);
+    for (; k < full; k += 16) {
+      fetch_columns(src + k + 32, stride_n, n);
+      transpose(src + k, stride_n, dst + k * nr, nr, n, 16);
+    }
   }
   for (; k < depth; ++k)
     for (int64_t j = 0; j < nr; ++j)
