@@ -21,10 +21,9 @@ class WeightRows {
         channels_last_(channels_last),
         past_caches_(outgrows_caches(dw, k * taps, depth)) {}
 
-  // Where [tap][c] of a channel may be written at once, or null.
-  T* in_place(int64_t k) const {
-    return channels_last_ && !past_caches_ ? dw_ + k * taps_ * depth_ : nullptr;
-  }
+  // Where [tap][c] of a channel may be written at once, or null; past the caches if so.
+  T* in_place(int64_t k) const { return channels_last_ ? dw_ + k * taps_ * depth_ : nullptr; }
+  bool past_caches() const { return past_caches_; }
 
   // Input channels [c, c + channels) of output channel k, from lines[tap][c] that are `step` apart.
   void put(const T* lines, int64_t step, int64_t k, int64_t c, int64_t channels) const {

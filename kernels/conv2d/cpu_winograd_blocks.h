@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 
 #include "conv2d/winograd.h"
@@ -126,6 +127,8 @@ inline void put_panel(const WinogradTiles& tiles, const WinogradBlocking& blocki
                                                 output.y + channel, output.stream);
     products += nr;
   });
+  // What went past the caches is there before another thread may look.
+  if (output.stream) std::atomic_thread_fence(std::memory_order_seq_cst);
 }
 
 // Of a part of the block's tiles, that of plane xi: lines of y that will be written.

@@ -92,11 +92,13 @@ class WinogradWeightGrad {
 
   // dw of channel k from its sums.
   void finish(const float* products, int64_t plane, int64_t k, const WeightRows<float>& dw) const {
-    float* const row = dw.in_place(k);
-    Scratch<float> lines(row ? 0 : tiles_.tile.taps() * depth_);
-    winograd_transforms(tiles_.tile)
-        .weight_grad(products, plane, depth_, depth_, row ? row : lines.get(), depth_);
-    if (!row) dw.put(lines.get(), depth_, k, 0, depth_);
+    const auto transform = winograd_transforms(tiles_.tile).weight_grad;
+    const bool whole_lines = winograd().nr / 2 * kFloat == 64;
+    if (float* const row = dw.in_place(k); row && (whole_lines || !dw.past_caches()))
+      return transform(products, plane, depth_, depth_, row, depth_, dw.past_caches());
+    Scratch<float> lines(tiles_.tile.taps() * depth_);
+    transform(products, plane, depth_, depth_, lines.get(), depth_, false);
+    dw.put(lines.get(), depth_, k, 0, depth_);
   }
 
   void by_channels(float* v, float* g, const WeightRows<float>& dw) const {

@@ -37,11 +37,12 @@ struct WinogradTransforms {
   void (*output)(const float* planes, int64_t plane, int64_t channels,
                  const Epilogue<float>& epilogue, const OutputTile& tile, float* y, bool stream);
   // The weight gradient's counterparts: a tile of m × m gradients to planes, and summed planes to
-  // the gradients of `channels` weights, `tap` elements from one tap to the next.
+  // the gradients of `channels` weights, `tap` elements from one tap to the next. `stream`: past
+  // the caches, where channels are whole vectors.
   void (*grad)(const float* const* pixels, int64_t channels, float* planes, int64_t plane,
                int64_t slot);
   void (*weight_grad)(const float* planes, int64_t plane, int64_t slot, int64_t channels, float* dw,
-                      int64_t tap);
+                      int64_t tap, bool stream);
 };
 
 // The transforms of tiles of 4 × 4 outputs and 3 × 3 taps at the ends of lines, where they have

@@ -171,9 +171,13 @@ void strided_weight(const TapWeights& from, float* values, int64_t slot, int64_t
   phases_weight<M, R>(from, values, at, {});
 }
 
+NNARCH_INLINE void put_line(float* to, V v, bool stream_out) {
+  stream_out ? stream(to, v) : store(to, v);
+}
+
 template <int M, int R>
 void strided_weight_grad(const float* planes, int64_t plane, int64_t slot, int64_t channels,
-                         float* dw, int64_t tap) {
+                         float* dw, int64_t tap, bool stream_out) {
   for (int64_t c = 0; c < channels; c += kWidth)
     for_phases<M, R>([&](auto phase) NNARCH_INLINE_LAMBDA {
       using P = decltype(phase);
@@ -183,8 +187,10 @@ void strided_weight_grad(const float* planes, int64_t plane, int64_t slot, int64
           [&](int i, int j) NNARCH_INLINE_LAMBDA {
             return load(planes + At::plane(i, j) * plane + At::slot(j) * slot + c);
           },
-          [&](int i, int j, V v) NNARCH_INLINE_LAMBDA { store(dw + P::tap(i, j) * tap + c, v); });
+          [&](int i, int j, V v)
+              NNARCH_INLINE_LAMBDA { put_line(dw + P::tap(i, j) * tap + c, v, stream_out); });
     });
+  if (stream_out) finish_streaming();
 }
 
 // The same for R taps in a line, a row or a column alike: its two phases, in a tile of M outputs.
@@ -236,7 +242,7 @@ void line_weight(const TapWeights& from, float* values, int64_t slot, int64_t ga
 
 template <int M, int R>
 void line_weight_grad(const float* planes, int64_t plane, int64_t slot, int64_t channels, float* dw,
-                      int64_t tap) {
+                      int64_t tap, bool stream_out) {
   for (int64_t c = 0; c < channels; c += kWidth)
     for_line_phases<M, R>([&](auto phase) NNARCH_INLINE_LAMBDA {
       using P = decltype(phase);
@@ -244,8 +250,10 @@ void line_weight_grad(const float* planes, int64_t plane, int64_t slot, int64_t 
           [&](int, int j) NNARCH_INLINE_LAMBDA {
             return load(planes + P::plane(j) * plane + P::slot(j) * slot + c);
           },
-          [&](int, int j, V v) NNARCH_INLINE_LAMBDA { store(dw + P::tap(j) * tap + c, v); });
+          [&](int, int j, V v)
+              NNARCH_INLINE_LAMBDA { put_line(dw + P::tap(j) * tap + c, v, stream_out); });
     });
+  if (stream_out) finish_streaming();
 }
 
 // The gradient of the outputs goes the way of the outputs, back.

@@ -153,12 +153,19 @@ void output_channels(const float* planes, int64_t plane, int64_t channels,
 
 template <class Rows, class Columns>
 void weight_grad_channels(const float* planes, int64_t plane, int64_t, int64_t channels, float* dw,
-                          int64_t tap) {
+                          int64_t tap, bool stream_out) {
   constexpr int taps = Columns::rows;
   for (int64_t c = 0; c < channels; c += kWidth)
     collect_tile<Rows, Columns>(planes + c, plane, [&](int i, const V* line) {
-      for (int j = 0; j < taps; ++j) store_n(dw + (i * taps + j) * tap + c, line[j], channels - c);
+      for (int j = 0; j < taps; ++j) {
+        float* const to = dw + (i * taps + j) * tap + c;
+        if (stream_out)
+          stream(to, line[j]);
+        else
+          store_n(to, line[j], channels - c);
+      }
     });
+  if (stream_out) finish_streaming();
 }
 
 // put(i, j, v) for every v of Rows · d · Columnsᵀ, with the vectors d[i][j] at from(i, j). In
