@@ -4,7 +4,8 @@
 // A block of tiles becomes V[xi][tile][slot][channel], a small matrix for every plane (xi) of
 // values (winograd_tile.h); with stride 1 there is one slot. Panel by panel of output channels,
 // each is multiplied by the panel's transformed weights, [panel][xi][slot][channel][nr] in memory
-// and read strictly in that order; the products [xi][tile][nr] become outputs at once.
+// and read strictly in that order (of those that come as they are, a part of the channels at a
+// time: cpu_winograd_late.h); the products [xi][tile][nr] become outputs at once.
 #pragma once
 
 #include <algorithm>

@@ -68,16 +68,6 @@ struct TileBlocks {
   }
 };
 
-// How much of the depth of weights that come as they are is transformed before it is multiplied: a
-// part that stays in L2, if the products of some elements do, too, to which each part adds.
-inline int64_t part_depth(const WinogradTiles& tiles, int64_t products) {
-  const int64_t depth = tiles.image.depth, most = l2_bytes() / 4 / int64_t{sizeof(float)};
-  if (const char* e = getenv("PD")) return std::min<int64_t>(depth, atoi(e));
-  if (tiles.tile.stride != 1 || products > most) return depth;
-  const int64_t fit = most / (tiles.planes() * winograd().nr) / 16 * 16;
-  return std::min(depth, std::max<int64_t>(fit, 32));
-}
-
 // Where the outputs go and what is done to them.
 struct WinogradOutput {
   float* y;
@@ -127,7 +117,8 @@ inline void put_panel(const WinogradTiles& tiles, const WinogradBlocking& blocki
                                                 output.y + channel, output.stream);
     products += nr;
   });
-  // What went past the caches is there before another thread may look.
+  // A full fence, and on x86 what it takes sends stores past the caches out, too, before another
+  // thread may look.
   if (output.stream) std::atomic_thread_fence(std::memory_order_seq_cst);
 }
 

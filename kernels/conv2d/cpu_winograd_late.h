@@ -32,10 +32,17 @@ class WeightParts {
   WeightView<float> at(int64_t p, int64_t i) const {
     return panel_part(weight_, p, begin(i), depth(i));
   }
-  // Where the part behind that one begins.
-  const float* next(int64_t p, int64_t i) const {
-    return i + 1 < count_ ? at(p, i + 1).data : at(p + 1, 0).data;
+  // The lines of the part behind that one.
+  Lines next(const WeightLines& lines, int64_t p, int64_t i, int64_t share, int64_t shares) const {
+    const bool same_panel = i + 1 < count_;
+    const int64_t panel = same_panel ? p : p + 1, from = same_panel ? begin(i + 1) : 0;
+    if (panel * winograd().nr >= weight_.columns) return {.data = weight_.data};
+    const float* data =
+        weight_.data + panel * winograd().nr * weight_.column_stride + from * weight_.depth_stride;
+    return lines.share(data, share, shares);
   }
+  // As many as those of the deepest part, which no other exceeds.
+  WeightLines lines(int64_t p) const { return WeightLines(panel_part(weight_, p, 0, most_)); }
 
  private:
   static constexpr int64_t kDepth = 96;
@@ -77,24 +84,24 @@ inline void multiply_late(const WinogradTiles& tiles, const WinogradBlocking& bl
   constexpr int64_t channels_in_l1 = 16;
   const int64_t planes = tiles.planes(), sums = planes * blocking.product_plane;
   const WeightParts parts(weight);
+  const bool several = parts.count() > 1;
   parallel_tasks(output.panels(), [&](int64_t p) {
-    Scratch<float> products(blocks.count * sums);
+    Scratch<float> products(several ? blocks.count * sums : sums);
     Scratch<float> transformed(WinogradPanel(parts.most()).size(tiles.tile));
-    const WeightLines lines(parts.at(p, 0));
+    const WeightLines lines = parts.lines(p);
     const int64_t channel = p * winograd().nr;
     for (int64_t i = 0; i < parts.count(); ++i) {
       winograd_transform(parts.at(p, i), tiles.tile, WinogradPanel(parts.depth(i)), channels_in_l1,
                          transformed.get());
       const bool last = i + 1 == parts.count();
-      const float* const next = parts.next(p, i);
       for (int64_t b = 0; b < blocks.count; ++b) {
         const TileBlock block = blocks.at(b);
-        float* const sum = products.get() + b * sums;
+        float* const sum = products.get() + (several ? b : 0) * sums;
         multiply_part(tiles, blocking, block, v + b * planes * blocking.plane, transformed.get(),
                       parts.begin(i), parts.depth(i), output.channels - channel, sum,
                       [&](int64_t xi) {
                         if (last) prefetch_outputs(tiles, block, xi, channel, output);
-                        return lines.share(next, b * planes + xi, blocks.count * planes);
+                        return parts.next(lines, p, i, b * planes + xi, blocks.count * planes);
                       });
         if (last) put_panel(tiles, blocking, sum, block, p, output);
       }

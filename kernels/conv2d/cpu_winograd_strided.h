@@ -341,7 +341,7 @@ class StridedWinograd {
   }
 
   // A panel of at most kPacked rows, `depth` with those that do not exist. The next one's part of
-  // the weight comes into cache during the transform: its lines are KBs apart in channels_last.
+  // the weight comes into cache during the transform: its lines are KBs apart.
   void pack_part(const WeightView<float>& part, const WeightView<float>& after, int64_t depth,
                  int64_t row, int64_t offset, const StridedPlanes& u, float* weights) const {
     Scratch<int64_t> at(tile_.values());

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "conv2d/winograd.h"
 #include "conv2d/winograd_taps.h"
@@ -35,10 +36,8 @@ inline int64_t winograd_packed_size(int64_t columns, int64_t depth, const Winogr
 // Channels [from, from + depth) of panel p, as far as they exist.
 inline WeightView<float> panel_part(const WeightView<float>& view, int64_t p, int64_t from,
                                     int64_t depth) {
-  const int64_t nr = winograd().nr;
-  WeightView<float> part = view;
-  part.data += p * nr * view.column_stride + from * view.depth_stride;
-  part.columns = std::min(nr, view.columns - p * nr);
+  WeightView<float> part = weight_panel(view, p);
+  part.data += from * view.depth_stride;
   part.depth = std::min(depth, view.depth - from);
   return part;
 }
@@ -47,41 +46,51 @@ inline WeightView<float> panel_part(const WeightView<float>& view, int64_t p, in
 // that no hardware foresees them.
 class WeightLines {
  public:
-  explicit WeightLines(const WeightView<float>& part)
-      : room_(part.taps() * std::max(part.columns * (part.depth / kLine + 1),
-                                     part.depth * (part.columns / kLine + 1))),
-        offsets_(room_) {
-    const int64_t span = *std::max_element(part.tap_offset.begin(), part.tap_offset.end()) + 1;
-    if (part.column_stride == 1) {
-      for (const int64_t tap : part.tap_offset)
-        add(tap, part.depth, part.depth_stride, part.columns);
-    } else if (part.depth_stride == 1) {
-      for (const int64_t tap : part.tap_offset)
-        add(tap, part.columns, part.column_stride, part.depth);
-    } else if (part.depth_stride <= 2 * span) {
-      add(0, part.columns, part.column_stride, (part.depth - 1) * part.depth_stride + span);
-    } else if (part.column_stride <= 2 * span) {
-      add(0, part.depth, part.depth_stride, (part.columns - 1) * part.column_stride + span);
-    }
+  explicit WeightLines(const WeightView<float>& part) : runs_(part), offsets_(runs_.lines()) {
+    int64_t count = 0;
+    for (const int64_t tap : runs_.first)
+      for (int64_t i = 0; i < runs_.count; ++i)
+        for (int64_t j = 0; j < runs_.length; j += kLine)
+          offsets_[count++] = tap + i * runs_.step + j;
   }
 
   // Part `i` of `parts` of the lines of a weight part that lies at `data`.
   Lines share(const float* data, int64_t i, int64_t parts) const {
-    const int64_t first = count_ * i / parts;
-    return {data, offsets_.get() + first, count_ * (i + 1) / parts - first};
+    const int64_t first = runs_.lines() * i / parts, end = runs_.lines() * (i + 1) / parts;
+    return {data, offsets_.get() + first, end - first};
   }
 
  private:
   static constexpr int64_t kLine = 64 / sizeof(float);
 
-  // Runs of memory, `step` elements apart.
-  void add(int64_t from, int64_t runs, int64_t step, int64_t run) {
-    for (int64_t i = 0; i < runs; ++i)
-      for (int64_t j = 0; j < run && count_ < room_; j += kLine)
-        offsets_[count_++] = from + i * step + j;
-  }
+  // Where memory is read in one go: of each of the first, `count` runs that are `step` apart.
+  struct Runs {
+    std::vector<int64_t> first{0};
+    int64_t count = 0, step = 0, length = 0;
 
-  int64_t room_, count_ = 0;
+    explicit Runs(const WeightView<float>& part) {
+      const int64_t span = *std::max_element(part.tap_offset.begin(), part.tap_offset.end()) + 1;
+      if (part.column_stride == 1) {
+        first = part.tap_offset;
+        count = part.depth, step = part.depth_stride, length = part.columns;
+      } else if (part.depth_stride == 1) {
+        first = part.tap_offset;
+        count = part.columns, step = part.column_stride, length = part.depth;
+      } else if (part.depth_stride <= 2 * span) {
+        count = part.columns, step = part.column_stride;
+        length = (part.depth - 1) * part.depth_stride + span;
+      } else if (part.column_stride <= 2 * span) {
+        count = part.depth, step = part.depth_stride;
+        length = (part.columns - 1) * part.column_stride + span;
+      }
+      if (part.depth <= 0 || part.columns <= 0) count = 0;
+    }
+    int64_t lines() const {
+      return static_cast<int64_t>(first.size()) * count * ceil_div(length, kLine);
+    }
+  };
+
+  Runs runs_;
   Scratch<int64_t> offsets_;
 };
 
@@ -89,18 +98,31 @@ class WeightLines {
 inline void winograd_transform(const WeightView<float>& part, const WinogradTile& tile,
                                const WinogradPanel& panel, int64_t at_once, float* dst) {
   const int64_t nr = winograd().nr, taps = part.taps();
-  const auto transform = winograd_transforms(tile).weight;
+  const auto weights = winograd_transforms(tile).weight;
+  const auto transform = [&](const float* data, const int64_t* tap, int64_t step, int64_t d,
+                             int64_t some) {
+    weights({data, tap, step, some}, dst + d * nr, panel.slot, panel.gap);
+  };
   if (part.column_stride == 1 && part.columns == nr)
-    return transform({part.data, part.tap_offset.data(), part.depth_stride, part.depth}, dst,
-                     panel.slot, panel.gap);
-  Scratch<float> direct(taps * at_once * nr);
+    return transform(part.data, part.tap_offset.data(), part.depth_stride, 0, part.depth);
+  const bool dense_taps = has_dense_taps(part);
+  Scratch<float> direct(dense_taps ? 0 : taps * at_once * nr);
   Scratch<int64_t> offsets(taps);
-  WeightView<float> some = part;
-  for (int64_t d = 0; d < part.depth; d += at_once, some.data += at_once * part.depth_stride) {
-    some.depth = std::min(at_once, part.depth - d);
-    pack_weight(some, direct.get());
-    for (int64_t t = 0; t < taps; ++t) offsets[t] = t * some.depth * nr;
-    transform({direct.get(), offsets.get(), nr, some.depth}, dst + d * nr, panel.slot, panel.gap);
+  if (dense_taps) {
+    for (int64_t t = 0; t < taps; ++t) offsets[t] = part.tap_offset[t] * nr;
+    return for_transposed_taps(part, [&](const float* rows, int64_t d, int64_t some) {
+      transform(rows, offsets.get(), part.depth_stride * nr, d, some);
+    });
+  }
+  for (int64_t d = 0; d < part.depth; d += at_once) {
+    const int64_t some = std::min(at_once, part.depth - d);
+    for (int64_t t = 0; t < taps; ++t) {
+      offsets[t] = t * some * nr;
+      gemm<float>().pack_panel(part.data + d * part.depth_stride + part.tap_offset[t],
+                               part.depth_stride, part.column_stride, some, part.columns,
+                               direct.get() + offsets[t]);
+    }
+    transform(direct.get(), offsets.get(), nr, d, some);
   }
 }
 

@@ -28,8 +28,8 @@ NNARCH_INLINE void put(V* left, V* right, float* c, int64_t step, bool add) {
 }
 
 // How the lines that come next are asked for, one or two a step. Those that several steps ask for
-// come into the first-level cache, where asking again ends; listed ones as well, which are fewer
-// than steps.
+// come into the first-level cache, where asking again ends. Listed ones, too: one a step, so some
+// are left out where there are more.
 enum class Fetch { nothing, line, two_lines, line_again, two_lines_again, listed };
 constexpr bool asks_two(Fetch f) { return f == Fetch::two_lines || f == Fetch::two_lines_again; }
 constexpr bool asks_again(Fetch f) { return f == Fetch::line_again || f == Fetch::two_lines_again; }

@@ -195,16 +195,22 @@ NNARCH_INLINE const float* weights_at(const TapWeights& from, int64_t w) {
   return from.data + w / (2 * kWidth) * from.step + w % (2 * kWidth);
 }
 
+// In double for more than six points, whose values round further: 5 × 5 and 6 × 6 outputs.
 template <class Rows, class Columns>
 void weight_panel(const TapWeights& from, float* values, int64_t slot, int64_t gap) {
   const int64_t plane = slot + gap;
   for (int64_t w = 0; w < from.channels * 2 * kWidth; w += kWidth) {
     const float* const weights = weights_at(from, w);
     float* to = values + w;
-    transform_tile<Rows, Columns, V>(
-        [&](int i, int j)
-            NNARCH_INLINE_LAMBDA { return load(weights + from.taps[i * Columns::columns + j]); },
-        [&](int, int, V v) NNARCH_INLINE_LAMBDA { store(to, v), to += plane; });
+    const auto tap = [&](int i, int j) NNARCH_INLINE_LAMBDA {
+      return weights + from.taps[i * Columns::columns + j];
+    };
+    const auto put = [&](int, int, V v) NNARCH_INLINE_LAMBDA { store(to, v), to += plane; };
+    if constexpr (Rows::rows > 6)
+      transform_halves<Rows, Columns>(tap, put);
+    else
+      transform_tile<Rows, Columns, V>(
+          [&](int i, int j) NNARCH_INLINE_LAMBDA { return load(tap(i, j)); }, put);
   }
 }
 

@@ -165,7 +165,7 @@ void pack_panel(const T* src, int64_t stride_k, int64_t stride_n, int64_t depth,
     const int64_t full = depth / 16 * 16;
     if (n < nr) __builtin_memset(dst, 0, static_cast<size_t>(full * nr) * sizeof(T));
     for (; k < full; k += 16) {
-      fetch_columns(src + k + 32, stride_n, n);
+      if (k + 32 < depth) fetch_columns(src + k + 32, stride_n, n);
       transpose(src + k, stride_n, dst + k * nr, nr, n, 16);
     }
   }

@@ -29,11 +29,21 @@ int64_t packed_size(int64_t columns, int64_t taps, int64_t depth) {
   return checked_product(round_up(columns, gemm<T>().nr), checked_product(taps, depth));
 }
 
-// Where taps lie densest in memory (the usual [k][c][r][s]), blocks of all taps are transposed and
-// their rows put in place; one by one, values would miss the cache.
+// Whether taps lie densest in memory (the usual [k][c][r][s]). Every fourth tap, as a phase of a
+// strided convolution has them, still lies dense enough.
 template <class T>
-void pack_interleaved_panel(const WeightView<T>& w, const T* src, int64_t n, T* dst) {
-  const int64_t nr = gemm<T>().nr, taps = w.taps();
+bool has_dense_taps(const WeightView<T>& w) {
+  return w.taps() > 1 && w.depth_stride != 1 && w.column_stride != 1 &&
+         w.tap_offset.front() + w.tap_offset.back() <= 6 * w.taps();
+}
+
+// Of such a weight, f(rows, d, some) for a few channels [d, d + some) of at most nr columns at a
+// time: all that lies between their first and last taps, transposed, so that the nr values of tap t
+// and channel d + i are at rows + (t's offset + i · depth_stride) · nr. One by one, values would
+// miss the cache.
+template <class T, class F>
+void for_transposed_taps(const WeightView<T>& w, const F& f) {
+  const int64_t nr = gemm<T>().nr, n = w.columns;
   const int64_t span = *std::max_element(w.tap_offset.begin(), w.tap_offset.end()) + 1;
   // Channels of a column that lie one after the other go through together.
   const int64_t at_once = w.depth_stride >= span && w.depth_stride <= 2 * span
@@ -46,27 +56,43 @@ void pack_interleaved_panel(const WeightView<T>& w, const T* src, int64_t n, T* 
     const int64_t some = std::min(at_once, w.depth - d);
     if (at_once == 1 && w.column_stride <= 2 * span)  // a run of lines a channel
       for (int64_t i = 0; i < n * w.column_stride; i += 64 / int64_t{sizeof(T)})
-        __builtin_prefetch(src + (d + 2) * w.depth_stride + i);
-    transpose_fn<T>()(src + d * w.depth_stride, w.column_stride, rows.get(), nr, n,
+        __builtin_prefetch(w.data + (d + 2) * w.depth_stride + i);
+    transpose_fn<T>()(w.data + d * w.depth_stride, w.column_stride, rows.get(), nr, n,
                       (some - 1) * w.depth_stride + span);
-    for (int64_t t = 0; t < taps; ++t)
-      for (int64_t i = 0; i < some; ++i)
-        std::copy_n(rows.get() + (i * w.depth_stride + w.tap_offset[t]) * nr, nr,
-                    dst + (t * w.depth + d + i) * nr);
+    f(rows.get(), d, some);
   }
+}
+
+template <class T>
+void pack_dense_taps(const WeightView<T>& w, T* dst) {
+  const int64_t nr = gemm<T>().nr;
+  for_transposed_taps(w, [&](const T* rows, int64_t d, int64_t some) {
+    for (int64_t t = 0; t < w.taps(); ++t)
+      for (int64_t i = 0; i < some; ++i)
+        std::copy_n(rows + (i * w.depth_stride + w.tap_offset[t]) * nr, nr,
+                    dst + (t * w.depth + d + i) * nr);
+  });
+}
+
+// Columns [p · nr, p · nr + nr) of a weight, as far as they exist.
+template <class T>
+WeightView<T> weight_panel(const WeightView<T>& w, int64_t p) {
+  const int64_t nr = gemm<T>().nr;
+  WeightView<T> panel = w;
+  panel.data += p * nr * w.column_stride;
+  panel.columns = std::min(nr, w.columns - p * nr);
+  return panel;
 }
 
 template <class T>
 void pack_weight(const WeightView<T>& w, T* dst) {
   const GemmTable<T>& table = gemm<T>();
   const int64_t nr = table.nr, taps = w.taps(), panel = taps * w.depth * nr;
-  // Every fourth tap, as a phase of a strided convolution has them, still lies dense enough.
-  const bool interleaved = taps > 1 && w.depth_stride != 1 && w.column_stride != 1 &&
-                           w.tap_offset.front() + w.tap_offset.back() <= 6 * taps;
+  const bool dense_taps = has_dense_taps(w);
   parallel_tasks(ceil_div(w.columns, nr), [&](int64_t p) {
+    if (dense_taps) return pack_dense_taps(weight_panel(w, p), dst + p * panel);
     const int64_t n = std::min(nr, w.columns - p * nr);
     const T* src = w.data + p * nr * w.column_stride;
-    if (interleaved) return pack_interleaved_panel(w, src, n, dst + p * panel);
     for (int64_t t = 0; t < taps; ++t)
       table.pack_panel(src + w.tap_offset[t], w.depth_stride, w.column_stride, w.depth, n,
                        dst + p * panel + t * w.depth * nr);
