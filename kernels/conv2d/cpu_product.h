@@ -61,9 +61,7 @@ void pack_late(const GridImage<T>& image, const WeightView<T>& weight, int64_t p
   const int64_t columns = panels * gemm<T>().nr;
   parallel_tasks(ceil_div(weight.columns, columns), [&](int64_t task) {
     const int64_t first = task * columns;
-    WeightView<T> part = weight;
-    part.data += first * weight.column_stride;
-    part.columns = std::min(columns, weight.columns - first);
+    const WeightView<T> part = weight.columns_from(first, columns);
     Scratch<T> packed(packed_size<T>(part.columns, part.taps(), part.depth));
     pack_weight(part, packed.get());
     gather_gemm<T>(image, packed.get(), part.columns, y + first, out, epilogue.from_channel(first));

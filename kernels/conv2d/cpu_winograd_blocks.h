@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 
 #include "conv2d/winograd.h"
@@ -11,6 +10,7 @@
 #include "conv2d/winograd_windows.h"
 #include "cpu/gather_gemm.h"
 #include "cpu/machine.h"
+#include "cpu/streaming.h"
 
 namespace nnarch {
 
@@ -117,9 +117,7 @@ inline void put_panel(const WinogradTiles& tiles, const WinogradBlocking& blocki
                                                 output.y + channel, output.stream);
     products += nr;
   });
-  // A full fence, and on x86 what it takes sends stores past the caches out, too, before another
-  // thread may look.
-  if (output.stream) std::atomic_thread_fence(std::memory_order_seq_cst);
+  finish_past_caches(output.stream);
 }
 
 // Of a part of the block's tiles, that of plane xi: lines of y that will be written.

@@ -30,19 +30,20 @@ class WeightParts {
   }
   int64_t depth(int64_t i) const { return begin(i + 1) - begin(i); }
   WeightView<float> at(int64_t p, int64_t i) const {
-    return panel_part(weight_, p, begin(i), depth(i));
+    return panel_of(weight_, p).depth_from(begin(i), depth(i));
   }
-  // The lines of the part behind that one.
-  Lines next(const WeightLines& lines, int64_t p, int64_t i, int64_t share, int64_t shares) const {
+  // The first weight of the part behind that one, or null.
+  const float* next(int64_t p, int64_t i) const {
     const bool same_panel = i + 1 < count_;
-    const int64_t panel = same_panel ? p : p + 1, from = same_panel ? begin(i + 1) : 0;
-    if (panel * winograd().nr >= weight_.columns) return {.data = weight_.data};
-    const float* data =
-        weight_.data + panel * winograd().nr * weight_.column_stride + from * weight_.depth_stride;
-    return lines.share(data, share, shares);
+    const int64_t column = (same_panel ? p : p + 1) * winograd().nr;
+    if (column >= weight_.columns) return nullptr;
+    const int64_t from = same_panel ? begin(i + 1) : 0;
+    return weight_.data + column * weight_.column_stride + from * weight_.depth_stride;
   }
   // As many as those of the deepest part, which no other exceeds.
-  WeightLines lines(int64_t p) const { return WeightLines(panel_part(weight_, p, 0, most_)); }
+  WeightLines lines(int64_t p) const {
+    return WeightLines(panel_of(weight_, p).depth_from(0, most_));
+  }
 
  private:
   static constexpr int64_t kDepth = 96;
@@ -94,6 +95,7 @@ inline void multiply_late(const WinogradTiles& tiles, const WinogradBlocking& bl
       winograd_transform(parts.at(p, i), tiles.tile, WinogradPanel(parts.depth(i)), channels_in_l1,
                          transformed.get());
       const bool last = i + 1 == parts.count();
+      const float* const next = parts.next(p, i);
       for (int64_t b = 0; b < blocks.count; ++b) {
         const TileBlock block = blocks.at(b);
         float* const sum = products.get() + (several ? b : 0) * sums;
@@ -101,7 +103,7 @@ inline void multiply_late(const WinogradTiles& tiles, const WinogradBlocking& bl
                       parts.begin(i), parts.depth(i), output.channels - channel, sum,
                       [&](int64_t xi) {
                         if (last) prefetch_outputs(tiles, block, xi, channel, output);
-                        return parts.next(lines, p, i, b * planes + xi, blocks.count * planes);
+                        return lines.share(next, b * planes + xi, blocks.count * planes);
                       });
         if (last) put_panel(tiles, blocking, sum, block, p, output);
       }

@@ -33,13 +33,8 @@ inline int64_t winograd_packed_size(int64_t columns, int64_t depth, const Winogr
   return checked_product(ceil_div(columns, winograd().nr), WinogradPanel(depth).size(tile));
 }
 
-// Channels [from, from + depth) of panel p, as far as they exist.
-inline WeightView<float> panel_part(const WeightView<float>& view, int64_t p, int64_t from,
-                                    int64_t depth) {
-  WeightView<float> part = weight_panel(view, p);
-  part.data += from * view.depth_stride;
-  part.depth = std::min(depth, view.depth - from);
-  return part;
+inline WeightView<float> panel_of(const WeightView<float>& view, int64_t p) {
+  return view.columns_from(p * winograd().nr, winograd().nr);
 }
 
 // The cache lines of a part of a weight, as offsets from its first element. They lie KBs apart, so
@@ -54,8 +49,9 @@ class WeightLines {
           offsets_[count++] = tap + i * runs_.step + j;
   }
 
-  // Part `i` of `parts` of the lines of a weight part that lies at `data`.
+  // Part `i` of `parts` of the lines of a weight part that lies at `data`; none where that is null.
   Lines share(const float* data, int64_t i, int64_t parts) const {
+    if (!data) return {};
     const int64_t first = runs_.lines() * i / parts, end = runs_.lines() * (i + 1) / parts;
     return {data, offsets_.get() + first, end - first};
   }
@@ -135,7 +131,7 @@ inline void winograd_pack_panel(const WeightView<float>& view, const WinogradTil
   const int64_t each = view.taps() * winograd().nr * int64_t{sizeof(float)};
   const int64_t at_once = std::max<int64_t>(16, cache / each / 16 * 16);
   const WinogradPanel panel(view.depth);
-  winograd_transform(panel_part(view, p, 0, view.depth), tile, panel, at_once, dst);
+  winograd_transform(panel_of(view, p), tile, panel, at_once, dst);
   for (int64_t xi = 0; xi < tile.planes(); ++xi) {  // what lies between the planes
     dst += panel.plane(tile, xi);
     std::fill_n(dst - panel.gap, panel.gap, 0.0f);

@@ -22,6 +22,20 @@ struct WeightView {
   std::vector<int64_t> tap_offset;  // of every tap, in the order of the product
 
   int64_t taps() const { return static_cast<int64_t>(tap_offset.size()); }
+
+  // Columns, or channels, [first, first + most), as far as they exist.
+  WeightView columns_from(int64_t first, int64_t most) const {
+    WeightView part = *this;
+    part.data += first * column_stride;
+    part.columns = std::min(most, columns - first);
+    return part;
+  }
+  WeightView depth_from(int64_t first, int64_t most) const {
+    WeightView part = *this;
+    part.data += first * depth_stride;
+    part.depth = std::min(most, depth - first);
+    return part;
+  }
 };
 
 template <class T>
@@ -74,23 +88,13 @@ void pack_dense_taps(const WeightView<T>& w, T* dst) {
   });
 }
 
-// Columns [p · nr, p · nr + nr) of a weight, as far as they exist.
-template <class T>
-WeightView<T> weight_panel(const WeightView<T>& w, int64_t p) {
-  const int64_t nr = gemm<T>().nr;
-  WeightView<T> panel = w;
-  panel.data += p * nr * w.column_stride;
-  panel.columns = std::min(nr, w.columns - p * nr);
-  return panel;
-}
-
 template <class T>
 void pack_weight(const WeightView<T>& w, T* dst) {
   const GemmTable<T>& table = gemm<T>();
   const int64_t nr = table.nr, taps = w.taps(), panel = taps * w.depth * nr;
   const bool dense_taps = has_dense_taps(w);
   parallel_tasks(ceil_div(w.columns, nr), [&](int64_t p) {
-    if (dense_taps) return pack_dense_taps(weight_panel(w, p), dst + p * panel);
+    if (dense_taps) return pack_dense_taps(w.columns_from(p * nr, nr), dst + p * panel);
     const int64_t n = std::min(nr, w.columns - p * nr);
     const T* src = w.data + p * nr * w.column_stride;
     for (int64_t t = 0; t < taps; ++t)

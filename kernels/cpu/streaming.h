@@ -1,6 +1,7 @@
 // Which outputs are written past the caches.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 
 namespace nnarch {
@@ -20,6 +21,12 @@ bool outgrows_caches(const T* c, int64_t rows, int64_t columns) {
   const int64_t row_bytes = columns * int64_t{sizeof(T)};
   return rows * row_bytes >= kStreamBytes && row_bytes % line == 0 &&
          reinterpret_cast<uintptr_t>(c) % line == 0;
+}
+
+// What went past the caches is there before another thread may look. A fence with every few lines
+// would take what such writing gains.
+inline void finish_past_caches(bool any) {
+  if (any) std::atomic_thread_fence(std::memory_order_seq_cst);  // x86: whatever has a lock drains
 }
 
 // Input and output of this size together are taken to come from memory, not from a cache.

@@ -1,8 +1,7 @@
 // The rows of one step: where they lie, the parts that they are cut into, and their cells.
 #pragma once
 
-#include <atomic>
-
+#include "cpu/streaming.h"
 #include "recurrent/cpu_layer.h"
 
 namespace nnarch {
@@ -37,12 +36,6 @@ struct Products {
   const T* gh;
   int64_t gh_step;
 };
-
-// What went past the caches is there before another thread may look. A fence with every cell would
-// take what such writing gains.
-inline void finish_past_caches(bool any) {
-  if (any) std::atomic_thread_fence(std::memory_order_seq_cst);  // x86: whatever has a lock drains
-}
 
 template <class T>
 void run_cell(const RecurrentLayer<T>& l, const StepRows<T>& s, const CellOutput<T>& out, int64_t b,
