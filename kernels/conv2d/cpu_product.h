@@ -11,6 +11,7 @@
 #include "conv2d/winograd_choice.h"
 #include "cpu/gather_gemm.h"
 #include "cpu/pack_weight.h"
+#include "cpu/rows_product.h"
 #include "cpu/strassen_product.h"
 
 namespace nnarch {
@@ -68,6 +69,18 @@ void pack_late(const GridImage<T>& image, const WeightView<T>& weight, int64_t p
   });
 }
 
+// A 1×1 convolution whose pixels are rows that lie evenly, against a weight that comes unpacked:
+// linear's products. False, and nothing is computed, where another way serves better.
+template <class T>
+bool multiply_pixels(const GridImage<T>& image, const WeightView<T>& weight, T* y,
+                     const OutputGrid& out, const Epilogue<T>& epilogue) {
+  const bool one_row = image.n == 1 && image.grid_h == 1 && reads_inside(image);
+  if (!one_row || image.grid_w > kManyRows) return false;
+  const T* pixels = image.data + (image.taps[0].dy * image.w + image.taps[0].dx) * image.pixel;
+  return multiply_unpacked<T>({pixels, image.step_x * image.pixel, image.grid_w, weight, y,
+                               out.column_step, epilogue}) != nullptr;
+}
+
 // y[position][column] = epilogue(Σ_tap image · weight); `packed` is what conv_pack made of the
 // weight, or null.
 template <class T>
@@ -79,8 +92,11 @@ void conv_product(const GridImage<T>& image, const WinogradTile& tile, const T* 
     if (tile.m > 0) return winograd_gemm(image, tile, packed, weight, y, out, epilogue);
   }
   if (packed) return gather_gemm<T>(image, packed, weight.columns, y, out, epilogue);
-  if (const int64_t panels = panels_packed_late(image, weight); panels > 0)
-    return pack_late(image, weight, panels, y, out, epilogue);
+  // 49 pixels with panels of 16 columns, AVX2: packed late 3 to 6 % faster than linear's ways.
+  const int64_t late = panels_packed_late(image, weight);
+  const bool wide = gemm<T>().nr * int64_t{sizeof(T)} >= 128;
+  if ((late == 0 || wide) && multiply_pixels(image, weight, y, out, epilogue)) return;
+  if (late > 0) return pack_late(image, weight, late, y, out, epilogue);
   Scratch<T> own(packed_size<T>(weight.columns, weight.taps(), weight.depth));
   pack_weight(weight, own.get());
   gather_gemm<T>(image, own.get(), weight.columns, y, out, epilogue);

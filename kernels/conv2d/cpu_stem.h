@@ -184,20 +184,18 @@ void stem_forward(const Tensor& x, const T* packed, T* y, bool planar, const Con
     Scratch<int64_t> tap_offset(p.r);
     for (int64_t r = 0; r < p.r; ++r) tap_offset[r] = r * image.line();
     // The next block's rows come from memory meanwhile.
-    const T* rows_after = nullptr;
-    int64_t rows_after_size = 0;
+    Later<T> after;
     if (dense && task + 1 < p.n * blocks) {
       const int64_t next_image = (task + 1) / blocks, next = (task + 1) % blocks * block;
       auto [begin, end] = image.input_rows(next, std::min(block, plane - next));
       if (next > 0) begin = std::max(begin, image.input_rows(inside, count).end);
-      rows_after = data<T>(x) + next_image * x.stride(0) + begin * x.stride(2);
-      rows_after_size = std::max<int64_t>(end - begin, 0) * x.stride(2);
+      after = {data<T>(x) + next_image * x.stride(0) + begin * x.stride(2),
+               std::max<int64_t>(end - begin, 0) * x.stride(2)};
     }
     gemm<T>().run({.taps = p.r,
                    .depth = p.s * p.c,
                    .b = packed,
-                   .rows_after = rows_after,
-                   .rows_after_size = rows_after_size,
+                   .after = after,
                    .c = planar ? staged.get() : y,
                    .n = p.k,
                    .epilogue = epilogue,

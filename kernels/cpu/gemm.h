@@ -25,6 +25,21 @@ struct Strip {
   int64_t rows;
 };
 
+// What is read next: `rows` of `size` elements, `step` apart.
+template <class T>
+struct Later {
+  const T* at = nullptr;
+  int64_t size = 0, rows = 1, step = 0;
+
+  // The parts from i up to `end` of n: of the rows, or of the one row.
+  Later part(int64_t i, int64_t end, int64_t n) const {
+    if (!at) return {};
+    if (rows == 1) return {at + size * i / n, size * end / n - size * i / n};
+    const int64_t first = rows * i / n;
+    return {at + first * step, size, rows * end / n - first, step};
+  }
+};
+
 template <class T>
 struct GemmBlock {
   // rows[tap * row_stride + m] points to `depth` values of A.
@@ -37,9 +52,10 @@ struct GemmBlock {
   int64_t panel_step = 0;  // 0: taps * depth * nr
   // The panel that another block will read next, fetched ahead; or null.
   const T* b_after = nullptr;
-  // Or what else it will read next, fetched ahead with the last panel: a dense part of its rows.
-  const T* rows_after = nullptr;
-  int64_t rows_after_size = 0;
+  // Or what else it will read, fetched ahead with the last panel; or, where B has one tap and was
+  // packed just now, so that it is in cache, evenly with all panels.
+  Later<T> after = {};
+  bool b_is_near = false;
   // Row m of the output starts at c + c_offset[m]; columns are dense.
   T* c = nullptr;
   const int64_t* c_offset = nullptr;

@@ -22,12 +22,16 @@ struct Ahead {
   int64_t second = 0, stride = 0, advance = 0;
   int64_t turns = 0;  // that are left
   int64_t all = 0, slots = 0, credit = 0;
+  // Turns across some rows, how many of them are left, and how far on the next rows are. 0: there
+  // are no such rows.
+  int64_t across = 0, left = 0, down = 0;
 
   // The next panel's part of a chunk: at batch 1 a network reads its weights from memory. Spread
   // over the panel's `rows`: a core waits for 16 lines at a time at most, and as many come from
   // afar in 200 cycles, 14 steps.
   static NNARCH_INLINE Ahead next_panel(const Panel<T>& p, int64_t rows) {
-    if (!p.next || p.next_size <= 0) return {};
+    const Later<T>& next = p.next;
+    if (!next.at || next.size <= 0 || next.rows <= 0) return {};
     const int64_t tiles = (rows + kRows - 1) / kRows;
     const int64_t taps = p.chunk.last_tap - p.chunk.first_tap,
                   steps = steps_of_turn(taps, p.chunk.count),
@@ -35,9 +39,20 @@ struct Ahead {
     // A tile's first turn is that of C's lines; the next rows take every other one.
     const int64_t all = tiles * (in_tile > 1 ? in_tile - 1 : 1),
                   slots = p.meets_rows ? all / 2 : all;
-    const int64_t each = slots * kFetchSteps * kLine<T> >= p.next_size ? 1 : 2;
-    const int64_t turn = kFetchSteps * each * kLine<T>, turns = (p.next_size + turn - 1) / turn;
-    return {p.next, (each - 1) * kLine<T>, each * kLine<T>, turn, turns, turns, slots * 7 / 8};
+    if (next.rows > 1 && next.step != next.size) return next_rows_of(next, slots);
+    const int64_t size = next.rows * next.size;
+    const int64_t each = slots * kFetchSteps * kLine<T> >= size ? 1 : 2;
+    const int64_t turn = kFetchSteps * each * kLine<T>, turns = (size + turn - 1) / turn;
+    return {next.at, (each - 1) * kLine<T>, each * kLine<T>, turn, turns, turns, slots * 7 / 8};
+  }
+  // Two lines of each of 16 rows in a turn, from left to right, then the rows below.
+  static NNARCH_INLINE Ahead next_rows_of(const Later<T>& next, int64_t slots) {
+    const int64_t two = 2 * kLine<T>, across = (next.size + two - 1) / two,
+                  turns = across * ((next.rows + kFetchSteps - 1) / kFetchSteps);
+    Ahead ahead{next.at, kLine<T>, next.step, two, turns, turns, slots * 7 / 8};
+    ahead.across = ahead.left = across;
+    ahead.down = kFetchSteps * next.step - across * two;
+    return ahead;
   }
   // The rows of the next tile: a matrix product meets each row of A first in its first panel, and
   // straight from memory.
@@ -54,6 +69,7 @@ struct Ahead {
   NNARCH_INLINE EvenLines<T> turn() {
     const EvenLines<T> lines{at, stride};
     at += advance, --turns;
+    if (--left == 0) at += down, left = across;
     return lines;
   }
 };

@@ -59,9 +59,8 @@ template <class T>
 struct Panel {
   const GemmBlock<T>& g;
   const Chunk& chunk;
-  const T* b;     // the chunk's part of the panel
-  const T* next;  // what comes next, mostly that part of the next panel; or null
-  int64_t next_size;
+  const T* b;        // the chunk's part of the panel
+  Later<T> next;     // mostly that part of the next panel; or nothing
   T* c;              // the panel's first column
   int64_t columns;   // of the panel: whole, or fewer at the end
   bool add, stream;  // C is added to; C is written past the caches
@@ -77,8 +76,6 @@ struct Panel {
         chunk(part),
         b(block.b + column / kColumns<T> * step_of(block) +
           (part.first_tap * block.depth + part.from) * kColumns<T>),
-        next(nullptr),
-        next_size((part.last_tap - part.first_tap) * part.count * kColumns<T>),
         c(block.c + column),
         columns(block.n - column),
         add(!part.first || block.accumulate),
@@ -101,16 +98,19 @@ struct Panel {
                                                        : kPlain;
     meets_rows = column == 0;
     a_step = g.room ? ((part.count + kLine<T> - 1) / kLine<T> | 1) * kLine<T> : g.a_step;
-    const bool last_panel = column + kColumns<T> >= block.n;
-    const int64_t panel = step_of(block);
-    if (!last_panel)
-      next = b + panel;
-    else if (!part.last)  // the next chunk's part of the first panel
-      next = b - column / kColumns<T> * panel + next_size;
-    else
-      next = block.b_after;
-    if (last_panel && part.last && block.rows_after)
-      next = block.rows_after, next_size = block.rows_after_size;
+    next = what_is_next(column);
+  }
+
+  Later<T> what_is_next(int64_t column) const {
+    const int64_t panel = step_of(g), i = column / kColumns<T>;
+    if (g.b_is_near)
+      return g.after.part(chunk.from, chunk.from + chunk.count, g.depth)
+          .part(i, i + 1, (g.n + kColumns<T> - 1) / kColumns<T>);
+    const int64_t size = (chunk.last_tap - chunk.first_tap) * chunk.count * kColumns<T>;
+    const bool last_panel = column + kColumns<T> >= g.n;
+    if (!last_panel) return {b + panel, size};
+    if (!chunk.last) return {b - i * panel + size, size};  // its part of the first panel
+    return g.after.at ? g.after : Later<T>{g.b_after, size};
   }
 
   static int64_t step_of(const GemmBlock<T>& g) {

@@ -38,6 +38,16 @@ struct WeightView {
   }
 };
 
+// The lines that packing a weight with one tap reads, where rows of it or columns of it are dense.
+template <class T>
+Later<T> lines_of(const WeightView<T>& w) {
+  if (w.columns <= 0 || w.depth <= 0) return {};
+  const T* at = w.data + w.tap_offset[0];
+  if (w.depth_stride == 1) return {at, w.depth, w.columns, w.column_stride};
+  if (w.column_stride == 1) return {at, w.columns, w.depth, w.depth_stride};
+  return {};
+}
+
 template <class T>
 int64_t packed_size(int64_t columns, int64_t taps, int64_t depth) {
   return checked_product(round_up(columns, gemm<T>().nr), checked_product(taps, depth));
@@ -101,6 +111,16 @@ void pack_weight(const WeightView<T>& w, T* dst) {
       table.pack_panel(src + w.tap_offset[t], w.depth_stride, w.column_stride, w.depth, n,
                        dst + p * panel + t * w.depth * nr);
   });
+}
+
+// The same of a weight with one tap, by one thread.
+template <class T>
+void pack_columns(const WeightView<T>& w, T* packed) {
+  const GemmTable<T>& table = gemm<T>();
+  for (int64_t j = 0; j < w.columns; j += table.nr)
+    table.pack_panel(w.data + w.tap_offset[0] + j * w.column_stride, w.depth_stride,
+                     w.column_stride, w.depth, std::min(table.nr, w.columns - j),
+                     packed + j * w.depth);
 }
 
 }  // namespace nnarch

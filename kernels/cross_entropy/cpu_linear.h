@@ -146,8 +146,7 @@ class LogitTiles {
     if (n + columns < p_.samples) after = 0;
     gemm<T>().run({.depth = p_.depth,
                    .b = packed_.get() + n * p_.depth,
-                   .rows_after = after > 0 ? w + classes * w_step : nullptr,
-                   .rows_after_size = after * p_.depth,
+                   .after = {w + classes * w_step, after * p_.depth},
                    .c = z,
                    .n = columns,
                    .strips = &rows,

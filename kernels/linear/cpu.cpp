@@ -10,74 +10,12 @@
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
 #include "cpu/weight_grad.h"
-#include "linear/cpu_combine.h"
 #include "linear/cpu_half.h"
 #include "linear/cpu_rows.h"
-#include "linear/cpu_turned.h"
-#include "linear/cpu_unpacked.h"
 #include "normalization/cpu_sum.h"
 
 namespace nnarch {
 namespace {
-
-// Few rows: every weight is read once, in place.
-template <class T>
-void few_rows(const Rows& x, const Tensor& w, T* y, const Epilogue<T>& epilogue) {
-  set_algorithm("gemv");
-  // Four rows of x go past a task's weights at a time; the next four find them in cache.
-  constexpr int64_t cache = int64_t{256} << 10;
-  const int64_t n = w.size(0), in_cache = cache / (x.depth * int64_t{sizeof(T)});
-  const int64_t run = x.m <= kFewRows ? std::clamp<int64_t>(in_cache, 64, 256)
-                                      : std::clamp<int64_t>(in_cache, 8, 64);
-  parallel_tasks(ceil_div(n, run), [&](int64_t task) {
-    const int64_t first = task * run;
-    gemm<T>().few_rows(data<T>(x.tensor), x.stride, x.m, data<T>(w) + first * w.stride(0),
-                       w.stride(0), x.depth, std::min(run, n - first), y + first, n,
-                       epilogue.from_channel(first));
-  });
-}
-
-// Few rows, or a short sum, where the weights' columns are dense: transposed ones, which a gradient
-// multiplies with. Packing them took as long as the product three times.
-template <class T>
-void rows_of_weights(const Rows& x, const Tensor& w, T* y) {
-  set_algorithm("rows");
-  const CombineRows<T> combine = NNARCH_SELECT(combine_rows<T>());
-  const int64_t n = w.size(0);
-  if (x.m <= kFewRows) {
-    constexpr int64_t run = 4096 / static_cast<int64_t>(sizeof(T));
-    parallel_tasks(ceil_div(n, run), [&](int64_t task) {
-      const int64_t first = task * run;
-      combine(data<T>(x.tensor), x.stride, 1, x.m, x.depth, data<T>(w) + first, w.stride(1),
-              std::min(run, n - first), y + first, n);
-    });
-    return;
-  }
-  constexpr int64_t run = 32;
-  parallel_tasks(ceil_div(x.m, run), [&](int64_t task) {
-    const int64_t first = task * run;
-    combine(data<T>(x.tensor) + first * x.stride, x.stride, 1, std::min(run, x.m - first), x.depth,
-            data<T>(w), w.stride(1), n, y + first * n, n);
-  });
-}
-
-// Threads share the columns in ranges of any width: an output's sum is cut by its depth only.
-template <class T>
-void multiply_unpacked(const Rows& x, const Tensor& w, T* y) {
-  set_algorithm("unpacked");
-  constexpr int64_t unit = 64;
-  const int64_t n = w.size(0);
-  const UnpackedColumns<T> columns(data<T>(x.tensor), x.stride, x.m, x.depth, data<T>(w),
-                                   w.stride(1), y, n);
-  parallel_ranges(ceil_div(n, unit), [&](int64_t begin, int64_t end) {
-    columns.run(begin * unit, std::min(end * unit, n));
-  });
-}
-
-template <class T>
-bool is_identity(const Epilogue<T>& e) {
-  return !e.scale && !e.shift && !e.residual && e.activation == kNone;
-}
 
 template <class T>
 GridImage<T> row_image(const Rows& x) {
@@ -88,83 +26,6 @@ template <class T>
 void packed_gemm(const Rows& x, const T* packed, int64_t n, T* y, const Epilogue<T>& epilogue) {
   set_algorithm("gemm_packed");
   gather_gemm<T>(row_image<T>(x), packed, n, y, {0, 0, n}, epilogue);
-}
-
-// How a task packs unpacked weights for itself: so many columns of so deep a part of the sum stay
-// in cache, and so many rows go past them at a time. A large second-level cache holds enough for
-// any number of rows; with a small one many rows are worth a packed copy in memory.
-struct PackedInCache {
-  int64_t columns, rows, parts;
-
-  static bool serves(int64_t m) { return m <= kManyRows || roomy(); }
-
-  PackedInCache(int64_t depth, int64_t nr, int64_t mr, int64_t element) {
-    const int64_t longest = 4096 / element;
-    parts = roomy() && depth > longest * 3 / 2 ? ceil_div(depth, longest) : 1;
-    const int64_t row_bytes = std::max<int64_t>(1, ceil_div(depth, parts) * element);
-    const int64_t panels = (roomy() ? kRoomyBytes : kBytes) / (row_bytes * nr);
-    columns = nr * std::clamp<int64_t>(panels, 1, 8);
-    rows = std::max(round_up(kBytes / row_bytes, mr), 4 * mr);
-  }
-
- private:
-  static constexpr int64_t kBytes = int64_t{192} << 10, kRoomyBytes = int64_t{1} << 20;
-  static bool roomy() { return l2_bytes() >= int64_t{2} << 20; }
-};
-
-// Columns [first, first + n) of the product, all rows past `packed`, which has a part of their sum.
-template <class T>
-struct PackedColumns {
-  const T* packed;
-  int64_t first, n, from, depth;
-  bool begins, ends;  // the sum
-};
-
-template <class T>
-void multiply_columns(const Rows& x, const PackedColumns<T>& b, int64_t block_rows, T* y,
-                      int64_t y_step, const Epilogue<T>& epilogue, bool stream) {
-  const bool copies = copies_rows<T>(x.stride, b.n, b.depth);
-  Scratch<T> room(copies ? room_for<T>(std::min(block_rows, x.m), b.depth) : 0);
-  for (int64_t row = 0; row < x.m; row += block_rows) {
-    const Strip<T> rows{data<T>(x.tensor) + row * x.stride + b.from, row * y_step,
-                        std::min(block_rows, x.m - row)};
-    gemm<T>().run({.depth = b.depth,
-                   .b = b.packed,
-                   .c = y + b.first,
-                   .n = b.n,
-                   .accumulate = !b.begins,
-                   .epilogue = b.ends ? epilogue.from_channel(b.first) : Epilogue<T>{},
-                   .stream = stream && b.begins && b.ends,
-                   .strips = &rows,
-                   .strip_count = 1,
-                   .a_step = x.stride,
-                   .c_step = y_step,
-                   .room = copies ? room.get() : nullptr});
-  }
-}
-
-// Unpacked weights: each task packs a few panels into cache and takes all rows past them.
-template <class T>
-void pack_and_multiply(const Rows& x, const Tensor& w, T* y, const Epilogue<T>& epilogue) {
-  set_algorithm("gemm");
-  const GemmTable<T>& table = gemm<T>();
-  const WeightView<T> whole = weight_view<T>(w);
-  const PackedInCache block(whole.depth, table.nr, table.mr, sizeof(T));
-  const bool stream = outgrows_caches<T>(y, x.m, whole.columns);
-  parallel_tasks(ceil_div(whole.columns, block.columns), [&](int64_t task) {
-    const int64_t first = task * block.columns, n = std::min(block.columns, whole.columns - first);
-    Scratch<T> packed(packed_size<T>(n, 1, ceil_div(whole.depth, block.parts)));
-    for (int64_t part = 0; part < block.parts; ++part) {
-      WeightView<T> view = whole;
-      const int64_t from = whole.depth * part / block.parts;
-      view.data += from * view.depth_stride;
-      view.depth = whole.depth * (part + 1) / block.parts - from;
-      pack_columns<T>(view, first, n, packed.get());
-      multiply_columns<T>(
-          x, {packed.get(), first, n, from, view.depth, part == 0, part + 1 == block.parts},
-          block.rows, y, whole.columns, epilogue, stream);
-    }
-  });
 }
 
 // Whether rows of a matrix lie across memory: the transposed view of a dense one.
@@ -239,19 +100,15 @@ void run_linear(const Rows& x, const Tensor& weight, const OptTensor& packed, T*
                 const Epilogue<T>& epilogue) {
   const int64_t n = weight.size(0);
   if (x.m == 0 || n == 0) return;
-  const bool dense_rows = weight.stride(1) == 1 && x.depth > 0;
-  const bool dense_columns = weight.stride(0) == 1 && x.depth > 0 && is_identity(epilogue);
-  if (x.m <= (packed ? kFewRows : kFewUnpackedRows) && dense_rows)
-    return few_rows<T>(x, weight, y, epilogue);
-  if ((x.m <= kFewRows || x.depth <= kFewRows) && dense_columns)
-    return rows_of_weights<T>(x, weight, y);
-  if (packed) {
+  const WeightView<T> view = weight_view<T>(weight);
+  // Few rows read as much of the weight as it lies.
+  if (packed && (x.m > kFewRows || weight.stride(1) != 1 || x.depth == 0)) {
     require_packed<T>(*packed, n, x.depth);
     return packed_gemm<T>(x, data<T>(*packed), n, y, epilogue);
   }
-  if (x.m <= kTurnedRows && dense_rows) return multiply_turned<T>(x, weight, y, epilogue);
-  if (serves_unpacked(x.m, n, x.depth) && dense_columns) return multiply_unpacked<T>(x, weight, y);
-  if (PackedInCache::serves(x.m)) return pack_and_multiply<T>(x, weight, y, epilogue);
+  if (const char* name =
+          multiply_unpacked<T>({data<T>(x.tensor), x.stride, x.m, view, y, n, epilogue}))
+    return set_algorithm(name);
   packed_gemm<T>(x, data<T>(linear_pack(weight)), n, y, epilogue);
 }
 

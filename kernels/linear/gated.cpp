@@ -54,7 +54,14 @@ template <class T>
 void pack_stored_columns(const Tensor& w, int64_t first, int64_t n, T* packed) {
   if constexpr (std::is_same_v<T, float>)
     if (is_half(w.scalar_type())) return pack_half_columns(half_view(w), first, n, packed);
-  pack_columns<T>(weight_view<T>(w), first, n, packed);
+  pack_columns<T>(weight_view<T>(w).columns_from(first, n), packed);
+}
+
+// What that reads, to be fetched ahead; of float weights.
+template <class T>
+Later<T> stored_lines(const Tensor& w, int64_t first, int64_t n) {
+  if (is_half(w.scalar_type())) return {};
+  return lines_of(weight_view<T>(w).columns_from(first, n));
 }
 
 // Few rows: every weight is read once, in place.
@@ -84,18 +91,28 @@ void few_gated_rows(const GatedProblem<T>& p) {
   });
 }
 
-// Outputs [row, row + rows) × [column, column + columns) from panels of both weights.
+// Panels of both weights; where they were packed just now, and what is packed after them.
+template <class T>
+struct BothPanels {
+  const T *gate, *up;
+  bool near = false;
+  Later<T> gate_after = {}, up_after = {};
+};
+
+// Outputs [row, row + rows) × [column, column + columns).
 template <class T>
 void gated_block(const GatedProblem<T>& p, int64_t row, int64_t rows, int64_t column,
-                 int64_t columns, const T* gate_panels, const T* up_panels) {
+                 int64_t columns, const BothPanels<T>& panels) {
   const GemmTable<T>& table = gemm<T>();
   const int64_t stride = round_up(columns, table.nr);
   Scratch<T> gates(rows * stride), ups(rows * stride);
   const Reading<T> x = p.rows(row, rows);
   const Strip<T> strip{x.get(), 0, rows};
   GemmBlock<T> g{.depth = p.x.depth,
-                 .b = gate_panels,
-                 .b_after = up_panels,
+                 .b = panels.gate,
+                 .b_after = panels.up,
+                 .after = panels.gate_after,
+                 .b_is_near = panels.near,
                  .c = gates.get(),
                  .n = columns,
                  .epilogue = p.gate.bias.from_channel(column),
@@ -104,7 +121,7 @@ void gated_block(const GatedProblem<T>& p, int64_t row, int64_t rows, int64_t co
                  .a_step = x.step(),
                  .c_step = stride};
   table.run(g);
-  g.b = up_panels, g.b_after = nullptr, g.c = ups.get();
+  g.b = panels.up, g.b_after = nullptr, g.after = panels.up_after, g.c = ups.get();
   g.epilogue = p.up.bias.from_channel(column);
   table.run(g);
   p.close(gates.get(), ups.get(), stride, rows, row * p.n + column, columns);
@@ -131,9 +148,13 @@ void pack_and_gate(const GatedProblem<T>& p) {
     Scratch<T> gate_panels(packed_size<T>(n, 1, depth)), up_panels(packed_size<T>(n, 1, depth));
     pack_stored_columns<T>(p.gate.weight, first, n, gate_panels.get());
     pack_stored_columns<T>(p.up.weight, first, n, up_panels.get());
-    for (int64_t row = 0; row < p.x.m; row += rows)
-      gated_block<T>(p, row, std::min(rows, p.x.m - row), first, n, gate_panels.get(),
-                     up_panels.get());
+    const Later<T> gate_after = stored_lines<T>(p.gate.weight, first + n, columns),
+                   up_after = stored_lines<T>(p.up.weight, first + n, columns);
+    const int64_t blocks = ceil_div(p.x.m, rows);
+    for (int64_t i = 0, row = 0; i < blocks; ++i, row += rows)
+      gated_block<T>(p, row, std::min(rows, p.x.m - row), first, n,
+                     {gate_panels.get(), up_panels.get(), true, gate_after.part(i, i + 1, blocks),
+                      up_after.part(i, i + 1, blocks)});
   });
 }
 
@@ -151,7 +172,7 @@ void packed_gated(const GatedProblem<T>& p) {
     const int64_t row = rows * (rows_inside ? task % row_blocks : task / column_blocks);
     const int64_t column = columns * (rows_inside ? task / row_blocks : task % column_blocks);
     gated_block<T>(p, row, std::min(rows, p.x.m - row), column, std::min(columns, p.n - column),
-                   p.gate.packed + column * p.x.depth, p.up.packed + column * p.x.depth);
+                   {p.gate.packed + column * p.x.depth, p.up.packed + column * p.x.depth});
   });
 }
 

@@ -34,8 +34,9 @@ from nnarch import functional as F
 
 # (rows, depth, outputs). Up to 8 rows go past the weights in
 # fours, of which tasks have 64 to 256; up to 96 are packed in the
-# place of unpacked weights; up to 512 go against weights packed in passing by panels of 8 to 32
-# columns; more pack the whole weight. dx of up to 192 rows multiplies with the weight as it lies.
+# place of unpacked weights, unless they leave a vector empty; up to 512 go against weights packed
+# in passing by panels of 8 to 32 columns, in parts of 1024 terms; more pack the whole weight. dx of
+# up to 192 rows multiplies with the weight as it lies.
 SIZES = [
     (1, 1, 1),
     (1, 7, 5),
@@ -58,6 +59,9 @@ SIZES = [
     (7, 3100, 23),
     (256, 40, 33),
     (512, 20, 9),
+    (49, 600, 70),
+    (100, 2500, 70),
+    (200, 70, 2500),
     (513, 20, 9),
     (600, 67, 131),
     (270, 1100, 400),  # dw: two blocks of rows, of columns and of outputs

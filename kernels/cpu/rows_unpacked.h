@@ -7,13 +7,13 @@
 #include "cpu/gemm.h"
 #include "cpu/machine.h"
 #include "cpu/parallel.h"
-#include "cpu/tensor.h"
+#include "cpu/rows_product.h"
 #include "cpu/unpacked.h"
 
 namespace nnarch {
 
 // Every part of the sum adds to y, in cache: with more rows, or wide ones, packing costs less.
-inline bool serves_unpacked(int64_t m, int64_t n, int64_t depth) {
+inline bool serves_in_place(int64_t m, int64_t n, int64_t depth) {
   return m <= 96 || (m <= 192 && n <= 1024 && n <= depth);
 }
 
@@ -21,13 +21,16 @@ inline bool serves_unpacked(int64_t m, int64_t n, int64_t depth) {
 template <class T>
 class UnpackedColumns {
  public:
-  UnpackedColumns(const T* x, int64_t x_step, int64_t m, int64_t depth, const T* w, int64_t w_step,
-                  T* y, int64_t y_step)
-      : block_{.a = x, .a_step = x_step, .b_step = w_step, .c_step = y_step, .m = m},
-        w_(w),
-        y_(y),
-        depth_(depth),
-        parts_(std::max<int64_t>(1, ceil_div(depth, kUnpackedDepth))) {}
+  explicit UnpackedColumns(const RowsProduct<T>& p)
+      : block_{.a = p.x,
+               .a_step = p.x_step,
+               .b_step = p.weight.depth_stride,
+               .c_step = p.y_step,
+               .m = p.m},
+        w_(p.weights()),
+        y_(p.y),
+        depth_(p.depth()),
+        parts_(std::max<int64_t>(1, ceil_div(depth_, kUnpackedDepth))) {}
 
   // A part's rows of w, so many columns of them, and those of the next part stay in L2.
   void run(int64_t first, int64_t last) const {
@@ -77,5 +80,15 @@ class UnpackedColumns {
   T* y_;
   int64_t depth_, parts_;
 };
+
+// Threads share the columns in ranges of any width: an output's sum is cut by its depth only.
+template <class T>
+void multiply_in_place(const RowsProduct<T>& p) {
+  constexpr int64_t unit = 64;
+  const UnpackedColumns<T> columns(p);
+  parallel_ranges(ceil_div(p.columns(), unit), [&](int64_t begin, int64_t end) {
+    columns.run(begin * unit, std::min(end * unit, p.columns()));
+  });
+}
 
 }  // namespace nnarch

@@ -1,8 +1,9 @@
 // Products that go row by row past an unpacked right side.
+#include "cpu/combine.h"
+
 #include "cpu/epilogue_isa.h"
 #include "cpu/layout.h"
 #include "cpu/simd.h"
-#include "linear/cpu_combine.h"
 
 namespace nnarch::NNARCH_ISA {
 namespace {
