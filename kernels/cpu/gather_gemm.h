@@ -145,10 +145,10 @@ void gather_gemm(const GridImage<T>& image, const T* b, int64_t columns, T* c,
   const PaddingClasses classes(image);
   const bool stream = outgrows_caches<T>(c, positions, out);
   const bool evenly = reads_evenly(image);
-  parallel_tasks(row_blocks * column_blocks, [&](int64_t task) {
+  const auto run = [&](int64_t task, int64_t joined) {
     const int64_t row_block = rows_inside ? task % row_blocks : task / column_blocks;
     const int64_t column_block = rows_inside ? task / row_blocks : task % column_blocks;
-    const int64_t after = rows_inside ? (task + 1) / row_blocks : column_block + 1;
+    const int64_t after = rows_inside ? (task + 1) / row_blocks : column_block + joined;
     const int64_t first = row_block * block.rows, column = column_block * block.columns;
     const int64_t count = std::min(block.rows, positions - first);
     GemmBlock<T> g{.taps = taps,
@@ -158,7 +158,7 @@ void gather_gemm(const GridImage<T>& image, const T* b, int64_t columns, T* c,
                                   ? nullptr
                                   : b + after % column_blocks * block.columns * taps * image.depth,
                    .c = c + column,
-                   .n = std::min(block.columns, columns - column),
+                   .n = std::min(joined * block.columns, columns - column),
                    .epilogue = epilogue.from_channel(column),
                    .stream = stream};
     if (evenly) {
@@ -182,6 +182,15 @@ void gather_gemm(const GridImage<T>& image, const T* b, int64_t columns, T* c,
     g.c_offset = offsets.get(), g.m = count;
     g.segment_end = order.segment_end(), g.segments = order.segments();
     table.run(g);
+  };
+  // A thread's columns of one block of rows go together, unless sums are cut: then those of C would
+  // leave the second-level cache between the parts. No sum knows of it.
+  const bool joins = !rows_inside && taps * image.depth <= kPartDepth<T>;
+  parallel_ranges(row_blocks * column_blocks, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin, joined; task < end; task += joined) {
+      joined = joins ? std::min(end - task, column_blocks - task % column_blocks) : 1;
+      run(task, joined);
+    }
   });
 }
 
