@@ -73,6 +73,14 @@ LARGE: dict[str, Callable[[], list[Tensor]]] = {
         torch.randn(_X), torch.randn(24, 1, 3, 3),
     ),
     "linear": lambda: _gradients(F.linear, torch.randn(700, 130), torch.randn(300, 130)),
+    # Rows 4 KB apart are copied for as many columns as a thread has.
+    "packed": lambda: [
+        F.linear(torch.randn(64, 1024), w, packed=F.pack_linear_weight(w))
+        for w in (torch.randn(1000, 1024),)
+    ],
+    "1x1 7x7": lambda: _gradients(
+        F.conv2d, torch.randn(1, 1024, 7, 7), torch.randn(600, 1024, 1, 1)
+    ),
     "gemv": lambda: _gradients(F.linear, torch.randn(1, 3000), torch.randn(500, 3000)),
     "batch norm": lambda: _gradients(
         lambda x, w, b: F.batch_norm(x, None, None, w, b, training=True, activation="relu"),

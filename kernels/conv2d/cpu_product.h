@@ -69,16 +69,29 @@ void pack_late(const GridImage<T>& image, const WeightView<T>& weight, int64_t p
   });
 }
 
-// A 1×1 convolution whose pixels are rows that lie evenly, against a weight that comes unpacked:
-// linear's products. False, and nothing is computed, where another way serves better.
+// Whether the pixels of a 1×1 convolution lie evenly, and its outputs, too: those of one row of an
+// image, or all of them.
 template <class T>
-bool multiply_pixels(const GridImage<T>& image, const WeightView<T>& weight, T* y,
+bool is_one_row(const GridImage<T>& image, const OutputGrid& out) {
+  if (!reads_inside(image)) return false;
+  if (image.n == 1 && image.grid_h == 1) return true;
+  return image.step_y == 1 && image.step_x == 1 && image.grid_h == image.h &&
+         image.grid_w == image.w && out.row_step == image.grid_w * out.column_step &&
+         (image.n == 1 || out.image_step == image.grid_h * out.row_step);
+}
+
+// Few such pixels against a weight that comes unpacked: linear's products of rows, by their names.
+// False, and nothing is computed, where another way serves better: with panels of 16 columns (AVX2)
+// and 49 pixels, `late` ones were 3 to 6 % faster.
+template <class T>
+bool multiply_pixels(const GridImage<T>& image, const WeightView<T>& weight, int64_t late, T* y,
                      const OutputGrid& out, const Epilogue<T>& epilogue) {
-  const bool one_row = image.n == 1 && image.grid_h == 1 && reads_inside(image);
-  if (!one_row || image.grid_w > kManyRows) return false;
+  if (!is_one_row(image, out) || image.positions() > kManyRows) return false;
+  if (late > 0 && isa() != Isa::avx512 && image.positions() > kFewUnpackedRows) return false;
   const T* pixels = image.data + (image.taps[0].dy * image.w + image.taps[0].dx) * image.pixel;
-  return multiply_unpacked<T>({pixels, image.step_x * image.pixel, image.grid_w, weight, y,
-                               out.column_step, epilogue}) != nullptr;
+  set_algorithm(multiply_rows<T>({pixels, image.step_x * image.pixel, image.positions(), weight, y,
+                                  out.column_step, epilogue}));
+  return true;
 }
 
 // y[position][column] = epilogue(Σ_tap image · weight); `packed` is what conv_pack made of the
@@ -92,10 +105,8 @@ void conv_product(const GridImage<T>& image, const WinogradTile& tile, const T* 
     if (tile.m > 0) return winograd_gemm(image, tile, packed, weight, y, out, epilogue);
   }
   if (packed) return gather_gemm<T>(image, packed, weight.columns, y, out, epilogue);
-  // 49 pixels with panels of 16 columns, AVX2: packed late 3 to 6 % faster than linear's ways.
   const int64_t late = panels_packed_late(image, weight);
-  const bool wide = gemm<T>().nr * int64_t{sizeof(T)} >= 128;
-  if ((late == 0 || wide) && multiply_pixels(image, weight, y, out, epilogue)) return;
+  if (multiply_pixels(image, weight, late, y, out, epilogue)) return;
   if (late > 0) return pack_late(image, weight, late, y, out, epilogue);
   Scratch<T> own(packed_size<T>(weight.columns, weight.taps(), weight.depth));
   pack_weight(weight, own.get());

@@ -1,4 +1,5 @@
-// Sums of rows, for products that have few rows or a short sum: gradients of a batch of one.
+// Sums of rows, for products that have few rows or a short sum: gradients of a batch of one. And
+// products of rows that were turned over, turned back.
 #pragma once
 
 #include <cstdint>

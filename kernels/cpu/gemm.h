@@ -31,10 +31,11 @@ struct Later {
   const T* at = nullptr;
   int64_t size = 0, rows = 1, step = 0;
 
-  // The parts from i up to `end` of n: of the rows, or of the one row.
+  // Parts [i, end) of n. Few rows that lie apart are cut across: 16 are asked for together.
   Later part(int64_t i, int64_t end, int64_t n) const {
     if (!at) return {};
-    if (rows == 1) return {at + size * i / n, size * end / n - size * i / n};
+    if (rows == 1 || (step != size && rows < 16 * n))
+      return {at + size * i / n, size * end / n - size * i / n, rows, step};
     const int64_t first = rows * i / n;
     return {at + first * step, size, rows * end / n - first, step};
   }

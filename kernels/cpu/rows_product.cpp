@@ -6,8 +6,8 @@
 #include "cpu/gather_gemm.h"
 #include "cpu/machine.h"
 #include "cpu/parallel.h"
+#include "cpu/rows_in_place.h"
 #include "cpu/rows_turned.h"
-#include "cpu/rows_unpacked.h"
 
 namespace nnarch {
 namespace {
@@ -53,17 +53,20 @@ void rows_of_weights(const RowsProduct<T>& p) {
 // How a task packs unpacked weights for itself: so many columns of so deep a part of the sum stay
 // in cache, and so many rows go past them at a time. A large second-level cache holds enough for
 // any number of rows; with a small one many rows are worth a packed copy in memory.
+template <class T>
 struct PackedInCache {
   int64_t columns, rows, parts;
 
   static bool serves(int64_t m) { return m <= kManyRows || roomy(); }
 
-  PackedInCache(int64_t depth, int64_t nr, int64_t mr, int64_t element) {
-    const int64_t longest = 4096 / element;
-    parts = depth > longest * 3 / 2 ? ceil_div(depth, longest) : 1;
-    const int64_t row_bytes = std::max<int64_t>(1, ceil_div(depth, parts) * element);
+  PackedInCache(int64_t depth, int64_t all_columns) {
+    constexpr int64_t wanted_tasks = 8;
+    const int64_t nr = gemm<T>().nr, mr = gemm<T>().mr;
+    parts = depth > kPartDepth<T> * 3 / 2 ? ceil_div(depth, kPartDepth<T>) : 1;
+    const int64_t row_bytes = std::max<int64_t>(1, ceil_div(depth, parts) * int64_t{sizeof(T)});
     const int64_t panels = (roomy() ? kRoomyBytes : kBytes) / (row_bytes * nr);
-    columns = nr * std::clamp<int64_t>(panels, 1, 8);
+    columns = std::min(nr * std::clamp<int64_t>(panels, 1, 8),
+                       round_up(ceil_div(all_columns, wanted_tasks), nr));
     rows = std::max(round_up(kBytes / row_bytes, mr), 4 * mr);
   }
 
@@ -78,7 +81,7 @@ class PackAndMultiply {
  public:
   explicit PackAndMultiply(const RowsProduct<T>& p)
       : p_(p),
-        block_(p.depth(), gemm<T>().nr, gemm<T>().mr, sizeof(T)),
+        block_(p.depth(), p.columns()),
         stream_(outgrows_caches<T>(p.y, p.m, {0, 0, p.y_step})) {}
 
   void run() const {
@@ -134,19 +137,14 @@ class PackAndMultiply {
   }
 
   const RowsProduct<T>& p_;
-  const PackedInCache block_;
+  const PackedInCache<T> block_;
   const bool stream_;
 };
-
-template <class T>
-bool is_identity(const Epilogue<T>& e) {
-  return !e.scale && !e.shift && !e.residual && e.activation == kNone;
-}
 
 }  // namespace
 
 template <class T>
-const char* multiply_unpacked(const RowsProduct<T>& p) {
+const char* multiply_rows(const RowsProduct<T>& p) {
   const int64_t depth = p.depth();
   const bool dense_rows = p.weight.depth_stride == 1 && depth > 0;
   const bool dense_columns = p.weight.column_stride == 1 && depth > 0 && is_identity(p.epilogue);
@@ -155,11 +153,11 @@ const char* multiply_unpacked(const RowsProduct<T>& p) {
   if (dense_rows && serves_turned<T>(p.m)) return multiply_turned(p), "turned";
   if (dense_columns && serves_in_place(p.m, p.columns(), depth))
     return multiply_in_place(p), "unpacked";
-  if (PackedInCache::serves(p.m)) return PackAndMultiply<T>(p).run(), "gemm";
+  if (PackedInCache<T>::serves(p.m)) return PackAndMultiply<T>(p).run(), "gemm";
   return nullptr;
 }
 
-template const char* multiply_unpacked<float>(const RowsProduct<float>& p);
-template const char* multiply_unpacked<double>(const RowsProduct<double>& p);
+template const char* multiply_rows<float>(const RowsProduct<float>& p);
+template const char* multiply_rows<double>(const RowsProduct<double>& p);
 
 }  // namespace nnarch

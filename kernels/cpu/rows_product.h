@@ -32,9 +32,14 @@ struct RowsProduct {
   const T* weights() const { return weight.data + weight.tap_offset[0]; }
 };
 
+template <class T>
+bool is_identity(const Epilogue<T>& e) {
+  return !e.scale && !e.shift && !e.residual && e.activation == kNone;
+}
+
 // Computes it and returns the algorithm's name; or null, and nothing is computed, where a packed
 // copy of the weight in memory serves better.
 template <class T>
-const char* multiply_unpacked(const RowsProduct<T>& p);
+const char* multiply_rows(const RowsProduct<T>& p);
 
 }  // namespace nnarch

@@ -5,7 +5,6 @@
 
 #include "cpu/epilogue_fold.h"
 #include "cpu/gather_gemm.h"
-#include "cpu/machine.h"
 #include "cpu/pack_weight.h"
 #include "cpu/registry.h"
 #include "cpu/tensor.h"
@@ -101,13 +100,13 @@ void run_linear(const Rows& x, const Tensor& weight, const OptTensor& packed, T*
   const int64_t n = weight.size(0);
   if (x.m == 0 || n == 0) return;
   const WeightView<T> view = weight_view<T>(weight);
-  // Few rows read as much of the weight as it lies.
-  if (packed && (x.m > kFewRows || weight.stride(1) != 1 || x.depth == 0)) {
+  // Few rows read a weight that lies dense in place, packed or not.
+  const bool dense = weight.stride(1) == 1 || (weight.stride(0) == 1 && is_identity(epilogue));
+  if (packed && (x.m > kFewRows || !dense)) {
     require_packed<T>(*packed, n, x.depth);
     return packed_gemm<T>(x, data<T>(*packed), n, y, epilogue);
   }
-  if (const char* name =
-          multiply_unpacked<T>({data<T>(x.tensor), x.stride, x.m, view, y, n, epilogue}))
+  if (const char* name = multiply_rows<T>({data<T>(x.tensor), x.stride, x.m, view, y, n, epilogue}))
     return set_algorithm(name);
   packed_gemm<T>(x, data<T>(linear_pack(weight)), n, y, epilogue);
 }

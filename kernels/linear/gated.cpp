@@ -153,8 +153,8 @@ void pack_and_gate(const GatedProblem<T>& p) {
     const int64_t blocks = ceil_div(p.x.m, rows);
     for (int64_t i = 0, row = 0; i < blocks; ++i, row += rows)
       gated_block<T>(p, row, std::min(rows, p.x.m - row), first, n,
-                     {gate_panels.get(), up_panels.get(), true, gate_after.part(i, i + 1, blocks),
-                      up_after.part(i, i + 1, blocks)});
+                     {gate_panels.get(), up_panels.get(), gate_after.at != nullptr,
+                      gate_after.part(i, i + 1, blocks), up_after.part(i, i + 1, blocks)});
   });
 }
 

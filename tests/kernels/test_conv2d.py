@@ -45,13 +45,15 @@ def test_forward_and_gradients(case, dtype, memory_format):
     assert y.is_contiguous(memory_format=library.output_format(tensors["x"], tensors["weight"]))
 
 
-# 1×1 past unpacked weights: of up to 8, 96, 192, 512 pixels and more, each another way. 49 pixels
-# leave lanes of a vector empty, and sums of more than 1536 terms are made in parts.
+# 1×1 past unpacked weights: of up to 8, 96, 512 pixels and more, and for x's gradient of up to 4,
+# 96, 192, 512 and more, each another way. 49 pixels fill one lane of a vector, and sums of more
+# than 1536 terms are made in parts.
 PIXELS = [
     Conv(n, c, h, w, k, (1, 1), groups=groups)
-    for n, h, w in ((1, 1, 2), (3, 1, 2), (1, 4, 5), (1, 7, 7), (2, 7, 8), (1, 12, 13), (4, 11, 12))
+    for n, h, w in ((1, 1, 2), (3, 1, 2), (1, 4, 5), (1, 7, 7), (2, 7, 8), (1, 12, 13), (4, 7, 11))
     for c, k, groups in ((40, 70, 1), (76, 130, 2), (40, 3, 1))
 ] + [
+    Conv(4, 76, 11, 12, 130, (1, 1), groups=2),
     Conv(2, 1700, 10, 11, 36, (1, 1)),
     Conv(1, 36, 7, 7, 1700, (1, 1)),
     Conv(1, 512, 25, 24, 64, (1, 1)),
@@ -216,7 +218,10 @@ def test_other_backends_ignore_packed_weights():
 @pytest.mark.parametrize(
     ("case", "algorithm"),
     [
-        (Conv(1, 16, 6, 6, 8, (1, 1)), "gemm_1x1"),
+        (Conv(2, 16, 2, 2, 8, (1, 1)), "gemv"),
+        (Conv(1, 16, 6, 6, 8, (1, 1)), "turned"),
+        (Conv(2, 16, 10, 10, 8, (1, 1)), "gemm"),
+        (Conv(1, 16, 30, 30, 8, (1, 1)), "gemm_1x1"),
         (Conv(1, 16, 6, 6, 8, padding=1), "implicit_gemm"),
         (Conv(1, 16, 6, 6, 8, (1, 1), stride=2), "implicit_gemm"),
         (Conv(1, 3, 6, 6, 8, padding=1), "stem"),
@@ -231,6 +236,25 @@ def test_algorithm(case, algorithm):
         case.ours(**case.tensors(torch.float32, torch.contiguous_format))
     (entry,) = trace
     assert (entry.op, entry.backend, entry.algorithm) == ("conv2d", "cpu", algorithm)
+
+
+@pytest.mark.parametrize(
+    ("case", "algorithm"),
+    [
+        (Conv(1, 16, 2, 2, 8, (1, 1)), "rows"),
+        (Conv(2, 16, 6, 6, 24, (1, 1), groups=2), "unpacked"),
+        (Conv(2, 16, 12, 12, 8, (1, 1)), "gemm"),
+        (Conv(1, 16, 30, 30, 8, (1, 1)), "implicit_gemm"),
+        (Conv(1, 16, 6, 6, 8, (1, 1), stride=2), "implicit_gemm_phases"),
+    ],
+    ids=str,
+)
+def test_algorithm_of_the_inputs_gradient(case, algorithm):
+    t = case.tensors(torch.float32, torch.channels_last)
+    y = case.ours(**t | {"x": t["x"].requires_grad_()})
+    with nnarch.trace() as trace:
+        torch.autograd.grad(y, t["x"], torch.randn_like(y))
+    assert [e.algorithm for e in trace if e.op == "conv2d_input_grad"] == [algorithm]
 
 
 def test_huge_steps_need_no_memory():

@@ -32,11 +32,10 @@ from torch.nn import functional as TF
 import nnarch
 from nnarch import functional as F
 
-# (rows, depth, outputs). Up to 8 rows go past the weights in
-# fours, of which tasks have 64 to 256; up to 96 are packed in the
-# place of unpacked weights, unless they leave a vector empty; up to 512 go against weights packed
-# in passing by panels of 8 to 32 columns, in parts of 1024 terms; more pack the whole weight. dx of
-# up to 192 rows multiplies with the weight as it lies.
+# (rows, depth, outputs). Up to 8 rows go past the weights in fours, of which tasks have 64 to 256;
+# up to 96 are packed in the place of unpacked weights, unless they leave a vector all but empty; up
+# to 512 go against weights packed in passing by panels of 8 to 32 columns, in parts of 1024 terms;
+# more pack the whole weight. dx of up to 192 rows multiplies with the weight as it lies.
 SIZES = [
     (1, 1, 1),
     (1, 7, 5),

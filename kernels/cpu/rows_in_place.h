@@ -19,9 +19,9 @@ inline bool serves_in_place(int64_t m, int64_t n, int64_t depth) {
 
 // y[i][j] = Σ_k x[i][k] · w[k][j], for a range of columns.
 template <class T>
-class UnpackedColumns {
+class ColumnsInPlace {
  public:
-  explicit UnpackedColumns(const RowsProduct<T>& p)
+  explicit ColumnsInPlace(const RowsProduct<T>& p)
       : block_{.a = p.x,
                .a_step = p.x_step,
                .b_step = p.weight.depth_stride,
@@ -85,7 +85,7 @@ class UnpackedColumns {
 template <class T>
 void multiply_in_place(const RowsProduct<T>& p) {
   constexpr int64_t unit = 64;
-  const UnpackedColumns<T> columns(p);
+  const ColumnsInPlace<T> columns(p);
   parallel_ranges(ceil_div(p.columns(), unit), [&](int64_t begin, int64_t end) {
     columns.run(begin * unit, std::min(end * unit, p.columns()));
   });
