@@ -98,29 +98,29 @@ void pack_dense_taps(const WeightView<T>& w, T* dst) {
   });
 }
 
+// Panel p of a packed weight.
 template <class T>
-void pack_weight(const WeightView<T>& w, T* dst) {
+void pack_panel_of(const WeightView<T>& w, int64_t p, T* packed) {
   const GemmTable<T>& table = gemm<T>();
-  const int64_t nr = table.nr, taps = w.taps(), panel = taps * w.depth * nr;
-  const bool dense_taps = has_dense_taps(w);
-  parallel_tasks(ceil_div(w.columns, nr), [&](int64_t p) {
-    if (dense_taps) return pack_dense_taps(w.columns_from(p * nr, nr), dst + p * panel);
-    const int64_t n = std::min(nr, w.columns - p * nr);
-    const T* src = w.data + p * nr * w.column_stride;
-    for (int64_t t = 0; t < taps; ++t)
-      table.pack_panel(src + w.tap_offset[t], w.depth_stride, w.column_stride, w.depth, n,
-                       dst + p * panel + t * w.depth * nr);
-  });
+  const int64_t nr = table.nr, n = std::min(nr, w.columns - p * nr);
+  T* const to = packed + p * w.taps() * w.depth * nr;
+  if (has_dense_taps(w)) return pack_dense_taps(w.columns_from(p * nr, nr), to);
+  const T* src = w.data + p * nr * w.column_stride;
+  for (int64_t t = 0; t < w.taps(); ++t)
+    table.pack_panel(src + w.tap_offset[t], w.depth_stride, w.column_stride, w.depth, n,
+                     to + t * w.depth * nr);
 }
 
-// The same of a weight with one tap, by one thread.
+template <class T>
+void pack_weight(const WeightView<T>& w, T* packed) {
+  parallel_tasks(ceil_div(w.columns, gemm<T>().nr),
+                 [&](int64_t p) { pack_panel_of(w, p, packed); });
+}
+
+// By one thread, which multiplies with them.
 template <class T>
 void pack_columns(const WeightView<T>& w, T* packed) {
-  const GemmTable<T>& table = gemm<T>();
-  for (int64_t j = 0; j < w.columns; j += table.nr)
-    table.pack_panel(w.data + w.tap_offset[0] + j * w.column_stride, w.depth_stride,
-                     w.column_stride, w.depth, std::min(table.nr, w.columns - j),
-                     packed + j * w.depth);
+  for (int64_t p = 0; p * gemm<T>().nr < w.columns; ++p) pack_panel_of(w, p, packed);
 }
 
 }  // namespace nnarch
