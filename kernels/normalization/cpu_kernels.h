@@ -7,6 +7,13 @@
 
 namespace nnarch {
 
+// Where the tensors of an operation are taken to be.
+enum class Reach {
+  near,  // in a cache
+  far,   // in memory: what is read next is asked for, in the order of its addresses
+  past,  // and the output goes there past the caches (cpu/streaming.h)
+};
+
 // The tensors of an operation. Those that it does not use are null. Element i of each belongs to
 // the same position; per-channel vectors are indexed by channel.
 template <class T>
@@ -19,6 +26,7 @@ struct NormOperands {
   const T* mean = nullptr;  // [C], subtracted from x
   int64_t activation = 0;
   T alpha = 0;
+  Reach reach = Reach::near;
 };
 
 // Sums over all positions of a channel. With d = x - mean and g = grad·act'(y):

@@ -37,6 +37,15 @@ NNARCH_INLINE void add_terms(const NormOperands<T>& o, int64_t i, int64_t n, Vec
   }
 }
 
+// Asks for the line of offset i of whatever the terms read.
+template <class T, Reduction kind, int64_t code>
+NNARCH_INLINE void fetch_terms(const NormOperands<T>& o, int64_t i) {
+  __builtin_prefetch(o.x + i);
+  if constexpr (kind != Reduction::sum) __builtin_prefetch(o.grad + i);
+  if constexpr (kind == Reduction::double_backward) __builtin_prefetch(o.gradgrad + i);
+  if constexpr (kind == Reduction::backward && code != kNone) __builtin_prefetch(o.y + i);
+}
+
 // v with the lanes from n on set to zero: they hold functions of zeros, not of inputs.
 template <class T>
 NNARCH_INLINE Vec<T> first_lanes(Vec<T> v, int64_t n) {
@@ -47,21 +56,28 @@ NNARCH_INLINE Vec<T> first_lanes(Vec<T> v, int64_t n) {
   return (Vec<T>)((B)v & (B)(lane < count));
 }
 
-template <class T, Reduction kind, int64_t code>
+// Far tensors: while a burst of rows is added, vector by vector of channels, the next one is asked
+// for in the order of its addresses. Eight rows read side by side are more than the hardware
+// follows: 144 channels of 56×56 came at 12 GB/s, 32 channels at 30.
+template <class T, Reduction kind, int64_t code, bool far>
 void reduce_rows_as(const NormOperands<T>& o, int64_t first, int64_t count, int64_t channels,
                     double* sums) {
   constexpr int terms = terms_of(kind), w = kLanes<T>;
   for (int64_t row = 0; row < count; row += kBurst) {
     const int64_t rows = count - row < kBurst ? count - row : kBurst;
+    int64_t ahead = first + (row + kBurst) * channels;
     for (int64_t c = 0; c < channels; c += w) {
       const int64_t n = channels - c < w ? channels - c : w, i = first + row * channels + c;
       const Vec<T> mean = o.mean ? load_n(o.mean + c, n) : Vec<T>{};
       Vec<T> s[terms] = {};
+      const auto add = [&](int64_t r, int64_t lanes) NNARCH_INLINE_LAMBDA {
+        if constexpr (far) fetch_terms<T, kind, code>(o, ahead), ahead += n;
+        add_terms<T, kind, code>(o, i + r * channels, lanes, mean, s);
+      };
       if (rows == kBurst && n == w)
-        for (int r = 0; r < kBurst; ++r) add_terms<T, kind, code>(o, i + r * channels, w, mean, s);
+        for (int r = 0; r < kBurst; ++r) add(r, w);
       else
-        for (int64_t r = 0; r < rows; ++r)
-          add_terms<T, kind, code>(o, i + r * channels, n, mean, s);
+        for (int64_t r = 0; r < rows; ++r) add(r, n);
       for (int t = 0; t < terms; ++t) add_wide<T>(sums + t * channels + c, s[t], n);
     }
   }
@@ -118,7 +134,11 @@ template <class T>
 void reduce_rows(Reduction kind, const NormOperands<T>& o, int64_t first, int64_t count,
                  int64_t channels, double* sums) {
   with_reduction(kind, o.activation, [&](auto k, auto c) {
-    reduce_rows_as<T, k.kind, c.code>(o, first, count, channels, sums);
+    // The second pass over a part finds it in cache.
+    if (k.kind != Reduction::centered && o.reach != Reach::near)
+      reduce_rows_as<T, k.kind, c.code, true>(o, first, count, channels, sums);
+    else
+      reduce_rows_as<T, k.kind, c.code, false>(o, first, count, channels, sums);
   });
 }
 

@@ -45,6 +45,11 @@ SHAPES = [
 SMALL = [SHAPES[i] for i in (1, 3, 4, 5, 9)]
 
 
+# Beside channels_last float32: of more than kFarTensor, with half a vector; of more than
+# kStreamBytes, in whole cache lines, which are written past the caches; and not in whole ones.
+LARGE = [(1, 24, 190, 190), (2, 80, 101, 101), (1, 40, 211, 211)]
+
+
 def operands(shape, dtype, memory_format=torch.contiguous_format, mean=1.0):
     """input, weight, bias; the input far enough from 0 to need a good variance."""
     x = (torch.randn(shape) * 2 + mean).to(dtype)
@@ -102,6 +107,19 @@ def test_fused_activation_and_residual(activation, backend):
         # torch's own hardsigmoid and hardswish round 1/6 to float32 in the derivative.
         rough = {"ulps": 2e9} if activation in ("hardsigmoid", "hardswish") else {"ulps": 1e3}
         compare(run, lambda **named: theirs(**named, activation=activation), t, grad, **rough)
+
+
+@pytest.mark.parametrize("activation", [None, "relu6"], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+def test_tensors_that_come_from_memory(shape, dtype, activation):
+    t = operands(shape, dtype, torch.channels_last)
+    grad = torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
+    for residual in (False, True):
+        if residual:
+            t["residual"] = torch.randn_like(t["input"])
+        run, truth = (partial(f, activation=activation) for f in (ours, theirs))
+        compare(run, truth, t, grad, ulps=64)
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0, -1e4])
@@ -231,9 +249,10 @@ def test_gradcheck(training, activation, given):
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
-def test_gradient_penalty(memory_format):
+@pytest.mark.parametrize("shape", [(4, 5, 6, 7), LARGE[0]], ids=str)
+def test_gradient_penalty(shape, memory_format):
     """The norm of a gradient as a loss, against torch's double backward."""
-    t = operands((4, 5, 6, 7), torch.float64, memory_format)
+    t = operands(shape, torch.float64, memory_format)
     leaves = {name: v.requires_grad_() for name, v in t.items()}
     results = []
     for function in (ours, theirs):
