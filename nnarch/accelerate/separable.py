@@ -18,10 +18,10 @@ from nnarch import nn as layers
 from nnarch.accelerate.graph import first_input, layer_of, only_user, place, writes_between
 from nnarch.accelerate.layers import ResidualConv2d
 from nnarch.accelerate.swap import has_kernel_dtype
-from nnarch.accelerate.trace import is_customized
 from nnarch.kernels.activation import kinds
 from nnarch.kernels.depthwise_separable.op import inverted_residual_op, separable_op
 from nnarch.nn.conv import tile_after
+from nnarch.nn.joined import is_customized
 
 _CONVOLUTIONS = (nn.Conv2d, layers.Conv2d, layers.FusedConv2d, ResidualConv2d)
 

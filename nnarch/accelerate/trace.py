@@ -20,13 +20,8 @@ from torch.fx.proxy import TraceError
 
 from nnarch import functional
 from nnarch.accelerate.state import IN_PLACE, Watch, attributes, changed, changing_constants
+from nnarch.nn.joined import is_customized
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 # Defaults of forward's arguments that are there to be tested, so they are fixed before tracing.
 _FIXED_DEFAULTS = (type(None), bool, str)
 _NNARCH_FUNCTIONS = tuple(
@@ -168,18 +163,6 @@ def is_layer(module: nn.Module) -> bool:
         return False
     return type(module).__module__.startswith(
         ("torch.nn.", "torch.ao.nn.", "nnarch.nn.", "nnarch.accelerate.")
-    )
-
-
-def is_customized(module: nn.Module) -> bool:
-    """Whether calling `module` does more than its class says.
-
-    Hooks do (those of pruning, weight_norm or a profiler), a forward method of its own, and a class
-    that says what a call is.
-    """
-    calls = type(module).__call__ is not nn.Module.__call__ and not isinstance(module, GraphModule)
-    return (
-        calls or "forward" in vars(module) or any(getattr(module, hooks, None) for hooks in _HOOKS)
     )
 
 

@@ -26,6 +26,7 @@ from torch.nn import Module
 
 import nnarch.nn
 from nnarch.models.registry import register_model
+from nnarch.nn.joined import activated
 
 
 class ZeroPadShortcut(Module):
@@ -85,10 +86,9 @@ class BasicBlock(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``relu(F(x) + shortcut(x))``."""
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        y += x if self.downsample is None else self.downsample(x)
-        return self.relu(y)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = activated(self.bn1, self.relu, self.conv1(x))
+        return activated(self.bn2, self.relu, self.conv2(y), shortcut)
 
 
 class Bottleneck(Module):
@@ -119,11 +119,10 @@ class Bottleneck(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``relu(F(x) + shortcut(x))``."""
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        y += x if self.downsample is None else self.downsample(x)
-        return self.relu(y)
+        shortcut = x if self.downsample is None else self.downsample(x)
+        y = activated(self.bn1, self.relu, self.conv1(x))
+        y = activated(self.bn2, self.relu, self.conv2(y))
+        return activated(self.bn3, self.relu, self.conv3(y), shortcut)
 
 
 Block = type[BasicBlock] | type[Bottleneck]
@@ -209,7 +208,7 @@ class ResNet(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[N, num_classes]`` of normalised images ``x [N, 3, H, W]``."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(activated(self.bn1, self.relu, self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
@@ -255,7 +254,7 @@ class CifarResNet(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[N, num_classes]`` of normalised images ``x [N, 3, H, W]``."""
-        x = self.relu(self.bn1(self.conv1(x)))
+        x = activated(self.bn1, self.relu, self.conv1(x))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 

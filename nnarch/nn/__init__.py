@@ -1,8 +1,9 @@
 """Drop-in layers: ``import nnarch.nn as nn`` is enough to write a network.
 
 Layers with kernels of ours are subclasses of their torch.nn twins: same constructor, same
-parameters, same state_dict. Every other name (containers, losses, dropout, shapes, whatever has no
-kernel here yet) is torch.nn's own class, so any file written for torch.nn works unchanged.
+parameters, same state_dict. Sequential is one, too: it runs a BatchNorm and the activation behind
+it as one operation. Every other name (other containers, losses, shapes, whatever has no kernel
+here) is torch.nn's own class, so any file written for torch.nn works unchanged.
 """
 
 # ruff: noqa: F401 (a namespace: names are here to be imported)
@@ -48,6 +49,7 @@ from nnarch.nn.fused import (
     FusedLinear,
 )
 from nnarch.nn.gated import GatedFeedForward, GatedLinear
+from nnarch.nn.joined import Sequential
 from nnarch.nn.layer_norm import LayerNorm, RMSNorm
 from nnarch.nn.linear import LazyLinear, Linear
 from nnarch.nn.local_response_norm import LocalResponseNorm

@@ -7,13 +7,23 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nnarch import functional as F
+from nnarch.kernels.activation.kinds import Activation
 
 
 class _KernelBatchNorm(_BatchNorm):
     """The forward pass shared by every rank: torch.nn's bookkeeping around our kernel."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise ``input [N, C, ...]`` per channel."""
+    def forward(
+        self,
+        input: Tensor,
+        *,
+        residual: Tensor | None = None,
+        activation: Activation = None,
+    ) -> Tensor:
+        """Normalise ``input [N, C, ...]`` per channel, add `residual` of its shape, activate.
+
+        `activation` is what :func:`nnarch.functional.batch_norm` takes.
+        """
         self._check_input_dim(input)
         # Past nn.Module.__getattr__, as in Conv2d.
         parameters, buffers = self._parameters, self._buffers
@@ -31,6 +41,8 @@ class _KernelBatchNorm(_BatchNorm):
             use_batch,
             self._step(update),
             self.eps,
+            residual=residual,
+            activation=activation,
         )
 
     def _step(self, update: bool) -> float:
