@@ -12,7 +12,7 @@ it. See :class:`nnarch.benchmarking.case.Case` for the rest.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -255,22 +255,8 @@ def local_response_norms() -> Iterable[Case]:
             )
 
 
-def _fused_batch_norm(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    from nnarch.functional import batch_norm
-
-    norm: Any = module.get_submodule("0")
-
-    def run(x: torch.Tensor) -> torch.Tensor:
-        mean, var, weight, bias = norm.running_mean, norm.running_var, norm.weight, norm.bias
-        return batch_norm(
-            x, mean, var, weight, bias, True, norm.momentum, norm.eps, activation="relu"
-        )
-
-    return run
-
-
 def batch_norms() -> Iterable[Case]:
-    """BatchNorm in training mode with its activation fused, forward and backward."""
+    """BatchNorm in training mode and its activation, forward and backward."""
     for n in BATCHES:
         for c, size in ((64, 56), (256, 14)):
             yield Case(
@@ -279,7 +265,6 @@ def batch_norms() -> Iterable[Case]:
                 lambda nn, c=c: nn.Sequential(nn.BatchNorm2d(c), nn.ReLU()),
                 (n, c, size, size),
                 label=f"BatchNorm + ReLU {c} @{size} N{n} fwd+bwd",
-                ours=_fused_batch_norm,
                 backward=True,
                 flops=4 * n * c * size * size,
                 quick=(c, n) == (64, 8),

@@ -193,7 +193,6 @@ def other_image_layers() -> Iterable[Case]:
         "batch_norm",
         lambda nn: nn.Sequential(nn.BatchNorm2d(64), nn.ReLU()),
         (32, 64, 56, 56),
-        ours=cases._fused_batch_norm,
         backward=True,
         flops=4 * 32 * 64 * 56 * 56,
     )

@@ -18,12 +18,6 @@ from nnarch.kernels.activation import kinds
 from nnarch.nn import activation as ours
 from nnarch.nn.normalization import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 _NAMES = {
     "ReLU": "relu",
     "ReLU6": "relu6",
@@ -50,9 +44,14 @@ def is_customized(module: Module) -> bool:
     Hooks do (those of pruning, weight_norm or a profiler), a forward method of its own, and a class
     that says what a call is.
     """
-    calls = type(module).__call__ is not Module.__call__ and not isinstance(module, GraphModule)
-    return (
-        calls or "forward" in vars(module) or any(getattr(module, hooks, None) for hooks in _HOOKS)
+    own = module.__dict__
+    return bool(
+        "forward" in own
+        or own.get("_forward_hooks")
+        or own.get("_forward_pre_hooks")
+        or own.get("_backward_hooks")
+        or own.get("_backward_pre_hooks")
+        or (type(module).__call__ is not Module.__call__ and not isinstance(module, GraphModule))
     )
 
 
