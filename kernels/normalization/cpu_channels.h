@@ -37,7 +37,8 @@ struct NormTensors {
   T alpha = 0;
 };
 
-// Tensors of this size and more are taken to come from memory. In a training step, forward and
+// Tensors of this size and more are taken to come from memory (kFarBytes in streaming.h is of input
+// and output together). In a training step, forward and
 // backward of all layers of one kind (Zen 4, AVX-512, N 8), ms: 256 channels of 56×56 66 to 39, 128
 // of 28×28 (3.2 MB) 12.0 to 8.5. Smaller ones that are in a cache would take up to a fifth more.
 inline constexpr int64_t kFarTensor = int64_t{3} << 20;
@@ -99,7 +100,7 @@ void for_each_block(const Channels& x, const NormTensors<T>& tensors, const Tens
     const int64_t from = task / runs * together, to = std::min(planes, from + together);
     const int64_t start = task % runs * block, count = std::min(block, x.plane - start);
     const int64_t first = from * x.plane + start, n = (to - from - 1) * x.plane + count;
-    const NormBlock<T> in(tensors, first, n, reach);
+    const NormBlock<T> in(tensors, first, n, Reach::near);
     const Writing<T> out(stored, {first, n});
     for (int64_t p = from; p < to; ++p)
       on_plane(in.operands(), p * x.plane + start, count, p % x.channels, out.origin());

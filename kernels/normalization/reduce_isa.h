@@ -134,11 +134,10 @@ template <class T>
 void reduce_rows(Reduction kind, const NormOperands<T>& o, int64_t first, int64_t count,
                  int64_t channels, double* sums) {
   with_reduction(kind, o.activation, [&](auto k, auto c) {
-    // The second pass over a part finds it in cache.
-    if (k.kind != Reduction::centered && o.reach != Reach::near)
-      reduce_rows_as<T, k.kind, c.code, true>(o, first, count, channels, sums);
-    else
-      reduce_rows_as<T, k.kind, c.code, false>(o, first, count, channels, sums);
+    if constexpr (k.kind != Reduction::centered)  // the second pass over a part finds it in cache
+      if (o.reach != Reach::near)
+        return reduce_rows_as<T, k.kind, c.code, true>(o, first, count, channels, sums);
+    reduce_rows_as<T, k.kind, c.code, false>(o, first, count, channels, sums);
   });
 }
 

@@ -1,7 +1,7 @@
 """Drop-in layers: ``import nnarch.nn as nn`` is enough to write a network.
 
 Layers with kernels of ours are subclasses of their torch.nn twins: same constructor, same
-parameters, same state_dict. Sequential is one, too: it runs a BatchNorm and the activation behind
+parameters, same state_dict. Sequential is one, too: it runs a BatchNorm and most activations behind
 it as one operation. Every other name (other containers, losses, shapes, whatever has no kernel
 here) is torch.nn's own class, so any file written for torch.nn works unchanged.
 """

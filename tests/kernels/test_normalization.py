@@ -47,7 +47,7 @@ SMALL = [SHAPES[i] for i in (1, 3, 4, 5, 9)]
 
 # Beside channels_last float32: of more than kFarTensor, with half a vector; of more than
 # kStreamBytes, in whole cache lines, which are written past the caches; and not in whole ones.
-LARGE = [(1, 24, 190, 190), (2, 80, 101, 101), (1, 40, 211, 211)]
+LARGE = [(1, 24, 190, 190), (2, 80, 101, 101), (2, 32, 160, 160), (1, 40, 211, 211)]
 
 
 def operands(shape, dtype, memory_format=torch.contiguous_format, mean=1.0):
@@ -311,8 +311,8 @@ def test_reads_no_uninitialised_memory(shape):
 
 
 @pytest.mark.parametrize("memory_format", FORMATS, ids=name_of)
-def test_one_and_two_threads_agree(memory_format):
-    shape = (6, 24, 40, 41)
+@pytest.mark.parametrize("shape", [(6, 24, 40, 41), *LARGE[:3]], ids=str)
+def test_one_and_two_threads_agree(shape, memory_format):
     t = operands(shape, torch.float32, memory_format)
     x, grad, gg = t["input"], torch.randn(shape), torch.randn(shape)
     run = torch.ops.nnarch

@@ -11,7 +11,7 @@ from torch.nn import functional as TF
 
 import nnarch
 import nnarch.nn as nn
-from nnarch.nn.joined import activated, joins
+from nnarch.nn.joined import activated, joined_activation
 
 CL = torch.channels_last
 
@@ -49,6 +49,7 @@ def results(model, x):
 @pytest.mark.parametrize("name", ["ReLU", "ReLU6", "LeakyReLU"])
 @pytest.mark.parametrize("namespace", [torch.nn, nn], ids=["torchs", "ours"])
 def test_sequential_runs_both_as_one(namespace, name, inplace, training):
+    keeps_output = inplace or name == "ReLU" or (name == "ReLU6" and namespace is nn)
     activation = getattr(namespace, name)(inplace=inplace)
     ours = nn.Sequential(*layers(nn, activation)).double().train(training)
     theirs = torch.nn.Sequential(*layers(torch.nn, copy.deepcopy(activation))).double()
@@ -58,29 +59,45 @@ def test_sequential_runs_both_as_one(namespace, name, inplace, training):
     ran, mine = operations(lambda: results(ours, x))
     kind = "batch_norm_train" if training else "batch_norm_eval"
     assert ran.count(kind) == 2
-    assert "activation" not in ran
+    assert "activation" not in ran or not keeps_output
     torch.testing.assert_close(mine, results(theirs, x))
+    assert (joined_activation(ours[1], activation, x) is not None) == keeps_output
+    with torch.no_grad():
+        ran, y = operations(lambda: ours(x))
+        assert ran == ["conv2d", kind, "conv2d", kind]
+        torch.testing.assert_close(y, theirs(x))
 
 
 @pytest.mark.parametrize(
-    ("activation", "as_one"),
+    ("activation", "trained", "evaluated"),
     [
-        (nn.Tanh(), True),
-        (nn.Sigmoid(), True),
-        (nn.SiLU(), False),  # its derivative does not follow from its output
-        (nn.GELU(), False),
-        (nn.LeakyReLU(-0.5), False),
-        (nn.Softplus(), False),
+        (nn.Tanh(), True, True),
+        (nn.Sigmoid(), True, True),
+        (nn.SiLU(), False, True),  # its derivative does not follow from its output
+        (nn.GELU("tanh"), False, True),
+        (nn.LeakyReLU(-0.5), False, False),
+        (nn.Softplus(), False, False),
     ],
     ids=str,
 )
-def test_which_activations_are_joined(activation, as_one):
+def test_which_activations_are_joined(activation, trained, evaluated):
     x = torch.randn(9, 6)
     norm = nn.BatchNorm1d(6)
-    assert (joins(norm, activation, x) is not None) == as_one
-    assert joins(torch.nn.BatchNorm1d(6), activation, x) is None
-    y = nn.Sequential(norm, activation)(x)
-    torch.testing.assert_close(y, activation(TF.batch_norm(x, None, None, training=True)))
+    truth = activation(TF.batch_norm(x, None, None, training=True))
+    for grad, as_one in ((True, trained), (False, evaluated)):
+        with torch.set_grad_enabled(grad):
+            assert (joined_activation(norm, activation, x) is not None) == as_one
+            assert joined_activation(torch.nn.BatchNorm1d(6), activation, x) is None
+            torch.testing.assert_close(nn.Sequential(norm, activation)(x), truth)
+
+
+@pytest.mark.parametrize("namespace", [torch.nn, nn], ids=["torchs", "ours"])
+@pytest.mark.parametrize("name", ["LeakyReLU", "SiLU", "Hardswish", "GELU"])
+def test_outputs_that_no_gradient_needs_may_be_written(namespace, name):
+    x = torch.randn(9, 6)
+    y = nn.Sequential(nn.BatchNorm1d(6), getattr(namespace, name)())(x)
+    y += x
+    y.sum().backward()
 
 
 def test_hooks_see_single_layers():
@@ -127,8 +144,26 @@ def test_sequential_is_torchs_but_for_speed():
     assert type(model[:2]) is nn.Sequential
     x = torch.randn(2, 5, 3, 3)
     assert nn.Sequential()(x) is x
+    script = torch.jit.script(nn.Sequential(torch.nn.Linear(3, 4), nn.Flatten()))
+    assert script(x).shape == (2, 60)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model[:2] + model[2:]):
         torch.testing.assert_close(twin(x), model(x))
+
+
+def test_children_are_those_of_iteration():
+    class Backwards(nn.Sequential):
+        def __iter__(self):
+            return reversed(self._modules.values())
+
+    x = torch.randn(4, 6)
+    model = Backwards(nn.ReLU(), nn.BatchNorm1d(6))
+    torch.testing.assert_close(model(x), TF.batch_norm(x, None, None, training=True).relu())
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.ReLU(), nn.Flatten())
+    assert type(model + model) is type(2 * model) is nn.Sequential
+    assert len(model + model) == len(model * 2) == 6
+    model[1] = None
+    with pytest.raises(TypeError):
+        model(x)
 
 
 def test_tracers_and_compilers_write_down_single_layers():
@@ -158,6 +193,14 @@ def test_activated_takes_any_namespace(namespace, residual):
     torch.testing.assert_close(
         torch.autograd.grad(y, leaves, grad), torch.autograd.grad(truth, leaves, grad)
     )
+
+
+@pytest.mark.parametrize("residual", [torch.ones(3, 5, 1, 1), torch.ones(3, 5, 4, 4).double()])
+def test_a_residual_is_broadcast_and_converted(residual):
+    x = torch.randn(3, 5, 4, 4)
+    y = activated(nn.BatchNorm2d(5), nn.ReLU(), x, residual)
+    truth = (TF.batch_norm(x, None, None, training=True) + 1).relu()
+    torch.testing.assert_close(y, truth)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "cifar_resnet20", "mobilenet_v2_x0_25"])
