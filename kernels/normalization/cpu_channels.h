@@ -38,9 +38,9 @@ struct NormTensors {
 };
 
 // Tensors of this size and more are taken to come from memory (kFarBytes in streaming.h is of input
-// and output together). In a training step, forward and
-// backward of all layers of one kind (Zen 4, AVX-512, N 8), ms: 256 channels of 56×56 66 to 39, 128
-// of 28×28 (3.2 MB) 12.0 to 8.5. Smaller ones that are in a cache would take up to a fifth more.
+// and output together). All layers of one kind in a training step (Zen 4, AVX-512, N 8), ms: 256
+// channels of 56×56 forward and backward 66 to 39, 128 of 28×28 (3.2 MB) backward 6.4 to 4.5.
+// Smaller ones that are in a cache would take up to a fifth more.
 inline constexpr int64_t kFarTensor = int64_t{3} << 20;
 
 // Where a tensor of this shape is, and one that is written to `out`, if any.
