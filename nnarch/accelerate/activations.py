@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from nnarch import functional
 from nnarch.accelerate.graph import argument, layer_of
-from nnarch.nn import joined
+from nnarch.nn.inspection import activation_of as activation_of_layer
+from nnarch.nn.inspection import gelu, leaky_relu
 
 Activation = tuple[str, float]  # name in nnarch.functional, alpha
 
@@ -49,7 +50,7 @@ def activation_of(graph_module: GraphModule, node: Node) -> Activation | None:
     """The activation that `node` applies to its first input, or None."""
     layer = layer_of(graph_module, node)
     if layer is not None:
-        return joined.activation_of(layer)
+        return activation_of_layer(layer)
     if "out" in node.kwargs:
         return None
     if node.op == "call_function":
@@ -63,11 +64,11 @@ def _of_function(node: Node) -> Activation | None:
     if node.target is functional.activation:
         name, slope = argument(node, 1, "kind", None), node.kwargs.get("alpha")
         if name == "leaky_relu":
-            return joined.leaky_relu(_LEAKY_RELU_SLOPE if slope is None else slope)
+            return leaky_relu(_LEAKY_RELU_SLOPE if slope is None else slope)
         return (name, 0.0) if isinstance(name, str) else None
     name = _FUNCTION_NAMES.get(node.target)  # type: ignore[arg-type]
     if name == "leaky_relu":
-        return joined.leaky_relu(argument(node, 1, "negative_slope", _LEAKY_RELU_SLOPE))
+        return leaky_relu(argument(node, 1, "negative_slope", _LEAKY_RELU_SLOPE))
     if name == "gelu":
-        return joined.gelu(argument(node, 1, "approximate", "none"))
+        return gelu(argument(node, 1, "approximate", "none"))
     return None if name is None else (name, 0.0)

@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from nnarch.accelerate.graph import argument, first_input, layer_of
-from nnarch.nn.joined import is_customized
+from nnarch.nn.inspection import is_customized
 
 _NO_OP_LAYERS = (
     nn.Identity,

@@ -24,7 +24,7 @@ from nnarch import functional
 from nnarch import nn as layers
 from nnarch.accelerate.activations import activation_of
 from nnarch.accelerate.graph import argument, attribute, first_input, layer_of, only_user, place
-from nnarch.nn.joined import is_customized
+from nnarch.nn.inspection import is_customized
 
 # The BatchNorm layers whose channels are those of a layer's output.
 _NORMS_OF_RANK = {

@@ -31,7 +31,7 @@ from nnarch.accelerate.layers import (
     ResidualLinear,
 )
 from nnarch.accelerate.swap import has_kernel_dtype
-from nnarch.nn.joined import is_customized
+from nnarch.nn.inspection import is_customized
 
 # Layers by their name, with what they become when they take over an activation, and an add.
 _EPILOGUES = (

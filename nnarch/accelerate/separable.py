@@ -21,7 +21,7 @@ from nnarch.accelerate.swap import has_kernel_dtype
 from nnarch.kernels.activation import kinds
 from nnarch.kernels.depthwise_separable.op import inverted_residual_op, separable_op
 from nnarch.nn.conv import tile_after
-from nnarch.nn.joined import is_customized
+from nnarch.nn.inspection import is_customized
 
 _CONVOLUTIONS = (nn.Conv2d, layers.Conv2d, layers.FusedConv2d, ResidualConv2d)
 

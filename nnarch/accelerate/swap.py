@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from nnarch import functional
 from nnarch import nn as layers
 from nnarch.accelerate.layers import ImageUpsample, interpolate, max_pool2d_with_indices
-from nnarch.nn.joined import is_customized
+from nnarch.nn.inspection import is_customized
 from nnarch.nn.packing import PackedWeightMixin
 
 _SWAPPED = (

@@ -20,7 +20,7 @@ from torch.fx.proxy import TraceError
 
 from nnarch import functional
 from nnarch.accelerate.state import IN_PLACE, Watch, attributes, changed, changing_constants
-from nnarch.nn.joined import is_customized
+from nnarch.nn.inspection import is_customized
 
 # Defaults of forward's arguments that are there to be tested, so they are fixed before tracing.
 _FIXED_DEFAULTS = (type(None), bool, str)

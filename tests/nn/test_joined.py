@@ -94,10 +94,15 @@ def test_which_activations_are_joined(activation, trained, evaluated):
 @pytest.mark.parametrize("namespace", [torch.nn, nn], ids=["torchs", "ours"])
 @pytest.mark.parametrize("name", ["LeakyReLU", "SiLU", "Hardswish", "GELU"])
 def test_outputs_that_no_gradient_needs_may_be_written(namespace, name):
-    x = torch.randn(9, 6)
-    y = nn.Sequential(nn.BatchNorm1d(6), getattr(namespace, name)())(x)
-    y += x
-    y.sum().backward()
+    x, activation = torch.randn(9, 6), getattr(namespace, name)()
+    gradients = []
+    for container in (nn.Sequential, torch.nn.Sequential):
+        norm = nn.BatchNorm1d(6)
+        y = container(norm, activation)(x)
+        y += x
+        y.square().sum().backward()
+        gradients.append([p.grad for p in norm.parameters()])
+    torch.testing.assert_close(*gradients)
 
 
 def test_hooks_see_single_layers():
